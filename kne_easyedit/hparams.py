@@ -1,0 +1,202 @@
+"""The settings of KNE: one EasyEdit-style dataclass, validated where it is built."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from kne_easyedit.layout import check_template
+
+AGGREGATIONS = ("max", "mean")
+INITIALISATIONS = ("zeros", "kaiming")
+
+
+@dataclass
+class KNEHyperParams:
+    """Hyperparameters of KNE. Equation numbers are those of arXiv 2412.20637.
+
+    Construction raises ValueError, naming the field, its range and the value, for anything that cannot work
+    on any machine; what depends on the model or the machine (layers, templates, devices, files) is checked
+    by `apply_kne_to_model` before the model changes.
+    """
+
+    model_name: str
+    """Path or hub name. EasyEdit chooses the loader by its substrings ("llama", "gpt", "qwen2", "mistral", ...)."""
+    target_modules: list[str]
+    """Templates of the linear layers whose rows are edited, with ``{}`` for the layer's number."""
+    alg_name: str = "KNE"
+
+    # Localisation: Eq. 3-7
+    layers: list[int] = field(default_factory=list)
+    """Decoder layers that may be edited; empty: all."""
+    p: float = 0.04
+    """Fraction of the neurons kept (Eq. 6), for each module type over all layers; in (0, 1]."""
+    attribution_steps: int = 20
+    """m of the Riemann sum (Eq. 5)."""
+    aggregation: str = "max"
+    """How scores of several facts become one: ``max`` or ``mean`` (section 4.4)."""
+    localization_data: str | None = None
+    """KnowEdit file whose first facts are attributed (``embedded``: the packaged ones); None: the requests themselves."""
+    localization_size: int = 200
+    """Number of facts taken from ``localization_data``."""
+    ensemble: str | None = None
+    """Ensemble file to edit instead of localising (from ``NeuronEnsemble.save``)."""
+    cache_dir: str | None = None
+    """Folder of the score cache; None: the user's cache folder (see README)."""
+    chunk_rows: int = 4800
+    """Path points in flight at most during attribution: bounds its memory, not its result."""
+
+    # Training: Eq. 8-11
+    lr: float = 5e-3
+    num_steps: int = 100
+    """Optimiser steps at most."""
+    stop_loss: float = 0.4
+    """Training ends as soon as the batch loss is below; 0 never stops early."""
+    alpha: float = 1.0
+    """Scaling ``alpha / sqrt(n)`` of a layer's ``n`` trained rows (Eq. 11)."""
+    weight_decay: float = 0.0
+    initialization: str = "zeros"
+    """Start of the trained rows: ``zeros`` (the edit starts as the identity) or ``kaiming`` (the research fork)."""
+    seed: int = 42
+    """Seed of the ``kaiming`` start; nothing else is random."""
+
+    # EasyEdit's own
+    device: int | str = 0
+    model_parallel: bool = False
+    max_length: int = 512
+    """Length at which EasyEdit's evaluators cut prompt and answer; KNE itself cuts nothing."""
+    batch_size: int = 1
+    """Facts per edit in EasyEdit's ``batch_edit``; ``edit`` wants 1."""
+    fp16: bool = False
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @classmethod
+    def from_hparams(cls, hparams_name_or_path: str | Path) -> KNEHyperParams:
+        """Reads a YAML file (``.yaml`` may be left out), as EasyEdit's own classes do.
+
+        Raises FileNotFoundError for a file that is not there, ValueError for an unknown key (with the nearest
+        valid name), a wrong type or a value out of range.
+        """
+        path = Path(hparams_name_or_path)
+        if path.suffix not in (".yaml", ".yml"):
+            path = path.with_name(path.name + ".yaml")
+        if not path.is_file():
+            raise FileNotFoundError(f"hparams file {path} does not exist; shipped ones are under hparams/KNE/")
+        with path.open(encoding="utf-8") as stream:
+            try:
+                config = yaml.safe_load(stream)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{path}: not a YAML file: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{path}: holds no settings (a mapping of names to values is wanted)")
+        try:
+            return cls.from_dict(config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, config: dict) -> KNEHyperParams:
+        """As the constructor, but says which names are unknown (nearest valid one) or missing."""
+        known = {f.name: f for f in fields(cls)}
+        for key in config:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+                raise ValueError(f"unknown setting {key!r}; {hint}")
+        required = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+        missing = [name for name in required if name not in config]
+        if missing:
+            raise ValueError(f"missing setting {missing[0]!r}: it has no default")
+        return cls(**config)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def validate(self) -> None:
+        """Raises ValueError for a value of the wrong type or out of range. Called again before every edit."""
+        for f, wanted in zip(fields(self), _types(type(self)).values()):
+            setattr(self, f.name, _coerced(f.name, getattr(self, f.name), wanted))
+        _demand(self.alg_name == "KNE", "alg_name", self.alg_name, "must be 'KNE'")
+        _demand(bool(self.model_name.strip()), "model_name", self.model_name, "must name a model")
+        _demand(len(self.target_modules) > 0, "target_modules", self.target_modules, "must hold at least one template")
+        for template in self.target_modules:
+            check_template(template)
+        duplicates = len(set(self.target_modules)) != len(self.target_modules)
+        _demand(not duplicates, "target_modules", self.target_modules, "holds a template twice")
+        _demand(all(i >= 0 for i in self.layers), "layers", self.layers, "must be numbers of layers, from 0")
+        _demand(0 < self.p <= 1, "p", self.p, "must be in (0, 1]: it is the fraction of the neurons that is kept")
+        _demand(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, f"must be one of {AGGREGATIONS}")
+        _demand(self.initialization in INITIALISATIONS, "initialization", self.initialization, f"must be one of {INITIALISATIONS}")
+        for name in ("attribution_steps", "localization_size", "chunk_rows", "num_steps", "max_length", "batch_size"):
+            _demand(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("lr", "alpha"):
+            value = getattr(self, name)
+            _demand(0 < value < math.inf, name, value, "must be positive and finite")
+        for name in ("stop_loss", "weight_decay"):
+            value = getattr(self, name)
+            _demand(0 <= value < math.inf, name, value, "must be 0 or more and finite")
+        _demand(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
+        _demand(not (self.fp16 and self.bf16), "fp16", self.fp16, "and bf16 exclude each other")
+        _demand(_is_device(self.device), "device", self.device, "must be a GPU's number, 'cpu', 'cuda', 'cuda:N' or 'mps'")
+
+
+def resolve_device(device: int | str):
+    """The torch device of a ``device`` setting. Raises ValueError if this machine does not have it."""
+    import torch
+
+    name = f"cuda:{device}" if str(device).isdigit() else str(device)
+    resolved = torch.device(name)
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (resolved.index or 0) >= count:
+            found = f"has {count} CUDA device(s)" if count else "has no CUDA device"
+            raise ValueError(f"device: {device!r} does not exist, this machine {found}; set device: cpu or another number")
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device: {device!r} does not exist on this machine; set device: cpu")
+    return resolved
+
+
+def _is_device(device: int | str) -> bool:
+    kind, _, index = str(device).partition(":")
+    return kind.isdigit() and not index or kind in ("cpu", "cuda", "mps") and (not index or index.isdigit())
+
+
+def _demand(ok: bool, name: str, value, rule: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: {value!r} {rule}")
+
+
+def _types(cls) -> dict[str, object]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def _coerced(name: str, value, wanted):
+    """``value`` as the type ``wanted``; YAML reads ``5e-3`` as a text, and ``1`` is a fine float."""
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if type(value) in options:
+        return value
+    if value is None and type(None) in options:
+        return None
+    if float in options and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    for option in options:
+        if typing.get_origin(option) is list and isinstance(value, (list, tuple)):
+            (item,) = typing.get_args(option)
+            return [_coerced(f"{name}[{i}]", v, item) for i, v in enumerate(value)]
+        if option is str and isinstance(value, (str, Path)):
+            # Kept as it is: EasyEdit takes a str subclass that carries a loaded model (see kne_easyedit.bridge).
+            return value if isinstance(value, str) else str(value)
+    raise ValueError(f"{name}: {value!r} is a {type(value).__name__}, wanted is {getattr(wanted, '__name__', wanted)}")

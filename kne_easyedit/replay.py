@@ -1,0 +1,309 @@
+"""Replay single decoder layers at chosen positions against a frozen prefix.
+
+Attention is causal: if only the hidden state *at* a position changes, no earlier position does. So after one
+clean pass that keeps every layer's keys and values, any number of variants ("rows") of a position can be run
+through a layer as queries that see the clean prefix and themselves, and nothing else. The layers are the
+model's own modules, called with the arguments they got in the clean pass; only their attention is exchanged,
+through transformers' ``AttentionInterface`` (or the ``_attn`` method of the older, eager-only models).
+
+Nothing is trusted: `Replay.check` runs the clean hidden states through every layer and through the output
+head and compares with what the model computed itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kne_easyedit.batching import Batch
+from kne_easyedit.layout import Target, device_of
+
+ATTENTION_NAME = "kne_shared_prefix"
+
+
+@dataclass
+class Prefix:
+    """What the rows of one layer attend to, beside themselves."""
+
+    keys: Tensor
+    """``(facts, kv_heads, prefix, head_dim)`` of the clean pass."""
+    values: Tensor
+    positions: Tensor
+    """``(facts, rows)``: the position of each row; it sees the keys before it."""
+    used: bool = False
+
+
+_PREFIX: ContextVar[Prefix] = ContextVar("kne_prefix")
+
+
+def attend(prefix: Prefix, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None, softcap: float | None = None) -> Tensor:
+    """Attention of independent rows over a shared prefix and over themselves.
+
+    query ``(facts, heads, rows, head_dim)``, key and value ``(facts, kv_heads, rows, head_dim)``; returns
+    ``(facts, heads, rows, head_dim)``. The prefix is never expanded: its share is one product a head.
+    """
+    facts, heads, n_rows, width = query.shape
+    kv_heads, length = prefix.keys.shape[1:3]
+    grouped = query.reshape(facts, kv_heads, -1, width)  # heads of one group share keys: (facts, kv_heads, group*rows, width)
+    scores = (grouped @ prefix.keys.to(query.dtype).transpose(-1, -2)).view(facts, kv_heads, -1, n_rows, length)
+    own = (grouped.view(facts, kv_heads, -1, n_rows, width) * key.unsqueeze(2)).sum(-1, keepdim=True)
+    scores = torch.cat([scores, own], -1) * scaling  # (facts, kv_heads, group, rows, prefix + 1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    at = torch.arange(length, device=query.device)
+    hidden = at >= prefix.positions.unsqueeze(-1)  # (facts, rows, prefix): the clean self and the future
+    if window is not None:
+        hidden |= at <= prefix.positions.unsqueeze(-1) - window
+    mask = torch.zeros(hidden.shape, dtype=scores.dtype, device=query.device).masked_fill_(hidden, float("-inf"))
+    scores = scores + nn.functional.pad(mask, (0, 1))[:, None, None]
+    # Softmax in float32 at least, as the models' own eager attention does for half precision.
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    shared = weights[..., :-1].reshape(facts, kv_heads, -1, length) @ prefix.values.to(value.dtype)
+    out = shared.view(facts, kv_heads, -1, n_rows, width) + weights[..., -1:] * value.unsqueeze(2)
+    return out.reshape(facts, heads, n_rows, width)
+
+
+def _attention_interface(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+    """`attend` under the signature of transformers' AttentionInterface."""
+    prefix = _PREFIX.get()
+    prefix.used = True
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attend(prefix, query, key, value, scaling, kwargs.get("sliding_window"), kwargs.get("softcap"))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _eager_attn(attention: nn.Module):
+    """`attend` under the signature of GPT-J's and its kin's ``_attn`` method."""
+
+    def _attn(query, key, value, attention_mask=None, *args, **kwargs):
+        prefix = _PREFIX.get()
+        prefix.used = True
+        return attend(prefix, query, key, value, 1.0 / float(attention.scale_attn)), None
+
+    return _attn
+
+
+class UnsupportedModel(NotImplementedError):
+    """The layers of this model cannot be replayed; the message says why."""
+
+
+@dataclass
+class Clean:
+    """What the clean pass leaves behind. ``facts`` is the batch, ``s`` the longest answer."""
+
+    positions: Tensor
+    """``(facts, s)`` predicting positions; a shorter answer repeats its last."""
+    inputs: list[Tensor]
+    """Hidden state that enters each layer at the positions: ``(facts, s, hidden)``; last entry: that leaves the last."""
+    neurons: dict[int, Tensor]
+    """Layer -> the target module's output ``w`` at the positions, ``(facts, s, d2)``."""
+    logits: Tensor
+    """``(facts, s, vocabulary)``."""
+
+
+class Replay:
+    """Runs rows through single decoder layers of ``model``. Use as a context manager, in evaluation mode."""
+
+    def __init__(self, model: nn.Module, target: Target):
+        self.model = model
+        self.target = target
+        self.layers: Sequence[nn.Module] = model.get_submodule(target.layers_path)
+        self._arguments: list[dict] = []
+        self._cache = None
+        self._tail: list[nn.Module] = []
+
+    def __enter__(self) -> Replay:
+        with ExitStack() as stack:
+            stack.enter_context(_own_attention(self.layers, False))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._stack.close()
+        self._arguments, self._cache = [], None
+
+    @torch.no_grad()
+    def clean_pass(self, batch: Batch, positions: Tensor) -> Clean:
+        """One ordinary forward pass of a right-padded batch, keeping what the replay needs."""
+        from transformers import DynamicCache
+
+        device = device_of(self.model)
+        positions = positions.to(device)
+        captured: dict[int, dict] = {}
+        neurons: dict[int, Tensor] = {}
+        tail: list[nn.Module] = []
+        with ExitStack() as hooks:
+            for i, layer in enumerate(self.layers):
+                hooks.callback(layer.register_forward_pre_hook(_capture_arguments(captured, i), with_kwargs=True).remove)
+            for i, module in zip(self.target.layers, self.target.modules):
+                hooks.callback(module.register_forward_hook(_capture_output(neurons, i)).remove)
+            hooks.callback(self.layers[-1].register_forward_hook(_capture_output(captured, len(self.layers))).remove)
+            for module in self._after_layers():
+                hooks.callback(module.register_forward_hook(_record_call(tail, captured, len(self.layers))).remove)
+            self._cache = DynamicCache()
+            out = self.model(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        self._tail = tail
+        self._arguments = [captured[i] for i in range(len(self.layers))]
+        hidden = [arguments.pop("hidden") for arguments in self._arguments] + [captured[len(self.layers)]]
+        return Clean(
+            positions,
+            [gather(h, positions) for h in hidden],
+            {i: gather(w, positions) for i, w in neurons.items()},
+            gather(out.logits, positions),
+        )
+
+    def layer(self, index: int, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Rows ``hidden`` ``(facts, rows, d)`` at ``positions`` ``(facts, rows)`` through decoder layer ``index``."""
+        cached = self._cache.layers[index]
+        prefix = Prefix(cached.keys, cached.values, positions.to(hidden.device))
+        token = _PREFIX.set(prefix)
+        try:
+            with _own_attention(self.layers[index : index + 1], True):
+                out = self.layers[index](hidden, **self._at(index, prefix.positions))
+        finally:
+            _PREFIX.reset(token)
+        if not prefix.used:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: the attention of layer {index} ({type(self.layers[index]).__name__}) uses "
+                f"neither transformers' AttentionInterface nor an _attn method, so its prefix cannot be shared"
+            )
+        return out[0] if isinstance(out, tuple) else out
+
+    def tail(self, hidden: Tensor) -> Tensor:
+        """Final norm and output head: ``(..., d)`` -> logits ``(..., vocabulary)``."""
+        for module in self._tail:
+            hidden = module(hidden.to(next(module.parameters()).device))
+        return hidden
+
+    @torch.no_grad()
+    def check(self, clean: Clean) -> None:
+        """Raises UnsupportedModel unless replayed clean states equal the model's own, layer by layer."""
+        for i in range(len(self.layers)):
+            _compare(self.layer(i, clean.inputs[i], clean.positions), clean.inputs[i + 1], self.model, f"layer {i}")
+        _compare(self.tail(clean.inputs[-1]), clean.logits, self.model, "the output head")
+
+    def _at(self, index: int, positions: Tensor) -> dict:
+        """The layer's arguments of the clean pass, as they are for rows at ``positions``."""
+        return {name: _for_rows(name, value, positions, self.model) for name, value in self._arguments[index].items()}
+
+    def _after_layers(self) -> Iterator[nn.Module]:
+        """Modules with weights beside the decoder layers, outermost ones: among them the final norm and the head."""
+        path = self.target.layers_path
+        parents = [path.rsplit(".", i)[0] for i in range(1, path.count(".") + 1)] + [""]
+        for parent in parents:
+            for name, child in self.model.get_submodule(parent).named_children():
+                full = f"{parent}.{name}" if parent else name
+                if full != path and full not in parents and next(child.parameters(), None) is not None:
+                    yield child
+
+
+@contextmanager
+def replaced_output(module: nn.Module, keep: int, rows: Tensor) -> Iterator[None]:
+    """Inside, ``module`` computes its first ``keep`` rows only, and ``rows`` ``(facts, n, d2)`` take the others' place."""
+    with ExitStack() as hooks:
+        hooks.callback(module.register_forward_pre_hook(lambda _, args: (args[0][:, :keep], *args[1:])).remove)
+        hooks.callback(module.register_forward_hook(lambda _, args, out: torch.cat([out, rows.to(out.device)], 1)).remove)
+        yield
+
+
+def gather(values: Tensor, positions: Tensor) -> Tensor:
+    """``values`` ``(facts, length, d)`` at ``positions`` ``(facts, n)``: ``(facts, n, d)``."""
+    positions = positions.to(values.device)
+    return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+@contextmanager
+def _own_attention(layers: Sequence[nn.Module], active: bool) -> Iterator[None]:
+    """Inside, attention of ``layers`` is `attend` if ``active``; afterwards it is what it was before."""
+    if not active:
+        _register_interface()
+        yield
+        return
+    modules = [module for layer in layers for module in layer.modules()]
+    configs = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
+    eager = [m for m in modules if callable(getattr(type(m), "_attn", None)) and hasattr(m, "scale_attn")]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = ATTENTION_NAME
+        for module in eager:
+            module._attn = _eager_attn(module)
+        yield
+    finally:
+        for config, name in zip(configs, before):
+            config._attn_implementation = name
+        for module in eager:
+            module.__dict__.pop("_attn", None)
+
+
+def _register_interface() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attention_interface)
+
+
+def _capture_arguments(into: dict, index: int):
+    def hook(layer, args, kwargs):
+        bound = inspect.signature(layer.forward).bind(*args, **kwargs)
+        arguments = dict(bound.arguments)
+        for name, parameter in inspect.signature(layer.forward).parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(name, {}))
+        arguments["hidden"] = arguments.pop(next(iter(bound.arguments)))
+        into[index] = arguments
+
+    return hook
+
+
+def _capture_output(into: dict, index: int):
+    def hook(module, args, out):
+        into[index] = out[0] if isinstance(out, tuple) else out
+
+    return hook
+
+
+def _record_call(calls: list, captured: dict, after: int):
+    def hook(module, args, out):
+        if after in captured:  # the last layer has run
+            calls.append(module)
+
+    return hook
+
+
+def _for_rows(name: str, value, positions: Tensor, model: nn.Module):
+    """One layer argument of the clean pass, gathered at the rows' positions (or dropped: caches and masks)."""
+    if name in ("past_key_values", "past_key_value", "layer_past", "attention_mask", "causal_mask", "cache_position"):
+        return None
+    if name == "use_cache" or value is None or isinstance(value, (bool, int, float, str)):
+        return False if name == "use_cache" else value
+    if name.startswith("position_"):
+        facts = positions.shape[0]
+        if isinstance(value, tuple):  # rotary cos and sin, each (1 or facts, length, width)
+            return tuple(gather(part.expand(facts, -1, -1), positions) for part in value)
+        if value.ndim == 2:  # position ids
+            return value.to(positions.device).expand(facts, -1).gather(1, positions)
+    raise UnsupportedModel(f"{type(model).__name__}: unknown argument {name!r} ({type(value).__name__}) of the decoder layers")
+
+
+def _compare(replayed: Tensor, own: Tensor, model: nn.Module, where: str) -> None:
+    own = own.to(replayed.device)
+    # Some models compute attention in float32 whatever their dtype; half precision rounds in another order.
+    epsilon = max(torch.finfo(own.dtype).eps, torch.finfo(torch.float32).eps)
+    scale = own.abs().max().float()
+    difference = (replayed - own).abs().max().float()
+    if not difference <= 200 * epsilon * scale:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: replaying {where} gives another result than the model itself (difference "
+            f"{difference:.2e}, largest value {scale:.2e}); scores would be wrong, so none are computed"
+        )
