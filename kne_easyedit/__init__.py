@@ -14,7 +14,7 @@ from kne_easyedit.records import load_records
 from kne_easyedit.replay import UnsupportedModel
 from kne_easyedit.training import RowEdit, answer_loss, restore, row_adapter, train_rows, write_rows
 
-__version__ = "0.1.0"
+from kne_easyedit._version import __version__
 
 __all__ = [
     "Batch", "Fact", "KNEHyperParams", "NeuronEnsemble", "RowEdit", "UnsupportedModel", "aggregate", "answer_loss",

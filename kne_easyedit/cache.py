@@ -78,7 +78,12 @@ class ScoreCache:
             return None
         return scores
 
-    def put(self, target: Target, steps: int, fact: Fact, scores: Tensor) -> None:
+    def seconds(self, target: Target, steps: int, fact: Fact) -> float:
+        """How long the stored scores of ``fact`` took to compute, in seconds, on the machine that did it."""
+        with safe_open(self.path(target, steps, fact), framework="pt") as file:
+            return float(file.metadata()["seconds"])
+
+    def put(self, target: Target, steps: int, fact: Fact, scores: Tensor, seconds: float = 0.0) -> None:
         """Stores scores, complete or not at all. Raises OSError (with the way out) if the folder cannot take them."""
         scores = scores.contiguous()
         metadata = {
@@ -87,6 +92,7 @@ class ScoreCache:
             "model": self.model_digest,
             "prompt": fact.prompt,
             "target": fact.target,
+            "seconds": f"{seconds:.4f}",
         }
         try:
             atomic_write(self.path(target, steps, fact), save({"scores": scores}, metadata))

@@ -37,6 +37,8 @@ class NeuronEnsemble:
     aggregation: str | None = None
     facts: int | None = None
     """Number of facts whose scores were aggregated."""
+    seconds: float | None = None
+    """How long their attribution took when it was computed (cached scores remember it)."""
 
     def __post_init__(self) -> None:
         if not self.size:
@@ -97,6 +99,7 @@ class NeuronEnsemble:
             "p": self.p,
             "aggregation": self.aggregation,
             "facts": self.facts,
+            "seconds": self.seconds,
         }
         atomic_write(Path(path), json.dumps(content) + "\n")
 
@@ -145,6 +148,7 @@ def select_ensemble(
     layers: Sequence[int] = (),
     aggregation: str = "max",
     facts: int | None = None,
+    seconds: float | None = None,
 ) -> NeuronEnsemble:
     """Eq. 6-7: keeps the top ``p`` of the neurons over all layers, and of these the positive ones.
 
@@ -160,8 +164,8 @@ def select_ensemble(
         The template, if ``scores`` is a tensor.
     layers:
         Numbers of the layers that the rows of ``scores`` stand for; empty: 0, 1, ...
-    facts:
-        How many facts ``scores`` were aggregated from, if that is done already.
+    facts, seconds:
+        How many facts ``scores`` were aggregated from, if that is done already, and how long they took.
 
     Raises ValueError if nothing is positive (an empty ensemble), FloatingPointError for scores that are not finite.
     """
@@ -186,4 +190,4 @@ def select_ensemble(
         rows = {layer: tuple(mask.nonzero().flatten().tolist()) for layer, mask in zip(numbers, chosen)}
         neurons[template] = {layer: found for layer, found in rows.items() if found}
         widths[template], thresholds[template] = values.shape[1], float(threshold)
-    return NeuronEnsemble(neurons, widths, numbers, thresholds, p, aggregation, facts)
+    return NeuronEnsemble(neurons, widths, numbers, thresholds, p, aggregation, facts, seconds)

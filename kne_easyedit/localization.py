@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
@@ -60,10 +61,13 @@ def localize(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: 
     targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
     facts = [encode_request(tokenizer, request) for request in requests]
     cache = ScoreCache(hparams.cache_dir, model)
-    scores = {}
-    for target in targets:
-        scores[target.template], count = aggregate(score_facts(model, target, facts, hparams, cache), hparams.aggregation)
-    return select_ensemble(scores, hparams.p, layers=targets[0].layers, aggregation=hparams.aggregation, facts=count)
+    scores = {
+        target.template: aggregate(score_facts(model, target, facts, hparams, cache), hparams.aggregation)[0] for target in targets
+    }
+    seconds = sum(cache.seconds(target, hparams.attribution_steps, fact) for target in targets for fact in facts)
+    return select_ensemble(
+        scores, hparams.p, layers=targets[0].layers, aggregation=hparams.aggregation, facts=len(facts), seconds=seconds
+    )
 
 
 def score_facts(
@@ -76,6 +80,7 @@ def score_facts(
     for fact in tqdm(facts, desc=f"localise {target.template.rsplit('.', 1)[-1]}", unit="fact", disable=not missing):
         scores = cache.get(target, steps, fact)
         if scores is None:
+            start = time.perf_counter()
             scores = attribute_facts(model, target, [fact], steps, chunk_rows=hparams.chunk_rows)[0]
-            cache.put(target, steps, fact, scores)
+            cache.put(target, steps, fact, scores, time.perf_counter() - start)
         yield scores

