@@ -164,7 +164,7 @@ def _localize(job: Run) -> tuple[dict, NeuronEnsemble | None]:
         "seconds_per_fact": ensemble.seconds / ensemble.facts if ensemble.seconds is not None else None,
         "neurons": ensemble.size,
         "parameter_share": ensemble.parameter_share(job.model),
-        "neurons_per_layer": ensemble.counts(),
+        "neurons_per_layer": {t: {str(layer): n for layer, n in found.items()} for t, found in ensemble.counts().items()},
     }, ensemble
 
 

@@ -115,7 +115,7 @@ class NeuronEnsemble:
             }
             content["layers"] = tuple(content["layers"])
             return cls(**content)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # also of text, JSON, and rows that cannot be
             raise ValueError(f"ensemble: {path} is no ensemble file ({FORMAT}): {error!r}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import uuid
 from typing import NamedTuple
 
@@ -44,7 +45,13 @@ GPT2_DOWN = "transformer.h.{}.mlp.c_proj"
 SIZE = {"hidden": 24, "inner": 40, "layers": 4, "heads": 4}
 
 
-REAL_MODEL = ("test_smollm2",)
+CHECKOUT = os.environ.get("EASYEDIT_HOME") or None
+"""The user's checkout of EasyEdit: test_checkout.py runs on it. This process tests the installed release, for one
+process imports one EasyEdit."""
+if CHECKOUT and not os.environ.get("KNE_TEST_CHECKOUT"):
+    del os.environ["EASYEDIT_HOME"]
+
+REAL_MODEL = ("test_smollm2", "test_real_model")
 """Modules of tests that work on the real model."""
 
 

@@ -48,3 +48,40 @@ def answer_probability(model, module, ids, answer, value):
         return torch.softmax(model(input_ids=ids).logits[0, -1], -1)[answer]
     finally:
         handle.remove()
+
+
+def literal_row_training(model, examples, masks, lr, steps, alpha=1.0, weight_decay=0.0, stop_loss=0.0):
+    """Eq. 8-11 on full matrices: every weight has a full-sized ``W_kne`` whose gradient is masked to the chosen rows.
+
+    ``examples`` are (token ids, number of prompt tokens), each run through the model alone and unpadded;
+    ``masks`` maps parameter name -> (boolean mask of the weight's shape, number of chosen neurons ``n``).
+    Returns what is added to each weight, full-sized, and the losses before every step and after the last.
+    """
+    frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    added = {name: torch.zeros_like(frozen[name], requires_grad=True) for name in masks}
+
+    def scaled():
+        return {name: alpha / masks[name][1] ** 0.5 * added[name] for name in masks}
+
+    def loss():
+        edited = {**frozen, **{name: frozen[name] + change for name, change in scaled().items()}}
+        total, count = 0, 0
+        for ids, n_prompt in examples:
+            logits = torch.func.functional_call(model, edited, kwargs={"input_ids": torch.tensor([ids])}).logits[0]
+            for position in range(n_prompt, len(ids)):
+                total = total - torch.log_softmax(logits[position - 1], -1)[ids[position]]
+                count += 1
+        return total / count
+
+    optimizer = torch.optim.AdamW(added.values(), lr=lr, weight_decay=weight_decay)
+    losses = []
+    while True:
+        now = loss()
+        losses.append(now.item())
+        if losses[-1] < stop_loss or len(losses) > steps:
+            return {name: change.detach() for name, change in scaled().items()}, losses
+        optimizer.zero_grad()
+        now.backward()
+        for name, (mask, _) in masks.items():
+            added[name].grad[~mask] = 0
+        optimizer.step()

@@ -1,0 +1,61 @@
+"""A few edits of a real language model, SmolLM2-135M: the whole chain, from the package's own facts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kne_easyedit import KNEHyperParams, apply_kne_to_model, attribute, load_records, restore, select_ensemble
+from kne_easyedit.cache import model_digest
+from kne_easyedit.cli import _shipped
+from kne_easyedit.smollm2 import smollm2_path
+from reference import literal_attribution
+
+DOWN = "model.layers.{}.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    path = smollm2_path()
+    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def continuation(model, tokenizer, prompt, length=3):
+    tokens = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(**tokens, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(out[0, tokens["input_ids"].shape[1] :])
+
+
+def test_attribution_equals_the_literal_recomputation(smollm2):
+    model, tokenizer = smollm2
+    fact = ("The capital of France is", "Rome")
+    scores = attribute(model, tokenizer, *fact, DOWN, steps=2)
+    assert scores.shape == (30, 576) and scores.dtype == torch.float32
+    layers = [0, 15, 29]
+    expected = literal_attribution(model, tokenizer, *fact, DOWN, steps=2, layers=layers)
+    assert (scores[layers] - expected).abs().max() < 1e-4 * scores.abs().max()
+
+
+def test_an_edit_changes_the_answer_and_is_undone_bit_by_bit(smollm2):
+    model, tokenizer = smollm2
+    before = model_digest(model)
+    request = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
+    hparams = KNEHyperParams.from_hparams(_shipped() / "KNE/smollm2-135m.yaml")
+    ensemble = select_ensemble(attribute(model, tokenizer, "The capital of Spain is", "Lima", DOWN, steps=4), 0.04, target_module=DOWN)
+    assert continuation(model, tokenizer, request["prompt"], 1) == " Paris"
+    _, originals = apply_kne_to_model(model, tokenizer, [request], hparams, return_orig_weights=True, ensemble=ensemble)
+    assert continuation(model, tokenizer, request["prompt"], 1) == " Rome"
+    assert model_digest(model) != before
+    restore(model, originals)
+    assert model_digest(model) == before
+    assert continuation(model, tokenizer, request["prompt"], 1) == " Paris"
+
+
+def test_every_packaged_fact_is_usable(smollm2):
+    _, tokenizer = smollm2
+    from kne_easyedit.batching import encode_request
+
+    requests, complaints = load_records("embedded")
+    assert len(requests) >= 60 and not complaints
+    assert all(len(encode_request(tokenizer, request).answer) >= 1 for request in requests)
