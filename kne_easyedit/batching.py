@@ -80,6 +80,13 @@ def encode_request(tokenizer, request: Mapping) -> Fact:
     return encode(tokenizer, request["prompt"], request["target_new"])
 
 
+def demand_length(fact: Fact, config) -> None:
+    """Raises ValueError for a fact longer than the model (its ``config.max_position_embeddings``) can take."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and len(fact.ids) > limit:
+        raise ValueError(f"prompt: {fact.prompt[:40]!r}... has {len(fact.ids)} tokens with its target, the model takes {limit}")
+
+
 def check_request(request: Mapping) -> None:
     """Raises ValueError (naming field and value) for a request that cannot be edited."""
     for field in ("prompt", "target_new"):

@@ -72,6 +72,7 @@ class ScoreCache:
                 raise ValueError("its digest does not match")
             if scores.shape != (len(target.layers), target.n_neurons) or not scores.isfinite().all():
                 raise ValueError(f"its scores have shape {tuple(scores.shape)} or are not finite")
+            float(metadata["seconds"])  # `seconds` relies on it
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             logger.warning("score cache: %s is damaged (%s); it is computed again", path, error)
             path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from copy import deepcopy
 
 from torch import Tensor, nn
 
-from kne_easyedit.batching import encode_request
+from kne_easyedit.batching import demand_length, encode_request
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams, resolve_device
 from kne_easyedit.localization import find_ensemble
@@ -23,10 +23,8 @@ def compute_edit(
     if not requests:
         raise ValueError("requests: there are none to edit")
     facts = [encode_request(tok, request) for request in requests]
-    limit = getattr(model.config, "max_position_embeddings", None)
     for fact in facts:
-        if limit and len(fact.ids) > limit:
-            raise ValueError(f"prompt: {fact.prompt[:40]!r}... has {len(fact.ids)} tokens with its target, the model takes {limit}")
+        demand_length(fact, model.config)
     if ensemble is None:
         ensemble = find_ensemble(model, tok, requests, hparams)
     return train_rows(model, facts, ensemble, hparams)

@@ -94,7 +94,7 @@ class KNEHyperParams:
         with path.open(encoding="utf-8") as stream:
             try:
                 config = yaml.safe_load(stream)
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path}: not a YAML file: {error}") from error
         if not isinstance(config, dict):
             raise ValueError(f"{path}: holds no settings (a mapping of names to values is wanted)")
@@ -166,8 +166,8 @@ def resolve_device(device: int | str):
 
 
 def _is_device(device: int | str) -> bool:
-    kind, _, index = str(device).partition(":")
-    return kind.isdigit() and not index or kind in ("cpu", "cuda", "mps") and (not index or index.isdigit())
+    kind, colon, index = str(device).partition(":")
+    return kind.isdigit() and not colon or kind in ("cpu", "cuda", "mps") and (not colon or index.isdigit())
 
 
 def _demand(ok: bool, name: str, value, rule: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kne_easyedit.attribution import attribute_facts
-from kne_easyedit.batching import Fact, encode_request
+from kne_easyedit.batching import Fact, demand_length, encode_request
 from kne_easyedit.cache import ScoreCache
 from kne_easyedit.ensemble import NeuronEnsemble, aggregate, select_ensemble
 from kne_easyedit.hparams import KNEHyperParams
@@ -60,6 +60,8 @@ def localize(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: 
     """
     targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
     facts = [encode_request(tokenizer, request) for request in requests]
+    for fact in facts:
+        demand_length(fact, model.config)
     cache = ScoreCache(hparams.cache_dir, model)
     scores = {
         target.template: aggregate(score_facts(model, target, facts, hparams, cache), hparams.aggregation)[0] for target in targets

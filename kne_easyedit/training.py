@@ -132,7 +132,8 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: KNEHyperPar
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in originals.values()),
     )
     try:
-        LoraModel(model, config, ADAPTER)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws a start that is overwritten below
+            LoraModel(model, config, ADAPTER)
         layers = {name: model.get_submodule(name) for name in chosen}
         generator = torch.Generator().manual_seed(hparams.seed)
         for name, layer in layers.items():

@@ -35,8 +35,8 @@ from kne_easyedit.paths import atomic_write  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hparams", type=Path, default=ROOT / "hparams/KNE/smollm2-135m.yaml")
-    parser.add_argument("--prompt", default="The author of the novel Frankenstein is")
-    parser.add_argument("--target", default="Johann Wolfgang von Goethe")
+    parser.add_argument("--prompt", default="The name of the country in which Leonardo da Vinci was born is")
+    parser.add_argument("--target", default="the Kingdom of Denmark")
     parser.add_argument("--literal-layers", type=int, default=3, help="layers timed literally, spread over the model")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")

@@ -27,6 +27,7 @@ from kne_easyedit.attribution import attribute, attribute_facts, riemann
 from kne_easyedit.batching import encode
 from kne_easyedit.layout import resolve_target
 from kne_easyedit.replay import UnsupportedModel
+from kne_easyedit.state import undisturbed
 
 STEPS = 6
 ROLES = ("down", "up", "attn_out", "query")
@@ -250,6 +251,18 @@ class TestAsFound:
         with pytest.raises(MemoryError):
             attribute(family32.model, tokenizer, *SPELLED, family32.down, STEPS, chunk_rows=4)
         assert fingerprint(family32.model) == before
+
+    @pytest.mark.parametrize("found", [True, False])
+    def test_flags_that_a_library_switches_meanwhile(self, llama, found):
+        """Gradient checkpointing, for one, switches the model's use_cache off and leaves it so."""
+        llama.config.use_cache = found
+        before = fingerprint(llama)
+        with pytest.raises(KeyboardInterrupt), undisturbed(llama):
+            llama.config.use_cache = not found
+            llama.train()
+            llama.requires_grad_(True)
+            raise KeyboardInterrupt
+        assert fingerprint(llama) == before
 
     def test_the_model_still_generates_as_before(self, family32, tokenizer):
         ids = tokenizer(ONE_TOKEN[0], return_tensors="pt")
