@@ -10,13 +10,14 @@ its own gradient. Nothing is approximated.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from kne_easyedit.batching import Fact, collate, encode
 from kne_easyedit.layout import Target, resolve_target
-from kne_easyedit.replay import Clean, Replay, replaced_output
+from kne_easyedit.replay import Clean, Replay, capture_output, replaced_output
 from kne_easyedit.state import undisturbed
 
 CHUNK_ROWS = 4800
@@ -91,8 +92,11 @@ def attribute_facts(
         replay.check(clean)
         sweep = _Sweep(replay, clean, target, answers, counts)
         per_chunk = max(1, chunk_rows // (len(target.layers) * len(facts)))
-        points = torch.cartesian_prod(torch.arange(longest), torch.arange(len(alphas)))  # (token, step)
-        for chunk in points.split(per_chunk):
+        inner = (alphas != 1).nonzero().flatten()
+        if len(inner) < len(alphas):
+            sweep.run_end(float(weights[alphas == 1].sum()))
+        points = torch.cartesian_prod(torch.arange(longest), inner)  # (token, step)
+        for chunk in points.split(per_chunk) if len(points) else ():
             sweep.run(chunk[:, 0], alphas[chunk[:, 1]], weights[chunk[:, 1]])
         scores = sweep.scores()
     bad = (~scores.isfinite()).flatten(1).any(1)
@@ -132,6 +136,23 @@ class _Sweep:
             share = probability[:, block * len(tokens) : (block + 1) * len(tokens)] * weights.to(probability)
             grad = grad.to(integral.dtype) * share.to(grad.device).unsqueeze(-1).to(integral.dtype)
             integral.index_add_(1, tokens.to(integral.device), grad)
+
+    def run_end(self, weight: float) -> None:
+        """The end points ``alpha = 1`` of all layers at once: there the model is in its clean state, whatever the layer,
+        so that one row an answer token has the gradients of every layer."""
+        clean, outputs = self.clean, {}
+        first = self.target.layers[0]
+        with torch.enable_grad(), ExitStack() as hooks:
+            for i, module in self.modules.items():
+                hooks.callback(module.register_forward_hook(capture_output(outputs, i)).remove)
+            hidden = clean.inputs[first].detach().requires_grad_()
+            for i in range(first, len(self.replay.layers)):
+                hidden = self._layer(i, hidden, clean.positions)
+            probability, gradient = self._head(hidden, torch.arange(clean.positions.shape[1]))
+            gradients = torch.autograd.grad(hidden, list(outputs.values()), gradient)
+        for i, grad in zip(outputs, gradients):
+            integral = self.integral[i]
+            integral += grad.to(integral.dtype) * (weight * probability).to(integral).unsqueeze(-1)
 
     def scores(self) -> Tensor:
         """Eq. 5: ``sum_j w_j * integral_j``, ``(facts, layers, d2)``."""
@@ -174,7 +195,9 @@ class _Sweep:
             logits = self.replay.tail(rows.unsqueeze(0))[0]
             index = wanted[start : start + HEAD_ROWS].to(logits.device).unsqueeze(1)
             with torch.no_grad():
-                slope = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+                # In place if the type allows it: the logits are the widest tensor of all, and not needed any more.
+                slope = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+                slope = torch.softmax(slope, -1, out=slope)
                 probability.append(slope.gather(1, index)[:, 0].to(hidden.device))
                 slope = slope.neg_().scatter_add_(1, index, torch.ones_like(index, dtype=slope.dtype))
             gradient.append(torch.autograd.grad(logits, rows, slope.to(logits.dtype))[0])

@@ -107,7 +107,7 @@ def _load_all(methods: list[str], paths: list[Path]) -> dict[str, object]:
 def _shipped() -> Path:
     """The folder of the shipped hyperparameter files: of the checkout, or of the installed package."""
     checkout = Path(__file__).resolve().parents[1] / "hparams"
-    return checkout if checkout.is_dir() else Path(str(files("kne_easyedit.shipped_hparams")))
+    return checkout if (checkout / "KNE").is_dir() else Path(str(files("kne_easyedit.shipped_hparams")))
 
 
 def _load_records(data: str, size: int | None, offset: int, on_bad: str = "fail"):

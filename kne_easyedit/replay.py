@@ -142,8 +142,8 @@ class Replay:
             for i, layer in enumerate(self.layers):
                 hooks.callback(layer.register_forward_pre_hook(_capture_arguments(captured, i), with_kwargs=True).remove)
             for i, module in zip(self.target.layers, self.target.modules):
-                hooks.callback(module.register_forward_hook(_capture_output(neurons, i)).remove)
-            hooks.callback(self.layers[-1].register_forward_hook(_capture_output(captured, len(self.layers))).remove)
+                hooks.callback(module.register_forward_hook(capture_output(neurons, i)).remove)
+            hooks.callback(self.layers[-1].register_forward_hook(capture_output(captured, len(self.layers))).remove)
             for module in self._after_layers():
                 hooks.callback(module.register_forward_hook(_record_call(tail, captured, len(self.layers))).remove)
             self._cache = DynamicCache()
@@ -268,7 +268,9 @@ def _capture_arguments(into: dict, index: int):
     return hook
 
 
-def _capture_output(into: dict, index: int):
+def capture_output(into: dict, index: int):
+    """A forward hook that puts the module's output into ``into[index]``."""
+
     def hook(module, args, out):
         into[index] = out[0] if isinstance(out, tuple) else out
 

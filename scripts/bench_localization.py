@@ -101,13 +101,14 @@ def main() -> None:
 
 def multiplications(model, target: Target, fact: Fact, steps: int) -> int:
     """Multiplications in matrix products that the method needs: every path point once through what comes after its
-    layer, forward and back (to activations only), attention's own products (small here) left out."""
+    layer, forward and back (to activations only); the end points ``alpha = 1`` of all layers are one and the same.
+    Attention's own products (small here) are left out."""
     layers = model.get_submodule(target.layers_path)
-    points = steps * len(fact.answer)
-    passing = [sum(own < i for own in target.layers) * points for i in range(len(layers))]
+    points, ends = (steps - 1) * len(fact.answer), len(fact.answer)
+    passing = [sum(own < i for own in target.layers) * points + ends * (i > target.layers[0]) for i in range(len(layers))]
     width = [sum(m.weight.numel() for m in layer.modules() if is_linear(m)) for layer in layers]
     head = rows(model.get_output_embeddings()).numel()
-    return 2 * (sum(n * w for n, w in zip(passing, width)) + len(target.layers) * points * head)
+    return 2 * (sum(n * w for n, w in zip(passing, width)) + (len(target.layers) * points + ends) * head)
 
 
 def matrix_product_rate(model, size: int = 2048) -> float:

@@ -73,6 +73,14 @@ class TestLiteralReference:
         assert ours.shape == (SIZE["layers"], SIZE["hidden"] // 2)
         assert max(difference(ours, theirs)) < 1e-9
 
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_few_steps(self, family, tokenizer, steps):
+        """With one step there is nothing but the end point, which all layers share."""
+        for template in (family.down, family.up):
+            ours = attribute(family.model, tokenizer, *THREE_TOKENS, template, steps)
+            theirs = literal_attribution(family.model, tokenizer, *THREE_TOKENS, template, steps=steps)
+            assert (ours - theirs).abs().max() < 1e-9
+
     def test_the_customary_twenty_steps_are_the_default(self, llama64, tokenizer):
         theirs = literal_attribution(llama64, tokenizer, *ONE_TOKEN, LLAMA_DOWN, steps=20)
         assert max(difference(attribute(llama64, tokenizer, *ONE_TOKEN, LLAMA_DOWN), theirs)) < 1e-9
