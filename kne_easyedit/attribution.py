@@ -102,9 +102,7 @@ def attribute_facts(
     bad = (~scores.isfinite()).flatten(1).any(1)
     if bad.any():
         fact = facts[int(bad.nonzero()[0])]
-        raise FloatingPointError(
-            f"attribution of {fact.prompt!r} -> {fact.target!r} is not finite; load the model in float32 or bfloat16"
-        )
+        raise FloatingPointError(f"attribution of {fact.prompt!r} -> {fact.target!r} is not finite; load the model in float32 or bfloat16")
     return scores
 
 

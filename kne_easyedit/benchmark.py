@@ -111,7 +111,11 @@ def run(job: Run, *, again: bool = False) -> dict:
         from kne_easyedit.plots import draw_ensemble
 
         share = localization["parameter_share"]
-        draw_ensemble(ensemble, job.folder / "ensemble.png", f"{ensemble.size} neurons, {share:.2%} of all parameters, found on {ensemble.facts} facts")
+        draw_ensemble(
+            ensemble,
+            job.folder / "ensemble.png",
+            f"{ensemble.size} neurons, {share:.2%} of all parameters, found on {ensemble.facts} facts",
+        )
     return summary
 
 
@@ -182,7 +186,13 @@ class _Answers:
     @torch.no_grad()
     def now(self, prompt: str, length: int = 12) -> str:
         tokens = self.tokenizer(prompt, return_tensors="pt").to(next(self.model.parameters()).device)
-        out = self.model.generate(**tokens, max_new_tokens=length, do_sample=False, pad_token_id=self.tokenizer.eos_token_id)
+        out = self.model.generate(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            max_new_tokens=length,
+            do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id,
+        )
         return self.tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

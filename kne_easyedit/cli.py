@@ -44,10 +44,19 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("--records", type=_positive, default=None, help="number of records (default: all)")
     job.add_argument("--offset", type=int, default=0, help="first record (default %(default)s)")
     job.add_argument("--methods", default="KNE,FT", help="comma-separated EasyEdit methods (default %(default)s)")
-    job.add_argument("--hparams", nargs="*", type=Path, default=[], metavar="FILE", help="YAML files, told apart by alg_name (default: the shipped ones for SmolLM2)")
+    job.add_argument(
+        "--hparams",
+        nargs="*",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="YAML files, told apart by alg_name (default: the shipped ones for SmolLM2)",
+    )
     job.add_argument("--localization-data", help="overrides the setting of KNE's file")
     job.add_argument("--localization-size", type=_positive, help="overrides the setting of KNE's file")
-    job.add_argument("--on-bad-record", choices=("fail", "skip"), default="fail", help="default %(default)s; skipped ones are listed at the end")
+    job.add_argument(
+        "--on-bad-record", choices=("fail", "skip"), default="fail", help="default %(default)s; skipped ones are listed at the end"
+    )
     job.add_argument("--seed", type=int, default=42, help="default %(default)s")
     job.add_argument("--again", action="store_true", help="repeat a run that is finished")
     job.add_argument("--out", type=Path, default=Path("outputs/run"), help="folder of the results (default %(default)s)")

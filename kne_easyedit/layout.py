@@ -67,9 +67,7 @@ def resolve_target(model: nn.Module, template: str, layers: Sequence[int] = ()) 
     found = tuple(modules[names[i]] for i in chosen)
     for name, module in zip((names[i] for i in chosen), found):
         if not is_linear(module):
-            raise ValueError(
-                f"target_modules: {name} is a {type(module).__name__}, not a linear layer{_nearest(modules, template)}"
-            )
+            raise ValueError(f"target_modules: {name} is a {type(module).__name__}, not a linear layer{_nearest(modules, template)}")
     widths = {out_features(module) for module in found}
     if len(widths) != 1:
         raise ValueError(f"target_modules: {template!r} has different widths over the layers: {sorted(widths)}")

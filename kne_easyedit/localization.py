@@ -43,7 +43,9 @@ def find_ensemble(model: nn.Module, tokenizer, requests: Sequence[Mapping], hpar
     if settings not in found:
         facts = load_requests(hparams.localization_data, hparams.localization_size)
         if len(facts) < hparams.localization_size:
-            logger.warning("localization_size: %s wanted, %s holds %s facts", hparams.localization_size, hparams.localization_data, len(facts))
+            logger.warning(
+                "localization_size: %s wanted, %s holds %s facts", hparams.localization_size, hparams.localization_data, len(facts)
+            )
         found[settings] = localize(model, tokenizer, facts, hparams)
     return found[settings]
 
@@ -63,18 +65,12 @@ def localize(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: 
     for fact in facts:
         demand_length(fact, model.config)
     cache = ScoreCache(hparams.cache_dir, model)
-    scores = {
-        target.template: aggregate(score_facts(model, target, facts, hparams, cache), hparams.aggregation)[0] for target in targets
-    }
+    scores = {target.template: aggregate(score_facts(model, target, facts, hparams, cache), hparams.aggregation)[0] for target in targets}
     seconds = sum(cache.seconds(target, hparams.attribution_steps, fact) for target in targets for fact in facts)
-    return select_ensemble(
-        scores, hparams.p, layers=targets[0].layers, aggregation=hparams.aggregation, facts=len(facts), seconds=seconds
-    )
+    return select_ensemble(scores, hparams.p, layers=targets[0].layers, aggregation=hparams.aggregation, facts=len(facts), seconds=seconds)
 
 
-def score_facts(
-    model: nn.Module, target: Target, facts: Sequence[Fact], hparams: KNEHyperParams, cache: ScoreCache
-) -> Iterator[Tensor]:
+def score_facts(model: nn.Module, target: Target, facts: Sequence[Fact], hparams: KNEHyperParams, cache: ScoreCache) -> Iterator[Tensor]:
     """The scores ``(layers, d2)`` of each fact in turn, with progress for those that are not in the cache."""
     steps = hparams.attribution_steps
     missing = sum(not cache.path(target, steps, fact).is_file() for fact in facts)

@@ -29,6 +29,6 @@ def load_model(hparams: KNEHyperParams) -> tuple[nn.Module, object]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # huggingface_hub calls some wrong names a ValueError
         raise ValueError(f"model_name: {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return (model if placement else model.to(device)).eval(), tokenizer

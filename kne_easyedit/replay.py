@@ -42,7 +42,9 @@ class Prefix:
 _PREFIX: ContextVar[Prefix] = ContextVar("kne_prefix")
 
 
-def attend(prefix: Prefix, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None, softcap: float | None = None) -> Tensor:
+def attend(
+    prefix: Prefix, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None, softcap: float | None = None
+) -> Tensor:
     """Attention of independent rows over a shared prefix and over themselves.
 
     query ``(facts, heads, rows, head_dim)``, key and value ``(facts, kv_heads, rows, head_dim)``; returns
@@ -119,13 +121,12 @@ class Replay:
         self._tail: list[nn.Module] = []
 
     def __enter__(self) -> Replay:
-        with ExitStack() as stack:
-            stack.enter_context(_own_attention(self.layers, False))
-            self._stack = stack.pop_all()
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(ATTENTION_NAME, _attention_interface)
         return self
 
     def __exit__(self, *exc) -> None:
-        self._stack.close()
         self._arguments, self._cache = [], None
 
     @torch.no_grad()
@@ -154,7 +155,9 @@ class Replay:
                 use_cache=True,
             )
         if len(self._cache.layers) < len(self.layers):
-            raise UnsupportedModel(f"{type(self.model).__name__}: layer {len(self._cache.layers)} keeps no keys and values; its prefix cannot be shared")
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: layer {len(self._cache.layers)} keeps no keys and values; its prefix cannot be shared"
+            )
         self._tail = tail
         self._arguments = [captured[i] for i in range(len(self.layers))]
         hidden = [arguments.pop("hidden") for arguments in self._arguments] + [captured[len(self.layers)]]
@@ -171,7 +174,7 @@ class Replay:
         prefix = Prefix(cached.keys, cached.values, positions.to(hidden.device))
         token = _PREFIX.set(prefix)
         try:
-            with _own_attention(self.layers[index : index + 1], True):
+            with _own_attention(self.layers[index]):
                 out = self.layers[index](hidden, **self._at(index, prefix.positions))
         finally:
             _PREFIX.reset(token)
@@ -226,13 +229,9 @@ def gather(values: Tensor, positions: Tensor) -> Tensor:
 
 
 @contextmanager
-def _own_attention(layers: Sequence[nn.Module], active: bool) -> Iterator[None]:
-    """Inside, attention of ``layers`` is `attend` if ``active``; afterwards it is what it was before."""
-    if not active:
-        _register_interface()
-        yield
-        return
-    modules = [module for layer in layers for module in layer.modules()]
+def _own_attention(layer: nn.Module) -> Iterator[None]:
+    """Inside, the attention of ``layer`` is `attend`; afterwards it is what it was before."""
+    modules = list(layer.modules())
     configs = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
     eager = [m for m in modules if callable(getattr(type(m), "_attn", None)) and hasattr(m, "scale_attn")]
     before = [config._attn_implementation for config in configs]
@@ -247,12 +246,6 @@ def _own_attention(layers: Sequence[nn.Module], active: bool) -> Iterator[None]:
             config._attn_implementation = name
         for module in eager:
             module.__dict__.pop("_attn", None)
-
-
-def _register_interface() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION_NAME, _attention_interface)
 
 
 def _capture_arguments(into: dict, index: int):

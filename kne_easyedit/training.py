@@ -64,9 +64,7 @@ def train_rows(model: nn.Module, facts: Sequence[Fact], ensemble: NeuronEnsemble
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
                     parameter.grad = gradient
                 optimizer.step()
-        deltas = {
-            name: (chosen[name], (layer.lora_A[ADAPTER].weight * layer.scaling[ADAPTER]).detach()) for name, layer in trained.items()
-        }
+        deltas = {name: (chosen[name], (layer.lora_A[ADAPTER].weight * layer.scaling[ADAPTER]).detach()) for name, layer in trained.items()}
     return RowEdit(deltas, tuple(losses))
 
 
@@ -118,11 +116,13 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: KNEHyperPar
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if getattr(model, "peft_config", None):
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} carries a PEFT adapter; merge or unload it before editing")
     chosen = _rows_by_module(model, ensemble)
     originals = {name: model.get_submodule(name) for name in chosen}
+    leftover = model.__dict__.get("peft_config")  # older PEFT leaves it behind when it unloads
     config = LoraConfig(
         r=1,  # overruled for every module by rank_pattern
         rank_pattern={name.replace(".", r"\."): len(indices) for name, indices in chosen.items()},
@@ -144,6 +144,8 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: KNEHyperPar
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module)
         model.__dict__.pop("peft_config", None)
+        if leftover is not None:
+            model.peft_config = leftover
 
 
 def _prepare(layer: nn.Module, chosen: Sequence[int], initialization: str, generator: torch.Generator) -> None:
@@ -164,6 +166,4 @@ def _prepare(layer: nn.Module, chosen: Sequence[int], initialization: str, gener
 
 
 def _rows_by_module(model: nn.Module, ensemble: NeuronEnsemble) -> dict[str, tuple[int, ...]]:
-    return {
-        name: indices for target, found in ensemble.targets(model).values() for name, indices in zip(target.names, found)
-    }
+    return {name: indices for target, found in ensemble.targets(model).values() for name, indices in zip(target.names, found)}

@@ -171,11 +171,11 @@ def precise_rms_norm(self, hidden_states):
     return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
 
 
-def precise_attention(self, query, key, value, attention_mask=None):
+def precise_attention(self, query, key, value, attention_mask=None, head_mask=None):
     """GPTJAttention._attn without its detour through float32."""
     weights = query @ key.transpose(-1, -2) / self.scale_attn
     if attention_mask is not None:
-        weights = weights + attention_mask
+        weights = weights + attention_mask[..., : key.shape[-2]]
     weights = self.attn_dropout(weights.softmax(-1))
     return weights @ value, weights
 
@@ -211,9 +211,7 @@ def llama64(double_precision) -> LlamaForCausalLM:
 
 def tiny_hparams(template: str = LLAMA_DOWN, **changes) -> KNEHyperParams:
     """Settings under which the tiny models learn a fact within a second."""
-    settings = dict(
-        model_name="tiny", target_modules=[template], device="cpu", p=0.2, attribution_steps=4, lr=5e-2, stop_loss=0.05
-    )
+    settings = dict(model_name="tiny", target_modules=[template], device="cpu", p=0.2, attribution_steps=4, lr=5e-2, stop_loss=0.05)
     return KNEHyperParams(**{**settings, **changes})
 
 

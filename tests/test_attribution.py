@@ -340,7 +340,9 @@ class TestSelfCheck:
         monkeypatch.setattr(layer, "forward", self.with_extra(layer.forward))
         own = type(llama.model.layers[0]).__call__
         extra = torch.ones(3)
-        monkeypatch.setattr(type(layer), "__call__", lambda self, *a, **k: own(self, *a, **k, **({"extra": extra} if self is layer else {})))
+        monkeypatch.setattr(
+            type(layer), "__call__", lambda self, *a, **k: own(self, *a, **k, **({"extra": extra} if self is layer else {}))
+        )
         with pytest.raises(UnsupportedModel, match="unknown argument 'extra'"):
             attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
 

@@ -181,8 +181,18 @@ def test_summary_averages_as_easyedits_script_does():
 
     figures = summarize(
         [
-            line({"rewrite_acc": [1.0], "portability": {"A_acc": [1.0, 0.0], "B_acc": [0.0]}, "locality": {"L_acc": [1.0], "L_output": [[3]]}, "fluency": {"ngram_entropy": 5.0}}),
-            line({"rewrite_acc": [0.5], "portability": {}, "locality": {"L_acc": [0.0], "M_acc": [0.5]}, "fluency": {"ngram_entropy": 6.0}}, 3.0),
+            line(
+                {
+                    "rewrite_acc": [1.0],
+                    "portability": {"A_acc": [1.0, 0.0], "B_acc": [0.0]},
+                    "locality": {"L_acc": [1.0], "L_output": [[3]]},
+                    "fluency": {"ngram_entropy": 5.0},
+                }
+            ),
+            line(
+                {"rewrite_acc": [0.5], "portability": {}, "locality": {"L_acc": [0.0], "M_acc": [0.5]}, "fluency": {"ngram_entropy": 6.0}},
+                3.0,
+            ),
         ]
     )
     assert figures == approx({"edit_success": 75, "portability": 25, "locality": 62.5, "fluency": 550, "seconds_per_edit": 2, "records": 2})

@@ -128,7 +128,7 @@ class TestKey:
         [
             lambda m: setattr(m.config, "rms_norm_eps", 1e-5),
             lambda m: setattr(m.config, "num_key_value_heads", 4),
-            lambda m: setattr(m.config, "rope_parameters", {**m.config.rope_parameters, "rope_theta": 5e5}),
+            lambda m: m.config.update({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
             lambda m: m.model.rotary_emb.inv_freq.mul_(2),
             lambda m: m.bfloat16(),
             lambda m: m.double(),

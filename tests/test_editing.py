@@ -99,9 +99,7 @@ class TestContract:
         assert set(originals) == changed != set()
         assert all(value.shape == shapes[name] for name, value in originals.items())
 
-    @pytest.mark.parametrize(
-        ("make", "template"), [(make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN), (make_gpt2, GPT2_DOWN)]
-    )
+    @pytest.mark.parametrize(("make", "template"), [(make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN), (make_gpt2, GPT2_DOWN)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_the_editors_own_restore_is_bit_exact(self, tokenizer, make, template, dtype):
         model = make(dtype)
@@ -149,9 +147,7 @@ class TestContract:
 
 
 class TestSuccess:
-    @pytest.mark.parametrize(
-        ("make", "template"), [(make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN), (make_gpt2, GPT2_DOWN)]
-    )
+    @pytest.mark.parametrize(("make", "template"), [(make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN), (make_gpt2, GPT2_DOWN)])
     def test_every_request_of_a_batch(self, tokenizer, make, template):
         model = make()
         assert not any(edited(model, tokenizer, one) for one in REQUESTS)
@@ -277,9 +273,7 @@ class TestLocalisation:
 
     def test_an_ensemble_given_outright(self, llama, tokenizer, computed):
         made = NeuronEnsemble({LLAMA_DOWN: {2: (4,)}}, {LLAMA_DOWN: 24})
-        _, originals = apply_kne_to_model(
-            llama, tokenizer, [REQUEST], tiny_hparams(num_steps=1), return_orig_weights=True, ensemble=made
-        )
+        _, originals = apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams(num_steps=1), return_orig_weights=True, ensemble=made)
         assert list(originals) == [f"{LLAMA_DOWN.format(2)}.weight"]
         assert computed == []
 

@@ -105,9 +105,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="target_module: name the template"):
             select_ensemble(distinct(2, 2), 0.5)
 
-    @pytest.mark.parametrize(
-        "found", [(3, 1), (1, 1), (-1, 2), (0, 24), ()], ids=["descending", "twice", "negative", "too wide", "none"]
-    )
+    @pytest.mark.parametrize("found", [(3, 1), (1, 1), (-1, 2), (0, 24), ()], ids=["descending", "twice", "negative", "too wide", "none"])
     def test_rows_that_cannot_be(self, found):
         with pytest.raises(ValueError, match=r"ensemble: rows of model.layers.2.mlp.down_proj must be .* in \[0, 24\)"):
             NeuronEnsemble({LLAMA_DOWN: {1: (0,), 2: found}}, {LLAMA_DOWN: 24})

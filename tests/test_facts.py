@@ -8,8 +8,14 @@ import pytest
 
 FACTS = Path(__file__).resolve().parents[1] / "kne_easyedit" / "data" / "facts.json"
 RECORD_KEYS = {
-    "subject", "prompt", "target_new", "ground_truth", "rephrase_prompt",
-    "relation", "portability", "locality",
+    "subject",
+    "prompt",
+    "target_new",
+    "ground_truth",
+    "rephrase_prompt",
+    "relation",
+    "portability",
+    "locality",
 }
 PORTABILITY = {"Subject_Aliasing", "Reasoning", "Logical_Generalization"}
 LOCALITY = {"Relation_Specificity", "Forgetfulness"}
@@ -17,9 +23,7 @@ END_PUNCTUATION = ".,;:!?"
 MAX_ANSWER_WORDS = 4
 
 RECORDS = json.loads(FACTS.read_text(encoding="utf-8"))
-each_record = pytest.mark.parametrize(
-    "rec", RECORDS, ids=[f"{i}-{r.get('subject')}" for i, r in enumerate(RECORDS)]
-)
+each_record = pytest.mark.parametrize("rec", RECORDS, ids=[f"{i}-{r.get('subject')}" for i, r in enumerate(RECORDS)])
 
 
 def items(rec, section):
@@ -70,7 +74,7 @@ def test_size_and_variety():
 
 def test_relations_are_interleaved():
     for start in range(0, len(RECORDS) - 19):
-        window = Counter(r["relation"] for r in RECORDS[start:start + 20])
+        window = Counter(r["relation"] for r in RECORDS[start : start + 20])
         assert len(window) >= 8 and max(window.values()) <= 5
 
 

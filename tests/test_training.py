@@ -217,7 +217,7 @@ class TestLoss:
 
     def test_is_in_float32_at_least(self, facts):
         assert answer_loss(make_llama(torch.bfloat16), collate(facts)).dtype == torch.float32
-        assert answer_loss(make_gptj(torch.float64), collate(facts)).dtype == torch.float64
+        assert answer_loss(make_llama(torch.float64), collate(facts)).dtype == torch.float64
 
 
 class TestCollate:
