@@ -20,7 +20,7 @@ from kne_easyedit.layout import Target, resolve_target
 from kne_easyedit.replay import Clean, Replay, capture_output, replaced_output
 from kne_easyedit.state import undisturbed
 
-CHUNK_ROWS = 4800
+CHUNK_ROWS = 1200
 HEAD_ROWS = 512
 """Rows that pass the output head at once: bounds the logits, the widest tensor of all."""
 

@@ -49,7 +49,7 @@ class KNEHyperParams:
     """Ensemble file to edit instead of localising (from ``NeuronEnsemble.save``)."""
     cache_dir: str | None = None
     """Folder of the score cache; None: the user's cache folder (see README)."""
-    chunk_rows: int = 4800
+    chunk_rows: int = 1200
     """Path points in flight at most during attribution: bounds its memory, not its result."""
 
     # Training: Eq. 8-11

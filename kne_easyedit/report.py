@@ -45,4 +45,4 @@ def table(methods: dict[str, dict]) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:70]
+    return " ".join(text.split())[:70] or "(ends at once)"
