@@ -9,6 +9,8 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+from kne_easyedit.memory import keep_large_blocks
+
 DEMO_RECORDS = 8
 SHIPPED = "smollm2-135m"
 
@@ -16,6 +18,7 @@ SHIPPED = "smollm2-135m"
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 bad input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
+    keep_large_blocks()
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return arguments.command(arguments)

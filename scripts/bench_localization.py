@@ -28,6 +28,7 @@ from kne_easyedit.batching import Fact, encode  # noqa: E402
 from kne_easyedit.benchmark import environment  # noqa: E402
 from kne_easyedit.hparams import KNEHyperParams  # noqa: E402
 from kne_easyedit.layout import Target, is_linear, resolve_target, rows  # noqa: E402
+from kne_easyedit.memory import keep_large_blocks  # noqa: E402
 from kne_easyedit.models import load_model  # noqa: E402
 from kne_easyedit.paths import atomic_write  # noqa: E402
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
+    keep_large_blocks()  # for both ways, as `kne` does
 
     hparams = KNEHyperParams.from_hparams(options.hparams)
     model, tokenizer = load_model(hparams)
