@@ -1,4 +1,4 @@
-"""Attributions on disk: one safetensors file a fact, named by a digest of everything the scores depend on."""
+"""Attributions on disk: one safetensors file a fact and module type, named by a digest of all that the scores depend on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from kne_easyedit.paths import atomic_write, cache_home
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "kne-scores-1"
+FORMAT = "kne-scores-2"
 """Part of every key: raised when the same inputs would give other scores."""
 _NOT_IN_CONFIG = ("_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype")
 
@@ -46,57 +47,68 @@ def model_digest(model: nn.Module) -> str:
     return _digest([type(model).__name__, sorted(digests), config])
 
 
+def scores_folder(folder: str | Path | None = None) -> Path:
+    """Where the scores of all models lie: in ``folder``, or in the user's cache."""
+    return (Path(folder).expanduser() if folder else cache_home()) / "scores"
+
+
 class ScoreCache:
-    """The folder of scores of one model. Safe to fill by several processes at once; a damaged entry counts as missing."""
+    """The scores of one model by one sum (``steps`` and ``quadrature``).
 
-    def __init__(self, folder: str | Path | None, model: nn.Module):
+    Safe to fill by several processes at once. A damaged entry counts as missing. An entry holds the layers that
+    were attributed so far: any subset of facts and layers is served, in any order, under any N, p and aggregation.
+    """
+
+    def __init__(self, folder: str | Path | None, model: nn.Module, steps: int = 20, quadrature: str = "riemann"):
         self.model_digest = model_digest(model)
-        root = Path(folder).expanduser() if folder else cache_home()
-        self.folder = root / "scores" / self.model_digest[:16]
+        self.model_name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
+        self.steps, self.quadrature = steps, quadrature
+        self.folder = scores_folder(folder) / self.model_digest[:16]
 
-    def path(self, target: Target, steps: int, fact: Fact) -> Path:
+    def path(self, target: Target, fact: Fact) -> Path:
         """Where the scores of ``fact`` are. Token ids stand for both the fact and the tokenizer."""
-        return self.folder / f"{_digest(self._key(target, steps, fact))}.safetensors"
+        return self.folder / f"{_digest(self._key(target, fact))}.safetensors"
 
-    def get(self, target: Target, steps: int, fact: Fact) -> Tensor | None:
-        """The scores ``(layers, d2)``, or None. A damaged entry is reported as a warning and removed."""
-        path = self.path(target, steps, fact)
-        if not path.is_file():
+    def get(self, target: Target, fact: Fact) -> Tensor | None:
+        """The scores ``(layers, d2)``, or None if a layer of ``target`` is missing."""
+        entry = self._read(target, fact)
+        if entry is None or not set(target.layers) <= set(entry.layers):
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata, scores = file.metadata() or {}, file.get_tensor("scores")
-            if metadata.get("key") != json.dumps(self._key(target, steps, fact)):
-                raise ValueError("it is of another fact")
-            if metadata.get("sha256") != _bits(scores):
-                raise ValueError("its digest does not match")
-            if scores.shape != (len(target.layers), target.n_neurons) or not scores.isfinite().all():
-                raise ValueError(f"its scores have shape {tuple(scores.shape)} or are not finite")
-            float(metadata["seconds"])  # `seconds` relies on it
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            logger.warning("score cache: %s is damaged (%s); it is computed again", path, error)
-            path.unlink(missing_ok=True)
-            return None
-        return scores
+        return entry.scores[[entry.layers.index(i) for i in target.layers]]
 
-    def seconds(self, target: Target, steps: int, fact: Fact) -> float:
-        """How long the stored scores of ``fact`` took to compute, in seconds, on the machine that did it."""
-        with safe_open(self.path(target, steps, fact), framework="pt") as file:
-            return float(file.metadata()["seconds"])
+    def missing(self, target: Target, fact: Fact) -> tuple[int, ...]:
+        """The layers of ``target`` that are not there for ``fact``. Reads the entry: a damaged one is missing."""
+        entry = self._read(target, fact)
+        return tuple(i for i in target.layers if entry is None or i not in entry.layers)
 
-    def put(self, target: Target, steps: int, fact: Fact, scores: Tensor, seconds: float = 0.0) -> None:
-        """Stores scores, complete or not at all. Raises OSError (with the way out) if the folder cannot take them."""
-        scores = scores.contiguous()
+    def seconds(self, target: Target, fact: Fact) -> float:
+        """How long the stored scores of ``fact`` took to compute, in seconds, on the machine that did it; 0 if there are none."""
+        entry = self._read(target, fact)
+        return 0.0 if entry is None else entry.seconds
+
+    def put(self, target: Target, fact: Fact, scores: Tensor, seconds: float = 0.0) -> None:
+        """Stores scores, complete or not at all; layers that an entry has already stay in it.
+
+        Raises OSError (with the way out) if the folder cannot take them.
+        """
+        by_layer = {}
+        before = self._read(target, fact)
+        if before is not None and not set(before.layers) <= set(target.layers):
+            by_layer, seconds = dict(zip(before.layers, before.scores)), seconds + before.seconds
+        by_layer |= dict(zip(target.layers, scores))
+        layers = sorted(by_layer)
         metadata = {
-            "key": json.dumps(self._key(target, steps, fact)),
-            "sha256": _bits(scores),
+            "key": json.dumps(self._key(target, fact)),
+            "layers": json.dumps(layers),
             "model": self.model_digest,
+            "model_name": self.model_name,
             "prompt": fact.prompt,
             "target": fact.target,
             "seconds": f"{seconds:.4f}",
         }
+        merged = torch.stack([by_layer[i] for i in layers]).contiguous()
         try:
-            atomic_write(self.path(target, steps, fact), save({"scores": scores}, metadata))
+            atomic_write(self.path(target, fact), save({"scores": merged}, {**metadata, "sha256": _bits(merged, metadata)}))
         except OSError as error:
             raise _unusable(self.folder, error) from error
 
@@ -112,17 +124,83 @@ class ScoreCache:
             full = OSError(errno.ENOSPC, f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")
             raise _unusable(self.folder, full) from full
 
-    @staticmethod
-    def _key(target: Target, steps: int, fact: Fact) -> list:
-        return [FORMAT, target.template, list(target.layers), steps, list(fact.ids), fact.prompt_length]
+    def _read(self, target: Target, fact: Fact) -> Entry | None:
+        path = self.path(target, fact)
+        try:
+            entry = read_entry(path)
+            if entry.scores.shape[1] != target.n_neurons:
+                raise DamagedEntry(f"{path}: its scores have shape {tuple(entry.scores.shape)}")
+        except FileNotFoundError:
+            return None
+        except DamagedEntry as error:
+            logger.warning("score cache: damaged (%s); it is computed again", error)
+            path.unlink(missing_ok=True)
+            return None
+        return entry
+
+    def _key(self, target: Target, fact: Fact) -> list:
+        return [FORMAT, target.template, self.quadrature, self.steps, list(fact.ids), fact.prompt_length]
+
+
+class DamagedEntry(ValueError):
+    """A file of the score cache that is not what was once written; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the score cache."""
+
+    scores: Tensor
+    """``(layers, d2)``"""
+    layers: list[int]
+    template: str
+    quadrature: str
+    steps: int
+    model: str
+    """Digest of the model."""
+    model_name: str
+    prompt: str
+    target: str
+    seconds: float
+
+
+def read_entry(path: Path) -> Entry:
+    """Reads and checks one file: every bit of scores and metadata, and that it lies where it belongs.
+
+    Raises DamagedEntry, or FileNotFoundError.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, scores = dict(file.metadata() or {}), file.get_tensor("scores")
+        if metadata.pop("sha256", None) != _bits(scores, metadata):
+            raise ValueError("its digest does not match")
+        key, layers = json.loads(metadata["key"]), json.loads(metadata["layers"])
+        if path.stem != _digest(key) or not metadata["model"].startswith(path.parent.name):
+            raise ValueError("it is of another fact or model")
+        if scores.ndim != 2 or len(scores) != len(layers) or not scores.isfinite().all():
+            raise ValueError(f"its scores have shape {tuple(scores.shape)} or are not finite")
+        _, template, quadrature, steps, _, _ = key
+        return Entry(
+            scores, layers, template, quadrature, steps, metadata["model"], metadata["model_name"],
+            metadata["prompt"], metadata["target"], float(metadata["seconds"]),
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise DamagedEntry(f"{path}: {error}") from error
+
+
+def entry_files(folder: str | Path | None = None) -> Iterator[Path]:
+    """The files of all entries of all models, sorted."""
+    yield from sorted(scores_folder(folder).glob("*/*.safetensors"))
 
 
 def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _bits(scores: Tensor) -> str:
-    return hashlib.sha256(scores.contiguous().numpy().tobytes()).hexdigest()
+def _bits(scores: Tensor, metadata: dict[str, str]) -> str:
+    return hashlib.sha256(scores.contiguous().numpy().tobytes() + json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def _unusable(folder: Path, error: OSError) -> OSError:

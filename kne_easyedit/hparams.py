@@ -12,9 +12,11 @@ from pathlib import Path
 import yaml
 
 from kne_easyedit.layout import check_template
+from kne_easyedit.quadrature import QUADRATURES
 
 AGGREGATIONS = ("max", "mean")
 INITIALISATIONS = ("zeros", "kaiming")
+ENGINES = ("auto", "sweep", "whole")
 
 
 @dataclass
@@ -49,8 +51,12 @@ class KNEHyperParams:
     """Ensemble file to edit instead of localising (from ``NeuronEnsemble.save``)."""
     cache_dir: str | None = None
     """Folder of the score cache; None: the user's cache folder (see README)."""
-    chunk_rows: int = 1200
-    """Path points in flight at most during attribution: bounds its memory, not its result."""
+    chunk_rows: int | None = None
+    """Path points in flight at most during attribution: bounds its memory, not its result; None: from the free memory."""
+    quadrature: str = "riemann"
+    """The sum of Eq. 5: ``riemann`` (the paper's) or ``gauss-legendre`` (nearer to the integral with fewer steps)."""
+    attribution_engine: str = "auto"
+    """``sweep``, ``whole`` (slow, for models whose layers cannot be replayed) or ``auto``: the first if it can, else the second."""
 
     # Training: Eq. 8-11
     lr: float = 5e-3
@@ -135,9 +141,12 @@ class KNEHyperParams:
         _demand(all(i >= 0 for i in self.layers), "layers", self.layers, "must be numbers of layers, from 0")
         _demand(0 < self.p <= 1, "p", self.p, "must be in (0, 1]: it is the fraction of the neurons that is kept")
         _demand(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, f"must be one of {AGGREGATIONS}")
+        _demand(self.quadrature in QUADRATURES, "quadrature", self.quadrature, f"must be one of {tuple(QUADRATURES)}")
+        _demand(self.attribution_engine in ENGINES, "attribution_engine", self.attribution_engine, f"must be one of {ENGINES}")
         _demand(self.initialization in INITIALISATIONS, "initialization", self.initialization, f"must be one of {INITIALISATIONS}")
-        for name in ("attribution_steps", "localization_size", "chunk_rows", "num_steps", "max_length", "batch_size"):
+        for name in ("attribution_steps", "localization_size", "num_steps", "max_length", "batch_size"):
             _demand(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _demand(self.chunk_rows is None or self.chunk_rows >= 1, "chunk_rows", self.chunk_rows, "must be at least 1")
         for name in ("lr", "alpha"):
             value = getattr(self, name)
             _demand(0 < value < math.inf, name, value, "must be positive and finite")

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kne_easyedit.attribution import attribute_facts
+from kne_easyedit.attribution import attribute_facts, rows_in_flight
 from kne_easyedit.batching import Fact, demand_length, encode_request
 from kne_easyedit.cache import ScoreCache
 from kne_easyedit.ensemble import NeuronEnsemble, aggregate, select_ensemble
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.layout import Target, resolve_target
+from kne_easyedit.quadrature import QUADRATURES
 from kne_easyedit.records import load_requests
+from kne_easyedit.replay import ReplayMismatch, UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ def find_ensemble(model: nn.Module, tokenizer, requests: Sequence[Mapping], hpar
     if hparams.localization_data is None:
         return localize(model, tokenizer, requests, hparams)
     settings = (
-        *hparams.target_modules, *hparams.layers, hparams.p, hparams.attribution_steps, hparams.aggregation,
+        *hparams.target_modules, *hparams.layers, hparams.p, hparams.attribution_steps, hparams.quadrature, hparams.aggregation,
         hparams.localization_data, hparams.localization_size,
     )  # fmt: skip
     found = _ENSEMBLES.setdefault(model, {})
@@ -58,27 +61,105 @@ def forget(model: nn.Module) -> None:
 def localize(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: KNEHyperParams) -> NeuronEnsemble:
     """Eq. 3-7 on ``requests``: attributes each (or reads its scores from the cache), aggregates, selects.
 
-    Interrupted at any moment, it resumes where it was: every fact is stored as soon as it is done.
+    Interrupted at any moment, it resumes where it was: scores are stored as soon as their sweep is done.
     """
-    targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
-    facts = [encode_request(tokenizer, request) for request in requests]
-    for fact in facts:
-        demand_length(fact, model.config)
-    cache = ScoreCache(hparams.cache_dir, model)
-    scores = {target.template: aggregate(score_facts(model, target, facts, hparams, cache), hparams.aggregation)[0] for target in targets}
-    seconds = sum(cache.seconds(target, hparams.attribution_steps, fact) for target in targets for fact in facts)
-    return select_ensemble(scores, hparams.p, layers=targets[0].layers, aggregation=hparams.aggregation, facts=len(facts), seconds=seconds)
+    scores = Localization(model, tokenizer, requests, hparams)
+    scores.compute()
+    return scores.ensemble()
 
 
-def score_facts(model: nn.Module, target: Target, facts: Sequence[Fact], hparams: KNEHyperParams, cache: ScoreCache) -> Iterator[Tensor]:
-    """The scores ``(layers, d2)`` of each fact in turn, with progress for those that are not in the cache."""
-    steps = hparams.attribution_steps
-    missing = sum(not cache.path(target, steps, fact).is_file() for fact in facts)
-    cache.demand_space(missing, target)
-    for fact in tqdm(facts, desc=f"localise {target.template.rsplit('.', 1)[-1]}", unit="fact", disable=not missing):
-        scores = cache.get(target, steps, fact)
-        if scores is None:
-            start = time.perf_counter()
-            scores = attribute_facts(model, target, [fact], steps, chunk_rows=hparams.chunk_rows)[0]
-            cache.put(target, steps, fact, scores, time.perf_counter() - start)
-        yield scores
+class Localization:
+    """The scores of some facts under some settings: in the cache, or computed into it.
+
+    Checks everything (facts, modules, space) when it is built, before anything is computed.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: KNEHyperParams):
+        self.model, self.hparams = model, hparams
+        self.targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
+        self.facts = [encode_request(tokenizer, request) for request in requests]
+        for fact in self.facts:
+            demand_length(fact, model.config)
+        self.cache = ScoreCache(hparams.cache_dir, model, hparams.attribution_steps, hparams.quadrature)
+
+    def compute(self) -> int:
+        """Attributes the facts whose scores are not in the cache, with progress; returns how many these were."""
+        missing = self._missing(self.facts)
+        count = sum(map(len, missing.values()))
+        for target in self.targets:
+            self.cache.demand_space(count, target)
+        with tqdm(total=count, desc="localise", unit="fact", disable=not count) as progress:
+            for layers, facts in missing.items():
+                targets = [resolve_target(self.model, t.template, some) for t, some in zip(self.targets, layers) if some]
+                for batch in self._batches(targets, facts):
+                    # Another process may have been here since.
+                    todo = self._missing(batch).get(layers, [])
+                    if todo:
+                        self._attribute(targets, todo)
+                    progress.update(len(batch))
+        return count
+
+    def scores(self, target: Target, facts: Sequence[Fact] | None = None) -> Iterator[Tensor]:
+        """The scores ``(layers, d2)`` of each fact (of all, if not given) in turn; what the cache has lost is computed again."""
+        for fact in self.facts if facts is None else facts:
+            scores = self.cache.get(target, fact)
+            if scores is None:
+                self._attribute([target], [fact])
+                scores = self.cache.get(target, fact)
+                if scores is None:
+                    raise OSError(f"score cache: {self.cache.folder} loses what is written to it; set cache_dir or KNE_CACHE")
+            yield scores
+
+    def aggregate(self, facts: Sequence[Fact] | None = None) -> dict[str, Tensor]:
+        """Template -> the aggregated scores ``(layers, d2)`` (section 4.4)."""
+        return {target.template: aggregate(self.scores(target, facts), self.hparams.aggregation)[0] for target in self.targets}
+
+    def ensemble(self, facts: Sequence[Fact] | None = None) -> NeuronEnsemble:
+        """Eq. 6-7 on all facts, or on some of them."""
+        facts = self.facts if facts is None else facts
+        seconds = sum(self.cache.seconds(target, fact) for target in self.targets for fact in facts)
+        return select_ensemble(
+            self.aggregate(facts), self.hparams.p, layers=self.targets[0].layers, aggregation=self.hparams.aggregation,
+            facts=len(facts), seconds=seconds,
+        )  # fmt: skip
+
+    def _missing(self, facts: Sequence[Fact]) -> dict[tuple, list[Fact]]:
+        """What is to be computed: missing layers of each target -> the facts, each once."""
+        found: dict[tuple, list[Fact]] = {}
+        for fact in dict.fromkeys(facts):
+            layers = tuple(self.cache.missing(target, fact) for target in self.targets)
+            if any(layers):
+                found.setdefault(layers, []).append(fact)
+        return found
+
+    def _batches(self, targets: Sequence[Target], facts: Sequence[Fact]) -> Iterator[list[Fact]]:
+        """Facts that share sweeps: of equal answer length, so that nothing is padded, and no more than fill a sweep
+        with the steps of one answer token."""
+        rows = self.hparams.chunk_rows or self._rows_in_flight(targets, facts[0])
+        paths = sum(len(target.layers) for target in targets)
+        most = max(1, rows // (paths * self.hparams.attribution_steps))
+        for _, alike in groupby(sorted(facts, key=lambda f: (len(f.answer), len(f.ids))), key=lambda f: len(f.answer)):
+            alike = list(alike)
+            yield from (alike[i : i + most] for i in range(0, len(alike), most))
+
+    def _rows_in_flight(self, targets: Sequence[Target], fact: Fact) -> int:
+        if self.hparams.attribution_engine != "whole":
+            try:
+                return rows_in_flight(self.model, targets, fact)
+            except ReplayMismatch:
+                raise
+            except UnsupportedModel:  # `attribute_facts` says so
+                pass
+        return 1
+
+    def _attribute(self, targets: Sequence[Target], facts: Sequence[Fact]) -> None:
+        start = time.perf_counter()
+        hparams = self.hparams
+        found = attribute_facts(
+            self.model, targets, facts, hparams.attribution_steps, chunk_rows=hparams.chunk_rows,
+            quadrature=QUADRATURES[hparams.quadrature], engine=hparams.attribution_engine,
+        )  # fmt: skip
+        seconds = (time.perf_counter() - start) / (len(targets) * len(facts))
+        for target, of_target in zip(targets, found):
+            for fact, scores in zip(facts, of_target):
+                self.cache.put(target, fact, scores, seconds)

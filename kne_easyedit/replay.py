@@ -6,14 +6,14 @@ through a layer as queries that see the clean prefix and themselves, and nothing
 model's own modules, called with the arguments they got in the clean pass; only their attention is exchanged,
 through transformers' ``AttentionInterface`` (or the ``_attn`` method of the older, eager-only models).
 
-Nothing is trusted: `Replay.check` runs the clean hidden states through every layer and through the output
-head and compares with what the model computed itself.
+Nothing is trusted: `sweep.Sweep` first runs the clean hidden states through every layer and through the output
+head and compares with what the model computed itself (`Replay.demand_equal`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit.batching import Batch
-from kne_easyedit.layout import Target, device_of
+from kne_easyedit.layout import device_of
 
 ATTENTION_NAME = "kne_shared_prefix"
 
@@ -95,6 +95,10 @@ class UnsupportedModel(NotImplementedError):
     """The layers of this model cannot be replayed; the message says why."""
 
 
+class ReplayMismatch(UnsupportedModel):
+    """They can, but give something else than the model itself: the self-check's verdict."""
+
+
 @dataclass
 class Clean:
     """What the clean pass leaves behind. ``facts`` is the batch, ``s`` the longest answer."""
@@ -103,8 +107,8 @@ class Clean:
     """``(facts, s)`` predicting positions; a shorter answer repeats its last."""
     inputs: list[Tensor]
     """Hidden state that enters each layer at the positions: ``(facts, s, hidden)``; last entry: that leaves the last."""
-    neurons: dict[int, Tensor]
-    """Layer -> the target module's output ``w`` at the positions, ``(facts, s, d2)``."""
+    neurons: dict[str, Tensor]
+    """Module name -> its output ``w`` at the positions, ``(facts, s, d2)``."""
     logits: Tensor
     """``(facts, s, vocabulary)``."""
 
@@ -112,13 +116,12 @@ class Clean:
 class Replay:
     """Runs rows through single decoder layers of ``model``. Use as a context manager, in evaluation mode."""
 
-    def __init__(self, model: nn.Module, target: Target):
+    def __init__(self, model: nn.Module, layers_path: str):
         self.model = model
-        self.target = target
-        self.layers: Sequence[nn.Module] = model.get_submodule(target.layers_path)
+        self.layers: Sequence[nn.Module] = model.get_submodule(layers_path)
         self._arguments: list[dict] = []
         self._cache = None
-        self._tail: list[nn.Module] = []
+        self._values: list[int] = []
 
     def __enter__(self) -> Replay:
         from transformers import AttentionInterface
@@ -130,23 +133,22 @@ class Replay:
         self._arguments, self._cache = [], None
 
     @torch.no_grad()
-    def clean_pass(self, batch: Batch, positions: Tensor) -> Clean:
-        """One ordinary forward pass of a right-padded batch, keeping what the replay needs."""
+    def clean_pass(self, batch: Batch, positions: Tensor, modules: Mapping[str, nn.Module]) -> Clean:
+        """One ordinary forward pass of a right-padded batch, keeping what the replay needs, and what ``modules`` give."""
         from transformers import DynamicCache
 
+        if "past_key_values" not in inspect.signature(self.model.forward).parameters:
+            raise UnsupportedModel(f"{type(self.model).__name__} keeps no keys and values of earlier positions")
         device = device_of(self.model)
         positions = positions.to(device)
         captured: dict[int, dict] = {}
-        neurons: dict[int, Tensor] = {}
-        tail: list[nn.Module] = []
+        outputs: dict[int | str, Tensor | tuple] = {}
         with ExitStack() as hooks:
             for i, layer in enumerate(self.layers):
                 hooks.callback(layer.register_forward_pre_hook(_capture_arguments(captured, i), with_kwargs=True).remove)
-            for i, module in zip(self.target.layers, self.target.modules):
-                hooks.callback(module.register_forward_hook(capture_output(neurons, i)).remove)
-            hooks.callback(self.layers[-1].register_forward_hook(capture_output(captured, len(self.layers))).remove)
-            for module in self._after_layers():
-                hooks.callback(module.register_forward_hook(_record_call(tail, captured, len(self.layers))).remove)
+                hooks.callback(layer.register_forward_hook(capture_output(outputs, i)).remove)
+            for name, module in modules.items():
+                hooks.callback(module.register_forward_hook(capture_output(outputs, name)).remove)
             self._cache = DynamicCache()
             out = self.model(
                 input_ids=batch.input_ids.to(device),
@@ -158,13 +160,15 @@ class Replay:
             raise UnsupportedModel(
                 f"{type(self.model).__name__}: layer {len(self._cache.layers)} keeps no keys and values; its prefix cannot be shared"
             )
-        self._tail = tail
         self._arguments = [captured[i] for i in range(len(self.layers))]
-        hidden = [arguments.pop("hidden") for arguments in self._arguments] + [captured[len(self.layers)]]
+        self._values = [len(outputs[i]) if isinstance(outputs[i], tuple) else 0 for i in range(len(self.layers))]
+        hidden = [arguments.pop("hidden") for arguments in self._arguments] + [_first(outputs[len(self.layers) - 1])]
+        facts = len(positions)
         return Clean(
             positions,
             [gather(h, positions) for h in hidden],
-            {i: gather(w, positions) for i, w in neurons.items()},
+            # Some layers fold facts and positions into one dimension around their MLP.
+            {name: gather(_first(outputs[name]).reshape(facts, hidden[0].shape[1], -1), positions) for name in modules},
             gather(out.logits, positions),
         )
 
@@ -183,42 +187,71 @@ class Replay:
                 f"{type(self.model).__name__}: the attention of layer {index} ({type(self.layers[index]).__name__}) uses "
                 f"neither transformers' AttentionInterface nor an _attn method, so its prefix cannot be shared"
             )
-        return out[0] if isinstance(out, tuple) else out
+        return _first(out)
 
-    def tail(self, hidden: Tensor) -> Tensor:
-        """Final norm and output head: ``(..., d)`` -> logits ``(..., vocabulary)``."""
-        for module in self._tail:
-            hidden = module(hidden.to(next(module.parameters()).device))
-        return hidden
+    def head(self, hidden: Tensor) -> Tensor:
+        """All that comes after the layers: ``(rows, d)`` -> logits ``(rows, vocabulary)``.
 
-    @torch.no_grad()
-    def check(self, clean: Clean) -> None:
-        """Raises UnsupportedModel unless replayed clean states equal the model's own, layer by layer."""
-        for i in range(len(self.layers)):
-            _compare(self.layer(i, clean.inputs[i], clean.positions), clean.inputs[i + 1], self.model, f"layer {i}")
-        _compare(self.tail(clean.inputs[-1]), clean.logits, self.model, "the output head")
+        The model itself runs, its layers only hand on ``hidden``: norm, output head, and whatever a model does
+        to its logits then are its own.
+        """
+        embeddings = self.model.get_input_embeddings().weight
+        before = [layer.__dict__.get("forward") for layer in self.layers]
+        try:
+            for layer, values in zip(self.layers, self._values):
+                layer.forward = _constant((hidden[:, None], *[None] * (values - 1)) if values else hidden[:, None])
+            return self.model(inputs_embeds=embeddings.new_zeros(len(hidden), 1, embeddings.shape[1]), use_cache=False).logits[:, 0]
+        finally:
+            for layer, own in zip(self.layers, before):
+                if own is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.forward = own
+
+    def demand_equal(self, replayed: Tensor, own: Tensor, where: str) -> None:
+        """The self-check: raises ReplayMismatch unless a replayed clean state equals the model's ``own``."""
+        own = own.to(replayed.device)
+        # Some models compute attention in float32 whatever their dtype; half precision rounds in another order.
+        epsilon = max(torch.finfo(own.dtype).eps, torch.finfo(torch.float32).eps)
+        scale = own.abs().max().float()
+        model = type(self.model).__name__
+        if not scale.isfinite():
+            raise FloatingPointError(f"{model}: {where} gives values that are not finite; load the model in float32 or bfloat16")
+        difference = (replayed - own).abs().max().float()
+        if not difference <= min(200 * epsilon, 0.05) * scale:  # 200 roundings of bfloat16 would let anything pass
+            raise ReplayMismatch(
+                f"{model}: replaying {where} gives another result than the model itself (difference {difference:.2e}, largest "
+                f"value {scale:.2e}); scores would be wrong, so none are computed. attribution_engine: whole runs the whole "
+                f"model instead, which is slow"
+            )
 
     def _at(self, index: int, positions: Tensor) -> dict:
         """The layer's arguments of the clean pass, as they are for rows at ``positions``."""
         return {name: _for_rows(name, value, positions, self.model) for name, value in self._arguments[index].items()}
 
-    def _after_layers(self) -> Iterator[nn.Module]:
-        """Modules with weights beside the decoder layers, outermost ones: among them the final norm and the head."""
-        path = self.target.layers_path
-        parents = [path.rsplit(".", i)[0] for i in range(1, path.count(".") + 1)] + [""]
-        for parent in parents:
-            for name, child in self.model.get_submodule(parent).named_children():
-                full = f"{parent}.{name}" if parent else name
-                if full != path and full not in parents and next(child.parameters(), None) is not None:
-                    yield child
-
 
 @contextmanager
-def replaced_output(module: nn.Module, keep: int, rows: Tensor) -> Iterator[None]:
-    """Inside, ``module`` computes its first ``keep`` rows only, and ``rows`` ``(facts, n, d2)`` take the others' place."""
+def replaced_output(module: nn.Module, start: int, rows: Tensor) -> Iterator[None]:
+    """Inside, ``rows`` ``(facts, n, d2)`` take the place of what ``module`` gives for rows ``start..start+n``.
+
+    These rows are not even computed. The module may be called with facts and rows folded into one dimension.
+    """
+    facts, stop = len(rows), start + rows.shape[1]
+    folded = False
+
+    def without(_, args):
+        nonlocal folded
+        folded = args[0].ndim == 2
+        x = args[0].reshape(facts, -1, args[0].shape[-1])
+        return (x[:, :start] if stop >= x.shape[1] else torch.cat([x[:, :start], x[:, stop:]], 1)), *args[1:]
+
+    def together(_, args, out):
+        out = torch.cat([out[:, :start], rows.to(out.device), out[:, start:]], 1)
+        return out.flatten(0, 1) if folded else out
+
     with ExitStack() as hooks:
-        hooks.callback(module.register_forward_pre_hook(lambda _, args: (args[0][:, :keep], *args[1:])).remove)
-        hooks.callback(module.register_forward_hook(lambda _, args, out: torch.cat([out, rows.to(out.device)], 1)).remove)
+        hooks.callback(module.register_forward_pre_hook(without).remove)
+        hooks.callback(module.register_forward_hook(together).remove)
         yield
 
 
@@ -261,21 +294,21 @@ def _capture_arguments(into: dict, index: int):
     return hook
 
 
-def capture_output(into: dict, index: int):
-    """A forward hook that puts the module's output into ``into[index]``."""
+def capture_output(into: dict, key):
+    """A forward hook that puts what the module gives into ``into[key]``."""
 
     def hook(module, args, out):
-        into[index] = out[0] if isinstance(out, tuple) else out
+        into[key] = out
 
     return hook
 
 
-def _record_call(calls: list, captured: dict, after: int):
-    def hook(module, args, out):
-        if after in captured:  # the last layer has run
-            calls.append(module)
+def _first(out: Tensor | tuple) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
 
-    return hook
+
+def _constant(value):
+    return lambda *args, **kwargs: value
 
 
 def _for_rows(name: str, value, positions: Tensor, model: nn.Module):
@@ -291,18 +324,3 @@ def _for_rows(name: str, value, positions: Tensor, model: nn.Module):
         if value.ndim == 2:  # position ids
             return value.to(positions.device).expand(facts, -1).gather(1, positions)
     raise UnsupportedModel(f"{type(model).__name__}: unknown argument {name!r} ({type(value).__name__}) of the decoder layers")
-
-
-def _compare(replayed: Tensor, own: Tensor, model: nn.Module, where: str) -> None:
-    own = own.to(replayed.device)
-    # Some models compute attention in float32 whatever their dtype; half precision rounds in another order.
-    epsilon = max(torch.finfo(own.dtype).eps, torch.finfo(torch.float32).eps)
-    scale = own.abs().max().float()
-    if not scale.isfinite():
-        raise FloatingPointError(f"{type(model).__name__}: {where} gives values that are not finite; load the model in float32 or bfloat16")
-    difference = (replayed - own).abs().max().float()
-    if not difference <= min(200 * epsilon, 0.05) * scale:  # 200 roundings of bfloat16 would let anything pass
-        raise UnsupportedModel(
-            f"{type(model).__name__}: replaying {where} gives another result than the model itself (difference "
-            f"{difference:.2e}, largest value {scale:.2e}); scores would be wrong, so none are computed"
-        )

@@ -23,10 +23,11 @@ from reference import answer_probability, literal_attribution, neuron_value
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from kne_easyedit import replay
-from kne_easyedit.attribution import attribute, attribute_facts, riemann
+from kne_easyedit.attribution import attribute, attribute_facts
 from kne_easyedit.batching import encode
 from kne_easyedit.layout import resolve_target
-from kne_easyedit.replay import UnsupportedModel
+from kne_easyedit.quadrature import riemann
+from kne_easyedit.replay import ReplayMismatch, UnsupportedModel
 from kne_easyedit.state import undisturbed
 
 STEPS = 6
@@ -91,9 +92,9 @@ class TestLiteralReference:
         one_more = literal_attribution(family.model, tokenizer, *SPELLED, family.down, STEPS + 1)
         shorter = literal_attribution(family.model, tokenizer, SPELLED[0], SPELLED[1][:-1], family.down, STEPS)
         left = attribute_facts(
-            family.model, all_layers(family.model, family.down), [encode(tokenizer, *SPELLED)], STEPS,
+            family.model, [all_layers(family.model, family.down)], [encode(tokenizer, *SPELLED)], STEPS,
             quadrature=lambda m: (riemann(m)[0] - 1 / m, riemann(m)[1]),
-        )[0]  # fmt: skip
+        )[0][0]  # fmt: skip
         for wrong in (one_more, shorter, left):
             assert difference(wrong, right)[1] > 1e-3
 
@@ -120,12 +121,9 @@ class TestOtherFamilies:
     def test_gpt2_and_its_transposed_weights(self, tokenizer, template):
         self.check(make_gpt2(seed=1), tokenizer, template)
 
-    def test_softcapped_attention(self, tokenizer):
-        self.check(self.gemma(final_logit_softcapping=None), tokenizer, LLAMA_DOWN)
-
-    def test_a_function_behind_the_head_is_refused(self, tokenizer):
-        with pytest.raises(UnsupportedModel, match="the output head"):
-            attribute(self.gemma(), tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    def test_softcapped_attention_and_logits(self, tokenizer, softcap):
+        self.check(self.gemma(final_logit_softcapping=softcap), tokenizer, LLAMA_DOWN)
 
     def gemma(self, **changes):
         config = Gemma2Config(**self.CONFIG, sliding_window=4, attn_implementation="eager", **changes)
@@ -160,14 +158,14 @@ class TestBatching:
         """Prompts and answers of different lengths: neither padding nor the other facts count."""
         target = all_layers(family.model, getattr(family, role))
         assert len({len(fact.ids) for fact in facts}) == len({len(fact.answer) for fact in facts}) == len(facts)
-        together = attribute_facts(family.model, target, facts, STEPS, chunk_rows=chunk_rows)
+        together = attribute_facts(family.model, [target], facts, STEPS, chunk_rows=chunk_rows)[0]
         for fact, scores in zip(facts, together, strict=True):
-            alone = attribute_facts(family.model, target, [fact], STEPS)[0]
+            alone = attribute_facts(family.model, [target], [fact], STEPS)[0][0]
             assert max(difference(scores, alone)) < 1e-12
 
     def test_facts_differ(self, family, facts):
         """Converse: mixing up two facts of a batch would show."""
-        scores = attribute_facts(family.model, all_layers(family.model, family.down), facts, STEPS)
+        scores = attribute_facts(family.model, [all_layers(family.model, family.down)], facts, STEPS)[0]
         for one, other in ((0, 1), (1, 2), (0, 2)):
             assert difference(scores[one], scores[other])[1] > 0.1
 
@@ -321,7 +319,7 @@ class TestSelfCheck:
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda hidden: own(mix(hidden)))
         before = fingerprint(model)
-        with pytest.raises(UnsupportedModel, match="replaying layer 2"):
+        with pytest.raises(ReplayMismatch, match="replaying layer 2"):
             attribute(model, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
         assert fingerprint(model) == before
 
@@ -333,7 +331,7 @@ class TestSelfCheck:
 
         monkeypatch.setattr(llama.model.layers[layer], "self_attn", Averaging())
         with pytest.raises(UnsupportedModel, match=f"layer {layer} .* prefix cannot be shared"):
-            attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
+            attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS, engine="sweep")
 
     def test_unknown_arguments_are_refused(self, llama, tokenizer, monkeypatch):
         layer = llama.model.layers[1]
@@ -344,7 +342,7 @@ class TestSelfCheck:
             type(layer), "__call__", lambda self, *a, **k: own(self, *a, **k, **({"extra": extra} if self is layer else {}))
         )
         with pytest.raises(UnsupportedModel, match="unknown argument 'extra'"):
-            attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
+            attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS, engine="sweep")
 
     @staticmethod
     def with_extra(forward):
@@ -374,7 +372,7 @@ class TestPrecision:
         target = all_layers(llama)
         spoilt = lambda m: (riemann(m)[0], riemann(m)[1] * float("nan"))  # noqa: E731
         with pytest.raises(FloatingPointError, match="France is' -> 'Rome' is not finite"):
-            attribute_facts(llama, target, facts, STEPS, quadrature=spoilt)
+            attribute_facts(llama, [target], facts, STEPS, quadrature=spoilt)
 
     @pytest.mark.parametrize(("make", "template"), [(make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN)])
     @pytest.mark.parametrize("fact", FACTS)

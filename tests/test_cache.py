@@ -28,7 +28,7 @@ def target(llama):
 
 @pytest.fixture
 def cache(llama, tmp_path):
-    return ScoreCache(tmp_path, llama)
+    return ScoreCache(tmp_path, llama, STEPS)
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def scores(llama):
 @pytest.fixture
 def stored(cache, target, facts, scores):
     """The file of one entry."""
-    cache.put(target, STEPS, facts[0], scores)
-    return cache.path(target, STEPS, facts[0])
+    cache.put(target, facts[0], scores)
+    return cache.path(target, facts[0])
 
 
 @pytest.fixture
@@ -59,36 +59,36 @@ class TestEntries:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_found_again_bit_by_bit(self, cache, target, facts, scores, dtype):
         scores = scores.to(dtype) / 3
-        assert cache.get(target, STEPS, facts[0]) is None
-        cache.put(target, STEPS, facts[0], scores)
-        found = cache.get(target, STEPS, facts[0])
+        assert cache.get(target, facts[0]) is None
+        cache.put(target, facts[0], scores)
+        found = cache.get(target, facts[0])
         assert found.dtype == dtype and torch.equal(found, scores)
 
     def test_of_other_facts_stay_apart(self, cache, target, facts, scores):
         for i, fact in enumerate(facts):
-            cache.put(target, STEPS, fact, scores + i)
-        assert [torch.equal(cache.get(target, STEPS, fact), scores + i) for i, fact in enumerate(facts)] == [True] * 3
+            cache.put(target, fact, scores + i)
+        assert [torch.equal(cache.get(target, fact), scores + i) for i, fact in enumerate(facts)] == [True] * 3
 
     def test_remember_how_long_they_took(self, cache, target, facts, scores):
-        cache.put(target, STEPS, facts[0], scores, seconds=12.5)
-        assert cache.seconds(target, STEPS, facts[0]) == 12.5
+        cache.put(target, facts[0], scores, seconds=12.5)
+        assert cache.seconds(target, facts[0]) == 12.5
 
     def test_a_view_is_stored_as_it_is(self, cache, target, facts, scores):
         wide = torch.stack([scores, -scores], -1)[..., 1]
-        cache.put(target, STEPS, facts[0], wide)
-        assert torch.equal(cache.get(target, STEPS, facts[0]), -scores)
+        cache.put(target, facts[0], wide)
+        assert torch.equal(cache.get(target, facts[0]), -scores)
 
     def test_lie_in_the_users_cache_by_default(self, llama, target, facts, scores):
-        cache = ScoreCache(None, llama)
-        cache.put(target, STEPS, facts[0], scores)
-        assert files(paths.cache_home()) == [cache.path(target, STEPS, facts[0])]
+        cache = ScoreCache(None, llama, STEPS)
+        cache.put(target, facts[0], scores)
+        assert files(paths.cache_home()) == [cache.path(target, facts[0])]
 
     def test_asking_creates_nothing(self, cache, target, facts, tmp_path):
-        cache.get(target, STEPS, facts[0])
+        cache.get(target, facts[0])
         assert list(tmp_path.iterdir()) == []
 
     def test_are_shared_by_equal_models(self, stored, tmp_path, target, facts, scores):
-        assert torch.equal(ScoreCache(tmp_path, make_llama()).get(target, STEPS, facts[0]), scores)
+        assert torch.equal(ScoreCache(tmp_path, make_llama(), STEPS).get(target, facts[0]), scores)
 
 
 class TestKey:
@@ -112,7 +112,7 @@ class TestKey:
 
     def test_the_text_does_not_matter_beside_the_tokens(self, cache, stored, target, facts):
         fact = Fact("another prompt", "another target", facts[0].ids, facts[0].prompt_length)
-        assert cache.get(target, STEPS, fact) is not None
+        assert cache.get(target, fact) is not None
 
     def test_one_bit_of_one_weight(self, llama):
         before = model_digest(llama)
@@ -171,7 +171,7 @@ class TestDamaged:
     def reported(self, cache, target, facts, stored, caplog):
         def check(reason=""):
             with caplog.at_level(logging.WARNING):
-                assert cache.get(target, STEPS, facts[0]) is None
+                assert cache.get(target, facts[0]) is None
             assert f"score cache: {stored} is damaged" in caplog.text and "computed again" in caplog.text
             assert reason in caplog.text
             assert not stored.exists()
@@ -193,8 +193,8 @@ class TestDamaged:
         reported()
 
     def test_of_another_fact(self, stored, reported, cache, target, facts, scores):
-        cache.put(target, STEPS, facts[1], scores)
-        shutil.copy(cache.path(target, STEPS, facts[1]), stored)
+        cache.put(target, facts[1], scores)
+        shutil.copy(cache.path(target, facts[1]), stored)
         reported("it is of another fact")
 
     def test_one_bit_of_the_scores(self, stored, reported):
@@ -204,11 +204,11 @@ class TestDamaged:
         reported("its digest does not match")
 
     def test_of_another_shape(self, reported, cache, target, facts, scores):
-        cache.put(target, STEPS, facts[0], scores[:3])
+        cache.put(target, facts[0], scores[:3])
         reported("shape (3, 24)")
 
     def test_not_finite(self, reported, cache, target, facts, scores):
-        cache.put(target, STEPS, facts[0], scores * float("nan"))
+        cache.put(target, facts[0], scores * float("nan"))
         reported("not finite")
 
     def test_any_single_bit(self, cache, target, facts, stored, scores, caplog):
@@ -220,16 +220,16 @@ class TestDamaged:
             damaged = bytearray(content)
             damaged[at] ^= 1 << at % 8
             stored.write_bytes(damaged)
-            found = cache.get(target, STEPS, facts[0])
+            found = cache.get(target, facts[0])
             assert found is None or torch.equal(found, scores) and found.dtype == scores.dtype
-            assert found is None or cache.seconds(target, STEPS, facts[0]) >= 0
+            assert found is None or cache.seconds(target, facts[0]) >= 0
             refused += found is None
         assert refused > scores.numel() * 4, "at least every bit of the scores counts"
 
     def test_is_computed_again_and_replaced(self, llama, tmp_path, facts, target, caplog, attributed):
         hparams = tiny_hparams(cache_dir=str(tmp_path))
         first = list(self.run(llama, target, facts, hparams))
-        path = ScoreCache(tmp_path, llama).path(target, STEPS, facts[1])
+        path = ScoreCache(tmp_path, llama, STEPS).path(target, facts[1])
         good = path.read_bytes()
         path.write_bytes(good[:-3])
         with caplog.at_level(logging.WARNING):
@@ -250,21 +250,21 @@ class TestWriting:
     def test_an_exception_leaves_no_entry(self, cache, target, facts, scores, tmp_path, monkeypatch, step, error):
         monkeypatch.setattr(paths.os, step, failing(getattr(paths.os, step), 1, error))
         with pytest.raises(type(error)):
-            cache.put(target, STEPS, facts[0], scores)
+            cache.put(target, facts[0], scores)
         assert files(tmp_path) == []
-        assert cache.get(target, STEPS, facts[0]) is None
+        assert cache.get(target, facts[0]) is None
 
     def test_an_exception_leaves_an_older_entry(self, cache, target, facts, scores, stored, monkeypatch):
         monkeypatch.setattr(paths.os, "replace", failing(paths.os.replace, 1, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            cache.put(target, STEPS, facts[0], -scores)
-        assert torch.equal(cache.get(target, STEPS, facts[0]), scores)
+            cache.put(target, facts[0], -scores)
+        assert torch.equal(cache.get(target, facts[0]), scores)
 
     def test_no_space_while_writing(self, cache, target, facts, scores, monkeypatch, tmp_path):
         full = OSError(errno.ENOSPC, "No space left on device")
         monkeypatch.setattr(cache_module, "atomic_write", failing(None, 1, full))
         with pytest.raises(OSError, match="No space left on device.*free some space, or set cache_dir or KNE_CACHE") as caught:
-            cache.put(target, STEPS, facts[0], scores)
+            cache.put(target, facts[0], scores)
         assert caught.value.errno == errno.ENOSPC
         assert str(cache.folder) in str(caught.value)
 
