@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kne_easyedit.batching import Fact, encode
 from kne_easyedit.hparams import ENGINES
 from kne_easyedit.layout import Target, resolve_target
-from kne_easyedit.memory import free_memory
+from kne_easyedit.machine import free_memory
 from kne_easyedit.products import FastProducts
 from kne_easyedit.quadrature import Quadrature, riemann
 from kne_easyedit.replay import Replay, ReplayMismatch, UnsupportedModel

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from kne_easyedit import bridge
 from kne_easyedit.cache import model_digest
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.localization import find_ensemble
+from kne_easyedit.machine import environment
 from kne_easyedit.paths import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -134,23 +134,6 @@ def summarize(lines: Sequence[dict]) -> dict[str, float | None]:
     }
     figures = {name: None if value is None else 100 * value for name, value in figures.items()}
     return {**figures, "seconds_per_edit": _mean(line["seconds"] for line in lines), "records": len(lines)}
-
-
-def environment(model: nn.Module) -> dict[str, object]:
-    """Versions and machine: what a figure depends on beside the settings."""
-    import peft
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "device": str(next(model.parameters()).device),
-        "dtype": str(next(model.parameters()).dtype),
-    }
 
 
 def _localize(job: Run) -> tuple[dict, NeuronEnsemble | None]:

@@ -172,9 +172,12 @@ def read_entry(path: Path) -> Entry:
     try:
         with safe_open(path, framework="pt") as file:
             metadata, scores = dict(file.metadata() or {}), file.get_tensor("scores")
+        key = json.loads(metadata["key"])
+        if key[0] != FORMAT:
+            raise ValueError(f"it was written by another version ({key[0]})")
         if metadata.pop("sha256", None) != _bits(scores, metadata):
             raise ValueError("its digest does not match")
-        key, layers = json.loads(metadata["key"]), json.loads(metadata["layers"])
+        layers = json.loads(metadata["layers"])
         if path.stem != _digest(key) or not metadata["model"].startswith(path.parent.name):
             raise ValueError("it is of another fact or model")
         if scores.ndim != 2 or len(scores) != len(layers) or not scores.isfinite().all():

@@ -63,6 +63,14 @@ class NeuronEnsemble:
             for template, found in self.neurons.items()
         }
 
+    def overlap(self, other: NeuronEnsemble) -> float:
+        """Share of neurons that two ensembles have in common: shared ones over the mean size (Dice), in [0, 1]."""
+        return 2 * len(self.members() & other.members()) / (self.size + other.size)
+
+    def members(self) -> set[tuple[str, int, int]]:
+        """Every neuron as (template, layer, row)."""
+        return {(template, layer, row) for template, layers in self.neurons.items() for layer, rows in layers.items() for row in rows}
+
     def targets(self, model: nn.Module) -> dict[str, tuple[Target, list[tuple[int, ...]]]]:
         """Template -> its modules in ``model`` and the rows of each.
 

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.paths import atomic_write
 
-INK, ACCENT, GRID = "#222222", "#1f6f8b", "#dddddd"
+if TYPE_CHECKING:
+    from kne_easyedit.explain import Explanation
+
+INK, ACCENT, DARK, GRID = "#222222", "#1f6f8b", "#0b3c4d", "#dddddd"
+LABELS = 40
+"""Most facts that are named beside their row."""
 
 
-def draw_ensemble(ensemble: NeuronEnsemble, path: str | Path, title: str = "") -> None:
+def draw_ensemble(
+    ensemble: NeuronEnsemble, path: str | Path, title: str = "", halves: tuple[NeuronEnsemble, NeuronEnsemble] | None = None
+) -> None:
     """Which neurons of which layers were chosen: one row of panels a module type, written as PNG.
 
-    Left, every neuron of the ensemble as a stroke at its index; right, how many each layer has.
+    Left, every neuron of the ensemble as a stroke at its index; right, how many each layer has, and (dark) how
+    many of them the ensembles of two ``halves`` of the facts both have.
     Raises ImportError with the way out if matplotlib is missing.
     """
-    import io
-
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'kne_easyedit[plots]'") from error
-
+    figure_of = _figure()
     counts = ensemble.counts()
     layers = max(len(found) for found in counts.values())
-    figure = Figure(figsize=(11, len(counts) * max(3.2, 0.17 * layers + 1.4)), layout="constrained")
+    figure = figure_of(figsize=(11, len(counts) * max(3.2, 0.17 * layers + 1.4)), layout="constrained")
     axes = figure.subplots(len(counts), 2, squeeze=False, width_ratios=[3, 1])
+    shared = halves[0].members() & halves[1].members() & ensemble.members() if halves else set()
     for (template, found), (where, how_many) in zip(counts.items(), axes):
         numbers, width = list(found), ensemble.widths[template]
         rows = [ensemble.neurons[template].get(layer, ()) for layer in numbers]
@@ -34,6 +39,10 @@ def draw_ensemble(ensemble: NeuronEnsemble, path: str | Path, title: str = "") -
         where.set(xlim=(-1, width), xlabel=f"neuron (of {width})", ylabel="layer", title=f"{template}: {sum(found.values())} neurons")
         bars = how_many.barh(numbers, found.values(), color=ACCENT, height=0.8)
         how_many.bar_label(bars, labels=[n or "" for n in found.values()], padding=2, fontsize=7, color=INK)
+        if halves:
+            stable = [sum((template, layer, row) in shared for row in ensemble.neurons[template].get(layer, ())) for layer in numbers]
+            how_many.barh(numbers, stable, color=DARK, height=0.8, label="of both halves of the facts")
+            how_many.legend(loc="lower right", fontsize=7, frameon=False)
         how_many.set(xlabel="neurons", title="per layer")
         how_many.margins(x=0.15)
         for axis in (where, how_many):
@@ -42,8 +51,54 @@ def draw_ensemble(ensemble: NeuronEnsemble, path: str | Path, title: str = "") -
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_axisbelow(True)
             axis.grid(axis="y", color=GRID, linewidth=0.6)
+    _write(figure, path, title)
+
+
+def draw_explanation(found: Explanation, path: str | Path, title: str = "") -> None:
+    """Facts by layers (how many neurons each has where), and facts by facts (which share of neurons they share), as PNG."""
+    figure_of = _figure()
+    templates = list(found.ensembles[0].counts())
+    n = len(found.facts)
+    names = [f"{_cut(f'{fact.prompt} -> {fact.target}')}  [{i}]" for i, fact in enumerate(found.facts)]
+    panels = len(templates) + (n > 1)
+    figure = figure_of(figsize=(5 + 4.6 * panels, max(2.6, 0.24 * n + 2.0)), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axis, template in zip(axes, templates):
+        counts = [list(ensemble.counts().get(template, {}).values()) for ensemble in found.ensembles]
+        layers = list(found.ensembles[0].counts()[template])
+        image = axis.imshow(counts, aspect="auto", cmap="GnBu", interpolation="nearest")
+        axis.set(xlabel="layer", title=template)
+        step = max(1, len(layers) // 10)
+        axis.set_xticks(range(0, len(layers), step), layers[::step])
+        figure.colorbar(image, ax=axis, label="neurons of the fact", shrink=0.8)
+    if n > 1:
+        shares = [[float("nan") if i == j else share for j, share in enumerate(row)] for i, row in enumerate(found.collisions())]
+        image = axes[-1].imshow(shares, aspect="auto", cmap="OrRd", interpolation="nearest", vmin=0)
+        axes[-1].set(title="collisions", xlabel="... that this fact has, too")
+        axes[-1].set_xticks(range(0, n, max(1, n // 20)))
+        figure.colorbar(image, ax=axes[-1], label="share of the row's neurons", shrink=0.8)
+    for axis in axes:
+        axis.set_yticks([])
+    if n <= LABELS:
+        axes[0].set_yticks(range(n), names, fontsize=7)
+    _write(figure, path, title)
+
+
+def _figure():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'kne_easyedit[plots]'") from error
+    return Figure
+
+
+def _write(figure, path: str | Path, title: str) -> None:
     if title:
         figure.suptitle(title, color=INK)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
     atomic_write(Path(path), image.getvalue())
+
+
+def _cut(text: str, length: int = 56) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -25,10 +25,10 @@ from reference import literal_attribution  # noqa: E402
 
 from kne_easyedit.attribution import attribute_facts  # noqa: E402
 from kne_easyedit.batching import Fact, encode  # noqa: E402
-from kne_easyedit.benchmark import environment  # noqa: E402
+from kne_easyedit.machine import environment  # noqa: E402
 from kne_easyedit.hparams import KNEHyperParams  # noqa: E402
 from kne_easyedit.layout import Target, is_linear, resolve_target, rows  # noqa: E402
-from kne_easyedit.memory import keep_large_blocks  # noqa: E402
+from kne_easyedit.machine import keep_large_blocks  # noqa: E402
 from kne_easyedit.models import load_model  # noqa: E402
 from kne_easyedit.paths import atomic_write  # noqa: E402
 

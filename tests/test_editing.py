@@ -351,12 +351,12 @@ class TestBadInput:
 
     def test_empty_ensemble(self, refused, monkeypatch):
         real = localization.attribute_facts
-        monkeypatch.setattr(localization, "attribute_facts", lambda *a, **k: -real(*a, **k).abs())
+        monkeypatch.setattr(localization, "attribute_facts", lambda *a, **k: [-scores.abs() for scores in real(*a, **k)])
         refused([REQUEST], "ensemble: empty, there is nothing to train; raise p or localise on other facts")
 
     def test_scores_that_are_not_finite(self, refused, monkeypatch):
-        real = localization.attribute_facts
-        monkeypatch.setattr(localization, "attribute_facts", lambda *a, **k: real(*a, **k) * float("nan"))
+        spoilt = {LLAMA_DOWN: torch.full((4, 24), float("nan"))}
+        monkeypatch.setattr(localization.Localization, "aggregate", lambda self, facts=None: spoilt)
         refused([REQUEST], "scores: .*down_proj are not finite", error=FloatingPointError)
 
     def test_loss_that_is_not_finite(self, refused):

@@ -1,50 +1,24 @@
-"""The command ``kne``."""
+"""``kne demo`` and ``kne run``: edit records with several methods through EasyEdit, and compare."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import logging
-import sys
-from importlib.resources import files
 from pathlib import Path
 
-from kne_easyedit.memory import keep_large_blocks
+from kne_easyedit.cli.common import SHIPPED, positive, shipped
 
 DEMO_RECORDS = 8
-SHIPPED = "smollm2-135m"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 bad input, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
-    keep_large_blocks()
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        return arguments.command(arguments)
-    except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
-        if arguments.verbose:
-            raise
-        print(f"kne: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("kne: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kne", description="KNE (Knowledge Neuronal Ensemble) model editing on EasyEdit.")
-    parser.add_argument("-v", "--verbose", action="store_true", help="more messages, full tracebacks")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
+def add_commands(commands) -> None:
     demo = commands.add_parser("demo", help="localise on packaged facts, edit others with KNE and FT, show the table")
-    demo.add_argument("--records", type=_positive, default=DEMO_RECORDS, help="facts to edit (default %(default)s)")
+    demo.add_argument("--records", type=positive, default=DEMO_RECORDS, help="facts to edit (default %(default)s)")
     demo.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder of the results (default %(default)s)")
-    demo.set_defaults(command=_demo, verbose=False)
+    demo.set_defaults(command=_demo)
 
     job = commands.add_parser("run", help="the same on a KnowEdit file and with hyperparameters of your own")
     job.add_argument("--data", required=True, help="KnowEdit file, or 'embedded'")
-    job.add_argument("--records", type=_positive, default=None, help="number of records (default: all)")
+    job.add_argument("--records", type=positive, default=None, help="number of records (default: all)")
     job.add_argument("--offset", type=int, default=0, help="first record (default %(default)s)")
     job.add_argument("--methods", default="KNE,FT", help="comma-separated EasyEdit methods (default %(default)s)")
     job.add_argument(
@@ -56,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         help="YAML files, told apart by alg_name (default: the shipped ones for SmolLM2)",
     )
     job.add_argument("--localization-data", help="overrides the setting of KNE's file")
-    job.add_argument("--localization-size", type=_positive, help="overrides the setting of KNE's file")
+    job.add_argument("--localization-size", type=positive, help="overrides the setting of KNE's file")
     job.add_argument(
         "--on-bad-record", choices=("fail", "skip"), default="fail", help="default %(default)s; skipped ones are listed at the end"
     )
@@ -64,7 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("--again", action="store_true", help="repeat a run that is finished")
     job.add_argument("--out", type=Path, default=Path("outputs/run"), help="folder of the results (default %(default)s)")
     job.set_defaults(command=_run)
-    return parser
 
 
 def _demo(arguments) -> int:
@@ -97,7 +70,7 @@ def _load_all(methods: list[str], paths: list[Path]) -> dict[str, object]:
     given = {}
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"hparams file {path} does not exist; shipped ones are under {_shipped()}")
+            raise FileNotFoundError(f"hparams file {path} does not exist; shipped ones are under {shipped()}")
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         given[config.get("alg_name") if isinstance(config, dict) else None] = path
     unused = set(given) - set(methods)
@@ -106,7 +79,7 @@ def _load_all(methods: list[str], paths: list[Path]) -> dict[str, object]:
     loaded = {}
     for method in methods:
         bridge.demand_method(method)
-        path = given.get(method, _shipped() / method / f"{SHIPPED}.yaml")
+        path = given.get(method, shipped() / method / f"{SHIPPED}.yaml")
         if not path.is_file():
             raise FileNotFoundError(f"hparams: no file is shipped for {method}; give one with --hparams")
         loaded[method] = bridge.load_method(method, path)
@@ -114,12 +87,6 @@ def _load_all(methods: list[str], paths: list[Path]) -> dict[str, object]:
     if len(names) > 1:
         raise ValueError(f"model_name: the files name different models: {', '.join(sorted(names))}; one run has one model")
     return loaded
-
-
-def _shipped() -> Path:
-    """The folder of the shipped hyperparameter files: of the checkout, or of the installed package."""
-    checkout = Path(__file__).resolve().parents[1] / "hparams"
-    return checkout if (checkout / "KNE").is_dir() else Path(str(files("kne_easyedit.shipped_hparams")))
 
 
 def _load_records(data: str, size: int | None, offset: int, on_bad: str = "fail"):
@@ -140,14 +107,3 @@ def _execute(hparams: dict[str, object], requests: list[dict], data: str, out: P
     summary = run(Run(model, tokenizer, requests, hparams, data, out, **options), again=again)
     print_report(summary, out)
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,9 @@
-"""How much memory is free, and how the allocator keeps it: a sixth of a sweep's time goes into mapping blocks afresh."""
+"""The machine: what it is, how much memory is free, and how the allocator keeps it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -12,6 +13,7 @@ _LARGEST = 2**31 - 1
 def keep_large_blocks() -> bool:
     """Tells glibc to keep freed memory for the process instead of returning it; whether it took effect.
 
+    On a CPU a sixth of a sweep's time would go into mapping large blocks afresh.
     For programs of their own (the command line, the benchmarks), never at import: it changes the whole process.
     Elsewhere than on glibc nothing happens.
     """
@@ -31,3 +33,21 @@ def free_memory(device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def environment(model) -> dict[str, object]:
+    """Versions and machine: what a figure depends on beside the settings."""
+    import peft
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": str(next(model.parameters()).device),
+        "dtype": str(next(model.parameters()).dtype),
+    }

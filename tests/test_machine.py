@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 
-from kne_easyedit.memory import keep_large_blocks
+from kne_easyedit.machine import keep_large_blocks
 
 
 def test_takes_effect_on_glibc_only(monkeypatch):

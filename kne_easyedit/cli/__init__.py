@@ -1,0 +1,36 @@
+"""The command ``kne``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from kne_easyedit.cli import cache, explain, localize, run
+from kne_easyedit.machine import keep_large_blocks
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 bad input, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    keep_large_blocks()
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return arguments.command(arguments)
+    except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
+        if arguments.verbose:
+            raise
+        print(f"kne: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("kne: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kne", description="KNE (Knowledge Neuronal Ensemble) model editing on EasyEdit.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="more messages, full tracebacks")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (run, localize, explain, cache):
+        module.add_commands(commands)
+    return parser

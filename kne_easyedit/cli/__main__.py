@@ -1,0 +1,5 @@
+import sys
+
+from kne_easyedit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,120 @@
+"""``kne cache``: what the score cache holds, whether it is sound, and how to make it smaller."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from kne_easyedit.cli.common import positive
+
+
+def add_commands(commands) -> None:
+    parser = commands.add_parser("cache", help="info, verify, prune: the stored scores of all models")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    for name, function, text in (
+        ("info", _info, "models, modules, entries and sizes"),
+        ("verify", _verify, "read every entry and check every bit; exit code 1 if one is damaged"),
+        ("prune", _prune, "remove entries"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("--cache-dir", type=Path, help="folder of the cache (default: KNE_CACHE or the user's cache folder)")
+        action.set_defaults(command=function)
+        if name == "prune":
+            which = action.add_mutually_exclusive_group(required=True)
+            which.add_argument("--damaged", action="store_true", help="entries that `verify` complains about")
+            which.add_argument("--older-than", type=positive, metavar="DAYS", help="entries written more than DAYS ago")
+            which.add_argument("--model", type=_digest, metavar="DIGEST", help="all entries of one model, by the digest that `info` shows")
+            which.add_argument("--all", action="store_true", help="all entries")
+            action.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+
+
+def _info(arguments) -> int:
+    from kne_easyedit.cache import DamagedEntry, read_entry, scores_folder
+
+    found = defaultdict(lambda: [0, 0])
+    names, damaged = {}, 0
+    for path, size in _sizes(arguments.cache_dir):
+        try:
+            entry = read_entry(path)
+            names[path.parent.name] = entry.model_name
+            kind = (path.parent.name, f"{entry.template}, {entry.quadrature}, m = {entry.steps}, {len(entry.layers)} layers")
+        except DamagedEntry:
+            damaged += 1
+            kind = (path.parent.name, "damaged, or of another version")
+        found[kind][0] += 1
+        found[kind][1] += size
+    print(f"score cache {scores_folder(arguments.cache_dir)}")
+    for digest in sorted({digest for digest, _ in found}):
+        print(f"\nmodel {digest}  {names.get(digest, 'unknown')}")
+        for (_, kind), (entries, size) in sorted(item for item in found.items() if item[0][0] == digest):
+            print(f"  {entries:>6} {'entry  ' if entries == 1 else 'entries'} {_bytes(size):>10}  ({_bytes(size / entries)} each)  {kind}")
+    entries, size = (sum(values) for values in zip(*found.values())) if found else (0, 0)
+    print(f"\n{entries} entries, {_bytes(size)} in all" + (f"; {damaged} damaged: kne cache prune --damaged" if damaged else ""))
+    return 0
+
+
+def _verify(arguments) -> int:
+    from tqdm import tqdm
+
+    from kne_easyedit.cache import DamagedEntry, entry_files, read_entry
+
+    paths, complaints = list(entry_files(arguments.cache_dir)), []
+    for path in tqdm(paths, desc="verify", unit="entry", disable=not paths):
+        try:
+            read_entry(path)
+        except DamagedEntry as error:
+            complaints.append(str(error))
+    for complaint in complaints:
+        print(f"damaged: {complaint}")
+    print(f"{len(paths) - len(complaints)} of {len(paths)} entries are sound")
+    return 1 if complaints else 0
+
+
+def _prune(arguments) -> int:
+    from kne_easyedit.cache import DamagedEntry, read_entry, scores_folder
+
+    oldest = time.time() - 86400 * (arguments.older_than or 0)
+    if arguments.model and not list(scores_folder(arguments.cache_dir).glob(f"{arguments.model}*/")):
+        raise ValueError(f"--model {arguments.model!r}: no such model in {scores_folder(arguments.cache_dir)}; `kne cache info` lists them")
+    removed = freed = 0
+    for path, size in _sizes(arguments.cache_dir):
+        if arguments.damaged:
+            try:
+                read_entry(path)
+                continue
+            except DamagedEntry:
+                pass
+        elif arguments.older_than and path.stat().st_mtime > oldest or arguments.model and not path.parent.name.startswith(arguments.model):
+            continue
+        removed, freed = removed + 1, freed + size
+        if not arguments.dry_run:
+            path.unlink(missing_ok=True)
+    if not arguments.dry_run:
+        for folder in scores_folder(arguments.cache_dir).glob("*/"):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+    print(f"{removed} entries, {_bytes(freed)}, {'would be ' if arguments.dry_run else ''}removed from {scores_folder(arguments.cache_dir)}")
+    return 0
+
+
+def _sizes(folder: Path | None):
+    from kne_easyedit.cache import entry_files
+
+    for path in entry_files(folder):
+        yield path, path.stat().st_size
+
+
+def _digest(text: str) -> str:
+    if len(text) < 4 or not set(text) <= set("0123456789abcdef"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no digest: at least 4 of the hexadecimal digits that `kne cache info` shows")
+    return text
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError

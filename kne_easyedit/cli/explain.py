@@ -1,0 +1,42 @@
+"""``kne explain``: the neurons of single facts, and where facts collide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kne_easyedit.cli.common import add_settings, load_settings, positive
+
+SIZE = 20
+
+
+def add_commands(commands) -> None:
+    parser = commands.add_parser("explain", help="which layers and neurons stand for a fact, and which other facts share them")
+    add_settings(parser)
+    parser.add_argument("--prompt", help="a fact of your own, compared with those of --data")
+    parser.add_argument("--target", help="its answer")
+    parser.add_argument("--data", help="KnowEdit file or 'embedded' (default: localization_data, unless --prompt is given)")
+    parser.add_argument("--size", type=positive, default=SIZE, help="number of facts of --data (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/explain"), help="folder of the results (default %(default)s)")
+    parser.set_defaults(command=_explain)
+
+
+def _explain(arguments) -> int:
+    from kne_easyedit.explain import explain, print_explanation, save_explanation
+    from kne_easyedit.models import load_model
+    from kne_easyedit.records import load_requests
+
+    hparams = load_settings(arguments)
+    if (arguments.prompt is None) != (arguments.target is None):
+        raise ValueError("--prompt and --target belong together: a fact has both")
+    requests = [] if arguments.prompt is None else [{"prompt": arguments.prompt, "target_new": arguments.target}]
+    data = arguments.data or (None if requests else hparams.localization_data)
+    if data is None and not requests:
+        raise ValueError("localization_data: none; name a KnowEdit file (--data), or a fact (--prompt and --target)")
+    if data is not None:
+        requests += load_requests(data, arguments.size)
+    model, tokenizer = load_model(hparams)
+    found = explain(model, tokenizer, requests, hparams)
+    save_explanation(found, arguments.out, hparams)
+    print_explanation(found)
+    print(f"\nWritten to {arguments.out}: explanation.json, explanation.png")
+    return 0
