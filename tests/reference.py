@@ -6,9 +6,14 @@ import torch
 
 
 def literal_attribution(model, tokenizer, prompt, target, template, steps=20, layers=None):
+    """Eq. 3-5 word by word for a fact in words."""
+    full = tokenizer(f"{prompt} {target}")["input_ids"]
+    return literal_attribution_of_ids(model, full, len(tokenizer(prompt)["input_ids"]), template, steps, layers)
+
+
+def literal_attribution_of_ids(model, ids, n_prompt, template, steps=20, layers=None):
     """Eq. 3-5 word by word: a full forward pass for every layer, answer token and step."""
-    full = tokenizer(f"{prompt} {target}", return_tensors="pt")["input_ids"]
-    n_prompt = len(tokenizer(prompt)["input_ids"])
+    full = torch.tensor([ids])
     n_layers = model.config.num_hidden_layers
     result = []
     for layer in range(n_layers) if layers is None else layers:
@@ -28,7 +33,7 @@ def literal_attribution(model, tokenizer, prompt, target, template, steps=20, la
 def neuron_value(model, module, ids):
     """The module's output at the last position of ``ids``, ``(d2,)``."""
     seen = []
-    handle = module.register_forward_hook(lambda m, a, out: seen.append(out[0, -1].detach().clone()))
+    handle = module.register_forward_hook(lambda m, a, out: seen.append(_rows(out)[-1].detach().clone()))
     with torch.no_grad():
         model(input_ids=ids)
     handle.remove()
@@ -40,7 +45,7 @@ def answer_probability(model, module, ids, answer, value):
 
     def put(m, a, out):
         out = out.clone()
-        out[0, -1] = value
+        _rows(out)[-1] = value
         return out
 
     handle = module.register_forward_hook(put)
@@ -48,6 +53,11 @@ def answer_probability(model, module, ids, answer, value):
         return torch.softmax(model(input_ids=ids).logits[0, -1], -1)[answer]
     finally:
         handle.remove()
+
+
+def _rows(out):
+    """What a module gives for one text, ``(positions, d2)``: OPT's MLP leaves the batch's dimension out."""
+    return out[0] if out.ndim == 3 else out
 
 
 def literal_row_training(model, examples, masks, lr, steps, alpha=1.0, weight_decay=0.0, stop_loss=0.0):

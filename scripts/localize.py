@@ -1,0 +1,37 @@
+"""Localise: model, data, N and modules in; scores, ensemble, stability and a picture out. `kne localize` under Hydra.
+
+    python scripts/localize.py data=train_cf.json size=200 modules='["model.layers.{}.mlp.up_proj"]'
+    python scripts/localize.py -m KNE@hparams=smollm2-135m hparams.p=0.01,0.02,0.04
+
+Interrupted, the same command goes on where it stopped. The configuration is hparams/localize.yaml.
+"""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.machine import keep_large_blocks
+from kne_easyedit.study import localize_job
+
+
+@hydra.main(version_base="1.3", config_path="../hparams", config_name="localize")
+def main(config: DictConfig) -> None:
+    settings = OmegaConf.to_container(config, resolve=True)
+    keep_large_blocks()
+    hparams = KNEHyperParams.from_dict(
+        {
+            **settings["hparams"],
+            "model_name": settings["model"],
+            "localization_data": settings["data"],
+            "localization_size": settings["size"],
+            "target_modules": settings["modules"],
+        }
+    )
+    localize_job(hparams, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    main()
