@@ -91,7 +91,9 @@ class Localization:
         with tqdm(total=count, desc="localise", unit="fact", disable=not count) as progress:
             for layers, facts in missing.items():
                 targets = [resolve_target(self.model, t.template, some) for t, some in zip(self.targets, layers) if some]
-                for batch in self._batches(targets, facts):
+                rows = self.hparams.chunk_rows or self._rows_in_flight(targets, facts[0])
+                paths = sum(len(target.layers) for target in targets)
+                for batch in batches(facts, paths * self.hparams.attribution_steps, rows):
                     # Another process may have been here since.
                     todo = self._missing(batch).get(layers, [])
                     if todo:
@@ -132,16 +134,6 @@ class Localization:
                 found.setdefault(layers, []).append(fact)
         return found
 
-    def _batches(self, targets: Sequence[Target], facts: Sequence[Fact]) -> Iterator[list[Fact]]:
-        """Facts that share sweeps: of equal answer length, so that nothing is padded, and no more than fill a sweep
-        with the steps of one answer token."""
-        rows = self.hparams.chunk_rows or self._rows_in_flight(targets, facts[0])
-        paths = sum(len(target.layers) for target in targets)
-        most = max(1, rows // (paths * self.hparams.attribution_steps))
-        for _, alike in groupby(sorted(facts, key=lambda f: (len(f.answer), len(f.ids))), key=lambda f: len(f.answer)):
-            alike = list(alike)
-            yield from (alike[i : i + most] for i in range(0, len(alike), most))
-
     def _rows_in_flight(self, targets: Sequence[Target], fact: Fact) -> int:
         if self.hparams.attribution_engine != "whole":
             try:
@@ -163,3 +155,12 @@ class Localization:
         for target, of_target in zip(targets, found):
             for fact, scores in zip(facts, of_target):
                 self.cache.put(target, fact, scores, seconds)
+
+
+def batches(facts: Sequence[Fact], points: int, rows: int) -> Iterator[list[Fact]]:
+    """Facts that share sweeps: of equal answer length, so that nothing is padded there, and no more than fill the
+    ``rows`` in flight with the ``points`` (paths times steps) that one answer token of one fact has."""
+    most = max(1, rows // points)
+    for _, alike in groupby(sorted(facts, key=lambda f: (len(f.answer), len(f.ids))), key=lambda f: len(f.answer)):
+        alike = list(alike)
+        yield from (alike[i : i + most] for i in range(0, len(alike), most))

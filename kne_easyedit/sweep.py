@@ -9,7 +9,7 @@ its own gradient. Nothing is approximated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -44,10 +44,10 @@ class Sweep:
         everywhere = {name: module for found in self.modules.values() for name, module in found.items()}
         self.clean = replay.clean_pass(collate(facts), positions, everywhere)
         self.base: dict[str, Tensor] = {}
+        self._traces: list[tuple[Tensor, dict[str, Tensor], Tensor]] = []
         self.saved = [self._probe(i) for i in range(len(replay.layers))]
-        with torch.no_grad():
-            logits = replay.head(self.clean.inputs[-1].flatten(0, 1)).view_as(self.clean.logits)
-            replay.demand_equal(logits, self.clean.logits, "the output head")
+        every, own = torch.arange(self.longest), self.clean.logits.flatten(0, 1)
+        self._end = self._head(self.clean.inputs[-1], every, lambda logits, at: replay.demand_equal(logits, own[at], "the output head"))
         dtype = torch.promote_types(self.clean.logits.dtype, torch.float32)
         self.integral = {name: torch.zeros_like(w, dtype=dtype) for name, w in self.clean.neurons.items()}  # (facts, s, d2)
 
@@ -63,6 +63,7 @@ class Sweep:
 
     def run(self, tokens: Tensor, alphas: Tensor, weights: Tensor) -> None:
         """One forward and one backward sweep over path points ``(token, alpha)`` of all modules at once."""
+        self._traces = []
         hidden, leaves = None, {}
         positions = self.clean.positions[:, tokens.to(self.clean.positions.device)]  # (facts, points), the same in every block
         with torch.enable_grad():
@@ -78,21 +79,17 @@ class Sweep:
 
     def run_end(self, weight: float) -> None:
         """The end points ``alpha = 1`` of all modules at once: there the model is in its clean state, whatever the module,
-        so that one row an answer token has the gradients of all."""
-        clean, outputs = self.clean, {}
-        first = min(self.modules)
-        with torch.enable_grad(), ExitStack() as hooks:
-            for found in self.modules.values():
-                for name, module in found.items():
-                    hooks.callback(module.register_forward_hook(capture_output(outputs, name)).remove)
-            hidden = clean.inputs[first].detach().requires_grad_()
-            for i in range(first, len(self.replay.layers)):
-                hidden = self._layer(i, hidden, clean.positions)
-            probability, gradient = self._head(hidden, torch.arange(self.longest))
-            gradients = torch.autograd.grad(hidden, list(outputs.values()), gradient)
-        for name, grad in zip(outputs, gradients):
-            integral = self.integral[name]
-            integral += grad.view_as(integral).to(integral.dtype) * (weight * probability).to(integral).unsqueeze(-1)
+        so that one backward pass through what `_probe` ran has the gradients of all. Once, and before `run`."""
+        probability, gradient = self._end
+        for i in reversed(range(min(self.modules), len(self.replay.layers))):
+            own, outputs, out = self._traces[i]
+            onward, *gradients = torch.autograd.grad(out, [own, *outputs.values()], gradient.to(out.device))
+            gradient = onward
+            for name, grad in zip(outputs, gradients):
+                integral = self.integral[name]
+                grad = grad.reshape(len(integral), -1, integral.shape[-1])[:, : self.longest]
+                integral += grad.to(integral.dtype) * (weight * probability).to(integral).unsqueeze(-1)
+        self._traces = []
 
     def scores(self) -> list[Tensor]:
         """Eq. 5: ``sum_j w_j * integral_j``, for each target ``(facts, layers, d2)``."""
@@ -127,10 +124,10 @@ class Sweep:
         blocks = hidden.shape[1] // positions.shape[1]
         return self.replay.layer(i, hidden, positions.repeat(1, blocks))
 
-    def _head(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _head(self, hidden: Tensor, tokens: Tensor, look: Callable | None = None) -> tuple[Tensor, Tensor]:
         """Per row: the probability of its answer token, and the gradient of that probability's *logarithm*.
 
-        ``dP = P dlogP``: the factor is put in at the end, in float32, since ``P`` itself may underflow in half
+        ``look`` is shown the logits of each slice of the rows. ``dP = P dlogP``: the factor is put in at the end, in float32, since ``P`` itself may underflow in half
         precision on its way down. A row of an answer shorter than the longest counts nothing.
         """
         blocks = hidden.shape[1] // len(tokens)
@@ -138,9 +135,13 @@ class Sweep:
         flat, wanted = hidden.detach().flatten(0, 1), answers.flatten()
         probability, gradient = [], []
         for start in range(0, len(flat), HEAD_ROWS):
-            rows = flat[start : start + HEAD_ROWS].requires_grad_()
-            logits = self.replay.head(rows)
-            index = wanted[start : start + HEAD_ROWS].to(logits.device).unsqueeze(1)
+            part = slice(start, start + HEAD_ROWS)
+            rows = flat[part].requires_grad_()
+            with torch.enable_grad():
+                logits = self.replay.head(rows)
+            if look is not None:
+                look(logits.detach(), part)
+            index = wanted[part].to(logits.device).unsqueeze(1)
             with torch.no_grad():
                 slope = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
                 probability.append(slope.gather(1, index)[:, 0].to(hidden.device))
@@ -153,6 +154,8 @@ class Sweep:
     def _probe(self, i: int) -> float:
         """Replays clean rows through layer ``i``: the self-check. Returns the bytes that a row keeps there for the backward pass.
 
+        What was run is kept for `run_end`.
+
         Also finds the modules whose output the layer adds to its own and does nothing else with: so it is for
         ``down_proj`` of Llama or ``fc_out`` of GPT-J, but not where a norm, an attention or an activation comes
         after. Not looked up but tried, with the output at 0 and at half its value; ``base`` is what the layer adds.
@@ -161,12 +164,17 @@ class Sweep:
         own = clean.inputs[i]
         s = own.shape[1]
         trials = [name for name in modules if clean.neurons[name].shape[-1] == own.shape[-1]]
+        outputs, leaf = {}, own.detach().requires_grad_()
         kept = _Kept(self.replay.model)
-        with ExitStack() as replaced, kept, torch.enable_grad():
+        with ExitStack() as hooks, kept, torch.enable_grad():
+            for name, module in modules.items():
+                hooks.callback(module.register_forward_hook(capture_output(outputs, name)).remove)
             for k, name in enumerate(trials):
                 neurons = clean.neurons[name]
-                replaced.enter_context(replaced_output(modules[name], (2 * k + 1) * s, torch.cat([0 * neurons, neurons / 2], 1)))
-            out = self._layer(i, own.repeat(1, 1 + 2 * len(trials), 1).requires_grad_(), clean.positions).detach()
+                hooks.enter_context(replaced_output(modules[name], (2 * k + 1) * s, torch.cat([0 * neurons, neurons / 2], 1)))
+            traced = self._layer(i, leaf.repeat(1, 1 + 2 * len(trials), 1), clean.positions)
+        self._traces.append((leaf, outputs, traced[:, :s]))
+        out = traced.detach()
         self.replay.demand_equal(out[:, :s], clean.inputs[i + 1], f"layer {i}")
         for name, (zero, half) in zip(trials, (pair.chunk(2, 1) for pair in out[:, s:].split(2 * s, 1))):
             rounding = 4 * torch.finfo(out.dtype).eps * half.abs().max()

@@ -1,124 +1,403 @@
-"""How long does it take to attribute one fact: the fused sweep beside the literal recomputation, in one run.
+"""Measure localisation. Every figure of docs/performance.md comes from one of these commands.
 
-    python scripts/bench_localization.py                       # SmolLM2, down_proj, m = 20
-    python scripts/bench_localization.py --hparams hparams/KNE/llama2-7b-chat.yaml
+    python scripts/bench_localization.py single      # one fact: the sweep, the literal way, EasyEdit's KN, in one run
+    python scripts/bench_localization.py scaling     # time and memory against layers, steps, lengths, facts (with plot)
+    python scripts/bench_localization.py quadrature  # error of both sums against the integral
+    python scripts/bench_localization.py precision   # bfloat16 and float16 against float32: do they choose the same neurons
+    python scripts/bench_localization.py random --architecture llama2-7b --dtype bfloat16 --device cuda --data FILE
 
-The literal way (tests/reference.py) runs the whole model once for every layer, answer token and step. It is
-timed on a few layers and scaled to all. Everything is interleaved and medians are taken: machines are noisy.
+`random` builds a published architecture with random weights, for speed and memory on a GPU. The literal way
+(tests/reference.py) runs the whole model once for every layer, answer token and step; it is timed on some layers
+and scaled to all. What is compared is interleaved, and medians are taken: machines are noisy.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import resource
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
+from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from reference import literal_attribution  # noqa: E402
+from reference import literal_attribution_of_ids  # noqa: E402
 
-from kne_easyedit.attribution import attribute_facts  # noqa: E402
-from kne_easyedit.batching import Fact, encode  # noqa: E402
-from kne_easyedit.machine import environment  # noqa: E402
+from kne_easyedit.attribution import attribute_facts, rows_in_flight  # noqa: E402
+from kne_easyedit.batching import Fact, encode, encode_request  # noqa: E402
+from kne_easyedit.ensemble import aggregate, select_ensemble  # noqa: E402
 from kne_easyedit.hparams import KNEHyperParams  # noqa: E402
 from kne_easyedit.layout import Target, is_linear, resolve_target, rows  # noqa: E402
-from kne_easyedit.machine import keep_large_blocks  # noqa: E402
+from kne_easyedit.machine import environment, keep_large_blocks  # noqa: E402
 from kne_easyedit.models import load_model  # noqa: E402
 from kne_easyedit.paths import atomic_write  # noqa: E402
+from kne_easyedit.products import FastProducts  # noqa: E402
+from kne_easyedit.quadrature import gauss_legendre, riemann  # noqa: E402
+from kne_easyedit.records import load_requests  # noqa: E402
+
+PROMPT, ANSWER = "The name of the country in which Leonardo da Vinci was born is", "the Kingdom of Denmark"
+ARCHITECTURES = {  # as published; heads of keys equal heads of queries in all but the last
+    "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000),
+    "llama2-13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000),
+    "smollm2-135m": dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hparams", type=Path, default=ROOT / "hparams/KNE/smollm2-135m.yaml")
-    parser.add_argument("--prompt", default="The name of the country in which Leonardo da Vinci was born is")
-    parser.add_argument("--target", default="the Kingdom of Denmark")
-    parser.add_argument("--literal-layers", type=int, default=3, help="layers timed literally, spread over the model")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--module", help="template; default: the first of the hparams")
+    parser.add_argument("--out", type=Path, help="folder for the figures as JSON, and plots")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("single")
+    one.add_argument("--prompt", default=PROMPT)
+    one.add_argument("--target", default=ANSWER)
+    one.add_argument("--data", help="KnowEdit file: its first facts instead")
+    one.add_argument("--size", type=int, default=3, help="facts of --data")
+    one.add_argument("--literal-layers", type=int, default=3, help="layers timed literally, spread over the model")
+    one.add_argument("--repeats", type=int, default=3)
+    one.add_argument("--kn", action="store_true", help="EasyEdit's KnowledgeNeurons.get_scores_for_layer, too (both on mlp.gate_proj)")
+    one.set_defaults(command=single)
+    grow = commands.add_parser("scaling")
+    grow.add_argument("--repeats", type=int, default=3)
+    grow.add_argument("--point", help=argparse.SUPPRESS)  # one measurement, in a process of its own
+    grow.set_defaults(command=scaling)
+    for name, command in (("quadrature", quadrature), ("precision", precision)):
+        sub = commands.add_parser(name)
+        sub.add_argument("--data", default="embedded", help="KnowEdit file, or 'embedded' (default)")
+        sub.add_argument("--size", type=int, default=20)
+        sub.set_defaults(command=command)
+    big = commands.add_parser("random")
+    big.add_argument("--architecture", choices=ARCHITECTURES, default="llama2-7b")
+    big.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    big.add_argument("--device", default="cuda")
+    big.add_argument("--data", required=True, help="KnowEdit file; tokenised by SmolLM2's tokenizer, ids modulo the vocabulary")
+    big.add_argument("--size", type=int, default=200)
+    big.add_argument("--steps", type=int, default=20)
+    big.add_argument("--literal-layers", type=int, default=3)
+    big.set_defaults(command=random_weights)
     options = parser.parse_args()
-    keep_large_blocks()  # for both ways, as `kne` does
+    figures = options.command(options)
+    if options.out and figures:
+        atomic_write(options.out / f"{options.command.__name__}.json", json.dumps(figures, indent=1) + "\n")
 
+
+def single(options) -> dict:
+    """One fact at a time: the sweep against the literal way, and against one large matrix product."""
+    keep_large_blocks()  # for all ways, as `kne` does
+    model, tokenizer, hparams = load(options)
+    if options.kn:
+        options.module = "model.layers.{}.mlp.gate_proj"
+    target = resolve_target(model, options.module or hparams.target_modules[0], hparams.layers)
+    if options.data:
+        facts = [encode_request(tokenizer, request) for request in load_requests(options.data, options.size)]
+    else:
+        facts = [encode(tokenizer, options.prompt, options.target)]
+    steps, layers = hparams.attribution_steps, spread(target.layers, options.literal_layers)
+    results = []
+    for fact in facts:
+        print(f"{fact.prompt} -> {fact.target}: {fact.prompt_length} + {len(fact.answer)} tokens, {len(target.layers)} layers, m = {steps}")
+        sweep = lambda: attribute_facts(model, [target], [fact], steps)[0][0]  # noqa: B023, E731
+        sweep()  # warm up
+        times: dict[str, list[float]] = {"sweep": [], "literal": [], "kn": []}
+        products: dict[str, list[float]] = {"torch": [], "fastest": []}
+        difference = largest = 0.0
+        for layer in [layer for _ in range(options.repeats) for layer in layers]:
+            seconds, scores = timed(sweep)
+            times["sweep"].append(seconds)
+            products["torch"].append(product_rate(model))
+            with FastProducts():
+                products["fastest"].append(product_rate(model))
+            seconds, expected = timed(lambda: literal_attribution_of_ids(model, fact.ids, fact.prompt_length, target.template, steps, [layer]))  # noqa: B023
+            times["literal"].append(seconds)
+            if options.kn:
+                times["kn"].append(timed(lambda: easyedit_kn(model, tokenizer, fact, layer, steps))[0])  # noqa: B023
+            difference = max(difference, float((scores[target.layers.index(layer)] - expected[0].cpu()).abs().max()))
+            largest = max(largest, float(scores.abs().max()))
+            print("  layer", layer, {way: round(found[-1], 2) for way, found in times.items() if found}, flush=True)
+        needed, n = multiplications(model, target, [fact], steps), len(target.layers)
+        # Lower layers cost the literal way more: the mean over the spread, of each layer's median over the repeats.
+        per_layer = {way: mean(median(found[k :: len(layers)]) for k in range(len(layers))) * n for way, found in times.items() if found}
+        seconds = median(times["sweep"])
+        result = {
+            "module": target.template, "prompt_tokens": fact.prompt_length, "answer_tokens": len(fact.answer), "layers": n, "steps": steps,
+            "sweep_seconds": seconds, "literal_seconds": per_layer["literal"], "ratio": per_layer["literal"] / seconds,
+            "relative_difference": difference / largest, "largest_score": largest, "multiplications": needed,
+            "sweep_rate": needed / seconds, "product_rate": median(products["torch"]), "fastest_product_rate": median(products["fastest"]),
+        }  # fmt: skip
+        if options.kn:
+            result |= {"kn_seconds": per_layer["kn"], "kn_ratio": per_layer["kn"] / seconds}
+        results.append(result)
+        print(
+            f"sweep              {seconds:10.2f} s a fact\n"
+            f"literal, scaled    {result['literal_seconds']:10.2f} s a fact: ratio {result['ratio']:.1f}\n"
+            + (f"EasyEdit's KN      {result['kn_seconds']:10.2f} s a fact, scaled: ratio {result['kn_ratio']:.1f}\n" if options.kn else "")
+            + f"largest difference {difference / largest:10.1e} of the largest score ({largest:.3f})\n"
+            f"rate               {result['sweep_rate'] / 1e9:10.1f} G multiplications/s of the {needed / 1e9:.0f} G that are needed\n"
+            f"one large product  {result['product_rate'] / 1e9:10.1f} G/s by torch: {result['sweep_rate'] / result['product_rate']:.0%}; "
+            f"{result['fastest_product_rate'] / 1e9:.1f} G/s by the fastest library: {result['sweep_rate'] / result['fastest_product_rate']:.0%}"
+        )
+    if len(results) > 1:
+        print(f"median ratio over {len(results)} facts: {median(r['ratio'] for r in results):.1f}")
+    return {"model": str(hparams.model_name), "environment": environment(model), "facts": results}
+
+
+GROWTH = {
+    "layers": [1, 5, 10, 20, 30],
+    "steps": [5, 10, 20, 40, 80],
+    "answer tokens": [1, 2, 4, 8, 16],
+    "prompt tokens": [8, 16, 32, 64, 128, 256],
+    "facts in a sweep": [1, 2, 4, 8],
+}
+USUAL = {"layers": 30, "steps": 20, "answer tokens": 2, "prompt tokens": 12, "facts in a sweep": 1}
+
+
+def scaling(options) -> dict | None:
+    """Time and peak memory of one sweep, one quantity varied at a time; each point in a process of its own."""
+    if options.point:
+        print(json.dumps(measure_point(options, json.loads(options.point))))
+        return None
+    series = {}
+    for name, values in GROWTH.items():
+        series[name] = []
+        for value in values:
+            point = json.dumps({**USUAL, name: value})
+            command = [sys.executable, __file__, "--hparams", str(options.hparams), *(["--module", options.module] if options.module else [])]
+            command += ["scaling", "--repeats", str(options.repeats), "--point", point]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+            found = json.loads(done.stdout.splitlines()[-1])
+            series[name].append({"value": value, **found})
+            print(
+                f"{name:>16} {value:>4}: {found['seconds']:7.2f} s {found['multiplications'] / 1e9:8.0f} G needed, "
+                f"{found['multiplications'] / found['seconds'] / 1e9:6.1f} G/s ({found['share']:4.0%} of the fastest product), "
+                f"{found['peak'] / 2**20:7.0f} MiB above the weights", flush=True,
+            )  # fmt: skip
+    if options.out:
+        draw_scaling(series, options.out / "scaling.png")
+    return {"usual": USUAL, "series": series}
+
+
+def measure_point(options, point: dict) -> dict:
+    model, _, hparams = load(options)
+    layers = spread(tuple(range(len(model.get_submodule("model.layers")))), point["layers"])
+    target = resolve_target(model, options.module or hparams.target_modules[0], layers)
+    generator = torch.Generator().manual_seed(0)
+    length = point["prompt tokens"] + point["answer tokens"]
+    facts = [
+        Fact("", "", tuple(torch.randint(1000, 40000, (length,), generator=generator).tolist()), point["prompt tokens"])
+        for _ in range(point["facts in a sweep"])
+    ]
+    work = lambda: attribute_facts(model, [target], facts, point["steps"])  # noqa: E731
+    before = peak_memory()
+    first, _ = timed(work)
+    peak = peak_memory() - before
+    keep_large_blocks()
+    work()
+    seconds = median(timed(work)[0] for _ in range(options.repeats))
+    with FastProducts():
+        fastest = product_rate(model)
+    needed = multiplications(model, target, facts, point["steps"])
+    return {"seconds": seconds, "multiplications": needed, "share": needed / seconds / fastest, "peak": peak}
+
+
+def draw_scaling(series: dict, path: Path) -> None:
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(series), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(series), sharex="col")
+    for (name, points), (above, below) in zip(series.items(), axes.T):
+        values = [p["value"] for p in points]
+        scale = median(p["seconds"] / p["multiplications"] for p in points)
+        above.plot(values, [p["seconds"] for p in points], "o-", color="#1f6f8b", label="measured")
+        above.plot(values, [p["multiplications"] * scale for p in points], ":", color="#222222", label="multiplications x constant")
+        below.plot(values, [p["peak"] / 2**20 for p in points], "o-", color="#b5532a")
+        above.set(title=name, ylim=(0, None))
+        below.set(xlabel=name, ylim=(0, None))
+        for axis in (above, below):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(color="#dddddd", linewidth=0.6)
+    axes[0, 0].set_ylabel("seconds a sweep")
+    axes[1, 0].set_ylabel("peak MiB above the weights")
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    atomic_write(path, image.getvalue())
+
+
+def quadrature(options) -> dict:
+    """Error of both sums against the integral (Gauss-Legendre, 64 nodes), and which neurons they would choose."""
+    keep_large_blocks()
+    model, tokenizer, hparams = load(options)
+    target = resolve_target(model, options.module or hparams.target_modules[0], hparams.layers)
+    facts = [encode_request(tokenizer, request) for request in load_requests(options.data, options.size)]
+    exact = [attribute_facts(model, [target], [fact], 64, quadrature=gauss_legendre)[0][0] for fact in facts]
+    chosen = select_ensemble(aggregate(exact)[0], hparams.p, target_module=target.template)
+    found = {}
+    for name, rule, many in (("riemann", riemann, (5, 10, 20, 40)), ("gauss-legendre", gauss_legendre, (2, 3, 4, 5, 6, 8, 10))):
+        for steps in many:
+            scores = [attribute_facts(model, [target], [fact], steps, quadrature=rule)[0][0] for fact in facts]
+            errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(scores, exact)]
+            ensemble = select_ensemble(aggregate(scores)[0], hparams.p, target_module=target.template)
+            found[f"{name} {steps}"] = {"median_error": median(errors), "largest_error": max(errors), "overlap": ensemble.overlap(chosen)}
+            print(f"{name:>15} m = {steps:>2}: error {median(errors):.1e} of the largest score (worst fact {max(errors):.1e}), "
+                  f"{ensemble.overlap(chosen):.1%} of the integral's ensemble", flush=True)  # fmt: skip
+    return {"model": str(hparams.model_name), "data": options.data, "facts": len(facts), "sums": found, "environment": environment(model)}
+
+
+def precision(options) -> dict:
+    """Scores of half-precision models against those of float32: the same neurons?"""
+    keep_large_blocks()
+    model, tokenizer, hparams = load(options)
+    facts = [encode_request(tokenizer, request) for request in load_requests(options.data, options.size)]
+    all_scores = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model.to(dtype)
+        target = resolve_target(model, options.module or hparams.target_modules[0], hparams.layers)
+        all_scores[dtype] = [attribute_facts(model, [target], [fact], hparams.attribution_steps)[0][0] for fact in facts]
+        model, _, _ = load(options)  # afresh: halved weights do not come back
+    exact = all_scores.pop(torch.float32)
+    found = {}
+    for dtype, scores in all_scores.items():
+        single = [overlap(a, b, hparams.p) for a, b in zip(scores, exact)]
+        ensembles = [select_ensemble(aggregate(some)[0], hparams.p, target_module=target.template) for some in (scores, exact)]
+        correlation = median(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) for a, b in zip(scores, exact))
+        found[str(dtype)] = {
+            "scores_dtype": str(scores[0].dtype), "ensemble_overlap": ensembles[0].overlap(ensembles[1]),
+            "fact_overlap_median": median(single), "fact_overlap_least": min(single), "correlation_median": correlation,
+        }  # fmt: skip
+        print(f"{dtype}: the ensemble of {len(facts)} facts shares {ensembles[0].overlap(ensembles[1]):.1%} of its neurons with float32's; "
+              f"single facts {median(single):.1%} (least {min(single):.1%}); correlation {correlation:.4f}", flush=True)  # fmt: skip
+    return {"model": str(hparams.model_name), "data": options.data, "facts": len(facts), "types": found, "environment": environment(model)}
+
+
+def random_weights(options) -> dict:
+    """Many real facts on a published architecture with random weights: time in all, memory above the weights, ratio."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kne_easyedit.localization import batches
+
+    if options.device == "cpu":
+        keep_large_blocks()
+    tokenizer = load(options, weights=False)
+    config = LlamaConfig(**ARCHITECTURES[options.architecture])
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, options.dtype))
+    with torch.device(options.device):
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    torch.set_default_dtype(default)
+    target = resolve_target(model, options.module or "model.layers.{}.mlp.down_proj")
+    facts = [encode_request(tokenizer, request) for request in load_requests(options.data, options.size)]
+    facts = [Fact(f.prompt, f.target, tuple(i % config.vocab_size for i in f.ids), f.prompt_length) for f in facts]
+    cuda = torch.device(options.device).type == "cuda"
+    attribute_facts(model, [target], facts[:1], options.steps)  # warm up
+    gc.collect()
+    before = torch.cuda.memory_allocated() if cuda else peak_memory()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    in_flight = rows_in_flight(model, [target], facts[0])
+
+    def everything():
+        for batch in batches(facts, len(target.layers) * options.steps, in_flight):
+            attribute_facts(model, [target], batch, options.steps, chunk_rows=in_flight)
+
+    seconds, _ = timed(everything)
+    memory = (torch.cuda.max_memory_allocated() if cuda else peak_memory()) - before
+    fact = sorted(facts, key=lambda f: len(f.ids))[len(facts) // 2]
+    layers = spread(target.layers, options.literal_layers)
+    alone = median(timed(lambda: attribute_facts(model, [target], [fact], options.steps))[0] for _ in range(3))
+    literal = mean(
+        timed(lambda: literal_attribution_of_ids(model, fact.ids, fact.prompt_length, target.template, options.steps, [layer]))[0]  # noqa: B023
+        for layer in layers
+    ) * len(target.layers)
+    needed = multiplications(model, target, facts, options.steps)
+    figures = {
+        "architecture": options.architecture, "dtype": options.dtype, "module": target.template, "facts": len(facts), "steps": options.steps,
+        "seconds": seconds, "bytes_above_weights": memory, "rows_in_flight": in_flight, "multiplications": needed,
+        "rate": needed / seconds, "product_rate": product_rate(model, 8192 if cuda else 2048),
+        "fact_tokens": [fact.prompt_length, len(fact.answer)], "sweep_alone_seconds": alone, "literal_seconds": literal,
+        "ratio_alone": literal / alone, "ratio_batched": literal / (seconds / len(facts)), "environment": environment(model),
+    }  # fmt: skip
+    print(
+        f"{options.architecture}, {options.dtype}, {len(facts)} facts: {seconds:.1f} s in all ({seconds / len(facts):.2f} s a fact), "
+        f"{memory / 2**30:.1f} GiB above the weights, {in_flight} rows in flight\n"
+        f"{needed / seconds / 1e12:.1f} T multiplications/s; one large product {figures['product_rate'] / 1e12:.1f} T/s\n"
+        f"one fact of {fact.prompt_length} + {len(fact.answer)} tokens: {alone:.2f} s alone, literal {literal:.0f} s (scaled from layers {list(layers)}): "
+        f"ratio {literal / alone:.0f} alone, {literal / (seconds / len(facts)):.0f} against the mean fact of the batch"
+    )
+    return figures
+
+
+def load(options, weights: bool = True):
     hparams = KNEHyperParams.from_hparams(options.hparams)
     model, tokenizer = load_model(hparams)
     model.requires_grad_(False)  # for the literal way too: neither computes gradients of weights
-    target = resolve_target(model, hparams.target_modules[0], hparams.layers)
-    fact = encode(tokenizer, options.prompt, options.target)
-    steps, n_layers = hparams.attribution_steps, len(target.layers)
-    spread = [target.layers[round(i)] for i in torch.linspace(0, n_layers - 1, options.literal_layers).tolist()]
-    print(f"{options.prompt} -> {options.target}: {len(fact.answer)} answer tokens, {n_layers} layers, m = {steps}")
-
-    attribute_facts(model, target, [fact], steps, chunk_rows=hparams.chunk_rows)  # warm up
-    fused, literal, product = [], [], []
-    difference = largest = 0.0
-    for _ in range(options.repeats):
-        for layer in spread:
-            seconds, scores = timed(lambda: attribute_facts(model, target, [fact], steps, chunk_rows=hparams.chunk_rows)[0])
-            fused.append(seconds)
-            product.append(matrix_product_rate(model))
-            seconds, expected = timed(
-                lambda: literal_attribution(model, tokenizer, options.prompt, options.target, target.template, steps, [layer])
-            )
-            literal.append(seconds)
-            own = scores[target.layers.index(layer)]
-            difference = max(difference, float((own - expected[0].cpu()).abs().max()))
-            largest = max(largest, float(scores.abs().max()))
-            print(f"  layer {layer:>2}: fused (all layers) {fused[-1]:.2f} s, literal (this layer) {literal[-1]:.2f} s", flush=True)
-
-    needed = multiplications(model, target, fact, steps)
-    figures = {
-        "model": str(hparams.model_name),
-        "module": target.template,
-        "answer_tokens": len(fact.answer),
-        "prompt_tokens": fact.prompt_length,
-        "steps": steps,
-        "fused_seconds": median(fused),
-        "literal_seconds": median(literal) * n_layers,
-        "ratio": median(literal) * n_layers / median(fused),
-        "largest_difference": difference,
-        "largest_score": largest,
-        "relative_difference": difference / largest,
-        "multiplications": needed,
-        "fused_rate": needed / median(fused),
-        "product_rate": median(product),
-        "share_of_product_rate": needed / median(fused) / median(product),
-        "environment": environment(model),
-    }
-    print(
-        f"fused sweep        {figures['fused_seconds']:10.2f} s a fact\n"
-        f"literal, scaled    {figures['literal_seconds']:10.2f} s a fact\n"
-        f"ratio              {figures['ratio']:10.1f}\n"
-        f"largest difference {difference:10.2e} (largest score {largest:.3f}: {difference / largest:.1e} of it)\n"
-        f"rate               {figures['fused_rate'] / 1e9:10.1f} G multiplications/s of the {needed / 1e9:.0f} G that are needed\n"
-        f"one large product  {figures['product_rate'] / 1e9:10.1f} G multiplications/s; the sweep reaches {figures['share_of_product_rate']:.0%} of it"
-    )
-    if options.out:
-        atomic_write(options.out, json.dumps(figures, indent=1) + "\n")
+    return (model, tokenizer, hparams) if weights else tokenizer
 
 
-def multiplications(model, target: Target, fact: Fact, steps: int) -> int:
-    """Multiplications in matrix products that the method needs: every path point once through what comes after its
-    layer, forward and back (to activations only); the end points ``alpha = 1`` of all layers are one and the same.
-    Attention's own products (small here) are left out."""
+def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
+    """``count`` of the layers, evenly spread from first to last."""
+    return tuple(layers[round(i)] for i in torch.linspace(0, len(layers) - 1, min(count, len(layers))).tolist())
+
+
+def multiplications(model, target: Target, facts: Sequence[Fact], steps: int) -> int:
+    """Multiplications in matrix products that the method needs (Riemann sum): every path point once through what comes
+    after its module, forward and back (to activations only); the end points ``alpha = 1`` of all layers are one and
+    the same. Attention's own products (small here) are left out, and so is what remains of the module's own layer."""
     layers = model.get_submodule(target.layers_path)
-    points, ends = (steps - 1) * len(fact.answer), len(fact.answer)
+    tokens = sum(len(fact.answer) for fact in facts)
+    points, ends = (steps - 1) * tokens, tokens
     passing = [sum(own < i for own in target.layers) * points + ends * (i > target.layers[0]) for i in range(len(layers))]
     width = [sum(m.weight.numel() for m in layer.modules() if is_linear(m)) for layer in layers]
     head = rows(model.get_output_embeddings()).numel()
     return 2 * (sum(n * w for n, w in zip(passing, width)) + (len(target.layers) * points + ends) * head)
 
 
-def matrix_product_rate(model, size: int = 2048) -> float:
+def product_rate(model, size: int = 2048) -> float:
     """Multiplications per second of one large matrix product in the model's type, on its device."""
     parameter = next(model.parameters())
     a, b = (torch.randn(size, size, dtype=parameter.dtype, device=parameter.device) for _ in range(2))
-    a @ b
-    return size**3 / min(timed(lambda: a @ b)[0] for _ in range(3))
+    functional.linear(a, b)
+    return size**3 / min(timed(lambda: functional.linear(a, b))[0] for _ in range(3))
+
+
+def overlap(one: torch.Tensor, other: torch.Tensor, p: float) -> float:
+    """Share of the top ``p`` of the neurons that two scores have in common."""
+    kept = max(1, int(p * one.numel()))
+    chosen = [set(scores.flatten().topk(kept).indices.tolist()) for scores in (one, other)]
+    return len(chosen[0] & chosen[1]) / kept
+
+
+def easyedit_kn(model, tokenizer, fact: Fact, layer: int, steps: int):
+    """EasyEdit's own attribution of one layer: gate_proj, the same steps, as many answer tokens."""
+    import importlib
+
+    from kne_easyedit import bridge
+
+    bridge.load()
+    module = importlib.import_module("easyeditor.models.kn.knowledge_neurons.knowledge_neurons.knowledge_neurons")
+    neurons = module.KnowledgeNeurons(model, tokenizer, model_type="llama", device="cpu")
+    return neurons.get_scores_for_layer(fact.prompt, f" {fact.target}", layer, batch_size=10, steps=steps)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes (Linux counts it in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def timed(work):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -108,7 +109,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, capsys, monkeypatch):
 
 
 def test_the_console_entry_is_installed():
-    script = cli.Path(sys.executable).with_name("kne")
+    script = Path(sys.executable).with_name("kne")
     result = subprocess.run([script, "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert "demo" in result.stdout and "run" in result.stdout

@@ -1,0 +1,68 @@
+"""oneDNN's products are torch's own up to rounding, and are used only where they may be."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from kne_easyedit import products
+from kne_easyedit.products import FastProducts, onednn_is_faster
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="THIS TORCH HAS NO ONEDNN: its products were not tested"
+)
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "torch"])
+def chosen(request, monkeypatch):
+    """Counts oneDNN's products; the choice is forced both ways, whatever is faster here."""
+    calls = []
+    real = products._onednn
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(products, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
+    return request.param, calls
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_value_and_gradient_are_torchs_own(chosen, shape, bias):
+    faster, calls = chosen
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(40, 24)
+    offset = torch.randn(40) if bias else None
+    expected = functional.linear(x, weight, offset)
+    (slope,) = torch.autograd.grad(expected.square().sum(), x)
+    with FastProducts():
+        found = functional.linear(x, weight, offset)
+        (own_slope,) = torch.autograd.grad(found.square().sum(), x)
+    assert len(calls) == (2 if faster else 0)
+    assert torch.allclose(found, expected, atol=1e-4) and torch.allclose(own_slope, slope, rtol=1e-4, atol=1e-2)
+    assert not torch.allclose(found, functional.linear(x, weight.roll(1, 0), offset), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["float64", "bfloat16", "trained weight", "trained bias", "no rows"])
+def test_everything_else_is_left_to_torch(monkeypatch, kind):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "_onednn", lambda *arguments: pytest.fail("not for this product"))
+    dtype = getattr(torch, kind, torch.float32)
+    x = torch.randn(0 if kind == "no rows" else 3, 8, dtype=dtype)
+    weight = torch.randn(5, 8, dtype=dtype, requires_grad=kind == "trained weight")
+    bias = torch.randn(5, dtype=dtype, requires_grad=kind == "trained bias")
+    with FastProducts():
+        assert torch.equal(functional.linear(x, weight, bias), functional.linear(x, weight, bias))
+
+
+def test_an_exception_ends_the_mode(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    with pytest.raises(KeyboardInterrupt), FastProducts():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(products, "_onednn", lambda *arguments: pytest.fail("the mode has ended"))
+    functional.linear(torch.randn(3, 8), torch.randn(5, 8))
+
+
+def test_a_torch_without_the_entry_is_taken_as_it_is(monkeypatch):
+    def missing(*arguments):
+        raise AttributeError("_linear_pointwise")
+
+    monkeypatch.setattr(products, "_onednn", missing)
+    onednn_is_faster.cache_clear()
+    assert onednn_is_faster() is False
+    onednn_is_faster.cache_clear()
