@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kne_easyedit import KNEHyperParams, apply_kne_to_model, attribute, load_records, restore, select_ensemble
 from kne_easyedit.cache import model_digest
-from kne_easyedit.cli import _shipped
+from kne_easyedit.cli.common import shipped
 from kne_easyedit.smollm2 import smollm2_path
 from reference import literal_attribution
 
@@ -41,7 +41,7 @@ def test_an_edit_changes_the_answer_and_is_undone_bit_by_bit(smollm2):
     model, tokenizer = smollm2
     before = model_digest(model)
     request = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
-    hparams = KNEHyperParams.from_hparams(_shipped() / "KNE/smollm2-135m.yaml")
+    hparams = KNEHyperParams.from_hparams(shipped() / "KNE/smollm2-135m.yaml")
     ensemble = select_ensemble(attribute(model, tokenizer, "The capital of Spain is", "Lima", DOWN, steps=4), 0.04, target_module=DOWN)
     assert continuation(model, tokenizer, request["prompt"], 1) == " Paris"
     _, originals = apply_kne_to_model(model, tokenizer, [request], hparams, return_orig_weights=True, ensemble=ensemble)
