@@ -8,14 +8,15 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kne_easyedit.batching import Fact
@@ -63,6 +64,7 @@ class ScoreCache:
         self.model_digest = model_digest(model)
         self.model_name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
         self.steps, self.quadrature = steps, quadrature
+        self.score_bytes = 8 if any(p.dtype is torch.float64 for p in model.parameters()) else 4
         self.folder = scores_folder(folder) / self.model_digest[:16]
 
     def path(self, target: Target, fact: Fact) -> Path:
@@ -95,7 +97,7 @@ class ScoreCache:
         before = self._read(target, fact)
         if before is not None and not set(before.layers) <= set(target.layers):
             by_layer, seconds = dict(zip(before.layers, before.scores)), seconds + before.seconds
-        by_layer |= dict(zip(target.layers, scores))
+        by_layer |= dict(zip(target.layers, scores, strict=True))
         layers = sorted(by_layer)
         metadata = {
             "key": json.dumps(self._key(target, fact)),
@@ -112,14 +114,14 @@ class ScoreCache:
         except OSError as error:
             raise _unusable(self.folder, error) from error
 
-    def demand_space(self, entries: int, target: Target) -> None:
-        """Raises OSError before anything is computed if ``entries`` more would not fit, or the folder cannot be made."""
+    def demand_space(self, facts: int, *targets: Target) -> None:
+        """Raises OSError before anything is computed if ``facts`` more would not fit, or the folder cannot be made."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise _unusable(self.folder, error) from error
-        needed = entries * (4 * len(target.layers) * target.n_neurons + 4096)
+        needed = facts * sum(self.score_bytes * len(target.layers) * target.n_neurons + 4096 for target in targets)
         if needed > free:
             full = OSError(errno.ENOSPC, f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")
             raise _unusable(self.folder, full) from full
@@ -134,7 +136,10 @@ class ScoreCache:
             return None
         except DamagedEntry as error:
             logger.warning("score cache: damaged (%s); it is computed again", error)
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise _unusable(self.folder, error) from error
             return None
         return entry
 
@@ -170,8 +175,9 @@ def read_entry(path: Path) -> Entry:
     Raises DamagedEntry, or FileNotFoundError.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata, scores = dict(file.metadata() or {}), file.get_tensor("scores")
+        content = path.read_bytes()  # not mapped: what was checked must not change with the file
+        scores = load(content)["scores"]
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         key = json.loads(metadata["key"])
         if key[0] != FORMAT:
             raise ValueError(f"it was written by another version ({key[0]})")
@@ -196,6 +202,11 @@ def read_entry(path: Path) -> Entry:
 def entry_files(folder: str | Path | None = None) -> Iterator[Path]:
     """The files of all entries of all models, sorted."""
     yield from sorted(scores_folder(folder).glob("*/*.safetensors"))
+
+
+def torn_files(folder: str | Path | None = None) -> Iterator[Path]:
+    """What processes that were killed while writing left behind: hidden files, an hour old at least."""
+    yield from (path for path in sorted(scores_folder(folder).glob("*/.*.tmp")) if time.time() - path.stat().st_mtime > 3600)
 
 
 def _digest(value) -> str:

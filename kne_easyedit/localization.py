@@ -86,8 +86,7 @@ class Localization:
         """Attributes the facts whose scores are not in the cache, with progress; returns how many these were."""
         missing = self._missing(self.facts)
         count = sum(map(len, missing.values()))
-        for target in self.targets:
-            self.cache.demand_space(count, target)
+        self.cache.demand_space(count, *self.targets)
         with tqdm(total=count, desc="localise", unit="fact", disable=not count) as progress:
             for layers, facts in missing.items():
                 targets = [resolve_target(self.model, t.template, some) for t, some in zip(self.targets, layers) if some]
@@ -95,7 +94,7 @@ class Localization:
                 paths = sum(len(target.layers) for target in targets)
                 for batch in batches(facts, paths * self.hparams.attribution_steps, rows):
                     # Another process may have been here since.
-                    todo = self._missing(batch).get(layers, [])
+                    todo = [fact for fact in batch if any(self.cache.missing(target, fact) for target in targets)]
                     if todo:
                         self._attribute(targets, todo)
                     progress.update(len(batch))
@@ -105,12 +104,7 @@ class Localization:
         """The scores ``(layers, d2)`` of each fact (of all, if not given) in turn; what the cache has lost is computed again."""
         for fact in self.facts if facts is None else facts:
             scores = self.cache.get(target, fact)
-            if scores is None:
-                self._attribute([target], [fact])
-                scores = self.cache.get(target, fact)
-                if scores is None:
-                    raise OSError(f"score cache: {self.cache.folder} loses what is written to it; set cache_dir or KNE_CACHE")
-            yield scores
+            yield self._attribute([target], [fact])[0][0] if scores is None else scores
 
     def aggregate(self, facts: Sequence[Fact] | None = None) -> dict[str, Tensor]:
         """Template -> the aggregated scores ``(layers, d2)`` (section 4.4)."""
@@ -119,16 +113,17 @@ class Localization:
     def ensemble(self, facts: Sequence[Fact] | None = None) -> NeuronEnsemble:
         """Eq. 6-7 on all facts, or on some of them."""
         facts = self.facts if facts is None else facts
-        seconds = sum(self.cache.seconds(target, fact) for target in self.targets for fact in facts)
+        scores = self.aggregate(facts)
+        seconds = sum(self.cache.seconds(target, fact) for target in self.targets for fact in _distinct(facts))
         return select_ensemble(
-            self.aggregate(facts), self.hparams.p, layers=self.targets[0].layers, aggregation=self.hparams.aggregation,
+            scores, self.hparams.p, layers=self.targets[0].layers, aggregation=self.hparams.aggregation,
             facts=len(facts), seconds=seconds,
         )  # fmt: skip
 
     def _missing(self, facts: Sequence[Fact]) -> dict[tuple, list[Fact]]:
         """What is to be computed: missing layers of each target -> the facts, each once."""
         found: dict[tuple, list[Fact]] = {}
-        for fact in dict.fromkeys(facts):
+        for fact in _distinct(facts):
             layers = tuple(self.cache.missing(target, fact) for target in self.targets)
             if any(layers):
                 found.setdefault(layers, []).append(fact)
@@ -144,7 +139,7 @@ class Localization:
                 pass
         return 1
 
-    def _attribute(self, targets: Sequence[Target], facts: Sequence[Fact]) -> None:
+    def _attribute(self, targets: Sequence[Target], facts: Sequence[Fact]) -> list[Tensor]:
         start = time.perf_counter()
         hparams = self.hparams
         found = attribute_facts(
@@ -155,6 +150,7 @@ class Localization:
         for target, of_target in zip(targets, found):
             for fact, scores in zip(facts, of_target):
                 self.cache.put(target, fact, scores, seconds)
+        return found
 
 
 def batches(facts: Sequence[Fact], points: int, rows: int) -> Iterator[list[Fact]]:
@@ -164,3 +160,8 @@ def batches(facts: Sequence[Fact], points: int, rows: int) -> Iterator[list[Fact
     for _, alike in groupby(sorted(facts, key=lambda f: (len(f.answer), len(f.ids))), key=lambda f: len(f.answer)):
         alike = list(alike)
         yield from (alike[i : i + most] for i in range(0, len(alike), most))
+
+
+def _distinct(facts: Sequence[Fact]) -> list[Fact]:
+    """Each fact once. Tokens tell them apart, as in the cache."""
+    return list({(fact.ids, fact.prompt_length): fact for fact in facts}.values())

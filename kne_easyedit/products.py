@@ -1,21 +1,18 @@
 """Matrix products in float32 on a CPU: by oneDNN where that is faster than torch's own choice.
 
 torch takes MKL for them, and MKL leaves AVX-512 unused on processors that are not Intel's: there oneDNN, which
-torch carries as well, is up to twice as fast. Which one is faster is measured once a process, not looked up.
+torch carries as well, is twice as fast (docs/performance.md).
 """
 
 from __future__ import annotations
 
-import time
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-
-_ROWS, _WIDTH = 512, 768
-"""Size of the trial: rows of a sweep, a small model's width. It takes some milliseconds."""
 
 
 class FastProducts(TorchFunctionMode):
@@ -33,16 +30,26 @@ class FastProducts(TorchFunctionMode):
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN beats torch's own choice on this machine by a tenth or more."""
+    """Whether this is a processor with AVX-512 that is not Intel's, and a torch that has oneDNN.
+
+    Looked up, not timed: processes that chose differently would round differently.
+    """
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and _vendor() not in ("", "GenuineIntel") and _has_onednn()
+
+
+def _vendor() -> str:
     try:
-        x, weight = torch.randn(_ROWS, _WIDTH), torch.randn(_WIDTH, _WIDTH)
-        own, other = [], []
-        for _ in range(5):
-            own.append(_seconds(lambda: functional.linear(x, weight)))
-            other.append(_seconds(lambda: _onednn(x, weight)))
-    except (AttributeError, RuntimeError):  # a torch without oneDNN, or without this entry to it
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def _has_onednn() -> bool:
+    try:
+        return _onednn(torch.ones(1, 2), torch.ones(1, 2)).item() == 2
+    except (AttributeError, RuntimeError):  # a torch without it, or without this entry to it
         return False
-    return min(other) < 0.9 * min(own)
 
 
 def _applies(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -63,9 +70,3 @@ class _Linear(torch.autograd.Function):
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
-
-
-def _seconds(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

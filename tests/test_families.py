@@ -78,12 +78,24 @@ FAMILIES = {
     "bloom": Kind("BloomForCausalLM", "transformer.h", BLOOM, 4, {}, "BloomForCausalLM: unknown argument 'alibi'"),
     "falcon": Kind("FalconForCausalLM", "transformer.h", BLOOM, 2, dict(ffn_hidden_size=SIZE["inner"]), "FalconForCausalLM: "),
 }  # fmt: skip
+OTHERS = {
+    "deepseek3": Kind(
+        "DeepseekV3ForCausalLM", "model.layers", "self_attn.kv_b_proj self_attn.o_proj mlp.down_proj", 8,
+        dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=6, num_key_value_heads=4,
+             first_k_dense_replace=3),
+    ),
+    "lfm2": Kind(
+        "Lfm2ForCausalLM", "model.layers", "feed_forward.w1 feed_forward.w2", 3,
+        dict(layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False),
+    ),
+}  # fmt: skip
+"""Whether the sweep can replay these is left open: values narrower than keys, convolutions between the attentions."""
 REPLAYED = [name for name, kind in FAMILIES.items() if not kind.refused]
 REFUSED = [name for name, kind in FAMILIES.items() if kind.refused]
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, **changes) -> nn.Module:
-    kind = FAMILIES[name]
+    kind = {**FAMILIES, **OTHERS}[name]
     settings = dict(
         vocab_size=len(make_tokenizer()), hidden_size=SIZE["hidden"], intermediate_size=SIZE["inner"], n_inner=SIZE["inner"],
         num_hidden_layers=3, num_attention_heads=SIZE["heads"], num_key_value_heads=2, max_position_embeddings=64,
@@ -209,12 +221,11 @@ class TestBatches:
                 assert off(scores, alone[0]) < EXACT
 
     @pytest.mark.parametrize("name", FAMILIES)
-    @pytest.mark.parametrize("chunk_rows", [None, 20])
-    def test_the_slow_way_takes_the_same(self, exact, facts, name, chunk_rows):
+    def test_the_slow_way_takes_the_same(self, exact, facts, name):
         """Several facts and modules, another quadrature, batches cut short: each as alone, or as the sweep has it."""
         model, few = made(name), facts[::2]
         targets = [resolve_target(model, template, [0, 2]) for template in two_kinds(name)]
-        settings = dict(quadrature=gauss_legendre, chunk_rows=chunk_rows)
+        settings = dict(quadrature=gauss_legendre, chunk_rows=20)
         slow = attribute_facts(model, targets, few, 2, engine="whole", **settings)
         if FAMILIES[name].refused:
             other = [attribute_facts(model, [t], [fact], 2, engine="whole", quadrature=gauss_legendre)[0] for t in targets for fact in few]
@@ -253,6 +264,14 @@ class TestRefused:
         ours = attribute(make(name), tokenizer, *THREE_TOKENS, templates(name)[-1], STEPS)
         assert off(ours, reference(name, templates(name)[-1])) < EXACT
         assert not [record for record in caplog.records if record.name.startswith("kne_easyedit")]
+
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_auto_finds_a_way_for_any_decoder(self, exact, tokenizer, name):
+        model, kind = make(name), OTHERS[name]
+        for template in (f"{kind.path}.{{}}.{module}" for module in kind.linear.split()):
+            theirs = literal_attribution(model, tokenizer, *THREE_TOKENS, template, STEPS)
+            assert theirs.abs().max() > 0.01
+            assert off(attribute(model, tokenizer, *THREE_TOKENS, template, STEPS), theirs) < EXACT
 
     @pytest.mark.parametrize("engine", ENGINES)
     def test_encoder_decoder(self, tokenizer, engine):
@@ -316,22 +335,22 @@ def routed(mlp: nn.Module):
     return forward
 
 
+MIXED = {
+    "earlier": lambda x: x + 0.5 * x.roll(1, dims=-2),
+    "count": lambda x: x + 0.1 * x.shape[-2],
+}
+
+
 class TestSelfCheck:
     """One layer that looks at other rows: its replay differs, and there must be no scores."""
 
-    MIXED = {
-        "earlier": lambda x: x + 0.5 * x.roll(1, dims=-2),
-        "count": lambda x: x + 0.1 * x.shape[-2],
-    }
-
     @pytest.mark.parametrize("mixed", MIXED)
     @pytest.mark.parametrize("name", REPLAYED)
-    @pytest.mark.parametrize("engine", ["auto", "sweep"])
-    def test_a_layer_tampered_with(self, tokenizer, monkeypatch, name, mixed, engine):
+    def test_a_layer_tampered_with(self, tokenizer, monkeypatch, name, mixed):
         model, end = made(name), mlp_end(name)
-        monkeypatch.setattr(end, "forward", lambda x, own=end.forward: own(self.MIXED[mixed](x)))
+        monkeypatch.setattr(end, "forward", lambda x, own=end.forward: own(MIXED[mixed](x)))
         before = fingerprint(model)
-        for template in two_kinds(name):
+        for template, engine in zip(two_kinds(name), ("auto", "sweep")):
             with pytest.raises(ReplayMismatch, match=f"{FAMILIES[name].model}: replaying layer 1 gives another result"):
                 attribute(model, tokenizer, *ONE_TOKEN, template, STEPS, engine=engine)
         assert fingerprint(model) == before
@@ -340,7 +359,7 @@ class TestSelfCheck:
     def test_a_head_tampered_with(self, tokenizer, monkeypatch, name):
         model = made(name)
         head = model.get_output_embeddings()
-        monkeypatch.setattr(head, "forward", lambda x, own=head.forward: own(self.MIXED["earlier"](x)))
+        monkeypatch.setattr(head, "forward", lambda x, own=head.forward: own(MIXED["earlier"](x)))
         with pytest.raises(ReplayMismatch, match="replaying the output head"):
             attribute(model, tokenizer, *ONE_TOKEN, templates(name)[0], STEPS)
 

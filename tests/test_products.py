@@ -58,11 +58,26 @@ def test_an_exception_ends_the_mode(monkeypatch):
     functional.linear(torch.randn(3, 8), torch.randn(5, 8))
 
 
-def test_a_torch_without_the_entry_is_taken_as_it_is(monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    """The question put afresh to a machine of one's own."""
+
+    def ask(capability="AVX512", vendor="AuthenticAMD"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(products, "_vendor", lambda: vendor)
+        return onednn_is_faster.__wrapped__()
+
+    return ask
+
+
+def test_only_where_mkl_leaves_avx512_unused(asked):
+    assert asked() is True
+    assert asked(capability="AVX2") is False and asked(vendor="GenuineIntel") is False and asked(vendor="") is False
+
+
+def test_a_torch_without_the_entry_is_taken_as_it_is(asked, monkeypatch):
     def missing(*arguments):
         raise AttributeError("_linear_pointwise")
 
     monkeypatch.setattr(products, "_onednn", missing)
-    onednn_is_faster.cache_clear()
-    assert onednn_is_faster() is False
-    onednn_is_faster.cache_clear()
+    assert asked() is False

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import GPT2_DOWN, GPTJ_DOWN, LLAMA_DOWN, NoDetours, make_gpt2, make_gptj, make_llama
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from reference import answer_probability, literal_attribution_of_ids, neuron_value
 
@@ -24,10 +24,12 @@ LAYERS = 3
 ROUNDING = 1e-11
 """Relative to a fact's largest score: sums in another order, in float64."""
 
-# One fixed set of examples: a failure is one on every machine and in every run.
-tried = lambda examples: settings(  # noqa: E731
-    max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
+
+def tried(examples: int) -> settings:
+    """One fixed set of examples: a failure is one on every machine and in every run."""
+    phases, checks = [Phase.generate, Phase.shrink], [HealthCheck.too_slow]
+    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=phases, suppress_health_check=checks)
+
 
 FAMILIES = {
     "llama": (lambda: make_llama(torch.float64, num_hidden_layers=LAYERS), "model.layers.{}.", "self_attn.k_proj mlp.up_proj", LLAMA_DOWN),
@@ -37,9 +39,13 @@ FAMILIES = {
 
 
 @lru_cache
-def model_of(family: str):
-    with torch._C.DisableTorchFunction():
-        return FAMILIES[family][0]()
+def model_of(family: str, mild: float = 1.0):
+    with torch._C.DisableTorchFunction():  # the same buffers inside `NoDetours` and outside
+        model = FAMILIES[family][0]()
+    with torch.no_grad():
+        for parameter in model.get_submodule(LLAMA_DOWN.split(".{}")[0] if family == "llama" else "transformer.h").parameters():
+            parameter.mul_(mild if parameter.ndim == 2 else 1)
+    return model
 
 
 def templates_of(family: str) -> list[str]:
@@ -57,10 +63,10 @@ class Case(NamedTuple):
 
 
 @st.composite
-def a_fact(draw, answer=st.integers(1, 4)) -> Fact:
+def a_fact(draw, longest_answer=4) -> Fact:
     """Any tokens: text plays no part behind the tokenizer."""
     length = draw(st.integers(1, 8))
-    size = length + draw(answer)
+    size = length + draw(st.integers(1, longest_answer))
     ids = draw(st.lists(st.integers(0, model_of("llama").config.vocab_size - 1), min_size=size, max_size=size))
     return Fact("a prompt", "a target", tuple(ids), length)
 
@@ -87,19 +93,21 @@ def scores_of(family: str, case: Case, **changes) -> list[torch.Tensor]:
         return attribute_facts(model, targets, case.facts, case.steps, **settings)
 
 
-def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
-    """Equal but for rounding, fact by fact: a fact with large scores must not hide one with small ones."""
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], layers=slice(None)) -> None:
+    """Equal (of ``theirs``: these layers) but for rounding, fact by fact: one with large scores must not hide one with small.
+
+    What is zero may be rounded, too: the key of a single token, which attends to itself whatever its key is.
+    """
     for one, other in zip(ours, theirs, strict=True):
-        assert one.shape == other.shape and one.dtype == other.dtype == torch.float64
-        largest = other.abs().amax((1, 2), keepdim=True)
-        assert (largest > 0).all()
-        assert ((one - other).abs() <= ROUNDING * largest).all()
+        assert one.dtype == other.dtype == torch.float64
+        assert one.shape == other[:, layers].shape
+        assert ((one - other[:, layers]).abs() <= ROUNDING * other.abs().amax((1, 2), keepdim=True) + 1e-16).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 class TestAttribution:
     @given(case=a_case(), other_chunk=st.one_of(st.none(), st.integers(1, 200)), data=st.data())
-    @tried(20)
+    @tried(40)
     def test_how_the_work_is_cut_does_not_count(self, family, case, other_chunk, data):
         """Rows in flight, order of the facts and of the modules, and which facts share the batch."""
         scores = scores_of(family, case)
@@ -111,19 +119,14 @@ class TestAttribution:
         assert_same(scores_of(family, case, facts=[case.facts[i] for i in sorted(some)]), [s[sorted(some)] for s in scores])
 
     @given(case=a_case())
-    @tried(15)
+    @tried(40)
     def test_layers_and_modules_do_not_know_of_each_other(self, family, case):
         """Some layers of some modules are the rows of all layers of all modules."""
         everything = scores_of(family, case, layers=[], templates=[0, 1, 2])
-        some = scores_of(family, case)
-        for i, own in zip(case.templates, some, strict=True):
-            # Relative to this module's own scores of all layers: those of one layer alone may be next to nothing.
-            largest = everything[i].abs().amax((1, 2), keepdim=True)
-            assert own.shape == everything[i][:, case.layers].shape
-            assert ((own - everything[i][:, case.layers]).abs() <= ROUNDING * largest).all()
+        assert_same(scores_of(family, case), [everything[i] for i in case.templates], case.layers)
 
     @given(case=a_case(most_facts=2, most_steps=3))
-    @tried(6)
+    @tried(15)
     def test_equals_the_literal_riemann_sum(self, family, case):
         ours = scores_of(family, case, quadrature="riemann")
         with NoDetours():
@@ -138,11 +141,14 @@ class TestAttribution:
             ]  # fmt: skip
         assert_same(ours, theirs)
 
-    @given(fact=a_fact(answer=st.just(1)), layer=st.integers(0, LAYERS - 1), template=st.integers(0, 2))
-    @tried(20)
+    @given(fact=a_fact(longest_answer=1), layer=st.integers(0, LAYERS - 1), template=st.integers(0, 2))
+    @tried(60)
     def test_completeness(self, family, fact, layer, template):
-        """The scores of a layer add up to what the answer's probability owes to it."""
-        model, template = model_of(family), templates_of(family)[template]
+        """The scores of a layer add up to what the answer's probability owes to it.
+
+        Milder weights: 24 nodes are enough for a smooth path, while the sharpest ones of the other tests take 100.
+        """
+        model, template = model_of(family, mild=0.4), templates_of(family)[template]
         module = model.get_submodule(template.format(layer))
         before, (answer,) = torch.tensor([fact.ids[:-1]]), fact.answer
         with NoDetours(), torch.no_grad():
@@ -150,7 +156,7 @@ class TestAttribution:
             change = answer_probability(model, module, before, answer, neurons)
             change = change - answer_probability(model, module, before, answer, 0 * neurons)
             (scores,) = attribute_facts(model, [resolve_target(model, template, [layer])], [fact], 24, quadrature=gauss_legendre)
-        assert scores.sum().item() == pytest.approx(change.item(), abs=1e-6)
+        assert scores.sum().item() == pytest.approx(change.item(), abs=1e-9)
 
 
 def matrices(elements, most_layers=4, most_neurons=12):

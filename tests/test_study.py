@@ -225,6 +225,15 @@ class TestCacheCommand:
         assert kne("cache", "prune", "--damaged", "--cache-dir", "cache") == 0
         assert list(entry_files("cache")) == filled[:1] + filled[2:]
 
+    def test_prune_torn_files(self, filled, capsys):
+        """A process killed while it wrote leaves a hidden file; a young one may still be written."""
+        torn = [filled[0].with_name(f".{name}.tmp") for name in ("old", "young")]
+        for path in torn:
+            path.write_bytes(b"half")
+        os.utime(torn[0], (0, 0))
+        assert kne("cache", "prune", "--damaged", "--cache-dir", "cache") == 0
+        assert not torn[0].exists() and torn[1].exists() and list(entry_files("cache")) == filled
+
     def test_prune_by_age_and_model(self, filled, capsys):
         os.utime(filled[0], (0, 0))
         assert kne("cache", "prune", "--older-than", "30", "--cache-dir", "cache") == 0

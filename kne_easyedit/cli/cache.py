@@ -23,7 +23,7 @@ def add_commands(commands) -> None:
         action.set_defaults(command=function)
         if name == "prune":
             which = action.add_mutually_exclusive_group(required=True)
-            which.add_argument("--damaged", action="store_true", help="entries that `verify` complains about")
+            which.add_argument("--damaged", action="store_true", help="entries that `verify` complains about, and torn files of killed processes")
             which.add_argument("--older-than", type=positive, metavar="DAYS", help="entries written more than DAYS ago")
             which.add_argument("--model", type=_digest, metavar="DIGEST", help="all entries of one model, by the digest that `info` shows")
             which.add_argument("--all", action="store_true", help="all entries")
@@ -73,7 +73,7 @@ def _verify(arguments) -> int:
 
 
 def _prune(arguments) -> int:
-    from kne_easyedit.cache import DamagedEntry, read_entry, scores_folder
+    from kne_easyedit.cache import DamagedEntry, read_entry, scores_folder, torn_files
 
     oldest = time.time() - 86400 * (arguments.older_than or 0)
     if arguments.model and not list(scores_folder(arguments.cache_dir).glob(f"{arguments.model}*/")):
@@ -89,6 +89,10 @@ def _prune(arguments) -> int:
         elif arguments.older_than and path.stat().st_mtime > oldest or arguments.model and not path.parent.name.startswith(arguments.model):
             continue
         removed, freed = removed + 1, freed + size
+        if not arguments.dry_run:
+            path.unlink(missing_ok=True)
+    for path in torn_files(arguments.cache_dir) if arguments.damaged or arguments.all else ():
+        removed, freed = removed + 1, freed + path.stat().st_size
         if not arguments.dry_run:
             path.unlink(missing_ok=True)
     if not arguments.dry_run:
