@@ -36,6 +36,8 @@ class Prefix:
     values: Tensor
     positions: Tensor
     """``(facts, rows)``: the position of each row; it sees the keys before it."""
+    softcapped: bool = True
+    """Whether the model's own attention heeds a softcap (torch's fused one does not)."""
     used: bool = False
 
 
@@ -43,12 +45,20 @@ _PREFIX: ContextVar[Prefix] = ContextVar("kne_prefix")
 
 
 def attend(
-    prefix: Prefix, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None, softcap: float | None = None
+    prefix: Prefix,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of independent rows over a shared prefix and over themselves.
 
-    query ``(facts, heads, rows, head_dim)``, key and value ``(facts, kv_heads, rows, head_dim)``; returns
-    ``(facts, heads, rows, head_dim)``. The prefix is never expanded: its share is one product a head.
+    query ``(facts, heads, rows, head_dim)``, key and value ``(facts, kv_heads, rows, head_dim)``, ``sinks``
+    ``(heads,)``: scores that take their share and give nothing; returns ``(facts, heads, rows, head_dim)``. The
+    prefix is never expanded: its share is one product a head.
     """
     facts, heads, n_rows, width = query.shape
     kv_heads, length = prefix.keys.shape[1:3]
@@ -64,11 +74,13 @@ def attend(
         hidden |= at <= prefix.positions.unsqueeze(-1) - window
     mask = torch.zeros(hidden.shape, dtype=scores.dtype, device=query.device).masked_fill_(hidden, float("-inf"))
     scores = scores + nn.functional.pad(mask, (0, 1))[:, None, None]
+    if sinks is not None:
+        scores = torch.cat([sinks.to(scores).view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1), scores], -1)
     # Softmax in float32 at least, as the models' own eager attention does for half precision.
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-    shared = weights[..., :-1].reshape(facts, kv_heads, -1, length) @ prefix.values.to(value.dtype)
-    out = shared.view(facts, kv_heads, -1, n_rows, width) + weights[..., -1:] * value.unsqueeze(2)
-    return out.reshape(facts, heads, n_rows, width)
+    shared = weights[..., -1 - length : -1].reshape(facts, kv_heads, -1, length) @ prefix.values.to(value.dtype)
+    out = shared.view(facts, kv_heads, -1, n_rows, value.shape[-1]) + weights[..., -1:] * value.unsqueeze(2)
+    return out.reshape(facts, heads, n_rows, value.shape[-1])
 
 
 def _attention_interface(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
@@ -76,7 +88,8 @@ def _attention_interface(module, query, key, value, attention_mask=None, scaling
     prefix = _PREFIX.get()
     prefix.used = True
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(prefix, query, key, value, scaling, kwargs.get("sliding_window"), kwargs.get("softcap"))
+    softcap = kwargs.get("softcap") if prefix.softcapped else None
+    out = attend(prefix, query, key, value, scaling, kwargs.get("sliding_window"), softcap, kwargs.get("s_aux"))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -163,19 +176,21 @@ class Replay:
         self._arguments = [captured[i] for i in range(len(self.layers))]
         self._values = [len(outputs[i]) if isinstance(outputs[i], tuple) else 0 for i in range(len(self.layers))]
         hidden = [arguments.pop("hidden") for arguments in self._arguments] + [_first(outputs[len(self.layers) - 1])]
-        facts = len(positions)
+        for name in modules:
+            if name not in outputs:
+                raise never_called(name)
+        facts, length = batch.input_ids.shape
         return Clean(
             positions,
             [gather(h, positions) for h in hidden],
-            # Some layers fold facts and positions into one dimension around their MLP.
-            {name: gather(_first(outputs[name]).reshape(facts, hidden[0].shape[1], -1), positions) for name in modules},
+            {name: gather(unfolded(name, outputs[name], facts, length), positions) for name in modules},
             gather(out.logits, positions),
         )
 
     def layer(self, index: int, hidden: Tensor, positions: Tensor) -> Tensor:
         """Rows ``hidden`` ``(facts, rows, d)`` at ``positions`` ``(facts, rows)`` through decoder layer ``index``."""
         cached = self._cache.layers[index]
-        prefix = Prefix(cached.keys, cached.values, positions.to(hidden.device))
+        prefix = Prefix(cached.keys, cached.values, positions.to(hidden.device), self.model.config._attn_implementation != "sdpa")
         token = _PREFIX.set(prefix)
         try:
             with _own_attention(self.layers[index]):
@@ -231,8 +246,8 @@ class Replay:
 
 
 @contextmanager
-def replaced_output(module: nn.Module, start: int, rows: Tensor) -> Iterator[None]:
-    """Inside, ``rows`` ``(facts, n, d2)`` take the place of what ``module`` gives for rows ``start..start+n``.
+def replaced_output(name: str, module: nn.Module, rows: Tensor, start: int, total: int) -> Iterator[None]:
+    """Inside, ``rows`` ``(facts, n, d2)`` take the place of what ``module`` gives for rows ``start..start+n`` of ``total``.
 
     These rows are not even computed. The module may be called with facts and rows folded into one dimension.
     """
@@ -242,8 +257,8 @@ def replaced_output(module: nn.Module, start: int, rows: Tensor) -> Iterator[Non
     def without(_, args):
         nonlocal folded
         folded = args[0].ndim == 2
-        x = args[0].reshape(facts, -1, args[0].shape[-1])
-        return (x[:, :start] if stop >= x.shape[1] else torch.cat([x[:, :start], x[:, stop:]], 1)), *args[1:]
+        x = unfolded(name, args[0], facts, total)
+        return (torch.cat([x[:, :start], x[:, stop:]], 1) if stop < total else x[:, :start].contiguous()), *args[1:]
 
     def together(_, args, out):
         out = torch.cat([out[:, :start], rows.to(out.device), out[:, start:]], 1)
@@ -253,6 +268,23 @@ def replaced_output(module: nn.Module, start: int, rows: Tensor) -> Iterator[Non
         hooks.callback(module.register_forward_pre_hook(without).remove)
         hooks.callback(module.register_forward_hook(together).remove)
         yield
+
+
+def unfolded(name: str, values, batch: int, length: int) -> Tensor:
+    """What a linear module takes or gives, as ``(batch, length, d)``: some layers fold the first two into one dimension.
+
+    Raises UnsupportedModel if it is not one vector for every position.
+    """
+    if not isinstance(values, Tensor) or values.numel() != batch * length * values.shape[-1]:
+        raise UnsupportedModel(
+            f"target_modules: {name} does not give one vector for every position (an expert or its router?); its output at the "
+            f"predicting position is not defined, choose another module"
+        )
+    return values.reshape(batch, length, values.shape[-1])
+
+
+def never_called(name: str) -> UnsupportedModel:
+    return UnsupportedModel(f"target_modules: {name} is not called in this model's forward pass; it has no output to attribute")
 
 
 def gather(values: Tensor, positions: Tensor) -> Tensor:

@@ -9,15 +9,15 @@ its own gradient. Nothing is approximated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from kne_easyedit.batching import Fact, collate
 from kne_easyedit.layout import Target
-from kne_easyedit.replay import Replay, capture_output, replaced_output
+from kne_easyedit.replay import Replay, UnsupportedModel, capture_output, replaced_output
 
 HEAD_ROWS = 512
 """Rows that pass the output head at once: bounds the logits, the widest tensor of all."""
@@ -42,10 +42,11 @@ class Sweep:
         self.counts = torch.tensor([[float(j < len(fact.answer)) for j in range(self.longest)] for fact in facts])
         positions = torch.tensor([_padded(fact.positions, self.longest) for fact in facts])
         everywhere = {name: module for found in self.modules.values() for name, module in found.items()}
-        self.clean = replay.clean_pass(collate(facts), positions, everywhere)
         self.base: dict[str, Tensor] = {}
         self._traces: list[tuple[Tensor, dict[str, Tensor], Tensor]] = []
-        self.saved = [self._probe(i) for i in range(len(replay.layers))]
+        with _as_unsupported(replay.model):
+            self.clean = replay.clean_pass(collate(facts), positions, everywhere)
+            self.saved = [self._probe(i) for i in range(len(replay.layers))]
         every, own = torch.arange(self.longest), self.clean.logits.flatten(0, 1)
         self._end = self._head(self.clean.inputs[-1], every, lambda logits, at: replay.demand_equal(logits, own[at], "the output head"))
         dtype = torch.promote_types(self.clean.logits.dtype, torch.float32)
@@ -103,10 +104,10 @@ class Sweep:
         rows = start if hidden is None else [hidden.to(self.clean.inputs[i].device), *start]
         with ExitStack() as replaced:
             begin = 0 if hidden is None else hidden.shape[1]
-            for name in inside:
+            total = begin + len(inside) * len(tokens)
+            for k, name in enumerate(inside):
                 leaves[name] = self._points(name, tokens, alphas).requires_grad_()
-                replaced.enter_context(replaced_output(modules[name], begin, leaves[name]))
-                begin += len(tokens)
+                replaced.enter_context(replaced_output(name, modules[name], leaves[name], begin + k * len(tokens), total))
             rows = [self._layer(i, torch.cat(rows, 1) if inside else hidden, positions)] if rows else []
         for name in modules:
             if name in self.base:  # the points can start behind the layer
@@ -170,9 +171,9 @@ class Sweep:
             for name, module in modules.items():
                 hooks.callback(module.register_forward_hook(capture_output(outputs, name)).remove)
             for k, name in enumerate(trials):
-                neurons = clean.neurons[name]
-                hooks.enter_context(replaced_output(modules[name], (2 * k + 1) * s, torch.cat([0 * neurons, neurons / 2], 1)))
-            traced = self._layer(i, leaf.repeat(1, 1 + 2 * len(trials), 1), clean.positions)
+                trial = torch.cat([0 * clean.neurons[name], clean.neurons[name] / 2], 1)
+                hooks.enter_context(replaced_output(name, modules[name], trial, (2 * k + 1) * s, (2 * len(trials) + 1) * s))
+            traced = self._layer(i, leaf.repeat(1, 2 * len(trials) + 1, 1), clean.positions)
         self._traces.append((leaf, outputs, traced[:, :s]))
         out = traced.detach()
         self.replay.demand_equal(out[:, :s], clean.inputs[i + 1], f"layer {i}")
@@ -198,6 +199,19 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
             return tensor
 
         super().__init__(count, lambda tensor: tensor)
+
+
+@contextmanager
+def _as_unsupported(model: nn.Module) -> Iterator[None]:
+    """What a model's own code raises inside because its layers run one by one, or on a cache of ours, says that they cannot."""
+    try:
+        yield
+    except (UnsupportedModel, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if "allocate" in str(error):  # out of memory on a CPU
+            raise
+        raise UnsupportedModel(f"{type(model).__name__}: its layers do not run one by one ({type(error).__name__}: {error})") from error
 
 
 def _padded(values: Sequence[int], length: int) -> list[int]:

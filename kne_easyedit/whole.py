@@ -14,29 +14,33 @@ from torch import Tensor, nn
 
 from kne_easyedit.batching import Fact
 from kne_easyedit.layout import Target, device_of
+from kne_easyedit.replay import never_called, unfolded
 
 
 def attribute_whole(
     model: nn.Module, targets: Sequence[Target], fact: Fact, alphas: Tensor, weights: Tensor, chunk_rows: int
 ) -> list[Tensor]:
     """Eq. 5 for one fact: for each target ``(layers, d2)``. ``chunk_rows`` bounds the tokens of one batch."""
-    return [torch.stack([_attribute_module(model, m, fact, alphas, weights, chunk_rows) for m in t.modules]) for t in targets]
+    return [torch.stack([_attribute_module(model, name, fact, alphas, weights, chunk_rows) for name in t.names]) for t in targets]
 
 
-def _attribute_module(model: nn.Module, module: nn.Module, fact: Fact, alphas: Tensor, weights: Tensor, chunk_rows: int) -> Tensor:
+def _attribute_module(model: nn.Module, name: str, fact: Fact, alphas: Tensor, weights: Tensor, chunk_rows: int) -> Tensor:
     total = 0
     for position, answer in zip(fact.positions, fact.answer):
         ids = torch.tensor(fact.ids[: position + 1], device=device_of(model))
         seen = []
-        with torch.no_grad(), _last_output(module, 1, lambda own: seen.append(own.clone()) or own):
+        with torch.no_grad(), _last_output(model, name, ids[None], lambda own: seen.append(own.clone()) or own):
             model(input_ids=ids[None], use_cache=False)
-        (neurons,) = seen  # (1, d2)
+        if not seen:
+            raise never_called(name)
+        neurons = seen[0]  # (1, d2)
         dtype = torch.promote_types(neurons.dtype, torch.float32)
         per_batch = max(1, chunk_rows // len(ids))
         for nodes, shares in zip(alphas.split(per_batch), weights.split(per_batch)):
             points = (neurons * nodes.to(neurons)[:, None]).requires_grad_()
-            with torch.enable_grad(), _last_output(module, len(nodes), lambda own: points):
-                logits = model(input_ids=ids.expand(len(nodes), -1), use_cache=False).logits[:, -1]
+            batch = ids.expand(len(nodes), -1)
+            with torch.enable_grad(), _last_output(model, name, batch, lambda own: points):
+                logits = model(input_ids=batch, use_cache=False).logits[:, -1]
                 # dP = P dlogP: P itself may underflow in half precision on its way down.
                 logs = torch.log_softmax(logits, -1, dtype=dtype)[:, answer]
                 slopes = torch.autograd.grad(logs.sum(), points)[0].to(dtype)
@@ -46,14 +50,14 @@ def _attribute_module(model: nn.Module, module: nn.Module, fact: Fact, alphas: T
 
 
 @contextmanager
-def _last_output(module: nn.Module, batch: int, replace):
-    """Inside, what ``module`` gives at the last position, ``(batch, d2)``, is ``replace`` of it."""
+def _last_output(model: nn.Module, name: str, batch: Tensor, replace):
+    """Inside, what module ``name`` gives at the last position of ``batch``, ``(len(batch), d2)``, is ``replace`` of it."""
 
     def hook(_, args, out):
-        rows = out.reshape(batch, -1, out.shape[-1])  # some layers fold batch and positions into one dimension
+        rows = unfolded(name, out, *batch.shape)
         return torch.cat([rows[:, :-1], replace(rows[:, -1])[:, None]], 1).view_as(out)
 
-    handle = module.register_forward_hook(hook)
+    handle = model.get_submodule(name).register_forward_hook(hook)
     try:
         yield
     finally:

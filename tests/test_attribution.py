@@ -236,7 +236,7 @@ class TestAsFound:
         assert fingerprint(model) == before
         assert torch.equal(scores, expected), "neither dropout nor checkpointing may play a part"
 
-    @pytest.mark.parametrize("error", [RuntimeError("injected"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+    @pytest.mark.parametrize("error", [MemoryError("injected"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
     @pytest.mark.parametrize("call", [1, 3, 5])
     def test_after_an_exception_in_a_layer(self, family32, tokenizer, monkeypatch, error, call):
         """Calls of a layer's MLP: the clean pass, the self-check, the search for a constant part, the sweep."""

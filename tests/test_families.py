@@ -31,7 +31,8 @@ NEOX = "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h
 BLOOM = "self_attention.query_key_value self_attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h"
 GEMMA = dict(head_dim=6, query_pre_attn_scalar=6, sliding_window=4, tie_word_embeddings=True)
 SOFTCAPS = dict(attn_logit_softcapping=2.0, final_logit_softcapping=5.0)
-LOCAL_GLOBAL = dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+LOCAL_GLOBAL = dict(layer_types=LAYERS)
 
 
 class Kind(NamedTuple):
@@ -67,6 +68,10 @@ FAMILIES = {
     "codegen": Kind("CodeGenForCausalLM", "transformer.h", "attn.qkv_proj attn.out_proj mlp.fc_in mlp.fc_out", 2, dict(rotary_dim=4)),
     "neox": Kind("GPTNeoXForCausalLM", "gpt_neox.layers", NEOX, 6, dict(attn_implementation="sdpa", use_parallel_residual=True)),
     "neox-serial": Kind("GPTNeoXForCausalLM", "gpt_neox.layers", NEOX, 2, dict(attn_implementation="sdpa", use_parallel_residual=False)),
+    "gpt-oss": Kind(
+        "GptOssForCausalLM", "model.layers", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj", 3,
+        dict(attn_implementation="eager", head_dim=6, sliding_window=4, num_local_experts=4, num_experts_per_tok=2, layer_types=LAYERS),
+    ),
     "opt": Kind(
         "OPTForCausalLM", "model.decoder.layers", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2", 31,
         dict(attn_implementation="sdpa", ffn_dim=SIZE["inner"], word_embed_proj_dim=SIZE["hidden"]),
