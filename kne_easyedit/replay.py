@@ -252,17 +252,16 @@ def replaced_output(name: str, module: nn.Module, rows: Tensor, start: int, tota
     These rows are not even computed. The module may be called with facts and rows folded into one dimension.
     """
     facts, stop = len(rows), start + rows.shape[1]
-    folded = False
+    shape = ()
 
     def without(_, args):
-        nonlocal folded
-        folded = args[0].ndim == 2
+        nonlocal shape
+        shape = args[0].shape[:-1]
         x = unfolded(name, args[0], facts, total)
         return (torch.cat([x[:, :start], x[:, stop:]], 1) if stop < total else x[:, :start].contiguous()), *args[1:]
 
     def together(_, args, out):
-        out = torch.cat([out[:, :start], rows.to(out.device), out[:, start:]], 1)
-        return out.flatten(0, 1) if folded else out
+        return torch.cat([out[:, :start], rows.to(out.device), out[:, start:]], 1).reshape(*shape, out.shape[-1])
 
     with ExitStack() as hooks:
         hooks.callback(module.register_forward_pre_hook(without).remove)
@@ -275,7 +274,8 @@ def unfolded(name: str, values, batch: int, length: int) -> Tensor:
 
     Raises UnsupportedModel if it is not one vector for every position.
     """
-    if not isinstance(values, Tensor) or values.numel() != batch * length * values.shape[-1]:
+    leading = [n for n in values.shape[:-1] if n > 1] if isinstance(values, Tensor) else None
+    if leading not in ([n for n in (batch, length) if n > 1], [n for n in (batch * length,) if n > 1]):
         raise UnsupportedModel(
             f"target_modules: {name} does not give one vector for every position (an expert or its router?); its output at the "
             f"predicting position is not defined, choose another module"

@@ -13,7 +13,7 @@ def literal_attribution(model, tokenizer, prompt, target, template, steps=20, la
 
 def literal_attribution_of_ids(model, ids, n_prompt, template, steps=20, layers=None):
     """Eq. 3-5 word by word: a full forward pass for every layer, answer token and step."""
-    full = torch.tensor([ids])
+    full = torch.tensor([list(ids)], device=next(model.parameters()).device)
     n_layers = model.config.num_hidden_layers
     result = []
     for layer in range(n_layers) if layers is None else layers:
@@ -56,8 +56,8 @@ def answer_probability(model, module, ids, answer, value):
 
 
 def _rows(out):
-    """What a module gives for one text, ``(positions, d2)``: OPT's MLP leaves the batch's dimension out."""
-    return out[0] if out.ndim == 3 else out
+    """What a module gives for one text, ``(positions, d2)``: some leave the batch's dimension out, or have one more."""
+    return out.view(-1, out.shape[-1])
 
 
 def literal_row_training(model, examples, masks, lr, steps, alpha=1.0, weight_decay=0.0, stop_loss=0.0):

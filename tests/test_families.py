@@ -69,8 +69,9 @@ FAMILIES = {
     "neox": Kind("GPTNeoXForCausalLM", "gpt_neox.layers", NEOX, 6, dict(attn_implementation="sdpa", use_parallel_residual=True)),
     "neox-serial": Kind("GPTNeoXForCausalLM", "gpt_neox.layers", NEOX, 2, dict(attn_implementation="sdpa", use_parallel_residual=False)),
     "gpt-oss": Kind(
-        "GptOssForCausalLM", "model.layers", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj", 3,
-        dict(attn_implementation="eager", head_dim=6, sliding_window=4, num_local_experts=4, num_experts_per_tok=2, layer_types=LAYERS),
+        "GptOssForCausalLM", "model.layers", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj", 37,
+        dict(attn_implementation="eager", head_dim=6, sliding_window=4, num_local_experts=4, num_experts_per_tok=2,
+             layer_types=LAYERS, experts_implementation="eager"),
     ),
     "opt": Kind(
         "OPTForCausalLM", "model.decoder.layers", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2", 31,
@@ -371,8 +372,9 @@ class TestSelfCheck:
 
 class TestHalfPrecision:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("name", [*REPLAYED, "mamba", "bloom"])
+    @pytest.mark.parametrize("name", [name for name in (*REPLAYED, "mamba", "bloom") if name != "gpt-oss"])
     def test_nearly_the_same_scores_in_float32(self, tokenizer, name, dtype):
+        """Not so with routed experts (GPT-OSS): rounding lets a router choose others."""
         for template in two_kinds(name):
             fine = attribute(made(name, torch.float32), tokenizer, *ONE_TOKEN, template, STEPS)
             rough = attribute(made(name, dtype), tokenizer, *ONE_TOKEN, template, STEPS)
