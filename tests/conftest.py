@@ -21,8 +21,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.models.gptj.modeling_gptj import GPTJAttention
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kne_easyedit.batching import encode
 from kne_easyedit.hparams import KNEHyperParams
@@ -166,21 +164,6 @@ def make_family(name: str, dtype: torch.dtype) -> Family:
     return Family(make_gptj(dtype), f"{mlp}fc_out", f"{mlp}fc_in", f"{attention}out_proj", f"{attention}q_proj")
 
 
-def precise_rms_norm(self, hidden_states):
-    """LlamaRMSNorm.forward without its detour through float32."""
-    variance = hidden_states.pow(2).mean(-1, keepdim=True)
-    return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-
-
-def precise_attention(self, query, key, value, attention_mask=None, head_mask=None):
-    """GPTJAttention._attn without its detour through float32."""
-    weights = query @ key.transpose(-1, -2) / self.scale_attn
-    if attention_mask is not None:
-        weights = weights + attention_mask[..., : key.shape[-2]]
-    weights = self.attn_dropout(weights.softmax(-1))
-    return weights @ value, weights
-
-
 class NoDetours(TorchFunctionMode):
     """Inside, whoever asks for float32 gets float64: norms, softmax, rotary embeddings, logits of any family's own code.
 
@@ -197,10 +180,10 @@ def _doubled(value):
 
 
 @pytest.fixture
-def double_precision(monkeypatch):
+def double_precision():
     """Makes the models' own code exact in float64; the package's code stays as it is."""
-    monkeypatch.setattr(LlamaRMSNorm, "forward", precise_rms_norm)
-    monkeypatch.setattr(GPTJAttention, "_attn", precise_attention)
+    with NoDetours():
+        yield
 
 
 @pytest.fixture(params=["llama", "gptj"])
