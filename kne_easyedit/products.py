@@ -6,26 +6,42 @@ torch carries as well, is twice as fast (docs/performance.md).
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 
-class FastProducts(TorchFunctionMode):
-    """Inside, linear layers with frozen float32 weights on a CPU multiply by the faster library.
+@contextmanager
+def fast_products(model: nn.Module) -> Iterator[None]:
+    """Inside, linear layers of ``model`` with frozen float32 weights on a CPU multiply by the faster library.
 
-    The results are those of `torch.nn.functional.linear` up to rounding. Everything else is as ever.
+    The results are those of `torch.nn.functional.linear` up to rounding. Afterwards the layers are as they were.
     """
+    chosen = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
+    try:
+        for module in chosen:
+            module.forward = partial(_forward, module)
+        yield
+    finally:
+        for module in chosen:
+            module.__dict__.pop("forward", None)
 
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        keywords = keywords or {}
-        if function is functional.linear and _applies(*arguments, **keywords):
-            return _Linear.apply(*arguments, *keywords.values())
-        return function(*arguments, **keywords)
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` by the faster library. ``weight`` and ``bias`` get no gradient from it unless it is torch's."""
+    frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
+    if frozen and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and onednn_is_faster():
+        return _Linear.apply(x, weight, bias)
+    return functional.linear(x, weight, bias)
+
+
+def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)
 
 
 @cache
@@ -50,11 +66,6 @@ def _has_onednn() -> bool:
         return _onednn(torch.ones(1, 2), torch.ones(1, 2)).item() == 2
     except (AttributeError, RuntimeError):  # a torch without it, or without this entry to it
         return False
-
-
-def _applies(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
-    return frozen and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and onednn_is_faster()
 
 
 class _Linear(torch.autograd.Function):

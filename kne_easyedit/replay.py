@@ -215,7 +215,7 @@ class Replay:
         try:
             for layer, values in zip(self.layers, self._values):
                 layer.forward = _constant((hidden[:, None], *[None] * (values - 1)) if values else hidden[:, None])
-            return self.model(inputs_embeds=embeddings.new_zeros(len(hidden), 1, embeddings.shape[1]), use_cache=False).logits[:, 0]
+            return self.model(inputs_embeds=embeddings.new_zeros(len(hidden), 1, embeddings.shape[1]), use_cache=False).logits.flatten(0, 1)
         finally:
             for layer, own in zip(self.layers, before):
                 if own is None:

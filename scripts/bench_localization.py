@@ -40,7 +40,7 @@ from kne_easyedit.layout import Target, is_linear, resolve_target, rows  # noqa:
 from kne_easyedit.machine import environment, keep_large_blocks  # noqa: E402
 from kne_easyedit.models import load_model  # noqa: E402
 from kne_easyedit.paths import atomic_write  # noqa: E402
-from kne_easyedit.products import FastProducts  # noqa: E402
+from kne_easyedit.products import linear  # noqa: E402
 from kne_easyedit.quadrature import gauss_legendre, riemann  # noqa: E402
 from kne_easyedit.records import load_requests  # noqa: E402
 
@@ -116,9 +116,8 @@ def single(options) -> dict:
         for layer in [layer for _ in range(options.repeats) for layer in layers]:
             seconds, scores = timed(sweep)
             times["sweep"].append(seconds)
-            products["torch"].append(product_rate(model))
-            with FastProducts():
-                products["fastest"].append(product_rate(model))
+            products["torch"].append(product_rate(model, functional.linear))
+            products["fastest"].append(product_rate(model, linear))
             seconds, expected = timed(lambda: literal_attribution_of_ids(model, fact.ids, fact.prompt_length, target.template, steps, [layer]))  # noqa: B023
             times["literal"].append(seconds)
             if options.kn:
@@ -207,8 +206,7 @@ def measure_point(options, point: dict) -> dict:
     keep_large_blocks()
     work()
     seconds = median(timed(work)[0] for _ in range(options.repeats))
-    with FastProducts():
-        fastest = product_rate(model)
+    fastest = product_rate(model, linear)
     needed = multiplications(model, target, facts, point["steps"])
     return {"seconds": seconds, "multiplications": needed, "share": needed / seconds / fastest, "peak": peak}
 
@@ -329,7 +327,7 @@ def random_weights(options) -> dict:
     figures = {
         "architecture": options.architecture, "dtype": options.dtype, "module": target.template, "facts": len(facts), "steps": options.steps,
         "seconds": seconds, "bytes_above_weights": memory, "rows_in_flight": in_flight, "multiplications": needed,
-        "rate": needed / seconds, "product_rate": product_rate(model, 8192 if cuda else 2048),
+        "rate": needed / seconds, "product_rate": product_rate(model, linear, 8192 if cuda else 2048),
         "fact_tokens": [fact.prompt_length, len(fact.answer)], "sweep_alone_seconds": alone, "literal_seconds": literal,
         "ratio_alone": literal / alone, "ratio_batched": literal / (seconds / len(facts)), "environment": environment(model),
     }  # fmt: skip
@@ -368,12 +366,12 @@ def multiplications(model, target: Target, facts: Sequence[Fact], steps: int) ->
     return 2 * (sum(n * w for n, w in zip(passing, width)) + (len(target.layers) * points + ends) * head)
 
 
-def product_rate(model, size: int = 2048) -> float:
+def product_rate(model, multiply, size: int = 2048) -> float:
     """Multiplications per second of one large matrix product in the model's type, on its device."""
     parameter = next(model.parameters())
     a, b = (torch.randn(size, size, dtype=parameter.dtype, device=parameter.device) for _ in range(2))
-    functional.linear(a, b)
-    return size**3 / min(timed(lambda: functional.linear(a, b))[0] for _ in range(3))
+    multiply(a, b)
+    return size**3 / min(timed(lambda: multiply(a, b))[0] for _ in range(3))
 
 
 def overlap(one: torch.Tensor, other: torch.Tensor, p: float) -> float:

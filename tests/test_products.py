@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from conftest import fingerprint
 from torch.nn import functional
 
 from kne_easyedit import products
-from kne_easyedit.products import FastProducts, onednn_is_faster
+from kne_easyedit.products import fast_products, linear, onednn_is_faster
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="THIS TORCH HAS NO ONEDNN: its products were not tested"
@@ -30,9 +31,8 @@ def test_value_and_gradient_are_torchs_own(chosen, shape, bias):
     offset = torch.randn(40) if bias else None
     expected = functional.linear(x, weight, offset)
     (slope,) = torch.autograd.grad(expected.square().sum(), x)
-    with FastProducts():
-        found = functional.linear(x, weight, offset)
-        (own_slope,) = torch.autograd.grad(found.square().sum(), x)
+    found = linear(x, weight, offset)
+    (own_slope,) = torch.autograd.grad(found.square().sum(), x)
     assert len(calls) == (2 if faster else 0)
     assert torch.allclose(found, expected, atol=1e-4) and torch.allclose(own_slope, slope, rtol=1e-4, atol=1e-2)
     assert not torch.allclose(found, functional.linear(x, weight.roll(1, 0), offset), atol=1e-4)
@@ -46,16 +46,21 @@ def test_everything_else_is_left_to_torch(monkeypatch, kind):
     x = torch.randn(0 if kind == "no rows" else 3, 8, dtype=dtype)
     weight = torch.randn(5, 8, dtype=dtype, requires_grad=kind == "trained weight")
     bias = torch.randn(5, dtype=dtype, requires_grad=kind == "trained bias")
-    with FastProducts():
-        assert torch.equal(functional.linear(x, weight, bias), functional.linear(x, weight, bias))
+    assert torch.equal(linear(x, weight, bias), functional.linear(x, weight, bias))
 
 
-def test_an_exception_ends_the_mode(monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    with pytest.raises(KeyboardInterrupt), FastProducts():
+def test_a_model_has_it_inside_only(chosen, llama):
+    faster, calls = chosen
+    ids = torch.tensor([[3, 4, 5]])
+    llama.requires_grad_(False)
+    before, logits = fingerprint(llama), llama(input_ids=ids).logits
+    with pytest.raises(KeyboardInterrupt), fast_products(llama):
+        assert torch.allclose(llama(input_ids=ids).logits, logits, atol=1e-4)
         raise KeyboardInterrupt
-    monkeypatch.setattr(products, "_onednn", lambda *arguments: pytest.fail("the mode has ended"))
-    functional.linear(torch.randn(3, 8), torch.randn(5, 8))
+    assert bool(calls) is faster
+    assert fingerprint(llama) == before
+    del calls[:]
+    assert torch.equal(llama(input_ids=ids).logits, logits) and not calls
 
 
 @pytest.fixture
