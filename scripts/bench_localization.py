@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -200,8 +199,8 @@ def measure_point(options, point: dict) -> dict:
         for _ in range(point["facts in a sweep"])
     ]
     work = lambda: attribute_facts(model, [target], facts, point["steps"])  # noqa: E731
-    before = peak_memory()
-    first, _ = timed(work)
+    before = peak_memory(afresh=True)
+    work()
     peak = peak_memory() - before
     keep_large_blocks()
     work()
@@ -305,7 +304,7 @@ def random_weights(options) -> dict:
     cuda = torch.device(options.device).type == "cuda"
     attribute_facts(model, [target], facts[:1], options.steps)  # warm up
     gc.collect()
-    before = torch.cuda.memory_allocated() if cuda else peak_memory()
+    before = torch.cuda.memory_allocated() if cuda else peak_memory(afresh=True)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     in_flight = rows_in_flight(model, [target], facts[0])
@@ -393,9 +392,13 @@ def easyedit_kn(model, tokenizer, fact: Fact, layer: int, steps: int):
     return neurons.get_scores_for_layer(fact.prompt, f" {fact.target}", layer, batch_size=10, steps=steps)
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes (Linux counts it in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_memory(afresh: bool = False) -> int:
+    """Largest resident size of this process, in bytes; ``afresh``: counted from now on (Linux)."""
+    if afresh:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def timed(work):
