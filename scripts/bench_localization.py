@@ -77,6 +77,8 @@ def main() -> None:
         sub.add_argument("--data", default="embedded", help="KnowEdit file, or 'embedded' (default)")
         sub.add_argument("--size", type=int, default=20)
         sub.set_defaults(command=command)
+        if command is precision:
+            sub.add_argument("--types", nargs="+", default=["bfloat16", "float16"], choices=("bfloat16", "float16"), help="float16 is slow on CPUs")
     big = commands.add_parser("random")
     big.add_argument("--architecture", choices=ARCHITECTURES, default="llama2-7b")
     big.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -259,27 +261,29 @@ def quadrature(options) -> dict:
 def precision(options) -> dict:
     """Scores of half-precision models against those of float32: the same neurons?"""
     keep_large_blocks()
-    model, tokenizer, hparams = load(options)
-    facts = [encode_request(tokenizer, request) for request in load_requests(options.data, options.size)]
-    all_scores = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    requests = load_requests(options.data, options.size)
+
+    def scores_in(dtype: torch.dtype):
+        model, tokenizer, hparams = load(options)  # afresh: halved weights do not come back
         model.to(dtype)
         target = resolve_target(model, options.module or hparams.target_modules[0], hparams.layers)
-        all_scores[dtype] = [attribute_facts(model, [target], [fact], hparams.attribution_steps)[0][0] for fact in facts]
-        model, _, _ = load(options)  # afresh: halved weights do not come back
-    exact = all_scores.pop(torch.float32)
+        facts = [encode_request(tokenizer, request) for request in requests]
+        return [attribute_facts(model, [target], [fact], hparams.attribution_steps)[0][0] for fact in facts], target, hparams, model
+
+    exact, target, hparams, model = scores_in(torch.float32)
     found = {}
-    for dtype, scores in all_scores.items():
+    for dtype in options.types:
+        scores = scores_in(getattr(torch, dtype))[0]
         single = [overlap(a, b, hparams.p) for a, b in zip(scores, exact)]
         ensembles = [select_ensemble(aggregate(some)[0], hparams.p, target_module=target.template) for some in (scores, exact)]
         correlation = median(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) for a, b in zip(scores, exact))
-        found[str(dtype)] = {
+        found[dtype] = {
             "scores_dtype": str(scores[0].dtype), "ensemble_overlap": ensembles[0].overlap(ensembles[1]),
             "fact_overlap_median": median(single), "fact_overlap_least": min(single), "correlation_median": correlation,
         }  # fmt: skip
-        print(f"{dtype}: the ensemble of {len(facts)} facts shares {ensembles[0].overlap(ensembles[1]):.1%} of its neurons with float32's; "
+        print(f"{dtype}: the ensemble of {len(requests)} facts shares {ensembles[0].overlap(ensembles[1]):.1%} of its neurons with float32's; "
               f"single facts {median(single):.1%} (least {min(single):.1%}); correlation {correlation:.4f}", flush=True)  # fmt: skip
-    return {"model": str(hparams.model_name), "data": options.data, "facts": len(facts), "types": found, "environment": environment(model)}
+    return {"model": str(hparams.model_name), "data": options.data, "facts": len(requests), "types": found, "environment": environment(model)}
 
 
 def random_weights(options) -> dict:
