@@ -110,10 +110,10 @@ class Localization:
         """Template -> the aggregated scores ``(layers, d2)`` (section 4.4)."""
         return {target.template: aggregate(self.scores(target, facts), self.hparams.aggregation)[0] for target in self.targets}
 
-    def ensemble(self, facts: Sequence[Fact] | None = None) -> NeuronEnsemble:
-        """Eq. 6-7 on all facts, or on some of them."""
+    def ensemble(self, facts: Sequence[Fact] | None = None, scores: Mapping[str, Tensor] | None = None) -> NeuronEnsemble:
+        """Eq. 6-7 on all facts, or on some of them; ``scores``: what `aggregate` gave for these already."""
         facts = self.facts if facts is None else facts
-        scores = self.aggregate(facts)
+        scores = self.aggregate(facts) if scores is None else scores
         seconds = sum(self.cache.seconds(target, fact) for target in self.targets for fact in _distinct(facts))
         return select_ensemble(
             scores, self.hparams.p, layers=self.targets[0].layers, aggregation=self.hparams.aggregation,

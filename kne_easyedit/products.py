@@ -22,7 +22,7 @@ def fast_products(model: nn.Module) -> Iterator[None]:
 
     The results are those of `torch.nn.functional.linear` up to rounding. Afterwards the layers are as they were.
     """
-    chosen = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
+    chosen = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__] if onednn_is_faster() else []
     try:
         for module in chosen:
             module.forward = partial(_forward, module)

@@ -56,16 +56,15 @@ def study(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: KNE
     start = time.perf_counter()
     found = Localization(model, tokenizer, requests, hparams)
     computed = found.compute()
-    ensemble = found.ensemble()
+    scores = found.aggregate()
+    ensemble = found.ensemble(scores=scores)
     try:
         halves = (found.ensemble(found.facts[::2]), found.ensemble(found.facts[1::2])) if len(found.facts) > 1 else None
     except ValueError:  # a half without any positive score
         halves = None
     seconds = time.perf_counter() - start
     share = ensemble.parameter_share(model)
-    return Study(
-        ensemble, found.aggregate(), halves, computed, seconds, share, count_parameters(model), found.cache.model_digest
-    )
+    return Study(ensemble, scores, halves, computed, seconds, share, count_parameters(model), found.cache.model_digest)
 
 
 def save_study(found: Study, folder: Path, model: nn.Module, hparams: KNEHyperParams, data: str) -> None:

@@ -100,15 +100,17 @@ class Sweep:
         """The rows in flight through layer ``i``, joined by the path points that start there (added to ``leaves``)."""
         modules = self.modules.get(i, {})
         inside = [name for name in modules if name not in self.base]
-        start = [self.clean.inputs[i][:, tokens.to(self.clean.inputs[i].device)]] * len(inside)
-        rows = start if hidden is None else [hidden.to(self.clean.inputs[i].device), *start]
+        rows = [] if hidden is None else [hidden]
+        if inside:
+            own = self.clean.inputs[i]
+            rows = [part.to(own.device) for part in rows] + [own[:, tokens.to(own.device)]] * len(inside)
         with ExitStack() as replaced:
             begin = 0 if hidden is None else hidden.shape[1]
             total = begin + len(inside) * len(tokens)
             for k, name in enumerate(inside):
                 leaves[name] = self._points(name, tokens, alphas).requires_grad_()
                 replaced.enter_context(replaced_output(name, modules[name], leaves[name], begin + k * len(tokens), total))
-            rows = [self._layer(i, torch.cat(rows, 1) if inside else hidden, positions)] if rows else []
+            rows = [self._layer(i, torch.cat(rows, 1) if inside else hidden.to(self.clean.inputs[i].device), positions)] if rows else []
         for name in modules:
             if name in self.base:  # the points can start behind the layer
                 points = self._points(name, tokens, alphas)
@@ -128,8 +130,9 @@ class Sweep:
     def _head(self, hidden: Tensor, tokens: Tensor, look: Callable | None = None) -> tuple[Tensor, Tensor]:
         """Per row: the probability of its answer token, and the gradient of that probability's *logarithm*.
 
-        ``look`` is shown the logits of each slice of the rows. ``dP = P dlogP``: the factor is put in at the end, in float32, since ``P`` itself may underflow in half
-        precision on its way down. A row of an answer shorter than the longest counts nothing.
+        ``dP = P dlogP``: the factor is put in at the end, in float32, since ``P`` itself may underflow in half
+        precision on its way down. A row of an answer shorter than the longest counts nothing. ``look`` is shown
+        the logits of each slice of the rows.
         """
         blocks = hidden.shape[1] // len(tokens)
         answers = self.answers[:, tokens].repeat(1, blocks).to(hidden.device)

@@ -51,5 +51,4 @@ def load_settings(arguments) -> KNEHyperParams:
         overrides["model_name"] = arguments.model
     if arguments.modules:
         overrides["target_modules"] = arguments.modules
-    settings = KNEHyperParams.from_hparams(arguments.hparams).to_dict()
-    return KNEHyperParams.from_dict({**settings, **overrides}) if overrides else KNEHyperParams.from_dict(settings)
+    return KNEHyperParams.from_dict({**KNEHyperParams.from_hparams(arguments.hparams).to_dict(), **overrides})
