@@ -267,7 +267,7 @@ def _fingerprint(job: Run, weights: str, variant: str) -> str:
 
 def _prepare_easyedit() -> str:
     bridge.register()
-    return bridge.prepare_fluency()
+    return bridge.fluency_variant()
 
 
 @contextlib.contextmanager

@@ -68,8 +68,8 @@ def test_edits_accumulate_when_easyedit_asks_for_it(editor):
 
 
 def test_fluency_needs_no_download(editor):
-    variant = bridge.prepare_fluency()
-    assert variant == bridge.prepare_fluency()  # twice is harmless
+    variant = bridge.fluency_variant()
+    assert variant == bridge.fluency_variant()  # twice is harmless
     metrics, _, _ = edit(editor, test_generation=True)
     assert variant in ("punkt", "preserve_line")
     assert metrics[0]["post"]["fluency"]["ngram_entropy"] > 0

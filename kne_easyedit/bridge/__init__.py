@@ -1,19 +1,31 @@
 """All that knows EasyEdit. ``import kne_easyedit`` does not import it."""
 
-from kne_easyedit.bridge.fluency import prepare_fluency
+from kne_easyedit.bridge import fluency, runtime_patches, statistics  # noqa: F401  (define the patches that follow the import)
+from kne_easyedit.bridge.fluency import fluency_variant
 from kne_easyedit.bridge.importing import EasyEditNotFound, describe, load, locate
-from kne_easyedit.bridge.registry import LoadedModel, demand_method, editor_for, is_legacy, load_method, register
+from kne_easyedit.bridge.registry import (
+    METHODS,
+    LoadedModel,
+    demand_method,
+    editor_for,
+    is_legacy,
+    load_method,
+    prepare_tokenizer,
+    register,
+)
 
 __all__ = [
+    "METHODS",
     "EasyEditNotFound",
     "LoadedModel",
     "demand_method",
     "describe",
     "editor_for",
+    "fluency_variant",
     "is_legacy",
     "load",
     "load_method",
     "locate",
-    "prepare_fluency",
+    "prepare_tokenizer",
     "register",
 ]

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from types import ModuleType
+
+from kne_easyedit.bridge.patches import Patch, runtime_patch
+from kne_easyedit.bridge.runtime_patches import module
 
 PUNKT, NO_PUNKT = "punkt", "preserve_line"
 
 
-def prepare_fluency() -> str:
-    """Lets EasyEdit compute fluency on this machine; returns which variant: ``punkt`` (as is) or ``preserve_line``.
+@runtime_patch("fluency-without-punkt", "the fluency metric needs nltk's punkt data, a download: LookupError")
+def _split_without_punkt(easyeditor: ModuleType, patch: Patch) -> bool:
+    if _has_punkt():
+        return False
+    evaluators = module("evaluate.evaluate_utils")
+    nltk = evaluators.nltk
+    lenient = ModuleType("nltk")  # only EasyEdit's evaluators see it
+    lenient.__dict__.update({name: value for name, value in vars(nltk).items() if not name.startswith("__")})
+    lenient.word_tokenize = functools.partial(nltk.word_tokenize, preserve_line=True)
+    evaluators.nltk = lenient
+    return True
+
+
+def fluency_variant() -> str:
+    """How EasyEdit's evaluators split words here: ``punkt`` (as is) or ``preserve_line``.
 
     ``preserve_line`` splits words without splitting sentences first, so that a period inside a text stays with its
-    word. It is put in only if the punkt data is missing, and only where EasyEdit's evaluators look.
+    word. Raises RuntimeError if nltk's data is missing and the patch is switched off.
     """
+    tokenize = module("evaluate.evaluate_utils").nltk.word_tokenize
+    if isinstance(tokenize, functools.partial):
+        return NO_PUNKT
+    if not _has_punkt():
+        raise RuntimeError("fluency: nltk's punkt data is missing and the patch fluency-without-punkt is switched off; get it by nltk.download('punkt_tab')")
+    return PUNKT
+
+
+def _has_punkt() -> bool:
     import nltk
 
-    evaluators = importlib.import_module("easyeditor.evaluate.evaluate_utils")
-    if getattr(evaluators.nltk, "_kne_variant", None):
-        return NO_PUNKT
     try:
         nltk.data.find("tokenizers/punkt_tab/english/")
-        return PUNKT
+        return True
     except LookupError:
-        lenient = ModuleType("nltk")
-        lenient.__dict__.update({name: value for name, value in vars(nltk).items() if not name.startswith("__")})
-        lenient.word_tokenize = functools.partial(nltk.word_tokenize, preserve_line=True)
-        lenient._kne_variant = NO_PUNKT
-        evaluators.nltk = lenient
-        return NO_PUNKT
+        return False

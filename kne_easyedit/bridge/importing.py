@@ -1,11 +1,11 @@
 """Import EasyEdit as it is on disk, with what text editing needs and nothing more.
 
-EasyEdit imports all of itself at once, dozens of multimodal and API packages included, and versions before
-2026 write every device as ``cuda:N``. Both are met where its modules are loaded, and only there:
+EasyEdit imports all of itself at once, dozens of multimodal and API packages included, and some of its statements
+fail on current libraries. Both are met where its modules are loaded, and only there:
 
 * an import statement *inside* EasyEdit that fails because a package is missing, or because a library has dropped
   a name, yields a `Placeholder` that raises on use; ``sys.modules`` and every other importer never see it;
-* the expression ``f"cuda:{device}"`` keeps a device that has a name (``cpu``); numbers mean what they meant.
+* statements that cannot work are changed while they are compiled, see `kne_easyedit.bridge.source_patches`.
 
 No file of EasyEdit is changed, and no bytecode of changed source is left behind.
 """
@@ -26,6 +26,8 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
+
+from kne_easyedit.bridge import patches, source_patches  # noqa: F401  (defines the source patches)
 
 PACKAGE = "easyeditor"
 HOME = "EASYEDIT_HOME"
@@ -99,7 +101,9 @@ def load() -> ModuleType:
     sys.meta_path.insert(0, finder)
     try:
         with _no_side_effects():
-            return importlib.import_module(PACKAGE)
+            easyeditor = importlib.import_module(PACKAGE)
+            patches.apply_all(easyeditor)
+            return easyeditor
     except BaseException:
         sys.meta_path.remove(finder)
         for name in [n for n in sys.modules if n == PACKAGE or n.startswith(f"{PACKAGE}.")]:
@@ -172,25 +176,13 @@ class _Loader(SourceFileLoader):
     def get_code(self, fullname: str):
         # Compiled in memory: the cached bytecode of a changed source would lie in EasyEdit's own folder.
         path = self.get_filename(fullname)
-        tree = _DeviceNames().visit(ast.parse(self.get_data(path), path))
+        tree = patches.rewrite(ast.parse(self.get_data(path), path), fullname)
         return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
 
     def exec_module(self, module: ModuleType) -> None:
         # Import statements look __import__ up in the builtins of their own module.
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": _lenient_import}
         super().exec_module(module)
-
-
-class _DeviceNames(ast.NodeTransformer):
-    """``f"cuda:{x}"`` -> ``(f"cuda:{x}" if str(x).isdigit() else str(x))``."""
-
-    def visit_JoinedStr(self, node: ast.JoinedStr):
-        match node.values:
-            case [ast.Constant(value="cuda:"), ast.FormattedValue(value=device, format_spec=None)]:
-                name = ast.Call(ast.Name("str", ast.Load()), [device], [])
-                is_number = ast.Call(ast.Attribute(name, "isdigit", ast.Load()), [], [])
-                return ast.copy_location(ast.IfExp(is_number, node, name), node)
-        return self.generic_visit(node)
 
 
 def _lenient_import(name, globals=None, locals=None, fromlist=(), level=0):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib
 import inspect
-import logging
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -16,10 +15,9 @@ import yaml
 from torch import nn
 
 from kne_easyedit.bridge.importing import load
+from kne_easyedit.bridge.runtime_patches import module
 from kne_easyedit.editing import apply_kne_to_model
 from kne_easyedit.hparams import KNEHyperParams
-
-logger = logging.getLogger(__name__)
 
 NAME = "KNE"
 RIGHT_PADDED = ("ROME", "MEMIT", "EMMET", "EAMET", "R-ROME", "AlphaEdit", "CORE", "SPHERE")
@@ -57,7 +55,7 @@ def register() -> ModuleType:
     Raises EasyEditNotFound if there is no EasyEdit, ValueError if something else is registered as KNE.
     """
     easyeditor = load()
-    methods = _submodule("util.alg_dict").ALG_DICT
+    methods = module("util.alg_dict").ALG_DICT
     known = methods.get(NAME)
     if known is not None and getattr(known, "func", known) is not apply_kne_to_model:
         raise ValueError(f"EasyEdit: ALG_DICT[{NAME!r}] is {known!r} already; remove it, or do not register this one")
@@ -65,7 +63,7 @@ def register() -> ModuleType:
         methods[NAME] = functools.partial(apply_kne_to_model, legacy_contract=True) if is_legacy() else apply_kne_to_model
     easyeditor.KNEHyperParams = KNEHyperParams
     easyeditor.apply_kne_to_model = apply_kne_to_model
-    batch_editor = _submodule("editors.batch_editor").BatchEditor
+    batch_editor = module("editors.batch_editor").BatchEditor
     if not batch_editor.is_batchable_method(NAME):
         original = batch_editor.is_batchable_method
         batch_editor.is_batchable_method = staticmethod(lambda alg_name: alg_name == NAME or original(alg_name))
@@ -84,47 +82,84 @@ def editor_for(hparams, model: nn.Module, tokenizer):
     does when it loads a model itself; EasyEdit moves the model to ``hparams.device``.
     """
     easyeditor = register()
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
-    tokenizer.padding_side = "right" if hparams.alg_name in RIGHT_PADDED else "left"
+    prepare_tokenizer(tokenizer, hparams.alg_name)
     carrier = LoadedModel(str(hparams.model_name), model, tokenizer)
     return easyeditor.BaseEditor.from_hparams(dataclasses.replace(hparams, model_name=carrier))
 
 
-def _submodule(name: str) -> ModuleType:
-    # Not by attribute: easyeditor.util, for one, is another module by the time the package is imported.
-    return importlib.import_module(f"easyeditor.{name}")
+def prepare_tokenizer(tokenizer, alg_name: str) -> None:
+    """Padding as EasyEdit sets it when it loads a model for this method."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    tokenizer.padding_side = "right" if alg_name in RIGHT_PADDED else "left"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as people name it: one of EasyEdit's, maybe with settings that make it what it is called."""
+
+    label: str
+    alg_name: str
+    settings: dict = field(default_factory=dict)
+
+
+METHODS = {
+    method.label: method
+    for method in (
+        Method("FT-M", "FT", {"objective_optimization": "target_new"}),
+        Method("FT-L", "FT", {"objective_optimization": "prompt_last"}),
+        Method("LoRA", "LoRA", {"lora_type": "lora"}),
+        Method("AdaLoRA", "LoRA", {"lora_type": "adalora"}),
+    )
+}
+"""Labels that are not simply EasyEdit's names."""
+ONLY = {"objective_optimization": "prompt_last", "lora_type": "adalora"}
+"""What a version does whose class does not know the setting (the release of 2023)."""
 
 
 def load_method(method: str, path: str | Path):
-    """The hyperparameters of an EasyEdit method (or KNE) from a YAML file, as an object of the method's own class.
+    """The hyperparameters of a method from a YAML file, as an object of EasyEdit's (or KNE's) own class.
 
-    Settings that this version's class does not know are dropped with a warning: versions differ, files are shared.
-    Raises ValueError for an unknown method or a file of another method.
+    ``method`` is a name of EasyEdit's, ``KNE``, or a label of `METHODS` (``FT-M``, ``FT-L``, ``AdaLoRA``). Settings
+    that this version's class does not know are dropped with a warning: versions differ, files are shared.
+    Raises ValueError for an unknown method, a file of another method, or one that this version cannot do.
     """
     kind = demand_method(method)
     if kind is KNEHyperParams:
         return KNEHyperParams.from_hparams(path)
+    wanted = METHODS.get(method, Method(method, method))
     config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or config.get("alg_name") != method:
-        raise ValueError(f"{path}: alg_name is {config.get('alg_name') if isinstance(config, dict) else None!r}, wanted is {method!r}")
+    if not isinstance(config, dict) or config.get("alg_name") != wanted.alg_name:
+        raise ValueError(f"{path}: alg_name is {config.get('alg_name') if isinstance(config, dict) else None!r}, wanted is {wanted.alg_name!r}")
     fields = {f.name for f in dataclasses.fields(kind)}
-    dropped = sorted(set(config) - fields)
-    if dropped:
-        logger.warning("%s: this EasyEdit's %s does not know %s; left out", path, kind.__name__, ", ".join(dropped))
-    return kind(**{name: _number(value) for name, value in config.items() if name in fields})
+    for name, value in wanted.settings.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but {method} is {name}: {value}")
+        if name not in fields and ONLY[name] != value:
+            raise ValueError(f"methods: this EasyEdit's {wanted.alg_name} knows {ONLY[name]} only, not {method} ({name}: {value})")
+        config[name] = value
+    return kind(**{name: _number(value) for name, value in config.items()})
 
 
 def demand_method(method: str) -> type:
     """The hyperparameter class of a method. Raises ValueError, with the nearest names, if EasyEdit has no such method."""
     easyeditor = register()
-    known = _submodule("util.alg_dict").ALG_DICT
-    kind = getattr(easyeditor, f"{method.replace('-', '_')}HyperParams", None)
-    if method not in known or kind is None:
-        near = difflib.get_close_matches(method.upper(), known, n=2, cutoff=0.4)
+    known = module("util.alg_dict").ALG_DICT
+    name = METHODS[method].alg_name if method in METHODS else method
+    kind = _class_of(easyeditor, name)
+    if name not in known or kind is None:
+        names = {n.upper(): n for n in [*known, *METHODS]}
+        near = [names[n] for n in difflib.get_close_matches(method.upper(), names, n=2, cutoff=0.4)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
         raise ValueError(f"methods: {method!r} is unknown to this EasyEdit; {hint}")
     return kind
+
+
+def _class_of(easyeditor: ModuleType, name: str) -> type | None:
+    """EasyEdit spells its classes ``ROMEHyperParams``, ``R_ROMEHyperParams``, ``SERACHparams``, ``GraceHyperParams``."""
+    plain = {re.sub(r"[^a-z]", "", key.lower()): value for key, value in vars(easyeditor).items() if isinstance(value, type)}
+    letters = re.sub(r"[^a-z]", "", name.lower())
+    return plain.get(f"{letters}hyperparams") or plain.get(f"{letters}hparams")
 
 
 def _number(value):

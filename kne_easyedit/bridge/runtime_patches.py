@@ -1,0 +1,312 @@
+"""Patches of imported objects of EasyEdit. Each function looks for its fault, and says whether it was there."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import logging
+import math
+import sys
+import weakref
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+from kne_easyedit.bridge.patches import Patch, runtime_patch
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE_SEED = 42
+"""Seed of the context templates that ROME, MEMIT and their kin sample from the model."""
+
+
+def module(name: str) -> ModuleType:
+    """A module of EasyEdit. Not by attribute: easyeditor.util, for one, is another module after the package's import."""
+    return importlib.import_module(f"easyeditor.{name}")
+
+
+def hyperparameter_classes(easyeditor: ModuleType) -> list[type]:
+    """EasyEdit's hyperparameter classes, as far as they are reachable from the package."""
+    own = [v for v in vars(easyeditor).values() if isinstance(v, type) and dataclasses.is_dataclass(v) and hasattr(v, "from_hparams")]
+    return [kind for kind in dict.fromkeys(own) if kind.__module__.startswith("easyeditor.")]
+
+
+@runtime_patch("unknown-settings", "a hyperparameter file of another version fails on a setting that this version's class does not know: TypeError")
+def _drop_unknown_settings(easyeditor: ModuleType, patch: Patch) -> bool:
+    for kind in hyperparameter_classes(easyeditor):
+        _tolerant(kind, patch)
+    return True
+
+
+def _tolerant(kind: type, patch: Patch) -> None:
+    original, names = kind.__init__, [f.name for f in dataclasses.fields(kind)]
+
+    @functools.wraps(original)
+    def init(self, *args, **settings):
+        unknown = [name for name in settings if name not in names]
+        for name in unknown:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+            hint = f" (it knows {near[0]})" if near else ""
+            logger.warning("%s: this EasyEdit does not know the setting %s%s; left out", kind.__name__, name, hint)
+            patch.used += 1
+        original(self, *args, **{name: value for name, value in settings.items() if name not in unknown})
+
+    kind.__init__ = init
+
+
+@runtime_patch("any-model", "a model whose name holds no known word ('llama', 'gpt', ...) is refused: NotImplementedError")
+def _load_any_model(easyeditor: ModuleType, patch: Patch) -> bool:
+    from kne_easyedit.bridge.registry import LoadedModel, prepare_tokenizer
+    from kne_easyedit.models import load_model
+
+    editor = easyeditor.BaseEditor
+    original = editor.__init__
+
+    @functools.wraps(original)
+    def init(self, hparams):
+        try:
+            original(self, hparams)
+        except NotImplementedError:
+            if type(getattr(hparams, "model_name", None)) is not str:
+                raise
+            patch.used += 1
+            model, tokenizer = load_model(hparams)
+            prepare_tokenizer(tokenizer, hparams.alg_name)
+            original(self, dataclasses.replace(hparams, model_name=LoadedModel(hparams.model_name, model, tokenizer)))
+
+    editor.__init__ = init
+    return True
+
+
+@runtime_patch("lora-model-parallel", "LoRA: the hyperparameter class lacks model_parallel, which the editor reads: AttributeError (2023)")
+def _lora_model_parallel(easyeditor: ModuleType, patch: Patch) -> bool:
+    kind = easyeditor.LoRAHyperParams
+    if hasattr(kind, "model_parallel") or any(f.name == "model_parallel" for f in dataclasses.fields(kind)):
+        return False
+    kind.model_parallel = False
+    return True
+
+
+_steps = contextvars.ContextVar("steps of the LoRA edit that runs")
+
+
+@runtime_patch("adalora-total-step", "AdaLoRA: total_step is never given, and PEFT demands it since 0.15: ValueError")
+def _adalora_total_step(easyeditor: ModuleType, patch: Patch) -> bool:
+    lora = module("models.lora.lora_main")
+    config, execute = lora.AdaLoraConfig, lora.execute_lora
+
+    @functools.wraps(config)
+    def with_total_step(**settings):
+        if "total_step" not in settings:
+            patch.used += 1
+            settings["total_step"] = _steps.get()
+        return config(**settings)
+
+    @functools.wraps(execute)
+    def counted(model, tok, requests, hparams, *args, **kwargs):
+        token = _steps.set(hparams.num_steps * math.ceil(len(requests) / hparams.batch_size))
+        try:
+            return execute(model, tok, requests, hparams, *args, **kwargs)
+        finally:
+            _steps.reset(token)
+
+    lora.AdaLoraConfig, lora.execute_lora = with_total_step, counted
+    return True
+
+
+@runtime_patch("tied-head", "MEMIT: the weight of a head that is tied to the embeddings is not found: LookupError")
+def _tied_head(easyeditor: ModuleType, patch: Patch) -> bool:
+    nethook = module("util.nethook")
+    original = nethook.get_parameter
+
+    @functools.wraps(original)
+    def get_parameter(model, name):
+        try:
+            return original(model, name)
+        except LookupError:
+            # named_parameters() names a shared tensor once only; the module still holds it.
+            for known, parameter in model.named_parameters(remove_duplicate=False):
+                if known == name:
+                    patch.used += 1
+                    return parameter
+            raise
+
+    nethook.get_parameter = get_parameter
+    return True
+
+
+@runtime_patch("layer-outputs", "MEMIT: layers are expected to return tuples, current transformers returns tensors: IndexError (before 2026)")
+def _layer_outputs(easyeditor: ModuleType, patch: Patch) -> bool:
+    nethook = module("util.nethook")
+    if hasattr(nethook, "get_hidden_state"):
+        return False
+    compute_z = module("models.memit.compute_z")
+
+    class TraceDict(nethook.TraceDict):
+        """Shows a decoder layer's bare tensor as a tuple of one, to the edit and to who reads it later."""
+
+        def __init__(self, *args, edit_output=None, **kwargs):
+            def edit(output, layer):
+                if not isinstance(output, torch.Tensor):
+                    return edit_output(output, layer)
+                patch.used += 1
+                return edit_output((output,), layer)[0]
+
+            super().__init__(*args, edit_output=edit_output and edit, **kwargs)
+
+        def __getitem__(self, key):
+            trace = super().__getitem__(key)
+            return _AsTuple(trace) if isinstance(getattr(trace, "output", None), torch.Tensor) else trace
+
+    compute_z.nethook = SimpleNamespace(**{**vars(nethook), "TraceDict": TraceDict})
+    return True
+
+
+class _AsTuple:
+    """A trace whose output is a tuple of one."""
+
+    def __init__(self, trace):
+        self._trace = trace
+        self.output = (trace.output,)
+
+    def __getattr__(self, name):
+        return getattr(self._trace, name)
+
+
+@runtime_patch("kn-model-names", "KN: the kind of model is guessed from its name: ValueError for names without a known word")
+def _kn_model_names(easyeditor: ModuleType, patch: Patch) -> bool:
+    kn = module("models.kn.kn_main")
+    original = kn.model_type
+
+    @functools.wraps(original)
+    def model_type(name):
+        config = getattr(getattr(name, "model", None), "config", None)
+        try:
+            return original(name)
+        except (ValueError, NotImplementedError):
+            if config is None:
+                raise
+            patch.used += 1
+            return config.model_type
+
+    kn.model_type = model_type
+    return True
+
+
+@runtime_patch("name-keyed-caches", "ROME, MEMIT and kin keep second moments and context templates by the model's name, and sample templates unseeded")
+def _name_keyed_caches(easyeditor: ModuleType, patch: Patch) -> bool:
+    modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("easyeditor.models.")]
+    holders = [m for m in modules if any(hasattr(m, cache) for cache in ("CONTEXT_TEMPLATES_CACHE", "COV_CACHE", "inv_mom2_cache"))]
+    last: list[weakref.ref] = []
+
+    def forget_other_models(model) -> None:
+        if last and last[0]() is model:
+            return
+        last[:] = [weakref.ref(model)]
+        for holder in holders:
+            patch.used += 1
+            if hasattr(holder, "CONTEXT_TEMPLATES_CACHE"):
+                holder.CONTEXT_TEMPLATES_CACHE = None
+            for cache in ("COV_CACHE", "inv_mom2_cache"):
+                getattr(holder, cache, {}).clear()
+
+    for holder in holders:
+        if hasattr(holder, "get_context_templates"):
+            holder.get_context_templates = _seeded(holder.get_context_templates, forget_other_models)
+        for name in ("get_cov", "get_inv_cov"):
+            if hasattr(holder, name):
+                setattr(holder, name, _first(getattr(holder, name), forget_other_models))
+    return bool(holders)
+
+
+def _seeded(function, prepare):
+    """The function under a fixed seed of its own, so that its samples do not depend on what ran before."""
+
+    @functools.wraps(function)
+    def seeded(model, *args, **kwargs):
+        prepare(model)
+        with torch.random.fork_rng():
+            torch.manual_seed(TEMPLATE_SEED)
+            return function(model, *args, **kwargs)
+
+    return seeded
+
+
+def _first(function, prepare):
+    @functools.wraps(function)
+    def prepared(model, *args, **kwargs):
+        prepare(model)
+        return function(model, *args, **kwargs)
+
+    return prepared
+
+
+@runtime_patch("model-switches", "FT, ROME, MEMIT, LoRA leave requires_grad, use_cache, checkpointing and hooks changed in the model")
+def _model_switches(easyeditor: ModuleType, patch: Patch) -> bool:
+    methods = module("util.alg_dict").ALG_DICT
+    for name, apply in list(methods.items()):
+        if inspect.isfunction(apply) and not isinstance(apply, functools.partial) and apply.__module__.startswith("easyeditor."):
+            methods[name] = _tidy(apply, patch)
+    return True
+
+
+def _tidy(apply, patch: Patch):
+    @functools.wraps(apply)
+    def tidy(model, *args, **kwargs):
+        if not isinstance(model, torch.nn.Module):
+            return apply(model, *args, **kwargs)
+        with _switches_kept(model) as after:
+            result = apply(model, *args, **kwargs)
+            # An adapter's training goes on from the flags that it has set; its base gets its own back when it is removed.
+            after.append(result[0] if isinstance(result, tuple) else None)
+        patch.used += 1
+        return result
+
+    return tidy
+
+
+@contextlib.contextmanager
+def _switches_kept(model: torch.nn.Module):
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    config = getattr(model, "config", None)
+    use_cache, checkpointing = getattr(config, "use_cache", None), getattr(model, "is_gradient_checkpointing", False)
+    hooked = getattr(model, "_require_grads_hook", None) is not None
+    results: list = []
+    try:
+        yield results
+    finally:
+        if use_cache is not None:
+            config.use_cache = use_cache
+        if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
+            model.gradient_checkpointing_disable()
+        if not hooked and getattr(model, "_require_grads_hook", None) is not None:
+            with contextlib.suppress(AttributeError, KeyError):
+                model.disable_input_require_grads()
+
+        def restore_flags() -> None:
+            for parameter, flag in flags:
+                parameter.requires_grad = flag
+
+        edited = results[0] if results else None
+        if hasattr(edited, "peft_config") and hasattr(edited, "unload"):
+            _after(edited, "unload", restore_flags)
+        else:
+            restore_flags()
+
+
+def _after(owner, name: str, action) -> None:
+    """``owner.name()`` from now on calls ``action()`` when it has returned."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def both(*args, **kwargs):
+        result = original(*args, **kwargs)
+        action()
+        return result
+
+    setattr(owner, name, both)

@@ -1,0 +1,221 @@
+"""Second moments of layer inputs, for MEMIT and its kin, from text that is at hand.
+
+EasyEdit computes them from a download of Wikipedia. Where its file is not there, ours is made and put under a name
+that says what it was made of, so that statistics of different texts, sizes or weights are never taken for each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import numpy
+import torch
+from torch import nn
+
+from kne_easyedit.bridge.patches import Patch, runtime_patch
+from kne_easyedit.state import undisturbed
+
+logger = logging.getLogger(__name__)
+
+BATCH = 32
+
+
+@dataclass
+class TextSource:
+    """Where the text comes from: a file of the user's, or samples from the model itself after the data's prompts.
+
+    ``samples`` texts of ``length`` tokens are drawn at temperature 1, under ``seed``, as continuations of the
+    prompts in turn (of the model's start or end token if there are none); the prompts count as texts, too.
+    """
+
+    file: Path | None = None
+    """A text file, one text a line; it is taken as it is."""
+    samples: int = 512
+    length: int = 64
+    seed: int = 42
+    prompts: Sequence[str] = ()
+    made: list[dict] = field(default_factory=list)
+    """One entry for each layer whose moments were asked for: ``layer``, ``source``, ``file``, ``tokens``."""
+
+    def describe(self) -> str:
+        if self.file is not None:
+            return f"text file {self.file}"
+        return f"{self.samples} texts of {self.length} tokens sampled from the model (seed {self.seed}) after {len(self.prompts)} prompts of the data"
+
+    def digest(self) -> str:
+        """Stands for the text in file names."""
+        content = self.file.read_bytes() if self.file is not None else repr((self.samples, self.length, self.seed, list(self.prompts))).encode()
+        return ("file-" if self.file is not None else "sampled-") + hashlib.sha256(content).hexdigest()[:12]
+
+    def texts(self, model: nn.Module, tokenizer) -> list[list[int]]:
+        """The texts as token ids. Raises ValueError for a file without text."""
+        if self.file is not None:
+            lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            if not lines:
+                raise ValueError(f"statistics text {self.file}: holds no text")
+            return [tokenizer(line, add_special_tokens=False)["input_ids"][:512] for line in lines]
+        return [*self._prompt_ids(tokenizer), *self._sampled(model, tokenizer)]
+
+    def _prompt_ids(self, tokenizer) -> list[list[int]]:
+        return [ids for prompt in self.prompts if (ids := tokenizer(prompt, add_special_tokens=False)["input_ids"])]
+
+    @torch.no_grad()
+    def _sampled(self, model: nn.Module, tokenizer) -> list[list[int]]:
+        from tqdm import tqdm
+
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        starts = self._prompt_ids(tokenizer) or [[start]]
+        # Prompts of one length make a batch without padding; every text gets the same number of new tokens.
+        chosen = sorted((starts[i % len(starts)] for i in range(self.samples)), key=len)
+        device = next(model.parameters()).device
+        sampled, batches = [], list(_batches(chosen, same_length=True))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), undisturbed(model):
+            torch.manual_seed(self.seed)
+            for batch in tqdm(batches, desc="text for second moments", unit="batch"):
+                ids = torch.tensor(batch, device=device)
+                out = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, temperature=1.0, top_p=1.0,
+                    max_new_tokens=self.length, pad_token_id=tokenizer.eos_token_id, use_cache=True,
+                )  # fmt: skip
+                sampled += [_cut(row, tokenizer.eos_token_id, len(batch[0])) for row in out.tolist()]
+        return sampled
+
+
+SOURCE = TextSource()
+"""What the patch takes; `configure` changes it."""
+
+
+def configure(**settings) -> TextSource:
+    """Sets the text source of this process. Raises ValueError for a file that is not there or a size below 1."""
+    if settings.get("file") is not None:
+        settings["file"] = Path(settings["file"]).expanduser()
+        if not settings["file"].is_file():
+            raise ValueError(f"statistics text {settings['file']} does not exist")
+    for name, value in settings.items():
+        if name in ("samples", "length") and value < 1:
+            raise ValueError(f"statistics {name}: {value} must be at least 1")
+        setattr(SOURCE, name, value)
+    return SOURCE
+
+
+@torch.no_grad()
+def second_moments(model: nn.Module, texts: Sequence[Sequence[int]], modules: Sequence[str], dtype: torch.dtype) -> dict[str, tuple[int, torch.Tensor]]:
+    """Module name -> (number of tokens, sum of ``x xᵀ`` over them), ``x`` the module's input ``(d1,)``; one pass for all."""
+    from tqdm import tqdm
+
+    found: dict[str, tuple[int, torch.Tensor]] = {}
+    device = next(model.parameters()).device
+    mask = None
+
+    def hook(name):
+        def add(_, inputs):
+            rows = inputs[0][mask].to(dtype)
+            count, total = found.get(name, (0, 0))
+            found[name] = (count + len(rows), total + rows.T @ rows)
+
+        return add
+
+    handles = []
+    try:
+        handles += [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
+        with undisturbed(model):
+            for batch in tqdm(list(_batches(sorted(texts, key=len))), desc="second moments", unit="batch"):
+                width = max(map(len, batch))
+                ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=device)
+                mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in batch], device=device)
+                model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@runtime_patch("second-moments", "MEMIT: second moments are computed from a download of Wikipedia")
+def _local_second_moments(easyeditor: ModuleType, patch: Patch) -> bool:
+    holders = [m for name, m in sorted(sys.modules.items()) if name.startswith("easyeditor.models.") and hasattr(m, "layer_stats")]
+    for original in {m.layer_stats for m in holders if callable(m.layer_stats)}:
+        replacement = _with_local_text(original, patch)
+        for holder in holders:
+            if holder.layer_stats is original:
+                holder.layer_stats = replacement
+    return bool(holders)
+
+
+def _with_local_text(original, patch: Patch):
+    @functools.wraps(original)
+    def layer_stats(model, tokenizer, layer_name, stats_dir, ds_name, to_collect, *args, **kwargs):
+        precision, size = kwargs.get("precision") or "float64", kwargs.get("sample_size")
+        folder = Path(stats_dir)
+        suffix = f"{layer_name}_{precision}_{'-'.join(sorted(to_collect))}" + ("" if size is None else f"_{size}") + ".npz"
+        path = model.config._name_or_path
+        own = [folder / name / f"{ds_name}_stats" / suffix for name in (path.rsplit("/")[-1], path.replace("/", "_"))]
+        there = next((file for file in own if file.is_file()), None)
+        if there is not None or to_collect != ["mom2"]:
+            SOURCE.made.append({"layer": layer_name, "source": ds_name, "file": str(there)})
+            return original(model, tokenizer, layer_name, stats_dir, ds_name, to_collect, *args, **kwargs)
+        patch.used += 1
+        name, text = f"kne-{_digest(model)[:12]}", SOURCE.digest()
+        file = folder / name / f"{text}_stats" / suffix
+        if not file.is_file():
+            _compute(model, tokenizer, _modules(layer_name, kwargs.get("hparams")), file, layer_name, getattr(torch, precision), size)
+        SOURCE.made.append({"layer": layer_name, "source": SOURCE.describe(), "file": str(file)})
+        return original(model, tokenizer, layer_name, stats_dir, text, to_collect, *args, **{**kwargs, "model_name": name})
+
+    return layer_stats
+
+
+def _compute(model, tokenizer, modules: list[str], file: Path, layer_name: str, dtype: torch.dtype, size: int | None) -> None:
+    """Writes the file of ``layer_name`` and of its sisters in ``modules``: one pass over the text serves them all."""
+    logger.warning("second moments of %s layers: from %s, kept in %s", len(modules), SOURCE.describe(), file.parent)
+    for module, (count, moments) in second_moments(model, SOURCE.texts(model, tokenizer), modules, dtype).items():
+        # The layout of EasyEdit's own CombinedStat(mom2=SecondMoment()).
+        state = {"mom2.count": count, "mom2.mom2": moments.cpu().numpy(), "mom2.constructor": "easyeditor.util.runningstats.SecondMoment()"}
+        target = file.with_name(file.name.replace(layer_name, module, 1))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torn = target.with_name(f"{target.stem}.{os.getpid()}.npz")
+        numpy.savez(torn, **state, **({} if size is None else {"sample_size": size}))
+        os.replace(torn, target)
+
+
+def _modules(layer_name: str, hparams) -> list[str]:
+    template, layers = getattr(hparams, "rewrite_module_tmp", None), getattr(hparams, "layers", None)
+    names = [template.format(layer) for layer in layers] if template and layers else []
+    return names if layer_name in names else [layer_name]
+
+
+_DIGESTS: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def _digest(model: nn.Module) -> str:
+    """The model's digest when it was first asked for: MEMIT asks again between the layers that it changes."""
+    from kne_easyedit.cache import model_digest
+
+    if model not in _DIGESTS:
+        _DIGESTS[model] = model_digest(model)
+    return _DIGESTS[model]
+
+
+def _batches(texts: Sequence[Sequence[int]], same_length: bool = False) -> Iterator[list]:
+    batch: list = []
+    for text in texts:
+        if len(batch) == BATCH or batch and same_length and len(text) != len(batch[0]):
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch
+
+
+def _cut(ids: list[int], end: int | None, start: int) -> list[int]:
+    """Up to the first end token after ``start``: what follows is padding."""
+    new = ids[start:]
+    return ids[:start] + (new[: new.index(end) + 1] if end in new else new)
