@@ -246,7 +246,7 @@ def _first(function, prepare):
     return prepared
 
 
-@runtime_patch("model-switches", "FT, ROME, MEMIT, LoRA leave requires_grad, use_cache, checkpointing and hooks changed in the model")
+@runtime_patch("model-switches", "FT, ROME, MEMIT, LoRA leave gradients, requires_grad, use_cache, checkpointing, hooks and attributes in the model")
 def _model_switches(easyeditor: ModuleType, patch: Patch) -> bool:
     methods = module("util.alg_dict").ALG_DICT
     for name, apply in list(methods.items()):
@@ -270,12 +270,26 @@ def _tidy(apply, patch: Patch):
     return tidy
 
 
+_LEFT_BEHIND = {
+    "_gradient_checkpointing_func",
+    "gradient_checkpointing",
+    "_require_grads_hook",
+    "_require_grads_hooks",
+    "is_parallelizable",
+    "model_parallel",
+    "supports_gradient_checkpointing",
+}
+"""Attributes that LoRA's training sets on a model."""
+
+
 @contextlib.contextmanager
 def _switches_kept(model: torch.nn.Module):
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad is None) for parameter in model.parameters()]
     config = getattr(model, "config", None)
     use_cache, checkpointing = getattr(config, "use_cache", None), getattr(model, "is_gradient_checkpointing", False)
-    hooked = getattr(model, "_require_grads_hook", None) is not None
+    modules = list(model.modules())
+    attributes = [set(vars(module)) for module in modules]
+    hooks = [(module._forward_hooks, set(module._forward_hooks)) for module in modules]
     results: list = []
     try:
         yield results
@@ -284,13 +298,18 @@ def _switches_kept(model: torch.nn.Module):
             config.use_cache = use_cache
         if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
             model.gradient_checkpointing_disable()
-        if not hooked and getattr(model, "_require_grads_hook", None) is not None:
-            with contextlib.suppress(AttributeError, KeyError):
-                model.disable_input_require_grads()
+        for registered, known in hooks:  # those by which LoRA lets the embeddings' outputs require gradients
+            for key in set(registered) - known:
+                del registered[key]
+        for module, known in zip(modules, attributes):
+            for name in _LEFT_BEHIND & (set(vars(module)) - known):
+                delattr(module, name)
 
         def restore_flags() -> None:
-            for parameter, flag in flags:
+            for parameter, flag, without_gradient in flags:
                 parameter.requires_grad = flag
+                if without_gradient:
+                    parameter.grad = None
 
         edited = results[0] if results else None
         if hasattr(edited, "peft_config") and hasattr(edited, "unload"):

@@ -1,0 +1,128 @@
+"""One method on one loaded model through EasyEdit: edit, evaluate, undo, in that order or any other.
+
+EasyEdit's own ``edit`` evaluates, edits and undoes in one call, differently in every version. Here the same pieces
+(its method, its evaluator) are called one by one, so that records can be edited alone, in batches or in a row, facts
+can be evaluated again later, and evaluations before the edit can be shared by all methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy
+import torch
+from torch import nn
+
+from kne_easyedit.bridge.registry import editor_for
+from kne_easyedit.bridge.runtime_patches import module
+
+IN_CONTEXT = ("IKE", "ICE")
+ONE_FACT = ("KN",)
+"""Methods that take the first of several requests and drop the others without a word."""
+
+
+class MethodEditor:
+    """EasyEdit's editor of one method, driven step by step. ``hparams`` are of that method's class.
+
+    Raises ValueError for a method that does not edit weights.
+    """
+
+    def __init__(self, hparams, model: nn.Module, tokenizer):
+        if hparams.alg_name in IN_CONTEXT:
+            raise ValueError(f"methods: {hparams.alg_name} edits prompts, not weights; run it by EasyEdit's own scripts (kne easyedit-run)")
+        self.editor = editor_for(hparams, model, tokenizer)
+        self.hparams, self.tokenizer = self.editor.hparams, tokenizer
+        self.original = model
+        self.model = model
+        """What evaluations see: the model, or the adapted model that a method has put around it."""
+        self._undo: list[Callable[[], None]] = []
+
+    def demand_batch(self, size: int) -> None:
+        """Raises ValueError if this method cannot edit ``size`` facts at once; tells it how many otherwise."""
+        alg_name = self.hparams.alg_name
+        if size > 1 and (alg_name in ONE_FACT or not module("editors.batch_editor").BatchEditor.is_batchable_method(alg_name)):
+            raise ValueError(f"batch_size: {alg_name} edits one fact at a time, not {size}; EasyEdit counts it among the singleton methods")
+        if hasattr(self.hparams, "batch_size"):
+            self.hparams.batch_size = size
+
+    def apply(self, requests: Sequence[Mapping]) -> None:
+        """Edits all requests at once, on top of the edits before. After an error all of them are undone.
+
+        What a method of EasyEdit has changed when it fails half-way, it does not tell: compare the model's digest.
+        """
+        apply = self.editor.apply_algo
+        try:
+            edited, originals = apply(
+                self.original, self.tokenizer, [dict(request) for request in requests], self.hparams,
+                copy=False, return_orig_weights=True, keep_original_weight=True,
+            )  # fmt: skip
+        except BaseException:
+            self.undo()
+            raise
+        self._remember(edited, originals)
+        self.model = edited
+
+    def undo(self) -> None:
+        """Takes every edit back, the last one first."""
+        while self._undo:
+            self._undo.pop()()
+        self.model = self.original
+
+    def evaluate(self, request: Mapping, *, generation: bool, seed: int) -> dict:
+        """EasyEdit's figures for one request on the model as it is: its ``compute_edit_quality``.
+
+        ``generation`` adds fluency, which samples text: under ``seed``, whatever ran before.
+        """
+        for seeded in (random.seed, numpy.random.seed, torch.manual_seed):
+            seeded(seed)
+        evaluate = module("evaluate").compute_edit_quality
+        with torch.no_grad():
+            return evaluate(
+                self.model, self.editor.model_name, self._evaluation_hparams(), self.tokenizer, dict(request), self.hparams.device,
+                test_generation=generation,
+            )  # fmt: skip
+
+    def _evaluation_hparams(self):
+        # Prompts arrive with their template (see records.with_chat_template); EasyEdit's evaluator must not add it again.
+        if getattr(self.hparams, "use_chat_template", False):
+            return dataclasses.replace(self.hparams, use_chat_template=False)
+        return self.hparams
+
+    def _remember(self, edited: nn.Module, originals) -> None:
+        """How to take this edit back: EasyEdit's methods each have their own way."""
+        if callable(originals):
+            self._undo.append(torch.no_grad()(originals))
+        elif hasattr(edited, "peft_config"):
+            if edited is not self.original:  # else the adapter of an edit before was trained on
+                self._undo.append(lambda: self._unload(edited))
+        elif originals:
+            self._undo.append(lambda: self._write(originals))
+        else:
+            raise ValueError(f"methods: {self.hparams.alg_name} gives nothing by which its edit could be undone; run it by EasyEdit's own scripts")
+
+    def _unload(self, adapted: nn.Module) -> None:
+        adapted.unload()
+        if hasattr(self.original, "peft_config"):
+            del self.original.peft_config
+
+    @torch.no_grad()
+    def _write(self, originals: Mapping[str, torch.Tensor]) -> None:
+        for name, value in originals.items():
+            parameter = self.original.get_parameter(name)
+            parameter[...] = value.to(parameter)
+
+
+def compare(pre: Mapping, post: dict) -> dict:
+    """``post`` with every locality category's ``_acc`` in the place of its ``_output``: the share of tokens as in ``pre``."""
+    locality = {}
+    for name, outputs in post.get("locality", {}).items():
+        if name.endswith("_output"):
+            before = pre["locality"][name]
+            if len(before) != len(outputs):
+                raise ValueError(f"{name}: {len(before)} outputs before the edit, {len(outputs)} after it")
+            locality[f"{name.removesuffix('_output')}_acc"] = [float(numpy.mean(numpy.equal(a, b))) for a, b in zip(outputs, before)]
+        else:
+            locality[name] = outputs
+    return {**post, "locality": locality}
