@@ -15,6 +15,9 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that does not count in the loss (the convention of torch's cross-entropy)."""
 
+_MARK = "\u2402"
+"""A character that no template holds."""
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -74,10 +77,28 @@ def encode(tokenizer, prompt: str, target: str) -> Fact:
     return Fact(prompt, target, tuple(ids), len(prompt_ids))
 
 
-def encode_request(tokenizer, request: Mapping) -> Fact:
-    """Tokenises an EasyEdit request (``prompt``, ``target_new``, maybe ``subject``), checking it first."""
+def encode_request(tokenizer, request: Mapping, chat: bool = False) -> Fact:
+    """Tokenises an EasyEdit request (``prompt``, ``target_new``, maybe ``subject``), checking it first.
+
+    ``chat``: the prompt in the tokenizer's chat template, see `chat_prompt`.
+    """
     check_request(request)
-    return encode(tokenizer, request["prompt"], request["target_new"])
+    return encode(tokenizer, chat_prompt(tokenizer, request["prompt"]) if chat else request["prompt"], request["target_new"])
+
+
+def chat_prompt(tokenizer, prompt: str) -> str:
+    """The prompt as a user's message in the tokenizer's chat template, up to where the answer begins.
+
+    A prompt that is in it already stays as it is. Raises ValueError for a tokenizer without a template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"use_chat_template: {type(tokenizer).__name__} of this model has no chat template; leave the setting out")
+
+    def rendered(text: str) -> str:
+        return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+
+    before, _, after = rendered(_MARK).partition(_MARK)
+    return prompt if prompt.startswith(before) and prompt.endswith(after) else rendered(prompt)
 
 
 def demand_length(fact: Fact, config) -> None:

@@ -22,7 +22,7 @@ def compute_edit(
     resolve_device(hparams.device)
     if not requests:
         raise ValueError("requests: there are none to edit")
-    facts = [encode_request(tok, request) for request in requests]
+    facts = [encode_request(tok, request, hparams.use_chat_template) for request in requests]
     for fact in facts:
         demand_length(fact, model.config)
     if ensemble is None:

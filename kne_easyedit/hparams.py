@@ -79,6 +79,9 @@ class KNEHyperParams:
     """Length at which EasyEdit's evaluators cut prompt and answer; KNE itself cuts nothing."""
     batch_size: int = 1
     """Facts per edit in EasyEdit's ``batch_edit``; ``edit`` wants 1."""
+    use_chat_template: bool = False
+    """Prompts are put into the tokenizer's chat template, when localising and when editing. EasyEdit's evaluators since
+    2025 read the same setting (but leave locality prompts as they are)."""
     fp16: bool = False
     bf16: bool = False
 

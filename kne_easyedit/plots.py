@@ -101,3 +101,23 @@ def _write(figure, path: str | Path, title: str) -> None:
 
 def _cut(text: str, length: int = 56) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def draw_retention(found: dict[str, list[dict]], path: str | Path, title: str = "") -> None:
+    """What a sequence of edits leaves of earlier ones: figures over the number of edits, one line a method, as PNG.
+
+    ``found``: method -> entries with ``edits`` and the figures, as `benchmark.summary.retention` gives them.
+    """
+    names = ("edit_success", "portability", "locality")
+    figure = _figure()(figsize=(11, 3.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), sharey=True), names):
+        for method, stops in found.items():
+            points = [(stop["edits"], stop[name]) for stop in stops if stop[name] is not None]
+            if points:
+                axis.plot(*zip(*points), "o-", markersize=4, label=method)
+        axis.set(xlabel="edits made", title=name.replace("_", " "), ylim=(-3, 103))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color=GRID, linewidth=0.6)
+    figure.axes[0].set_ylabel("percent, over all facts edited so far")
+    figure.axes[0].legend(frameon=False)
+    _write(figure, path, title)

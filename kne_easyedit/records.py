@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from kne_easyedit.batching import check_request
+from kne_easyedit.batching import chat_prompt, check_request
 
 EMBEDDED = "embedded"
 """Stands for the packaged facts wherever a data file is named."""
@@ -95,6 +95,22 @@ def to_request(record: Mapping) -> dict:
             if probes["prompt"]:
                 request[section][category] = probes
     return request
+
+
+def with_chat_template(request: Mapping, tokenizer) -> dict:
+    """The request with every prompt (its own, the rephrased one, all probes) in the tokenizer's chat template.
+
+    Then every method edits and every evaluator asks in the same form, whatever it knows of templates.
+    """
+    wrapped = {**request, "prompt": chat_prompt(tokenizer, request["prompt"])}
+    if "rephrase_prompt" in request:
+        wrapped["rephrase_prompt"] = chat_prompt(tokenizer, request["rephrase_prompt"])
+    for section in CATEGORIES:
+        wrapped[section] = {
+            name: {**probes, "prompt": [chat_prompt(tokenizer, prompt) for prompt in probes["prompt"]]}
+            for name, probes in request.get(section, {}).items()
+        }
+    return wrapped
 
 
 def _probes(items, field: str) -> dict[str, list[str]]:

@@ -5,22 +5,30 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kne_easyedit.benchmark import METRICS
+from kne_easyedit.benchmark.summary import METRICS
 
 
 def print_report(summary: dict, folder: Path, examples: int = 3) -> None:
     """Prints the summary of a run and the first answers of its ``results.jsonl``."""
     easyedit, found = summary["easyedit"], summary["localization"]
     print(f"\nEasyEdit: {easyedit['kind']} {easyedit['version']}; fluency variant: {summary['fluency_variant']}")
+    print(f"Patches of it that were applied (kne doctor explains them): {', '.join(easyedit['patches']) or 'none'}")
+    if summary["chat_template"]:
+        print("Prompts in the model's chat template, at edit and evaluation")
+    for source in dict.fromkeys(made["source"] for made in summary["second_moments"]):
+        print(f"Second moments (MEMIT and kin): {source}")
     if found and found["facts"]:
         print(
             f"Localised on {found['facts']} facts ({found['seconds_per_fact']:.1f} s each when computed, {found['seconds']:.1f} s now): "
             f"{found['neurons']} neurons, {found['parameter_share']:.2%} of all parameters"
         )
-    print(f"\n{summary['records']} records\n\n{table(summary['methods'])}\n")
+    mode = f"{summary['batch_size']} facts an edit" if summary["mode"] == "batch" else f"{summary['mode']} edits"
+    print(f"\n{summary['records']} records, {mode}\n\n{table(summary['methods'])}\n")
     for name, meaning in METRICS.items():
         print(f"  {name:<16} {meaning}")
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    own_lines = {(line["index"], line["method"]): line for line in lines}
+    lines = list(own_lines.values())
     print("\nAnswers before and after (greedy):")
     for index in dict.fromkeys(line["index"] for line in lines[: examples * len(summary["methods"])]):
         own = [line for line in lines if line["index"] == index]
@@ -28,6 +36,9 @@ def print_report(summary: dict, folder: Path, examples: int = 3) -> None:
         print(f"    {'before':<8} {_one_line(own[0]['before'])}")
         for line in own:
             print(f"    {line['method']:<8} {_one_line(line['after'])}")
+    for method, figures in summary["methods"].items():
+        for stop in figures.get("retention", ()):
+            print(f"{method} after {stop['edits']} edits, all of them asked again: " + _figures_of(stop))
     for complaint in summary["skipped"]:
         print(f"skipped: {complaint}")
     print(f"\nWritten to {folder}: summary.json, results.jsonl" + (", ensemble.json, ensemble.png" if found and found["facts"] else ""))
@@ -42,6 +53,11 @@ def table(methods: dict[str, dict]) -> str:
         for method, figures in methods.items()
     ]
     return "\n".join([header, rule, *rows])
+
+
+def _figures_of(stop: dict) -> str:
+    names = ("edit_success", "portability", "locality")
+    return ", ".join(f"{name} {stop[name]:.2f}" for name in names if stop[name] is not None)
 
 
 def _one_line(text: str) -> str:

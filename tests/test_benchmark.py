@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 from conftest import LLAMA_DOWN, fingerprint, make_llama, make_tokenizer, tiny_hparams
 from pytest import approx
 
-from kne_easyedit import NeuronEnsemble, benchmark
+from kne_easyedit import NeuronEnsemble
 from kne_easyedit.benchmark import Run, run, summarize
+from kne_easyedit.benchmark.answers import begins_with
+from kne_easyedit.benchmark.store import alone_in
+from kne_easyedit.bridge import MethodEditor, editing, load_method
 from kne_easyedit.records import to_request
 from kne_easyedit.report import print_report
 
@@ -39,6 +43,13 @@ def job(tmp_path):
     hparams = tiny_hparams(localization_data=str(data), localization_size=2)
     requests = [{**to_request(r), "index": i} for i, r in enumerate(RECORDS)]
     return Run(make_llama(), make_tokenizer(), requests, {"KNE": hparams}, "RECORDS", tmp_path / "out")
+
+
+def ft():
+    """FT of EasyEdit for the tiny model."""
+    hparams = load_method("FT", Path(__file__).parents[1] / "hparams/FT/smollm2-135m.yaml")
+    hparams.layers, hparams.num_steps = [2], 3
+    return hparams
 
 
 def lines_of(job) -> list[dict]:
@@ -80,45 +91,94 @@ def test_nothing_of_easyedit_reaches_the_working_directory(job, tmp_path, monkey
     assert logging.getLogger("easyeditor.editors.editor").handlers == handlers
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(job, monkeypatch):
-    edit_one = benchmark._edit_one
-    edited = []
+def counting(monkeypatch, stop_at: int | None = None) -> list[int]:
+    """Counts EasyEdit's edits by the subjects that it edits; the ``stop_at``-th is interrupted."""
+    edited: list[str] = []
+    apply = MethodEditor.apply
 
-    def interrupted(job, method, editor, request, *rest):
-        if len(edited) == 1:
+    def counted(self, requests):
+        if len(edited) + 1 == stop_at:
             raise KeyboardInterrupt
-        edited.append(request["index"])
-        return edit_one(job, method, editor, request, *rest)
+        edited.extend(request["subject"] for request in requests)
+        return apply(self, requests)
 
+    monkeypatch.setattr(MethodEditor, "apply", counted)
+    return edited
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(job, monkeypatch):
     before = fingerprint(job.model)
-    monkeypatch.setattr(benchmark, "_edit_one", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(job)
+    with monkeypatch.context() as patch:
+        first = counting(patch, stop_at=2)
+        with pytest.raises(KeyboardInterrupt):
+            run(job)
+        assert first == ["France"]
     assert fingerprint(job.model) == before
     (job.folder / "results.jsonl").open("a").write('{"torn')  # as a kill would leave it
-    monkeypatch.setattr(benchmark, "_edit_one", lambda *args: edited.append(args[3]["index"]) or edit_one(*args))
+    edited = counting(monkeypatch)
     run(job)
-    assert edited == [0, 1]
+    assert edited == ["Spain"]
     assert [line["index"] for line in lines_of(job)] == [0, 1]
 
 
-def test_a_finished_run_is_repeated_only_if_asked(job):
+def test_a_finished_run_is_repeated_only_if_asked(job, monkeypatch):
     first = run(job)
-    (line, *_) = lines_of(job)
+    edited = counting(monkeypatch)
     assert run(job)["methods"] == first["methods"]
-    assert lines_of(job)[0] == line
+    assert edited == []
+    old = (job.folder / "results.jsonl").read_text()
     run(job, again=True)
-    assert lines_of(job)[0]["seconds"] != line["seconds"]
-    assert (job.folder / "results.previous.jsonl").exists()
+    assert edited == ["France", "Spain"]
+    assert (job.folder / "results.other-1.jsonl").read_text() == old
 
 
-def test_lines_of_other_settings_are_moved_aside(job):
+def test_lines_of_other_settings_are_moved_aside_each_to_a_file_of_its_own(job):
+    kept = []
+    for stop_loss in (0.4, 0.5, 0.6):
+        job.hparams["KNE"].stop_loss = stop_loss
+        run(job)
+        kept.append((job.folder / "results.jsonl").read_text())
+    assert (job.folder / "results.other-1.jsonl").read_text() == kept[0]
+    assert (job.folder / "results.other-2.jsonl").read_text() == kept[1]
+    assert len({line["fingerprint"] for text in kept for line in map(json.loads, text.splitlines())}) == 3
+
+
+def test_another_method_keeps_the_lines_of_the_first(job, monkeypatch):
     run(job)
     old = (job.folder / "results.jsonl").read_text()
-    job.hparams["KNE"].stop_loss = 0.5
+    job.hparams = {**job.hparams, "FT": ft()}
+    edited = counting(monkeypatch)
+    evaluated = []
+    evaluate = MethodEditor.evaluate
+    monkeypatch.setattr(MethodEditor, "evaluate", lambda self, *a, **k: evaluated.append(self.hparams.alg_name) or evaluate(self, *a, **k))
+    summary = run(job)
+    assert edited == ["France", "Spain"]
+    assert (job.folder / "results.jsonl").read_text().startswith(old)
+    assert set(summary["methods"]) == {"KNE", "FT"}
+    assert evaluated == ["FT", "FT"]  # after the edits only: before them KNE's evaluations of the same model serve
+
+
+def test_only_records_that_changed_are_edited_again(job, monkeypatch):
     run(job)
-    assert (job.folder / "results.previous.jsonl").read_text() == old
-    assert {line["fingerprint"] for line in lines_of(job)}.isdisjoint({json.loads(old.splitlines()[0])["fingerprint"]})
+    job.requests[1] = {**job.requests[1], "target_new": "Ada"}
+    edited = counting(monkeypatch)
+    run(job)
+    assert edited == ["Spain"]
+
+
+def test_what_results_do_not_depend_on_makes_no_new_run(job, monkeypatch, tmp_path):
+    run(job)
+    job.hparams["KNE"].chunk_rows = 7
+    job.hparams["KNE"].cache_dir = str(tmp_path / "elsewhere")
+    edited = counting(monkeypatch)
+    run(job)
+    assert edited == []
+
+
+def test_a_folder_serves_one_run_at_a_time(job):
+    with alone_in(job.folder), pytest.raises(ValueError, match="another run is writing"):
+        run(job)
+    run(job)
 
 
 def test_two_runs_with_one_seed_agree(job, tmp_path):
@@ -131,22 +191,22 @@ def test_two_runs_with_one_seed_agree(job, tmp_path):
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_record_that_cannot_be_edited(job, skip):
+    before = fingerprint(job.model)
     job.requests[0] = {**job.requests[0], "prompt": "The capital of Atlantis is"}  # the subject is not in it any more
     job.skip_bad = skip
     if not skip:
         with pytest.raises((ValueError, AssertionError)):
             run(job)
-        return
-    summary = run(job)
-    assert summary["records"] == 1
-    assert len(summary["skipped"]) == 1 and "record 0: KNE" in summary["skipped"][0]
+    else:
+        summary = run(job)
+        assert summary["records"] == 1
+        assert len(summary["skipped"]) == 1 and "record 0: KNE" in summary["skipped"][0]
+    assert fingerprint(job.model) == before
 
 
 def test_a_model_that_is_not_restored_ends_the_run(job, monkeypatch):
     """Converse of the bit-equality check: a method that loses one bit is caught."""
-    from kne_easyedit import bridge
-
-    original = bridge.editor_for
+    original = editing.editor_for
 
     def sloppy(*args):
         editor = original(*args)
@@ -161,9 +221,117 @@ def test_a_model_that_is_not_restored_ends_the_run(job, monkeypatch):
         editor.apply_algo = forgetful
         return editor
 
-    monkeypatch.setattr(bridge, "editor_for", sloppy)
+    monkeypatch.setattr(editing, "editor_for", sloppy)
     with pytest.raises(RuntimeError, match="not what it was after record 0"):
         run(job)
+
+
+def test_sequential_edits_stay_and_earlier_facts_are_asked_again(job, monkeypatch):
+    before = fingerprint(job.model)
+    job.requests += [{**to_request(record("Peru", "Marie")), "index": 2}]
+    job.mode, job.retention_every = "sequential", 2
+    edited = counting(monkeypatch)
+    summary = run(job)
+    assert fingerprint(job.model) == before  # the sequence is undone when it is over
+    assert edited == ["France", "Spain", "Peru"]
+    asked = [json.loads(line) for line in (job.folder / "retention.jsonl").read_text().splitlines()]
+    assert [(line["after"], line["index"]) for line in asked] == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
+    stops = summary["methods"]["KNE"]["retention"]
+    assert [(stop["edits"], stop["records"]) for stop in stops] == [(2, 2), (3, 3)]
+    assert all(line["metrics"]["post"]["rewrite_acc"] == [1.0] for line in lines_of(job))  # right after its own edit
+    assert (job.folder / "retention.png").read_bytes().startswith(b"\x89PNG")
+    # The tiny model forgets: without re-evaluation nobody would know.
+    assert stops[-1]["edit_success"] < summary["methods"]["KNE"]["edit_success"] == 100
+    run(job)
+    assert len(edited) == 3
+
+
+def test_an_interrupted_sequence_repeats_edits_but_no_evaluation(job, monkeypatch, tmp_path):
+    job.requests += [{**to_request(record("Peru", "Marie")), "index": 2}]
+    job.mode, job.retention_every = "sequential", 2
+    run(job)
+    whole = [{**line, "seconds": 0} for line in lines_of(job)]
+    asked = (job.folder / "retention.jsonl").read_text()
+    job.folder = tmp_path / "second"
+    with monkeypatch.context() as patch:
+        counting(patch, stop_at=3)
+        with pytest.raises(KeyboardInterrupt):
+            run(job)
+    assert len(lines_of(job)) == 2
+    evaluated = []
+    evaluate = MethodEditor.evaluate
+    monkeypatch.setattr(MethodEditor, "evaluate", lambda self, r, **k: evaluated.append(r["index"]) or evaluate(self, r, **k))
+    run(job)
+    assert [{**line, "seconds": 0} for line in lines_of(job)] == whole
+    assert (job.folder / "retention.jsonl").read_text() == asked
+    assert evaluated[0] == 2 and 4 <= len(evaluated) <= 5  # Peru (before and) after its edit, and all three at the end
+
+
+@pytest.mark.parametrize("size", [1, 2, 10])
+def test_batches_are_edited_together_and_undone_together(job, monkeypatch, size):
+    before = fingerprint(job.model)
+    job.requests += [{**to_request(record("Peru", "Marie")), "index": 2}]
+    job.mode, job.batch_size = "batch", size
+    batches = []
+    apply = MethodEditor.apply
+    monkeypatch.setattr(MethodEditor, "apply", lambda self, requests: batches.append(len(requests)) or apply(self, requests))
+    summary = run(job)
+    assert fingerprint(job.model) == before
+    assert batches == {1: [1, 1, 1], 2: [2, 1], 10: [3]}[size]
+    assert summary["methods"]["KNE"]["edit_success"] == 100
+    assert [line["index"] for line in lines_of(job)] == [0, 1, 2]
+
+
+def test_a_chat_template_reaches_edit_and_evaluation(job):
+    job.tokenizer.chat_template = "{% for m in messages %}What is {{ m['content'] }} ?{% endfor %}"
+    job.chat_template = True
+    summary = run(job)
+    assert summary["chat_template"] is True
+    line = lines_of(job)[0]
+    assert line["prompt"] == "What is The capital of France is ?"
+    assert line["metrics"]["post"]["rewrite_acc"] == [1.0]
+    first = summary["fingerprints"]
+    job.chat_template = False
+    assert run(job)["fingerprints"] != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "serial"}, "mode: 'serial' must be one of single, sequential, batch"),
+        ({"batch_size": 2}, "batch_size: 2 with mode single"),
+        ({"mode": "batch", "batch_size": 0}, "batch_size: 0"),
+        ({"retention_every": 0}, "retention_every: 0"),
+        ({"requests": []}, "records: there are none"),
+    ],
+)
+def test_settings_that_do_not_go_together(job, changes, message):
+    for name, value in changes.items():
+        setattr(job, name, value)
+    with pytest.raises(ValueError, match=message):
+        run(job)
+    assert not job.folder.exists()
+
+
+def test_batch_size_of_the_hparams_in_single_edits(job):
+    job.hparams["KNE"].batch_size = 5
+    with pytest.raises(ValueError, match="batch_size: KNE's hparams say 5"):
+        run(job)
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "right"),
+    [
+        (" Rome, of course", "Rome", True),
+        ("rome", "Rome", True),
+        (" Romeo", "Rome", False),
+        ("The answer is Rome", "Rome", False),
+        (" New\nYork City", "New York", True),
+        ("", "Rome", False),
+    ],
+)
+def test_exact_match_is_about_the_beginning_of_a_free_answer(answer, target, right):
+    assert begins_with(answer, target) is right
 
 
 def test_several_module_types_are_drawn(job):
@@ -195,5 +363,7 @@ def test_summary_averages_as_easyedits_script_does():
             ),
         ]
     )
-    assert figures == approx({"edit_success": 75, "portability": 25, "locality": 62.5, "fluency": 550, "seconds_per_edit": 2, "records": 2})
+    assert figures["rephrase"] is None and figures["exact_match"] is None
+    wanted = {"edit_success": 75, "portability": 25, "locality": 62.5, "fluency": 550, "seconds_per_edit": 2, "records": 2}
+    assert {name: figures[name] for name in wanted} == approx(wanted)
     assert summarize([line({"rewrite_acc": [1.0], "portability": {}, "locality": {}})])["portability"] is None

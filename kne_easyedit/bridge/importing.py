@@ -185,10 +185,21 @@ class _Loader(SourceFileLoader):
         super().exec_module(module)
 
 
+def script_builtins() -> dict:
+    """Builtins for a script that uses EasyEdit: what its import statements miss, names of EasyEdit included, becomes a placeholder."""
+    return {**vars(builtins), "__import__": _import_or_placeholder}
+
+
 def _lenient_import(name, globals=None, locals=None, fromlist=(), level=0):
     """``__import__`` for EasyEdit's modules: what other packages lack becomes a placeholder."""
+    if name.partition(".")[0] == PACKAGE:
+        return builtins.__import__(name, globals, locals, fromlist, level)
+    return _import_or_placeholder(name, globals, locals, fromlist, level)
+
+
+def _import_or_placeholder(name, globals=None, locals=None, fromlist=(), level=0):
     top = name.partition(".")[0]
-    if level or top == PACKAGE:
+    if level:
         return builtins.__import__(name, globals, locals, fromlist, level)
     try:
         module = importlib.import_module(name)

@@ -20,6 +20,17 @@ def shipped() -> Path:
     return checkout if (checkout / "KNE").is_dir() else Path(str(files("kne_easyedit.shipped_hparams")))
 
 
+def method_of(path: Path, methods=()) -> str | None:
+    """Which method a hyperparameter file is of: its folder's name if that is one of ``methods`` (or a label), else its alg_name."""
+    from kne_easyedit.bridge import METHODS
+
+    folder = path.resolve().parent.name
+    if folder in METHODS or folder in methods:
+        return folder
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return config.get("alg_name") if isinstance(config, dict) else None
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from kne_easyedit.cli.common import SHIPPED, positive, shipped
+from kne_easyedit.cli.common import SHIPPED, method_of, positive, shipped
 
 DEMO_RECORDS = 8
+MODES = ("single", "sequential", "batch")
 
 
 def add_commands(commands) -> None:
@@ -20,14 +21,27 @@ def add_commands(commands) -> None:
     job.add_argument("--data", required=True, help="KnowEdit file, or 'embedded'")
     job.add_argument("--records", type=positive, default=None, help="number of records (default: all)")
     job.add_argument("--offset", type=int, default=0, help="first record (default %(default)s)")
-    job.add_argument("--methods", default="KNE,FT", help="comma-separated EasyEdit methods (default %(default)s)")
+    job.add_argument(
+        "--methods", default="KNE,FT", help="comma-separated: EasyEdit's names, KNE, and FT-M, FT-L, LoRA, AdaLoRA (default %(default)s)"
+    )
+    job.add_argument(
+        "--mode",
+        choices=MODES,
+        default="single",
+        help="single: each edit is undone before the next; sequential: edits stay, earlier facts are asked again; batch (default %(default)s)",
+    )
+    job.add_argument("--batch-size", type=positive, default=1, help="facts an edit in mode batch (default %(default)s)")
+    job.add_argument("--retention-every", type=positive, default=10, help="mode sequential: ask earlier facts again every so many edits (default 10)")
+    job.add_argument("--chat-template", action="store_true", help="every prompt in the model's chat template, at edit and evaluation")
+    job.add_argument("--stats-text", type=Path, metavar="FILE", help="text for MEMIT's second moments, one text a line (default: sampled from the model)")
+    job.add_argument("--stats-samples", type=positive, default=512, help="how many texts are sampled for them (default %(default)s)")
     job.add_argument(
         "--hparams",
         nargs="*",
         type=Path,
         default=[],
         metavar="FILE",
-        help="YAML files, told apart by alg_name (default: the shipped ones for SmolLM2)",
+        help="YAML files, told apart by their folder's name (FT-L, AdaLoRA, ...) or alg_name (default: the shipped ones for SmolLM2)",
     )
     job.add_argument("--localization-data", help="overrides the setting of KNE's file")
     job.add_argument("--localization-size", type=positive, help="overrides the setting of KNE's file")
@@ -54,25 +68,26 @@ def _run(arguments) -> int:
     overrides = {k: v for k in ("localization_data", "localization_size") if (v := getattr(arguments, k)) is not None}
     if overrides and "KNE" in hparams:
         hparams["KNE"] = dataclasses.replace(hparams["KNE"], **overrides)
+    from kne_easyedit.bridge import statistics
+
     skip = arguments.on_bad_record == "skip"
     requests, complaints = _load_records(arguments.data, arguments.records, arguments.offset, arguments.on_bad_record)
+    statistics.configure(file=arguments.stats_text, samples=arguments.stats_samples, prompts=tuple(r["prompt"] for r in requests))
     return _execute(
-        hparams, requests, arguments.data, arguments.out, again=arguments.again, seed=arguments.seed, skip_bad=skip, complaints=complaints
-    )
+        hparams, requests, arguments.data, arguments.out, again=arguments.again, seed=arguments.seed, skip_bad=skip, complaints=complaints,
+        mode=arguments.mode, batch_size=arguments.batch_size, retention_every=arguments.retention_every, chat_template=arguments.chat_template,
+    )  # fmt: skip
 
 
 def _load_all(methods: list[str], paths: list[Path]) -> dict[str, object]:
     """Method -> hyperparameters, from the given files or the shipped ones."""
-    import yaml
-
     from kne_easyedit import bridge
 
     given = {}
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"hparams file {path} does not exist; shipped ones are under {shipped()}")
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        given[config.get("alg_name") if isinstance(config, dict) else None] = path
+        given[method_of(path, methods)] = path
     unused = set(given) - set(methods)
     if unused:
         raise ValueError(f"hparams: {given[unused.pop()]} is of none of the methods {', '.join(methods)}")

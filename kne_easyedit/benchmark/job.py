@@ -1,0 +1,89 @@
+"""What one run is made of, and the fingerprints that tell its lines from those of other runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from kne_easyedit import bridge
+from kne_easyedit.bridge import patches, statistics
+from kne_easyedit.ensemble import NeuronEnsemble
+from kne_easyedit.machine import environment
+
+MODES = ("single", "sequential", "batch")
+_WITHOUT_EFFECT = {"stats_dir", "cache_dir", "chunk_rows", "localization_data", "ensemble"}
+"""Settings that say where things lie; what they hold is in the fingerprint by its content."""
+
+
+@dataclass
+class Run:
+    """The settings of a run. ``hparams`` maps method labels to their hyperparameter objects."""
+
+    model: nn.Module
+    tokenizer: object
+    requests: Sequence[dict]
+    hparams: dict[str, object]
+    data: str
+    folder: Path
+    seed: int = 42
+    mode: str = "single"
+    """``single``: every edit is undone before the next. ``sequential``: edits stay, and facts edited earlier are
+    evaluated again every ``retention_every`` edits and at the end. ``batch``: ``batch_size`` facts an edit, then undone."""
+    batch_size: int = 1
+    retention_every: int = 10
+    chat_template: bool = False
+    """Every prompt, at edit and evaluation, in the tokenizer's chat template."""
+    skip_bad: bool = False
+    before_folder: Path | None = None
+    """Where evaluations of the unedited model are kept and looked up; None: in ``folder``. Several runs may share it."""
+    complaints: list[str] = field(default_factory=list)
+    """Records left out so far, and why."""
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, for settings that do not go together. Changes nothing."""
+        if self.mode not in MODES:
+            raise ValueError(f"mode: {self.mode!r} must be one of {', '.join(MODES)}")
+        if self.batch_size < 1 or self.batch_size > 1 and self.mode != "batch":
+            raise ValueError(f"batch_size: {self.batch_size} with mode {self.mode}; several facts an edit need mode batch, and at least 1")
+        if self.retention_every < 1:
+            raise ValueError(f"retention_every: {self.retention_every} must be at least 1")
+        if not self.requests:
+            raise ValueError("records: there are none")
+        if self.mode != "batch":
+            for method, hparams in self.hparams.items():
+                if hparams.alg_name == "KNE" and hparams.batch_size != 1:
+                    raise ValueError(f"batch_size: {method}'s hparams say {hparams.batch_size}; mode {self.mode} edits one fact at a time, set it to 1")
+
+
+def record_digest(request: Mapping) -> str:
+    """Stands for a record's content; its number in the file does not count."""
+    return digest({k: v for k, v in request.items() if k != "index"})
+
+
+def base_fingerprint(job: Run, weights: str, variant: str) -> list:
+    """What evaluations of the unedited model depend on, the record and the tokenizer's side apart."""
+    versions = {k: v for k, v in environment(job.model).items() if k not in ("platform", "cpus")}
+    return [weights, variant, versions, bridge.describe(), patches.applied(), job.seed, job.chat_template]
+
+
+def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | None) -> str:
+    """Everything that a method's results depend on, the single record apart."""
+    hparams = job.hparams[method]
+    settings = {name: str(value) for name, value in vars(hparams).items() if name not in _WITHOUT_EFFECT}
+    parts = [base, method, settings, job.mode]
+    if hparams.alg_name == "KNE":
+        parts.append(None if ensemble is None else digest(ensemble.members()))
+    if hasattr(hparams, "mom2_dataset"):
+        parts.append(statistics.SOURCE.digest())
+    if job.mode != "single":  # there a result depends on the other records, too
+        parts += [job.batch_size, job.retention_every, [record_digest(request) for request in job.requests]]
+    return digest(parts)[:16]
+
+
+def digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,290 @@
+"""Edit records with several methods through EasyEdit, alone, in batches or in a row, and keep everything that was measured.
+
+One loaded model serves all methods. Edits are undone by what EasyEdit's methods give for it, and the weights are then
+compared with what they were: a run whose model has drifted stops. One line of ``results.jsonl`` is one record and
+method; a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from tqdm import tqdm
+
+from kne_easyedit import bridge
+from kne_easyedit.benchmark.answers import Answers, begins_with
+from kne_easyedit.benchmark.job import Run, base_fingerprint, digest, fingerprint, record_digest
+from kne_easyedit.benchmark.quiet import easyedit_output
+from kne_easyedit.benchmark.store import Lines, alone_in
+from kne_easyedit.benchmark.summary import retention, summarize
+from kne_easyedit.bridge import patches, statistics
+from kne_easyedit.cache import model_digest
+from kne_easyedit.ensemble import NeuronEnsemble
+from kne_easyedit.localization import find_ensemble
+from kne_easyedit.machine import environment
+from kne_easyedit.paths import atomic_write
+from kne_easyedit.records import with_chat_template
+
+KNE = "KNE"
+BAD_RECORD = (ValueError, AssertionError, FloatingPointError)
+"""What EasyEdit and KNE raise for a record that cannot be edited."""
+
+
+def run(job: Run, *, again: bool = False) -> dict:
+    """Runs every record through every method; returns (and writes) the summary.
+
+    Writes into ``job.folder``: ``results.jsonl``, ``summary.json``, for sequential runs ``retention.jsonl``, and for
+    KNE ``ensemble.json`` and ``ensemble.png``. Lines that are there already with the same settings are not computed
+    again, unless ``again``; lines of other settings are moved to files of their own, never mixed in and never lost.
+    Raises ValueError for settings that cannot work, RuntimeError if a method has left the model changed.
+    """
+    job.validate()
+    with alone_in(job.folder):
+        return _Runner(job, again).run()
+
+
+class _Runner:
+    def __init__(self, job: Run, again: bool):
+        self.job = job
+        bridge.register()
+        statistics.SOURCE.made.clear()
+        if not statistics.SOURCE.prompts:
+            statistics.configure(prompts=tuple(request["prompt"] for request in job.requests))
+        self.weights = model_digest(job.model)
+        self.variant = bridge.fluency_variant()
+        self.requests = [with_chat_template(r, job.tokenizer) for r in job.requests] if job.chat_template else list(job.requests)
+        self.records = {request["index"]: record_digest(request) for request in self.requests}
+        self.base = base_fingerprint(job, self.weights, self.variant)
+        self.answers = Answers(job.model, job.tokenizer)
+        self.localization, self.ensemble = self._localize()
+        self.fingerprints = {method: fingerprint(job, method, self.base, self.ensemble) for method in job.hparams}
+
+        def own(line: dict) -> bool:
+            known = self.fingerprints.get(line.get("method")) == line.get("fingerprint") and self.records.get(line.get("index")) == line.get("record")
+            return known and not again
+
+        self.results = Lines(job.folder / "results.jsonl", own)
+        self.retained = Lines(job.folder / "retention.jsonl", own)
+        self.done = {(line["index"], line["method"]) for line in self.results.lines}
+
+    def run(self) -> dict:
+        job = self.job
+        with easyedit_output(job.folder / "easyedit") as self.quiet:
+            editors = {}
+            for method, hparams in job.hparams.items():
+                with self.quiet():
+                    editors[method] = bridge.MethodEditor(deepcopy(hparams), job.model, deepcopy(job.tokenizer))
+                    editors[method].demand_batch(job.batch_size if job.mode == "batch" else 1)
+            with tqdm(total=len(self.requests) * len(editors), desc="edit", unit="edit") as self.bar:
+                if job.mode == "sequential":
+                    for method, editor in editors.items():
+                        self._edit_in_a_row(method, editor)
+                else:
+                    for start in range(0, len(self.requests), job.batch_size):
+                        for method, editor in editors.items():
+                            self._edit_and_undo(method, editor, self.requests[start : start + job.batch_size])
+        summary = self._summary()
+        atomic_write(job.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        self._draw(summary)
+        return summary
+
+    def _edit_and_undo(self, method: str, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> None:
+        self._show(method, chunk[0])
+        if any((request["index"], method) not in self.done for request in chunk):
+            lines = self._lines_of(method, editor, chunk)
+            with self.quiet():
+                editor.undo()
+            self._demand_unchanged(method, chunk)
+            for line in lines:
+                if (line["index"], method) not in self.done:
+                    self._keep(line)
+        self.bar.update(len(chunk))
+
+    def _lines_of(self, method: str, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> list[dict]:
+        """Edits the chunk and measures it; empty if it is bad and bad ones are skipped. The edit stays."""
+        try:
+            before = [self._before(editor, request) for request in chunk]
+            seconds = self._apply(editor, chunk) / len(chunk)
+            return [self._line(method, editor, request, was, seconds) for request, was in zip(chunk, before)]
+        except BAD_RECORD as error:
+            editor.undo()
+            self._demand_unchanged(method, chunk)
+            if not self.job.skip_bad:
+                raise
+            numbers = ", ".join(str(request["index"]) for request in chunk)
+            self.job.complaints.append(f"{self.job.data}: record {numbers}: {method}: {error}")
+            return []
+
+    def _edit_in_a_row(self, method: str, editor: bridge.MethodEditor) -> None:
+        """All records one after the other, without undoing; facts edited earlier are evaluated again on the way.
+
+        A run that was interrupted makes the edits again (their outcome is the same) but not the evaluations.
+        """
+        again = {(line["after"], line["index"]) for line in self.retained.lines if line["method"] == method}
+        total = len(self.requests)
+        stops = sorted({*range(self.job.retention_every, total, self.job.retention_every), total})
+        wanted = {(stop, request["index"]) for stop in stops for request in self.requests[:stop]}
+        if wanted <= again and all((request["index"], method) in self.done for request in self.requests):
+            self.bar.update(total)
+            return
+        before = [self._before(editor, request) for request in self.requests]
+        try:
+            for count, (request, was) in enumerate(zip(self.requests, before), start=1):
+                self._show(method, request)
+                seconds = self._apply(editor, [request])
+                if (request["index"], method) not in self.done:
+                    self._keep(self._line(method, editor, request, was, seconds))
+                if count in stops:
+                    for earlier, its in zip(self.requests[:count], before):
+                        if (count, earlier["index"]) not in again:
+                            self.retained.append(self._retained(method, editor, earlier, its, count))
+                self.bar.update()
+        finally:
+            with self.quiet():
+                editor.undo()
+        self._demand_unchanged(method, self.requests)
+
+    def _apply(self, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> float:
+        """Edits; returns the seconds that it took. What a method draws at random follows the seed alone."""
+        torch.manual_seed(self.job.seed)
+        with self.quiet():
+            start = time.perf_counter()
+            editor.apply(chunk)
+            _synchronize(self.job.model)
+            return time.perf_counter() - start
+
+    def _before(self, editor: bridge.MethodEditor, request: dict) -> dict:
+        """Figures and answer of the unedited model: computed once for all methods that see the tokens alike."""
+        hparams = editor.hparams
+        view = [editor.tokenizer.padding_side, hparams.max_length, hparams.alg_name == "GRACE"]
+        folder = self.job.before_folder or self.job.folder / "before"
+        path = folder / f"{digest([self.base, view, self.records[request['index']]])[:32]}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        with self.quiet():
+            metrics = editor.evaluate(request, generation=True, seed=self.job.seed)
+        found = {"metrics": _plain(metrics), "answer": self.answers.to(request)}
+        atomic_write(path, json.dumps(found, ensure_ascii=False))
+        return json.loads(json.dumps(found))
+
+    def _line(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, seconds: float) -> dict:
+        with self.quiet():
+            post = _plain(editor.evaluate(request, generation=True, seed=self.job.seed))
+        answer = Answers(editor.model, self.job.tokenizer).to(request)
+        return {
+            **self._head(method, request),
+            "seed": self.job.seed,
+            "mode": self.job.mode,
+            "prompt": request["prompt"],
+            "subject": request["subject"],
+            "target_new": request["target_new"],
+            "seconds": seconds,
+            "before": was["answer"],
+            "after": answer,
+            "exact_match": float(begins_with(answer, request["target_new"])),
+            "metrics": {"pre": _without_outputs(was["metrics"]), "post": bridge.compare(was["metrics"], post)},
+        }
+
+    def _retained(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, count: int) -> dict:
+        with self.quiet():
+            post = _plain(editor.evaluate(request, generation=False, seed=self.job.seed))
+        return {**self._head(method, request), "after": count, "metrics": {"post": bridge.compare(was["metrics"], post)}}
+
+    def _head(self, method: str, request: dict) -> dict:
+        return {"fingerprint": self.fingerprints[method], "method": method, "index": request["index"], "record": self.records[request["index"]]}
+
+    def _keep(self, line: dict) -> None:
+        self.results.append(line)
+        self.done.add((line["index"], line["method"]))
+
+    def _show(self, method: str, request: dict) -> None:
+        self.bar.set_postfix_str(f"{method}: {request['subject'][:24]}")
+
+    def _demand_unchanged(self, method: str, chunk: Sequence[dict]) -> None:
+        if model_digest(self.job.model) != self.weights:
+            numbers = ", ".join(str(request["index"]) for request in chunk[:10])
+            raise RuntimeError(f"{method}: the model is not what it was after record {numbers} was undone; the run ends here")
+
+    def _localize(self) -> tuple[dict | None, NeuronEnsemble | None]:
+        """Finds KNE's ensemble before the first edit, so that no edit pays for it, and describes it."""
+        job = self.job
+        hparams = next((h for h in job.hparams.values() if h.alg_name == KNE), None)
+        if hparams is None:
+            return None, None
+        hparams.use_chat_template = job.chat_template
+        if hparams.ensemble is None and hparams.localization_data is None:
+            return {"facts": None, "note": "every edit localises on its own request"}, None
+        start = time.perf_counter()
+        ensemble = find_ensemble(job.model, job.tokenizer, [], hparams)
+        elapsed = time.perf_counter() - start
+        ensemble.save(job.folder / "ensemble.json")
+        return {
+            "facts": ensemble.facts,
+            "seconds": elapsed,
+            "seconds_per_fact": ensemble.seconds / ensemble.facts if ensemble.seconds is not None else None,
+            "neurons": ensemble.size,
+            "parameter_share": ensemble.parameter_share(job.model),
+            "neurons_per_layer": {t: {str(layer): n for layer, n in found.items()} for t, found in ensemble.counts().items()},
+        }, ensemble
+
+    def _summary(self) -> dict:
+        job = self.job
+
+        def of(lines: Lines, method: str) -> list[dict]:
+            return [line for line in lines.lines if line["method"] == method]
+
+        methods = {method: summarize(of(self.results, method)) for method in job.hparams}
+        if job.mode == "sequential":
+            methods = {method: {**figures, "retention": retention(of(self.retained, method))} for method, figures in methods.items()}
+        return {
+            "model": {"name": str(next(iter(job.hparams.values())).model_name), "sha256": self.weights},
+            "data": job.data,
+            "records": len({index for index, _ in self.done}),
+            "skipped": job.complaints,
+            "mode": job.mode,
+            "batch_size": job.batch_size,
+            "chat_template": job.chat_template,
+            "easyedit": {**bridge.describe(), "patches": patches.applied()},
+            "fluency_variant": self.variant,
+            "second_moments": statistics.SOURCE.made,
+            "environment": environment(job.model),
+            "seed": job.seed,
+            "fingerprints": self.fingerprints,
+            "localization": self.localization,
+            "methods": methods,
+        }
+
+    def _draw(self, summary: dict) -> None:
+        from kne_easyedit.plots import draw_ensemble, draw_retention
+
+        if self.job.mode == "sequential":
+            found = {method: figures["retention"] for method, figures in summary["methods"].items()}
+            draw_retention(found, self.job.folder / "retention.png", f"{summary['records']} sequential edits, {self.job.data}")
+
+        if self.ensemble is not None:
+            share = self.localization["parameter_share"]
+            title = f"{self.ensemble.size} neurons, {share:.2%} of all parameters, found on {self.ensemble.facts} facts"
+            draw_ensemble(self.ensemble, self.job.folder / "ensemble.png", title)
+
+
+def _plain(metrics: dict) -> dict:
+    """Figures without numpy's types, as JSON gives them back."""
+    return json.loads(json.dumps(metrics, default=float))
+
+
+def _without_outputs(metrics: dict) -> dict:
+    """What the lines keep of an evaluation before the edit: predicted tokens serve the comparison only."""
+    locality = {name: values for name, values in metrics.get("locality", {}).items() if not name.endswith("_output")}
+    return {**metrics, "locality": locality}
+
+
+def _synchronize(model) -> None:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+

@@ -1,0 +1,161 @@
+"""Patches of what EasyEdit's example scripts run into: records that it refuses without saying which, and stale files."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from torch import nn
+
+from kne_easyedit.bridge.fluency import fluency_variant
+from kne_easyedit.bridge.patches import Patch, runtime_patch
+from kne_easyedit.bridge.runtime_patches import module
+from kne_easyedit.cache import model_digest
+from kne_easyedit.paths import atomic_write
+
+SHOWN = 3
+"""Bad records that a message shows in full; it lists all their numbers."""
+
+
+@runtime_patch(
+    "subject-in-prompt", "a subject that does not stand in its prompt is an AssertionError: None, which does not say which record it is"
+)
+def _subject_in_prompt(easyeditor: ModuleType, patch: Patch) -> bool:
+    editors = module("editors.editor")
+    # A method in 2023, later a function that is imported into the editor's module.
+    owner = editors if hasattr(editors, "_prepare_requests") else easyeditor.BaseEditor
+    original = owner._prepare_requests
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def prepare_requests(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        subjects = given.get("kwargs", {}).get("subject")
+        if subjects is not None:
+            try:
+                _demand_subjects(subjects, given["prompts"])
+            except ValueError:
+                patch.used += 1
+                raise
+        return original(*args, **kwargs)
+
+    owner._prepare_requests = prepare_requests
+    return True
+
+
+def _demand_subjects(subjects: str | Sequence[str], prompts: str | Sequence[str]) -> None:
+    subjects, prompts = ([value] if isinstance(value, str) else value for value in (subjects, prompts))
+    if len(subjects) != len(prompts):
+        raise ValueError(f"subject: {len(subjects)} for {len(prompts)} prompts; each record needs one")
+    bad = [i for i, pair in enumerate(zip(subjects, prompts)) if not subject_in_prompt(*pair)]
+    if bad:
+        shown = "; ".join(f"record {i}: subject {subjects[i]!r}, prompt {prompts[i]!r}" for i in bad[:SHOWN])
+        raise ValueError(
+            f"subject: EasyEdit wants it to stand in the prompt, in {len(bad)} of {len(prompts)} records it does not: {', '.join(map(str, bad))} "
+            f"({shown}{'; ...' if len(bad) > SHOWN else ''}); correct them, or `kne easyedit-run --skip-bad` leaves out those of a KnowEditDataset"
+        )
+
+
+def subject_in_prompt(subject: str, prompt: str) -> bool:
+    """What EasyEdit asserts of every record."""
+    return isinstance(subject, str) and isinstance(prompt, str) and subject in prompt
+
+
+@contextlib.contextmanager
+def bad_records_left_out(easyeditor: ModuleType) -> Iterator[None]:
+    """Inside, a ``KnowEditDataset`` leaves out (and prints) the records whose subject does not stand in their prompt.
+
+    Raises ValueError if this EasyEdit has no such class.
+    """
+    kind = getattr(easyeditor, "KnowEditDataset", None)
+    if kind is None:
+        raise ValueError("--skip-bad: this EasyEdit has no KnowEditDataset (it came in 2024); correct the data instead")
+    original = kind.__init__
+
+    @functools.wraps(original)
+    def init(self, data_dir, *args, **kwargs):
+        original(self, data_dir, *args, **kwargs)
+        bad = [i for i, record in enumerate(self._data) if not subject_in_prompt(record["subject"], record["prompt"])]
+        self._data = [record for i, record in enumerate(self._data) if i not in set(bad)]
+        if bad:
+            print(f"{data_dir}: {len(bad)} records left out, their subject is not in their prompt: {', '.join(map(str, bad))}", flush=True)
+
+    kind.__init__ = init
+    try:
+        yield
+    finally:
+        kind.__init__ = original
+
+
+@runtime_patch(
+    "pre-edit-file",
+    "a file of figures before the edit is known by the model's name and the kind of data only, and trusted if its length fits",
+)
+def _pre_edit_file(easyeditor: ModuleType, patch: Patch) -> bool:
+    editor = easyeditor.BaseEditor
+    if "pre_file" not in inspect.getsource(module("editors.editor")):  # the release of 2023 never reads or writes such a file
+        return False
+    original = editor.edit
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def edit(self, *args, **kwargs):
+        pre_file = kwargs.get("pre_file")
+        if pre_file is None:
+            return original(self, *args, **kwargs)
+        patch.used += 1
+        bound = signature.bind(self, *args, **kwargs).arguments
+        digest = _evaluation_digest(self, {**bound, **bound.get("kwargs", {})})
+        sidecar = Path(f"{pre_file}.kne.json")
+        if kwargs.get("pre_edit") is not None:
+            if _known_digest(sidecar) != digest:
+                raise ValueError(
+                    f"{pre_file}: these figures before the edit are of other records, of another model or kind of evaluation, or of a run "
+                    f"without this check (see {sidecar.name}); delete the file or move it away, then it is made anew"
+                )
+            return original(self, *args, **kwargs)
+        if not Path(pre_file).exists():
+            # Beforehand: edits may fail long after the file is complete.
+            atomic_write(sidecar, json.dumps({"digest": digest}))
+            return original(self, *args, **kwargs)
+        # An old file stands there until its figures are computed again: nobody may trust it in between.
+        sidecar.unlink(missing_ok=True)
+        result = original(self, *args, **kwargs)
+        atomic_write(sidecar, json.dumps({"digest": digest}))
+        return result
+
+    editor.edit = edit
+    return True
+
+
+_EVALUATED = (
+    "prompts", "target_new", "ground_truth", "subject", "rephrase_prompts", "locality_inputs", "portability_inputs", "test_generation", "eval_metric",
+)  # fmt: skip
+"""Arguments of ``edit`` on which figures before the edit depend."""
+_OWN_EVALUATION = ("IKE", "GRACE")
+"""Methods that EasyEdit evaluates in a way of their own, before the edit, too."""
+
+
+def _evaluation_digest(editor, arguments: dict) -> str:
+    settings = {name: getattr(editor.hparams, name, None) or None for name in ("evaluation_type", "use_chat_template")}
+    parts = [
+        {name: arguments.get(name) for name in _EVALUATED},
+        settings,
+        editor.alg_name if editor.alg_name in _OWN_EVALUATION else None,
+        model_digest(editor.model) if isinstance(editor.model, nn.Module) else str(editor.model_name),
+        fluency_variant() if arguments.get("test_generation") else None,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _known_digest(sidecar: Path) -> str | None:
+    try:
+        return json.loads(sidecar.read_text(encoding="utf-8")).get("digest")
+    except (OSError, ValueError, AttributeError):  # missing, torn, or something else
+        return None

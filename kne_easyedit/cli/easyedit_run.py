@@ -1,0 +1,46 @@
+"""``kne easyedit-run``: EasyEdit's example scripts as they are, with KNE or any other method."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from kne_easyedit.cli.common import positive
+
+
+def add_commands(commands) -> None:
+    parser = commands.add_parser(
+        "easyedit-run",
+        help="run an example script of EasyEdit, unchanged, with any method",
+        usage="kne easyedit-run [-h] [--skip-bad] [--stats-text FILE] [--stats-samples N] SCRIPT ...",
+        allow_abbrev=False,  # an option of the script must never pass for half an option of ours
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out records of a KnowEditDataset whose subject is not in their prompt"
+    )
+    parser.add_argument(
+        "--stats-text", type=Path, metavar="FILE", help="text for MEMIT's second moments, one text a line (default: sampled)"
+    )
+    parser.add_argument("--stats-samples", type=positive, metavar="N", help="number of texts to sample for them")
+    parser.add_argument("script", metavar="SCRIPT", type=Path, help="e.g. EasyEdit/examples/run_knowedit_llama2.py")
+    parser.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="all that follows is the script's: --editing_method KNE --hparams_dir FILE ...",
+    )
+    parser.set_defaults(command=_easyedit_run)
+
+
+def _easyedit_run(arguments) -> int:
+    from kne_easyedit.bridge import statistics
+    from kne_easyedit.bridge.scripts import run_script
+
+    given = {"file": arguments.stats_text, "samples": arguments.stats_samples}
+    statistics.configure(**{name: value for name, value in given.items() if value is not None})
+    try:
+        return run_script(arguments.script, arguments.arguments, skip_bad=arguments.skip_bad)
+    except KeyboardInterrupt:
+        print("kne: interrupted; EasyEdit's scripts begin again from the start", file=sys.stderr)
+        return 130

@@ -1,0 +1,120 @@
+"""Figures from EasyEdit's lists of metrics, whoever made them: its editors, its example scripts, or a run of ours.
+
+Standard library only, so that a table of results costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from statistics import fmean
+
+FIGURES = ("edit_success", "rephrase", "portability", "locality", "fluency")
+
+
+def summarize_metrics(metrics: Sequence[Mapping]) -> dict[str, float | int | None]:
+    """The figures of one method: means over records, in percent (fluency: n-gram entropy x 100), and ``records``.
+
+    As in EasyEdit's run_knowedit_llama2.py: a record's portability (locality) is the mean over its categories of the
+    mean over a category's prompts; what a record lacks is left out. None where no record has it. Only keys that end
+    in ``_acc`` count: EasyEdit leaves token ids and descriptions of metrics beside them.
+    """
+    posts = [record["post"] for record in metrics]
+    figures = {
+        "edit_success": _mean(post.get("rewrite_acc") for post in posts),
+        "rephrase": _mean(post.get("rephrase_acc") for post in posts),
+        "portability": _mean(_section(post, "portability") for post in posts),
+        "locality": _mean(_section(post, "locality") for post in posts),
+        "fluency": _mean((post.get("fluency") or {}).get("ngram_entropy") for post in posts),
+    }
+    return {**{name: None if value is None else 100 * value for name, value in figures.items()}, "records": len(posts)}
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """The records of a results file, each as ``{"method": str | None, "metrics": {...}}``.
+
+    Takes the JSON list that EasyEdit's scripts dump (no method stands in it) and the ``results.jsonl`` of ``kne run``.
+    Raises FileNotFoundError, or ValueError that says what was found and what is wanted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"results file {path} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, f"no text ({error.reason})") from error
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return _read_lines(path, text)
+    if isinstance(found, list):
+        return [_record(path, f"entry {i}", None, metrics) for i, metrics in enumerate(found)]
+    return _read_lines(path, json.dumps(found))  # a results.jsonl of one line, maybe
+
+
+def table(rows: Mapping[str, Mapping]) -> str:
+    """Summaries as a Markdown table, one row a label."""
+    columns = [*FIGURES, "records"]
+    width = max(map(len, ["method", *rows]))
+    header = f"| {'method':<{width}} | " + " | ".join(columns) + " |"
+    rule = f"|{'-' * (width + 2)}|" + "|".join("-" * (len(name) + 1) + ":" for name in columns) + "|"
+    lines = [
+        f"| {label:<{width}} | " + " | ".join(f"{_cell(figures[n]):>{len(n)}}" for n in columns) + " |" for label, figures in rows.items()
+    ]
+    return "\n".join([header, rule, *lines])
+
+
+def _read_lines(path: Path, text: str) -> list[dict]:
+    records = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        where = f"line {number}"
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            half = "; a run that was killed leaves half a line, the same `kne run` puts it right" if records else ""
+            raise _unreadable(path, f"{where}: no JSON ({error.msg}){half}") from error
+        if not isinstance(found, dict) or not isinstance(found.get("method"), str) or "metrics" not in found:
+            raise _unreadable(path, f"{where}: {_describe(found)}")
+        records.append(_record(path, where, found["method"], found["metrics"]))
+    if not records:
+        raise _unreadable(path, "an empty file")
+    return records
+
+
+def _record(path: Path, where: str, method: str | None, metrics) -> dict:
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("post"), dict):
+        raise _unreadable(path, f"{where}: metrics that are {_describe(metrics)}")
+    return {"method": method, "metrics": metrics}
+
+
+def _unreadable(path: Path, found: str) -> ValueError:
+    return ValueError(
+        f"{path}: found {found}; wanted is a JSON list of EasyEdit's metrics (each with 'post'), as its scripts write it, "
+        f"or a results.jsonl of `kne run` (each line with 'method' and 'metrics')"
+    )
+
+
+def _describe(value) -> str:
+    if isinstance(value, dict):
+        return f"a mapping of {', '.join(map(repr, list(value)[:4])) or 'nothing'}"
+    return f"a {type(value).__name__}"
+
+
+def _section(post: Mapping, section: str) -> float | None:
+    return _mean(values for name, values in (post.get(section) or {}).items() if name.endswith("_acc"))
+
+
+def _mean(values: Iterable) -> float | None:
+    """The mean of numbers, or of means where they are lists; what is None or empty is left out."""
+    numbers = [number for number in map(_number, values) if number is not None]
+    return fmean(numbers) if numbers else None
+
+
+def _number(value) -> float | None:
+    return value if value is None or isinstance(value, Real) else _mean(value)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
