@@ -47,6 +47,8 @@ class KNEHyperParams:
     """KnowEdit file whose first facts are attributed (``embedded``: the packaged ones); None: the requests themselves."""
     localization_size: int = 200
     """Number of facts taken from ``localization_data``."""
+    localization_offset: int = 0
+    """The first of these facts in ``localization_data``."""
     ensemble: str | None = None
     """Ensemble file to edit instead of localising (from ``NeuronEnsemble.save``)."""
     cache_dir: str | None = None
@@ -149,6 +151,7 @@ class KNEHyperParams:
         _demand(self.initialization in INITIALISATIONS, "initialization", self.initialization, f"must be one of {INITIALISATIONS}")
         for name in ("attribution_steps", "localization_size", "num_steps", "max_length", "batch_size"):
             _demand(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _demand(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")
         _demand(self.chunk_rows is None or self.chunk_rows >= 1, "chunk_rows", self.chunk_rows, "must be at least 1")
         for name in ("lr", "alpha"):
             value = getattr(self, name)

@@ -40,11 +40,11 @@ def find_ensemble(model: nn.Module, tokenizer, requests: Sequence[Mapping], hpar
         return localize(model, tokenizer, requests, hparams)
     settings = (
         *hparams.target_modules, *hparams.layers, hparams.p, hparams.attribution_steps, hparams.quadrature, hparams.aggregation,
-        hparams.localization_data, hparams.localization_size, hparams.use_chat_template,
+        hparams.localization_data, hparams.localization_size, hparams.localization_offset, hparams.use_chat_template,
     )  # fmt: skip
     found = _ENSEMBLES.setdefault(model, {})
     if settings not in found:
-        facts = load_requests(hparams.localization_data, hparams.localization_size)
+        facts = load_requests(hparams.localization_data, hparams.localization_size, hparams.localization_offset)
         if len(facts) < hparams.localization_size:
             logger.warning(
                 "localization_size: %s wanted, %s holds %s facts", hparams.localization_size, hparams.localization_data, len(facts)

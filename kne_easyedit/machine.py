@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGEST = 2**31 - 1
@@ -46,6 +48,73 @@ def free_memory(device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+class PeakMemory:
+    """Memory that a block of work takes at its worst, above what was taken when it began: ``with PeakMemory(device) as peak``.
+
+    ``peak.bytes``: on a GPU what torch allocated there; on Linux the process's resident size, for which memory that
+    the allocator keeps is first given back; None elsewhere.
+    """
+
+    def __init__(self, device):
+        self.device, self.bytes = device, None
+
+    def __enter__(self) -> PeakMemory:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            self._before = _fresh_resident_size()
+        return self
+
+    def __exit__(self, *_) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        elif self._before is not None:
+            self.bytes = max(0, _status("VmHWM") - self._before)
+
+
+def _fresh_resident_size() -> int | None:
+    """The resident size of this process, its peak counted from now on; None where that is unknown."""
+    gc.collect()
+    try:
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def hardware() -> dict[str, object]:
+    """The machine as people would name it: processor, cores, memory, GPUs."""
+    import psutil
+    import torch
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "processor": processor,
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": gpus,
+        "platform": platform.platform(),
+    }
 
 
 def environment(model) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -49,9 +50,15 @@ def load_records(path: str | Path, size: int | None = None, offset: int = 0, *, 
     return requests, complaints
 
 
-def load_requests(path: str | Path, size: int | None = None) -> list[dict]:
-    """The usable ones among the first ``size`` records of a file: what localisation needs."""
-    return load_records(path, size, on_bad="skip")[0]
+def load_requests(path: str | Path, size: int | None = None, offset: int = 0) -> list[dict]:
+    """The usable ones among ``size`` records of a file, from number ``offset`` on: what localisation needs."""
+    return load_records(path, size, offset, on_bad="skip")[0]
+
+
+def data_digest(path: str | Path) -> str | None:
+    """SHA-256 of a data file; None for what is no file."""
+    real = files("kne_easyedit").joinpath("data/facts.json") if str(path) == EMBEDDED else Path(os.path.expandvars(str(path))).expanduser()
+    return hashlib.sha256(real.read_bytes()).hexdigest() if real.is_file() else None
 
 
 def read_json(path: str | Path):

@@ -17,11 +17,12 @@ def print_report(summary: dict, folder: Path, examples: int = 3) -> None:
         print("Prompts in the model's chat template, at edit and evaluation")
     for source in dict.fromkeys(made["source"] for made in summary["second_moments"]):
         print(f"Second moments (MEMIT and kin): {source}")
-    if found and found["facts"]:
-        print(
-            f"Localised on {found['facts']} facts ({found['seconds_per_fact']:.1f} s each when computed, {found['seconds']:.1f} s now): "
-            f"{found['neurons']} neurons, {found['parameter_share']:.2%} of all parameters"
-        )
+    for method, its in found.items():
+        if its["facts"]:
+            print(
+                f"{method}: localised on {its['facts']} facts ({its['seconds_per_fact']:.1f} s each when computed, {its['seconds']:.1f} s now): "
+                f"{its['neurons']} neurons, {its['parameter_share']:.2%} of all parameters"
+            )
     mode = f"{summary['batch_size']} facts an edit" if summary["mode"] == "batch" else f"{summary['mode']} edits"
     print(f"\n{summary['records']} records, {mode}\n\n{table(summary['methods'])}\n")
     for name, meaning in METRICS.items():
@@ -41,7 +42,7 @@ def print_report(summary: dict, folder: Path, examples: int = 3) -> None:
             print(f"{method} after {stop['edits']} edits, all of them asked again: " + _figures_of(stop))
     for complaint in summary["skipped"]:
         print(f"skipped: {complaint}")
-    print(f"\nWritten to {folder}: summary.json, results.jsonl" + (", ensemble.json, ensemble.png" if found and found["facts"] else ""))
+    print(f"\nWritten to {folder}: summary.json, results.jsonl" + (", ensemble.json, ensemble.png" if any(its["facts"] for its in found.values()) else ""))
 
 
 def table(methods: dict[str, dict]) -> str:

@@ -135,7 +135,7 @@ def localize_job(hparams: KNEHyperParams, folder: Path) -> Study:
 
     if hparams.localization_data is None:
         raise ValueError("localization_data: none; name a KnowEdit file (--data), or 'embedded' for the packaged facts")
-    requests = load_requests(hparams.localization_data, hparams.localization_size)
+    requests = load_requests(hparams.localization_data, hparams.localization_size, hparams.localization_offset)
     wanted = "" if len(requests) == hparams.localization_size else f" ({hparams.localization_size} wanted)"
     print(f"model {hparams.model_name}, {len(requests)} facts{wanted} of {hparams.localization_data}", flush=True)
     model, tokenizer = load_model(hparams)

@@ -47,7 +47,7 @@ def tokenizer_for(hparams):
 
 def records() -> list[dict]:
     """Three requests as EasyEdit's evaluator takes them, with probes of one and of several tokens."""
-    facts = (("France", "Rome", "Paris"), ("Spain", "Oslo", "Madrid"), ("Peru", "Marie", "Lima"))
+    facts = (("France", "Rome", "Paris"), ("Spain", "the Tiber", "Madrid"), ("Peru", "Marie Ada", "Lima"))
     return [
         {
             "prompt": f"The capital of {subject} is",

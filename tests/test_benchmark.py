@@ -69,7 +69,7 @@ def test_a_run_writes_what_it_measured(job, capsys):
     assert figures["edit_success"] == 100
     assert all(0 <= figures[name] <= 100 for name in ("portability", "locality"))
     assert figures["fluency"] > 0 and figures["seconds_per_edit"] > 0
-    found = summary["localization"]
+    found = summary["localization"]["KNE"]
     ensemble = NeuronEnsemble.load(job.folder / "ensemble.json")
     assert (found["facts"], found["neurons"]) == (2, ensemble.size)
     assert found["seconds_per_fact"] > 0
@@ -183,10 +183,10 @@ def test_a_folder_serves_one_run_at_a_time(job):
 
 def test_two_runs_with_one_seed_agree(job, tmp_path):
     run(job)
-    first = [{**line, "seconds": 0, "metrics": {**line["metrics"], "time": 0}} for line in lines_of(job)]
+    first = [{**line, "seconds": 0, "peak_bytes": 0} for line in lines_of(job)]
     job.folder = tmp_path / "second"
     run(job)
-    assert [{**line, "seconds": 0, "metrics": {**line["metrics"], "time": 0}} for line in lines_of(job)] == first
+    assert [{**line, "seconds": 0, "peak_bytes": 0} for line in lines_of(job)] == first
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -250,7 +250,7 @@ def test_an_interrupted_sequence_repeats_edits_but_no_evaluation(job, monkeypatc
     job.requests += [{**to_request(record("Peru", "Marie")), "index": 2}]
     job.mode, job.retention_every = "sequential", 2
     run(job)
-    whole = [{**line, "seconds": 0} for line in lines_of(job)]
+    whole = [{**line, "seconds": 0, "peak_bytes": 0} for line in lines_of(job)]
     asked = (job.folder / "retention.jsonl").read_text()
     job.folder = tmp_path / "second"
     with monkeypatch.context() as patch:
@@ -262,7 +262,7 @@ def test_an_interrupted_sequence_repeats_edits_but_no_evaluation(job, monkeypatc
     evaluate = MethodEditor.evaluate
     monkeypatch.setattr(MethodEditor, "evaluate", lambda self, r, **k: evaluated.append(r["index"]) or evaluate(self, r, **k))
     run(job)
-    assert [{**line, "seconds": 0} for line in lines_of(job)] == whole
+    assert [{**line, "seconds": 0, "peak_bytes": 0} for line in lines_of(job)] == whole
     assert (job.folder / "retention.jsonl").read_text() == asked
     assert evaluated[0] == 2 and 4 <= len(evaluated) <= 5  # Peru (before and) after its edit, and all three at the end
 
@@ -337,7 +337,7 @@ def test_exact_match_is_about_the_beginning_of_a_free_answer(answer, target, rig
 def test_several_module_types_are_drawn(job):
     job.hparams["KNE"].target_modules = [LLAMA_DOWN, "model.layers.{}.mlp.up_proj"]
     summary = run(job)
-    assert len(summary["localization"]["neurons_per_layer"]) == 2
+    assert len(summary["localization"]["KNE"]["neurons_per_layer"]) == 2
     assert (job.folder / "ensemble.png").stat().st_size > 5000
 
 

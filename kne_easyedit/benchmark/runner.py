@@ -7,15 +7,18 @@ method; a run that was interrupted goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
 from copy import deepcopy
+from datetime import UTC, datetime
 
 import torch
 from tqdm import tqdm
 
 from kne_easyedit import bridge
+from kne_easyedit._version import __version__
 from kne_easyedit.benchmark.answers import Answers, begins_with
 from kne_easyedit.benchmark.job import Run, base_fingerprint, digest, fingerprint, record_digest
 from kne_easyedit.benchmark.quiet import easyedit_output
@@ -25,9 +28,9 @@ from kne_easyedit.bridge import patches, statistics
 from kne_easyedit.cache import model_digest
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.localization import find_ensemble
-from kne_easyedit.machine import environment
+from kne_easyedit.machine import PeakMemory, environment, hardware
 from kne_easyedit.paths import atomic_write
-from kne_easyedit.records import with_chat_template
+from kne_easyedit.records import data_digest, with_chat_template
 
 KNE = "KNE"
 BAD_RECORD = (ValueError, AssertionError, FloatingPointError)
@@ -55,13 +58,17 @@ class _Runner:
         if not statistics.SOURCE.prompts:
             statistics.configure(prompts=tuple(request["prompt"] for request in job.requests))
         self.weights = model_digest(job.model)
+        self.model_name = str(next(iter(job.hparams.values())).model_name)
         self.variant = bridge.fluency_variant()
         self.requests = [with_chat_template(r, job.tokenizer) for r in job.requests] if job.chat_template else list(job.requests)
         self.records = {request["index"]: record_digest(request) for request in self.requests}
         self.base = base_fingerprint(job, self.weights, self.variant)
         self.answers = Answers(job.model, job.tokenizer)
-        self.localization, self.ensemble = self._localize()
-        self.fingerprints = {method: fingerprint(job, method, self.base, self.ensemble) for method in job.hparams}
+        self.device = next(job.model.parameters()).device
+        self.measured: set[str] = set()
+        self.ensembles: dict[str, NeuronEnsemble] = {}
+        self.localization = {method: self._localize(method, hparams) for method, hparams in job.hparams.items() if hparams.alg_name == KNE}
+        self.fingerprints = {method: fingerprint(job, method, self.base, self.ensembles.get(method)) for method in job.hparams}
 
         def own(line: dict) -> bool:
             known = self.fingerprints.get(line.get("method")) == line.get("fingerprint") and self.records.get(line.get("index")) == line.get("record")
@@ -79,6 +86,7 @@ class _Runner:
                 with self.quiet():
                     editors[method] = bridge.MethodEditor(deepcopy(hparams), job.model, deepcopy(job.tokenizer))
                     editors[method].demand_batch(job.batch_size if job.mode == "batch" else 1)
+            self._write_manifest(editors)
             with tqdm(total=len(self.requests) * len(editors), desc="edit", unit="edit") as self.bar:
                 if job.mode == "sequential":
                     for method, editor in editors.items():
@@ -108,8 +116,9 @@ class _Runner:
         """Edits the chunk and measures it; empty if it is bad and bad ones are skipped. The edit stays."""
         try:
             before = [self._before(editor, request) for request in chunk]
-            seconds = self._apply(editor, chunk) / len(chunk)
-            return [self._line(method, editor, request, was, seconds) for request, was in zip(chunk, before)]
+            seconds, peak = self._apply(method, editor, chunk)
+            seconds /= len(chunk)
+            return [self._line(method, editor, request, was, seconds, peak) for request, was in zip(chunk, before)]
         except BAD_RECORD as error:
             editor.undo()
             self._demand_unchanged(method, chunk)
@@ -135,9 +144,9 @@ class _Runner:
         try:
             for count, (request, was) in enumerate(zip(self.requests, before), start=1):
                 self._show(method, request)
-                seconds = self._apply(editor, [request])
+                seconds, peak = self._apply(method, editor, [request])
                 if (request["index"], method) not in self.done:
-                    self._keep(self._line(method, editor, request, was, seconds))
+                    self._keep(self._line(method, editor, request, was, seconds, peak))
                 if count in stops:
                     for earlier, its in zip(self.requests[:count], before):
                         if (count, earlier["index"]) not in again:
@@ -148,14 +157,21 @@ class _Runner:
                 editor.undo()
         self._demand_unchanged(method, self.requests)
 
-    def _apply(self, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> float:
-        """Edits; returns the seconds that it took. What a method draws at random follows the seed alone."""
+    def _apply(self, method: str, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> tuple[float, int | None]:
+        """Edits; returns the seconds that it took, and for a method's first edit its peak memory (bytes).
+
+        What a method draws at random follows the seed alone.
+        """
         torch.manual_seed(self.job.seed)
-        with self.quiet():
+        first = method not in self.measured
+        self.measured.add(method)
+        with self.quiet(), PeakMemory(self.device) if first else contextlib.nullcontext() as peak:
             start = time.perf_counter()
             editor.apply(chunk)
-            _synchronize(self.job.model)
-            return time.perf_counter() - start
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - start
+        return seconds, peak.bytes if first else None
 
     def _before(self, editor: bridge.MethodEditor, request: dict) -> dict:
         """Figures and answer of the unedited model: computed once for all methods that see the tokens alike."""
@@ -171,7 +187,7 @@ class _Runner:
         atomic_write(path, json.dumps(found, ensure_ascii=False))
         return json.loads(json.dumps(found))
 
-    def _line(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, seconds: float) -> dict:
+    def _line(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, seconds: float, peak: int | None) -> dict:
         with self.quiet():
             post = _plain(editor.evaluate(request, generation=True, seed=self.job.seed))
         answer = Answers(editor.model, self.job.tokenizer).to(request)
@@ -183,6 +199,7 @@ class _Runner:
             "subject": request["subject"],
             "target_new": request["target_new"],
             "seconds": seconds,
+            "peak_bytes": peak,
             "before": was["answer"],
             "after": answer,
             "exact_match": float(begins_with(answer, request["target_new"])),
@@ -209,27 +226,50 @@ class _Runner:
             numbers = ", ".join(str(request["index"]) for request in chunk[:10])
             raise RuntimeError(f"{method}: the model is not what it was after record {numbers} was undone; the run ends here")
 
-    def _localize(self) -> tuple[dict | None, NeuronEnsemble | None]:
+    def _localize(self, method: str, hparams) -> dict:
         """Finds KNE's ensemble before the first edit, so that no edit pays for it, and describes it."""
-        job = self.job
-        hparams = next((h for h in job.hparams.values() if h.alg_name == KNE), None)
-        if hparams is None:
-            return None, None
-        hparams.use_chat_template = job.chat_template
+        hparams.use_chat_template = self.job.chat_template
         if hparams.ensemble is None and hparams.localization_data is None:
-            return {"facts": None, "note": "every edit localises on its own request"}, None
+            return {"facts": None, "note": "every edit localises on its own request"}
         start = time.perf_counter()
-        ensemble = find_ensemble(job.model, job.tokenizer, [], hparams)
+        ensemble = self.ensembles[method] = find_ensemble(self.job.model, self.job.tokenizer, [], hparams)
         elapsed = time.perf_counter() - start
-        ensemble.save(job.folder / "ensemble.json")
+        ensemble.save(self.job.folder / f"ensemble{_suffix(method)}.json")
         return {
             "facts": ensemble.facts,
             "seconds": elapsed,
             "seconds_per_fact": ensemble.seconds / ensemble.facts if ensemble.seconds is not None else None,
             "neurons": ensemble.size,
-            "parameter_share": ensemble.parameter_share(job.model),
+            "parameter_share": ensemble.parameter_share(self.job.model),
             "neurons_per_layer": {t: {str(layer): n for layer, n in found.items()} for t, found in ensemble.counts().items()},
-        }, ensemble
+        }
+
+    def _write_manifest(self, editors: dict[str, bridge.MethodEditor]) -> None:
+        """What was run where, before anything is edited: a run that dies leaves it, too."""
+        atomic_write(self.job.folder / "manifest.json", json.dumps(self._manifest(editors), indent=1, ensure_ascii=False, default=str) + "\n")
+
+    def _manifest(self, editors: dict[str, bridge.MethodEditor]) -> dict:
+        job = self.job
+        return {
+            "kne_easyedit": __version__,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": {"name": self.model_name, "sha256": self.weights},
+            "data": {"name": job.data, "sha256": data_digest(job.data), "records": list(self.records.items())},
+            "easyedit": {**bridge.describe(), "patches": patches.applied()},
+            "methods": {m: {k: v for k, v in vars(e.hparams).items() if k != "model_name"} for m, e in editors.items()},
+            "padding": {method: editor.tokenizer.padding_side for method, editor in editors.items()},
+            "seed": job.seed,
+            "mode": job.mode,
+            "batch_size": job.batch_size,
+            "retention_every": job.retention_every,
+            "chat_template": job.chat_template,
+            "fluency_variant": self.variant,
+            "second_moments": statistics.SOURCE.describe(),
+            "fingerprints": self.fingerprints,
+            "localization": self.localization,
+            "environment": environment(job.model),
+            "machine": hardware(),
+        }
 
     def _summary(self) -> dict:
         job = self.job
@@ -241,7 +281,7 @@ class _Runner:
         if job.mode == "sequential":
             methods = {method: {**figures, "retention": retention(of(self.retained, method))} for method, figures in methods.items()}
         return {
-            "model": {"name": str(next(iter(job.hparams.values())).model_name), "sha256": self.weights},
+            "model": {"name": self.model_name, "sha256": self.weights},
             "data": job.data,
             "records": len({index for index, _ in self.done}),
             "skipped": job.complaints,
@@ -265,10 +305,15 @@ class _Runner:
             found = {method: figures["retention"] for method, figures in summary["methods"].items()}
             draw_retention(found, self.job.folder / "retention.png", f"{summary['records']} sequential edits, {self.job.data}")
 
-        if self.ensemble is not None:
-            share = self.localization["parameter_share"]
-            title = f"{self.ensemble.size} neurons, {share:.2%} of all parameters, found on {self.ensemble.facts} facts"
-            draw_ensemble(self.ensemble, self.job.folder / "ensemble.png", title)
+        for method, ensemble in self.ensembles.items():
+            share = self.localization[method]["parameter_share"]
+            title = f"{ensemble.size} neurons, {share:.2%} of all parameters, found on {ensemble.facts} facts"
+            draw_ensemble(ensemble, self.job.folder / f"ensemble{_suffix(method)}.png", title)
+
+
+def _suffix(method: str) -> str:
+    """KNE's files have plain names; those of its variants are told apart."""
+    return "" if method == KNE else f"-{method}"
 
 
 def _plain(metrics: dict) -> dict:
@@ -280,11 +325,4 @@ def _without_outputs(metrics: dict) -> dict:
     """What the lines keep of an evaluation before the edit: predicted tokens serve the comparison only."""
     locality = {name: values for name, values in metrics.get("locality", {}).items() if not name.endswith("_output")}
     return {**metrics, "locality": locality}
-
-
-def _synchronize(model) -> None:
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
 

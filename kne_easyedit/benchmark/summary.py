@@ -24,7 +24,13 @@ def summarize(lines: Sequence[dict]) -> dict[str, float | None]:
     """
     figures = summarize_metrics([line["metrics"] for line in lines])
     exact = _mean(line.get("exact_match") for line in lines)
-    return {**figures, "exact_match": None if exact is None else 100 * exact, "seconds_per_edit": _mean(line.get("seconds") for line in lines)}
+    peaks = [line["peak_bytes"] for line in lines if line.get("peak_bytes") is not None]
+    return {
+        **figures,
+        "exact_match": None if exact is None else 100 * exact,
+        "seconds_per_edit": _mean(line.get("seconds") for line in lines),
+        "peak_bytes": max(peaks, default=None),
+    }
 
 
 def retention(lines: Sequence[dict]) -> list[dict]:

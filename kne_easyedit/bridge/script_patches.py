@@ -57,8 +57,9 @@ def _demand_subjects(subjects: str | Sequence[str], prompts: str | Sequence[str]
     if bad:
         shown = "; ".join(f"record {i}: subject {subjects[i]!r}, prompt {prompts[i]!r}" for i in bad[:SHOWN])
         raise ValueError(
-            f"subject: EasyEdit wants it to stand in the prompt, in {len(bad)} of {len(prompts)} records it does not: {', '.join(map(str, bad))} "
-            f"({shown}{'; ...' if len(bad) > SHOWN else ''}); correct them, or `kne easyedit-run --skip-bad` leaves out those of a KnowEditDataset"
+            f"subject: EasyEdit wants it to stand in the prompt, in {len(bad)} of {len(prompts)} records it does not: "
+            f"{', '.join(map(str, bad))} ({shown}{'; ...' if len(bad) > SHOWN else ''}); correct them, or leave them out: "
+            f"`kne easyedit-run --skip-bad` does, where a KnowEditDataset reads them"
         )
 
 
@@ -135,7 +136,8 @@ def _pre_edit_file(easyeditor: ModuleType, patch: Patch) -> bool:
 
 
 _EVALUATED = (
-    "prompts", "target_new", "ground_truth", "subject", "rephrase_prompts", "locality_inputs", "portability_inputs", "test_generation", "eval_metric",
+    "prompts", "target_new", "ground_truth", "subject", "rephrase_prompts", "locality_inputs", "portability_inputs",
+    "test_generation", "eval_metric",
 )  # fmt: skip
 """Arguments of ``edit`` on which figures before the edit depend."""
 _OWN_EVALUATION = ("IKE", "GRACE")

@@ -50,10 +50,10 @@ def run_script(path: str | Path, arguments: list[str], *, skip_bad: bool = False
     tree = _parse(path)
     changes = _Opened(tree)
     tree = changes.visit(tree)
-    easyeditor = register()
     _check(path, tree, changes, arguments)
     if skip_bad and "KnowEditDataset" not in _names(tree):
         raise ValueError(f"--skip-bad: {path.name} reads its records by itself, not by a KnowEditDataset; correct its data instead")
+    easyeditor = register()
     code = compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)
     left_out = bad_records_left_out(easyeditor) if skip_bad else contextlib.nullcontext()
     with left_out, _seeded(), _as_main(path, arguments) as namespace:
@@ -69,7 +69,7 @@ def run_script(path: str | Path, arguments: list[str], *, skip_bad: bool = False
 def _parse(path: Path) -> ast.Module:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
-        raise ValueError(f"script {path} does not exist" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"script {path}: there is no such file" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         return ast.parse(path.read_bytes(), str(path))
     except (SyntaxError, ValueError) as error:
@@ -89,10 +89,9 @@ def _check(path: Path, tree: ast.Module, changes: _Opened, arguments: list[str])
     # Names that the script knows are its own business: 'ICE' and 'PROMPT' are no methods of EasyEdit, but branches there.
     if method is not None and not {method, method.lower()} & changes.known:
         demand_method(method)
-        if not changes.places:
-            raise ValueError(
-                f"script {path.name} has code of its own for each of {', '.join(sorted(changes.known))}, and no place for {method}; choose one of them"
-            )
+        if changes.known and not changes.places:
+            known = ", ".join(sorted(changes.known))
+            raise ValueError(f"script {path.name} has code of its own for each of {known}, and no place for {method}; choose one of them")
     for option in HPARAMS_OPTIONS:
         file = _option(option, arguments)
         if file is not None and not any(Path(name).is_file() for name in (file, f"{file}.yaml")):
@@ -154,11 +153,8 @@ class _Opened(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call):
-        if (
-            isinstance(node.func, ast.Attribute)
-            and node.func.attr == "add_argument"
-            and any(METHOD_OPTION in _constants(a) for a in node.args)
-        ):
+        adds_argument = isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+        if adds_argument and any(METHOD_OPTION in _constants(argument) for argument in node.args):
             node.keywords = [keyword for keyword in node.keywords if keyword.arg != "choices"]
         return self.generic_visit(node)
 
@@ -319,10 +315,9 @@ def _explain(path: Path, error: Exception) -> None:
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
     results = _closing_evaluation([frame for frame, _ in frames])
     if results is not None:
-        print(
-            f"{path.name}: the results are complete in {results}; only the script's own closing eval() failed "
-            f"({_one_line(error)}). The figures are:\n\n{table({results.name: summarize_metrics([r['metrics'] for r in read_results(results)])})}"
-        )
+        figures = summarize_metrics([record["metrics"] for record in read_results(results)])
+        print(f"{path.name}: the results are complete in {results}; only the script's own closing eval() failed ({_one_line(error)}).")
+        print(f"The figures are:\n\n{table({results.name: figures})}")
         return
     line = frames[-1][1]
     source = linecache.getline(str(path), line).strip()

@@ -1,0 +1,68 @@
+"""``kne doctor``: can the planned run succeed, and how long will it take?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kne_easyedit.cli.common import SHIPPED, method_of, positive, shipped
+
+MARKS = {"ok": "ok", "warning": "warning", "failure": "FAILURE"}
+
+
+def add_commands(commands) -> None:
+    parser = commands.add_parser("doctor", help="check a planned run before it starts: software, model, data, memory, time")
+    parser.add_argument(
+        "--hparams",
+        nargs="+",
+        type=Path,
+        default=[shipped() / "KNE" / f"{SHIPPED}.yaml"],
+        metavar="FILE",
+        help="YAML files of the run's methods, told apart as in `kne run` (default: KNE's shipped one for SmolLM2)",
+    )
+    parser.add_argument("--data", default="embedded", help="KnowEdit file, or 'embedded' (default %(default)s)")
+    parser.add_argument("--records", type=positive, help="number of records (default: all)")
+    parser.add_argument("--offset", type=int, default=0, help="first record (default %(default)s)")
+    parser.add_argument("--no-trial", action="store_true", help="do not load the model: no edit is tried, no time is estimated")
+    parser.set_defaults(command=_doctor)
+
+
+def _doctor(arguments) -> int:
+    from kne_easyedit.doctor import examine
+
+    failed: list[str] = []
+    plan = {}
+    for finding in _load(arguments.hparams, plan):
+        _print(finding, failed)
+    trial = not arguments.no_trial and not failed
+    for finding in examine(plan, arguments.data, arguments.records, arguments.offset, trial):
+        _print(finding, failed)
+    print(f"\n{len(failed)} {'failure' if len(failed) == 1 else 'failures'}: {', '.join(failed)}" if failed else "\nThe run can succeed.")
+    return 1 if failed else 0
+
+
+def _load(paths: list[Path], plan: dict[str, object]):
+    """Fills the plan; yields what is wrong with the files."""
+    import yaml
+
+    from kne_easyedit import bridge
+    from kne_easyedit.findings import failure
+    from kne_easyedit.hparams import KNEHyperParams
+
+    for path in paths:
+        name = f"hyperparameters {path}"
+        try:
+            label = method_of(path)
+            if label in plan:
+                raise ValueError(f"hparams: {path} is the second file of {label}; one run has one of each method")
+            # KNE's own class needs no EasyEdit, so that the rest can be checked without one.
+            plan[label] = KNEHyperParams.from_hparams(path) if label == "KNE" else bridge.load_method(str(label), path)
+        except (ValueError, TypeError, OSError, ImportError, yaml.YAMLError) as error:
+            yield failure(name, error)
+
+
+def _print(finding, failed: list[str]) -> None:
+    first, *others = finding.text.splitlines() or [""]
+    lines = [f"{MARKS[finding.status]:<8} {finding.name}: {first}", *(f"{'':<11}{line}" for line in others)]
+    print("\n".join(lines + [f"{'':<9}-> {finding.way_out}"] * bool(finding.way_out)), flush=True)
+    if finding.status == "failure":
+        failed.append(finding.name)

@@ -1,0 +1,183 @@
+"""A trial of a planned run: a few records through every method, and from their times the hours of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import numpy
+import torch
+from torch import nn
+
+from kne_easyedit import bridge
+from kne_easyedit.benchmark.quiet import easyedit_output
+from kne_easyedit.cache import model_digest
+from kne_easyedit.findings import FAILURE, OK, Finding, duration, left_out, listed
+from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.localization import Localization
+from kne_easyedit.models import load_model
+from kne_easyedit.records import load_requests
+
+RECORDS = 2
+"""Records to edit, and facts to localise."""
+ONCE = 3
+"""A first edit that takes so many times as long as the others has made what they reuse (MEMIT's second moments, say)."""
+SEED = 42
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one method, one entry a record: of evaluations before the edit, of edits, and of evaluations after it."""
+
+    before: list[float] = field(default_factory=list)
+    edit: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+
+    def edits(self, records: int) -> float:
+        """The seconds that ``records`` edits will take."""
+        first, *others = self.edit
+        if others and first > ONCE * fmean(others):
+            return first + (records - 1) * fmean(others)
+        return records * fmean(self.edit)
+
+
+def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) -> Iterator[Finding]:
+    """Edits, evaluates and undoes the first ``requests`` with every method, and estimates the time of all of them.
+
+    ``folder``: where the model's files are. One loaded model serves all methods, and must be bit by bit the same after
+    each edit. The scores that are computed here stay in the cache, where the run finds them; nothing else stays.
+    """
+    plan = {label: _anywhere(hparams) for label, hparams in plan.items()}
+    with tempfile.TemporaryDirectory() as scratch, easyedit_output(Path(scratch)) as quiet, _generators_kept():
+        scratch = Path(scratch)
+        try:
+            with quiet():
+                model, tokenizer = load_model(dataclasses.replace(next(iter(plan.values())), model_name=str(folder)))
+                weights = model_digest(model)
+        except Exception as error:  # noqa: BLE001  (of torch, transformers, safetensors)
+            yield _broken("trial", error, scratch)
+            return
+        localisation, times = 0.0, {}
+        for label, hparams in plan.items():
+            try:
+                if isinstance(hparams, KNEHyperParams) and hparams.ensemble is None:
+                    with quiet():
+                        hparams, finding, seconds = _localised(model, tokenizer, hparams, requests, scratch)
+                    localisation += seconds
+                    yield finding
+                with quiet():
+                    times[label] = _tried(model, tokenizer, hparams, requests[:RECORDS], weights)
+            except Exception as error:  # noqa: BLE001  (EasyEdit's methods raise whatever they come across)
+                yield _broken(f"trial of {label}", error, scratch)
+                if model_digest(model) != weights:
+                    yield Finding(f"trial of {label}", FAILURE, "the model is not bit by bit what it was, so that the trial ends here")
+                    return
+            else:
+                yield Finding(f"trial of {label}", OK, _summary(times[label]))
+        if len(times) == len(plan):
+            yield _estimate(times, localisation, len(requests))
+        else:
+            yield left_out("estimate", "a trial has failed")
+
+
+def _localised(model, tokenizer, hparams: KNEHyperParams, requests: Sequence[dict], scratch: Path) -> tuple[KNEHyperParams, Finding, float]:
+    """Localises on a few facts: settings with the ensemble of these, and the seconds that all others will take.
+
+    Facts that are not in the cache go first; the ensemble has as many rows as that of all facts, only others.
+    """
+    facts = requests if hparams.localization_data is None else load_requests(hparams.localization_data, hparams.localization_size)
+    found = Localization(model, tokenizer, facts, hparams)
+    distinct = list({(fact.ids, fact.prompt_length): fact for fact in found.facts}.values())
+    missing = [fact for fact in distinct if any(found.cache.missing(target, fact) for target in found.targets)]
+    found.facts = (missing or distinct)[:RECORDS]
+    start = time.perf_counter()
+    tried = found.compute()
+    each = (time.perf_counter() - start) / max(1, tried)
+    file = scratch / "ensemble.json"
+    found.ensemble().save(file)
+    text = f"{len(distinct) - len(missing)} of {len(distinct)} facts are in the cache"
+    if tried:
+        text += f", {tried} more since now: {duration(each)} each"
+    return dataclasses.replace(hparams, ensemble=str(file)), Finding("localisation", OK, text), each * (len(missing) - tried)
+
+
+def _tried(model: nn.Module, tokenizer, hparams, requests: Sequence[dict], weights: str) -> Times:
+    """Raises what the method raises, and RuntimeError if the model has changed when an edit is undone."""
+    editor = bridge.MethodEditor(deepcopy(hparams), model, deepcopy(tokenizer))
+    editor.demand_batch(1)
+    evaluate, times = partial(editor.evaluate, generation=True, seed=SEED), Times()
+    for request in requests:
+        _time(times.before, evaluate, request)
+        try:
+            _time(times.edit, editor.apply, [request])
+            _time(times.after, evaluate, request)
+        finally:
+            editor.undo()
+            sys.stdout.flush()
+        if model_digest(model) != weights:
+            raise RuntimeError(f"the model is not what it was after record {request['index']} was undone")
+    return times
+
+
+def _time(seconds: list[float], function: Callable, *arguments) -> None:
+    start = time.perf_counter()
+    function(*arguments)
+    seconds.append(time.perf_counter() - start)
+
+
+def _summary(times: Times) -> str:
+    edits, evaluations = (" and ".join(map(duration, seconds)) for seconds in (times.edit, times.after))
+    return f"edits {edits}, evaluations {evaluations}; undone bit by bit"
+
+
+def _estimate(times: Mapping[str, Times], localisation: float, records: int) -> Finding:
+    parts = {"localisation": localisation} if localisation else {}
+    # All methods share the evaluations of the unedited model.
+    parts["evaluations before"] = records * fmean(seconds for own in times.values() for seconds in own.before)
+    for label, own in times.items():
+        parts[f"{label}: edits"] = own.edits(records)
+        parts[f"{label}: evaluations"] = records * fmean(own.after)
+    in_words = listed({name: duration(seconds) for name, seconds in parts.items()})
+    return Finding("estimate", OK, f"about {duration(sum(parts.values()))} for {records} records ({in_words})")
+
+
+def _broken(name: str, error: Exception, scratch: Path) -> Finding:
+    """With the end of what EasyEdit printed."""
+    output = (scratch / "output.log").read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
+    return Finding(name, FAILURE, "\n".join([f"{type(error).__name__}: {error}", *(f"| {line}" for line in output)]))
+
+
+def _anywhere(hparams):
+    """The settings with absolute paths: EasyEdit's methods run in a folder of their own, for they write into it.
+
+    What is not there yet stays relative, and goes with that folder.
+    """
+    paths = {}
+    for name in {f.name for f in dataclasses.fields(hparams)} - {"model_name"}:
+        value = getattr(hparams, name)
+        if isinstance(value, str) and (name == "cache_dir" or os.sep in value and Path(value).exists()):
+            paths[name] = str(Path(value).expanduser().absolute())
+    return dataclasses.replace(hparams, **paths)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Evaluations seed every generator."""
+    python, numeric = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numeric)

@@ -1,0 +1,29 @@
+"""The KnowEdit comparison under Hydra: methods x data sets x models x seeds x shards, one job each.
+
+    python scripts/run_benchmark.py -m benchmark/method@method=kne,ft,rome benchmark/data@data=counterfact,zsre,recent
+
+Interrupted, the same command goes on where it stopped. The configuration is hparams/benchmark.yaml.
+"""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from kne_easyedit.benchmark import run
+from kne_easyedit.benchmark.config import job_of
+from kne_easyedit.machine import keep_large_blocks
+from kne_easyedit.report import print_report
+
+HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
+
+
+@hydra.main(version_base="1.3", config_path="../hparams", config_name="benchmark")
+def main(config: DictConfig) -> None:
+    keep_large_blocks()
+    job = job_of(OmegaConf.to_container(config, resolve=True), HPARAMS)
+    print_report(run(job), job.folder)
+
+
+if __name__ == "__main__":
+    main()
