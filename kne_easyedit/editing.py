@@ -7,10 +7,12 @@ from copy import deepcopy
 
 from torch import Tensor, nn
 
-from kne_easyedit.batching import demand_length, encode_request
+from kne_easyedit.batching import chat_prompt, demand_length, encode_request
+from kne_easyedit.divergence import Divergence, unrelated_prompts
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams, resolve_device
 from kne_easyedit.localization import find_ensemble
+from kne_easyedit.state import undisturbed
 from kne_easyedit.training import RowEdit, train_rows, write_rows
 
 
@@ -27,7 +29,16 @@ def compute_edit(
         demand_length(fact, model.config)
     if ensemble is None:
         ensemble = find_ensemble(model, tok, requests, hparams)
-    return train_rows(model, facts, ensemble, hparams)
+    divergence = None
+    if hparams.kl_weight:
+        with undisturbed(model):
+            divergence = Divergence(model, tok, _unrelated(tok, hparams, requests))
+    return train_rows(model, facts, ensemble, hparams, divergence)
+
+
+def _unrelated(tok, hparams: KNEHyperParams, requests: Sequence[Mapping]) -> list[str]:
+    prompts = unrelated_prompts(hparams, [request["prompt"] for request in requests])
+    return [chat_prompt(tok, prompt) for prompt in prompts] if hparams.use_chat_template else prompts
 
 
 def apply_kne_to_model(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kne_easyedit.hparams import AGGREGATIONS
+from kne_easyedit.hparams import AGGREGATIONS, SCALES
 from kne_easyedit.layout import Target, count_parameters, resolve_target
 from kne_easyedit.paths import atomic_write
 
@@ -157,6 +157,7 @@ def select_ensemble(
     aggregation: str = "max",
     facts: int | None = None,
     seconds: float | None = None,
+    scale: str = "none",
 ) -> NeuronEnsemble:
     """Eq. 6-7: keeps the top ``p`` of the neurons over all layers, and of these the positive ones.
 
@@ -174,11 +175,15 @@ def select_ensemble(
         Numbers of the layers that the rows of ``scores`` stand for; empty: 0, 1, ...
     facts, seconds:
         How many facts ``scores`` were aggregated from, if that is done already, and how long they took.
+    scale:
+        ``layer``: scores count in relation to their layer's largest (beyond the paper); ``none``: as they are.
 
     Raises ValueError if nothing is positive (an empty ensemble), FloatingPointError for scores that are not finite.
     """
     if not 0 < p <= 1:
         raise ValueError(f"p: {p!r} must be in (0, 1]: it is the fraction of the neurons that is kept")
+    if scale not in SCALES:
+        raise ValueError(f"scale: {scale!r} must be one of {SCALES}")
     if isinstance(scores, Tensor):
         if target_module is None:
             raise ValueError("target_module: name the template that the scores belong to, or pass {template: scores}")
@@ -191,6 +196,9 @@ def select_ensemble(
             raise ValueError(f"scores: {template} has shape {tuple(values.shape)}, wanted is (layers, d2) for layers {list(layers)}")
         if not values.isfinite().all():
             raise FloatingPointError(f"scores: those of {template} are not finite; load the model in float32 or bfloat16")
+        if scale == "layer":
+            largest = values.amax(1, keepdim=True)
+            values = values / torch.where(largest > 0, largest, torch.ones_like(largest))
         numbers = tuple(layers) or tuple(range(len(values)))
         kept = max(1, math.floor(p * values.numel() + 1e-9))
         threshold = values.flatten().topk(kept).values[-1]

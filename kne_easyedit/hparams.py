@@ -15,6 +15,7 @@ from kne_easyedit.layout import check_template
 from kne_easyedit.quadrature import QUADRATURES
 
 AGGREGATIONS = ("max", "mean")
+SCALES = ("none", "layer")
 INITIALISATIONS = ("zeros", "kaiming")
 ENGINES = ("auto", "sweep", "whole")
 
@@ -43,6 +44,9 @@ class KNEHyperParams:
     """m of the Riemann sum (Eq. 5)."""
     aggregation: str = "max"
     """How scores of several facts become one: ``max`` or ``mean`` (section 4.4)."""
+    score_scale: str = "none"
+    """Beyond the paper: ``layer`` divides the scores by their layer's largest before the threshold, which spreads the
+    ensemble over the layers."""
     localization_data: str | None = None
     """KnowEdit file whose first facts are attributed (``embedded``: the packaged ones); None: the requests themselves."""
     localization_size: int = 200
@@ -71,6 +75,12 @@ class KNEHyperParams:
     weight_decay: float = 0.0
     initialization: str = "zeros"
     """Start of the trained rows: ``zeros`` (the edit starts as the identity) or ``kaiming`` (the research fork)."""
+    kl_weight: float = 0.0
+    """Beyond the paper: weight of ``KL(before || now)`` after unrelated prompts, added to the loss; 0: none."""
+    kl_data: str | None = None
+    """KnowEdit file of these prompts (``embedded``: the packaged facts)."""
+    kl_size: int = 8
+    """How many of them."""
     seed: int = 42
     """Seed of the ``kaiming`` start; nothing else is random."""
 
@@ -146,19 +156,21 @@ class KNEHyperParams:
         _demand(all(i >= 0 for i in self.layers), "layers", self.layers, "must be numbers of layers, from 0")
         _demand(0 < self.p <= 1, "p", self.p, "must be in (0, 1]: it is the fraction of the neurons that is kept")
         _demand(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, f"must be one of {AGGREGATIONS}")
+        _demand(self.score_scale in SCALES, "score_scale", self.score_scale, f"must be one of {SCALES}")
         _demand(self.quadrature in QUADRATURES, "quadrature", self.quadrature, f"must be one of {tuple(QUADRATURES)}")
         _demand(self.attribution_engine in ENGINES, "attribution_engine", self.attribution_engine, f"must be one of {ENGINES}")
         _demand(self.initialization in INITIALISATIONS, "initialization", self.initialization, f"must be one of {INITIALISATIONS}")
-        for name in ("attribution_steps", "localization_size", "num_steps", "max_length", "batch_size"):
+        for name in ("attribution_steps", "localization_size", "num_steps", "kl_size", "max_length", "batch_size"):
             _demand(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _demand(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")
         _demand(self.chunk_rows is None or self.chunk_rows >= 1, "chunk_rows", self.chunk_rows, "must be at least 1")
         for name in ("lr", "alpha"):
             value = getattr(self, name)
             _demand(0 < value < math.inf, name, value, "must be positive and finite")
-        for name in ("stop_loss", "weight_decay"):
+        for name in ("stop_loss", "weight_decay", "kl_weight"):
             value = getattr(self, name)
             _demand(0 <= value < math.inf, name, value, "must be 0 or more and finite")
+        _demand(not self.kl_weight or self.kl_data is not None, "kl_data", self.kl_data, "must name a file of prompts when kl_weight is not 0")
         _demand(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         _demand(not (self.fp16 and self.bf16), "fp16", self.fp16, "and bf16 exclude each other")
         _demand(_is_device(self.device), "device", self.device, "must be a GPU's number, 'cpu', 'cuda', 'cuda:N' or 'mps'")

@@ -39,7 +39,7 @@ def find_ensemble(model: nn.Module, tokenizer, requests: Sequence[Mapping], hpar
     if hparams.localization_data is None:
         return localize(model, tokenizer, requests, hparams)
     settings = (
-        *hparams.target_modules, *hparams.layers, hparams.p, hparams.attribution_steps, hparams.quadrature, hparams.aggregation,
+        *hparams.target_modules, *hparams.layers, hparams.p, hparams.attribution_steps, hparams.quadrature, hparams.aggregation, hparams.score_scale,
         hparams.localization_data, hparams.localization_size, hparams.localization_offset, hparams.use_chat_template,
     )  # fmt: skip
     found = _ENSEMBLES.setdefault(model, {})
@@ -117,7 +117,7 @@ class Localization:
         seconds = sum(self.cache.seconds(target, fact) for target in self.targets for fact in _distinct(facts))
         return select_ensemble(
             scores, self.hparams.p, layers=self.targets[0].layers, aggregation=self.hparams.aggregation,
-            facts=len(facts), seconds=seconds,
+            facts=len(facts), seconds=seconds, scale=self.hparams.score_scale,
         )  # fmt: skip
 
     def _missing(self, facts: Sequence[Fact]) -> dict[tuple, list[Fact]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit.batching import IGNORE, Batch, Fact, collate
+from kne_easyedit.divergence import Divergence
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.layout import device_of, rows
@@ -38,10 +39,13 @@ class RowEdit:
         return len(self.losses) - 1
 
 
-def train_rows(model: nn.Module, facts: Sequence[Fact], ensemble: NeuronEnsemble, hparams: KNEHyperParams) -> RowEdit:
+def train_rows(
+    model: nn.Module, facts: Sequence[Fact], ensemble: NeuronEnsemble, hparams: KNEHyperParams, divergence: Divergence | None = None
+) -> RowEdit:
     """Trains ``W_kne`` (Eq. 8-11) on ``facts`` in one batch; the model is left exactly as it was.
 
-    Stops as soon as the loss is below ``hparams.stop_loss``, after ``hparams.num_steps`` steps at the latest.
+    Stops as soon as the loss is below ``hparams.stop_loss``, after ``hparams.num_steps`` steps at the latest. A
+    ``divergence`` is added to what is minimised, times ``hparams.kl_weight``; stopping goes by the answers' loss alone.
     Raises FloatingPointError for a loss that is not finite, ValueError for an ensemble of another model.
     """
     batch = collate(facts).to(device_of(model))
@@ -61,6 +65,8 @@ def train_rows(model: nn.Module, facts: Sequence[Fact], ensemble: NeuronEnsemble
                     )
                 if losses[-1] < hparams.stop_loss or len(losses) > hparams.num_steps:
                     break
+                if divergence is not None:
+                    loss = loss + hparams.kl_weight * divergence.now(model)
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
                     parameter.grad = gradient
                 optimizer.step()

@@ -58,7 +58,10 @@ def records() -> list[dict]:
             "portability": {"Reasoning": {"prompt": [f"The river that flows through {new} is"], "ground_truth": ["the Tiber ."]}},
             "locality": {
                 "Relation": {"prompt": [f"The language spoken in {subject} is"], "ground_truth": ["Latin and the mother"]},
-                "Neighbor": {"prompt": ["The capital of Italy is", "The river that"], "ground_truth": ["Rome .", "flows through the city of"]},
+                "Neighbor": {
+                    "prompt": ["The capital of Italy is", "The river that"],
+                    "ground_truth": ["Rome .", "flows through the city of"],
+                },
             },
         }
         for subject, new, old in facts

@@ -74,6 +74,9 @@ RANGES = {
     "p": ([0.0, -0.1, 1.5, float("nan"), float("inf")], r"must be in \(0, 1\]"),
     "aggregation": (["median", ""], "must be one of"),
     "initialization": (["ones", ""], "must be one of"),
+    "score_scale": (["module", ""], "must be one of"),
+    "kl_size": ([0], "must be at least 1"),
+    "kl_weight": ([-0.1, float("nan"), float("inf")], "must be 0 or more and finite"),
     "quadrature": (["simpson", ""], "must be one of"),
     "attribution_engine": (["slow", ""], "must be one of"),
     "attribution_steps": ([0, -20], "must be at least 1"),
@@ -107,6 +110,8 @@ ACCEPTED = {
     "fp16": [True],
     "bf16": [True],
     "use_chat_template": [True],
+    "score_scale": ["none", "layer"],
+    "kl_data": [None, "embedded"],
     "localization_offset": [0, 200],
     "model_parallel": [True],
     "localization_data": [None, "embedded", "some/file.json"],
@@ -167,6 +172,11 @@ class TestValidation:
     def test_a_template_twice(self):
         with pytest.raises(ValueError, match="target_modules: .* holds a template twice"):
             build(target_modules=[LLAMA_DOWN, LLAMA_DOWN])
+
+    def test_a_divergence_needs_prompts(self):
+        with pytest.raises(ValueError, match="kl_data: None must name a file of prompts"):
+            build(kl_weight=1.0)
+        assert build(kl_weight=1.0, kl_data="embedded").kl_weight == 1
 
     def test_two_precisions(self):
         with pytest.raises(ValueError, match="fp16: True and bf16 exclude each other"):

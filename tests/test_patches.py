@@ -72,7 +72,9 @@ def test_switching_off_takes_names_or_all(monkeypatch):
     assert patches.switched_off() == set()
 
 
-@pytest.mark.parametrize(("text", "says"), [("modl-switches", "did you mean 'model-switches'"), ("device-names,0", "'0' is no patch; there are ")])
+@pytest.mark.parametrize(
+    ("text", "says"), [("modl-switches", "did you mean 'model-switches'"), ("device-names,0", "'0' is no patch; there are ")]
+)
 def test_an_unknown_name_is_refused_with_the_nearest(monkeypatch, text, says):
     monkeypatch.setenv(patches.OFF, text)
     with pytest.raises(ValueError, match=says):
@@ -172,9 +174,13 @@ def test_device_names_are_numbers_or_names(device, name):
         found = run(changed("device-names", text, "easyeditor.any"), hparams=SimpleNamespace(device=device), move=lambda name: name)
         assert found["where"] == name
     assert run(source, hparams=SimpleNamespace(device="cpu"), move=lambda name: name)["where"] == "cuda:cpu"  # the fault
+    with pytest.raises(RuntimeError, match="device"):
+        torch.device("cuda:cpu")
 
 
-@pytest.mark.parametrize("text", ["'cuda:0'", "f'cuda:{a}:{b}'", "f'on cuda:{a}'", "f'cuda:{a:02d}'", "f'{a}'", "f'cpu:{a}'", "'cuda:' + a"])
+@pytest.mark.parametrize(
+    "text", ["'cuda:0'", "f'cuda:{a}:{b}'", "f'on cuda:{a}'", "f'cuda:{a:02d}'", "f'{a}'", "f'cpu:{a}'", "'cuda:' + a"]
+)
 def test_other_texts_about_devices_stay(text):
     assert ast.dump(ast.parse(changed("device-names", text, "easyeditor.any"))) == ast.dump(ast.parse(text))
 
@@ -237,7 +243,9 @@ def test_compiled_sources_leave_no_bytecode(tmp_path, monkeypatch):
     path = tmp_path / "some_module.py"
     path.write_text('where = f"cuda:{device}"\n')
     code = importing._Loader("easyeditor.some_module", str(path)).get_code("easyeditor.some_module")
-    assert run(code, device="cpu")["where"] == "cpu"
+    found = {"device": "cpu"}
+    exec(code, found)
+    assert found["where"] == "cpu"
     assert [p.name for p in tmp_path.iterdir()] == ["some_module.py"]
     SourceFileLoader("some_module", str(path)).get_code("some_module")  # Python's own does leave some
     assert (tmp_path / "__pycache__").is_dir()
@@ -252,8 +260,6 @@ class Probe(NamedTuple):
     work: Callable[[], object]
     right: object
     wrong: object
-    group: str
-    """Probes of one group share the process in which their patches are off."""
 
 
 def outcome(work: Callable[[], object]) -> object:
@@ -273,10 +279,6 @@ def known_settings(kind: type, **values):
     """An object of a class of hyperparameters with ``values``, as far as the class knows them."""
     fields = dataclasses.fields(kind)
     return kind(**{**{f.name: None for f in fields}, **{n: v for n, v in values.items() if n in {f.name for f in fields}}})
-
-
-def runs_on_a_cpu():
-    return str(next(bridge.editor_for(tiny_hparams(), make_llama(), make_tokenizer()).model.parameters()).device)
 
 
 def takes_unknown_settings():
@@ -316,7 +318,9 @@ def adalora_trains():
 
 def counts_all_chunks():
     editor = editor_of("FT", num_steps=1, batch_size=2)
-    texts = {name: values for name, values in edit_inputs(records()).items() if name in ("prompts", "target_new", "ground_truth", "verbose")}
+    texts = {
+        name: values for name, values in edit_inputs(records()).items() if name in ("prompts", "target_new", "ground_truth", "verbose")
+    }
     return len(editor.batch_edit(**texts, **ORIGINALS_WANTED)[0])
 
 
@@ -381,7 +385,7 @@ def what_methods_remember() -> dict[str, bool]:
         if forget:
             rome.CONTEXT_TEMPLATES_CACHE = memit.CONTEXT_TEMPLATES_CACHE = None
         torch.manual_seed(seed)
-        return [rome.get_context_templates(model, tokenizer, [[5, 10]]), memit.get_context_templates(model, tokenizer)]
+        return [rome.get_context_templates(model, tokenizer, [[12, 5]]), memit.get_context_templates(model, tokenizer)]
 
     def moments(model) -> torch.Tensor:
         return memit.get_cov(model, tokenizer, LLAMA_DOWN.format(1), "wikipedia", 7, "float32", hparams=hparams)
@@ -399,25 +403,25 @@ def what_methods_remember() -> dict[str, bool]:
 
 
 PROBES = {
-    "device-names": Probe(runs_on_a_cpu, "cpu", "RuntimeError", "A"),
-    "unknown-settings": Probe(takes_unknown_settings, False, "TypeError", "A"),
-    "any-model": Probe(loads_any_model, ["left", True], "NotImplementedError", "A"),
-    "lora-model-parallel": Probe(lora_settings_name_model_parallel, False, "AttributeError", "A"),
-    "tied-head": Probe(finds_a_tied_head, True, "LookupError", "A"),
-    "kn-model-names": Probe(kn_knows_the_kind_of_model, "llama", "ValueError", "A"),
-    "fluency-without-punkt": Probe(splits_words, 4, "LookupError", "A"),
-    "adalora-total-step": Probe(adalora_trains, "trained", "ValueError", "B"),
-    "batch-metrics": Probe(counts_all_chunks, 3, 1, "B"),
-    "layer-outputs": Probe(memit_reads_layer_outputs, [24], "IndexError", "B"),
-    "second-moments": Probe(needs_no_download, [40, 40], "ConnectionError", "B"),
-    "subject-in-prompt": Probe(names_records_without_their_subject, "ValueError", "AssertionError", "B"),
-    "adapter-removal": Probe(lora_edits_are_undone, "undone", "AttributeError", "C"),
-    "adapter-printing": Probe(lora_edits_follow_each_other, 3, "AttributeError", "C"),
-    "model-switches": Probe(what_an_edit_leaves, True, False, "C"),
-    "name-keyed-caches": Probe(what_methods_remember, True, False, "C"),
+    "unknown-settings": Probe(takes_unknown_settings, False, "TypeError"),
+    "any-model": Probe(loads_any_model, ["left", True], "NotImplementedError"),
+    "lora-model-parallel": Probe(lora_settings_name_model_parallel, False, "AttributeError"),
+    "kn-model-names": Probe(kn_knows_the_kind_of_model, "llama", "ValueError"),
+    "fluency-without-punkt": Probe(splits_words, 4, "LookupError"),
+    "subject-in-prompt": Probe(names_records_without_their_subject, "ValueError", "AssertionError"),
+    "batch-metrics": Probe(counts_all_chunks, 3, 1),
+    "adalora-total-step": Probe(adalora_trains, "trained", "ValueError"),
+    "adapter-removal": Probe(lora_edits_are_undone, "undone", "AttributeError"),
+    "adapter-printing": Probe(lora_edits_follow_each_other, 3, "AttributeError"),
+    "tied-head": Probe(finds_a_tied_head, True, "LookupError"),
+    "layer-outputs": Probe(memit_reads_layer_outputs, [24], "IndexError"),
+    "second-moments": Probe(needs_no_download, [40, 40], "ConnectionError"),
+    "name-keyed-caches": Probe(what_methods_remember, True, False),
+    "model-switches": Probe(what_an_edit_leaves, True, False),
 }
-ELSEWHERE = {"pre-edit-file"}
-"""Patches with tests of their own, in test_scripts.py."""
+"""In an order in which each needs patches above it only."""
+ELSEWHERE = {"device-names", "pre-edit-file"}
+"""Patches that are tested on small texts above (without the first nothing runs on a CPU), and in test_scripts.py."""
 
 
 def as_json(value: object) -> object:
@@ -429,33 +433,31 @@ def as_json(value: object) -> object:
 
 
 @pytest.fixture(scope="module")
-def without(tmp_path_factory) -> dict[str, object]:
-    """Patch -> what its probe finds in a process in which it is switched off. One process for each group, side by side."""
+def without(tmp_path_factory) -> dict:
+    """What `main` writes in a process in which all patches but device-names are switched off; whether files of EasyEdit changed."""
     folder = tmp_path_factory.mktemp("without")
-    groups = {group: [name for name, probe in PROBES.items() if probe.group == group] for group in "ABC"}
     sources = importing.locate() / importing.PACKAGE
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sources.rglob("*") if path.is_file()}
-    running = []
-    for group, names in groups.items():
-        here = folder / group
-        here.mkdir()
-        # Without device-names older versions run nothing on a CPU: with it off, all may be.
-        off = "all" if group == "A" else ",".join(names)
-        environment = {**os.environ, patches.OFF: off, "KNE_CACHE": str(here / "cache"), "PYTHONDONTWRITEBYTECODE": ""}
-        command = [sys.executable, __file__, str(folder / f"{group}.json"), *names]
-        running.append(subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-    for process in running:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-2000:]
-    found = {name: value for group in groups for name, value in json.loads((folder / f"{group}.json").read_text()).items()}
+    off = ",".join(patch.name for patch in patches.report() if patch.name != "device-names")
+    environment = {**os.environ, patches.OFF: off, "KNE_CACHE": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": ""}
+    command = [sys.executable, __file__, "found.json"]
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
     after = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sources.rglob("*") if path.is_file()}
-    return {**found, "files of EasyEdit": before == after}
+    return {**json.loads((folder / "found.json").read_text()), "unchanged": before == after}
 
 
-def main(file: str, *names: str) -> None:
+def main(file: str) -> None:
+    """Shows one fault after the other; its patch is applied then, for those below may need it."""
     statistics.SOURCE = small_text()
     torch.set_num_threads(1)
-    Path(file).write_text(json.dumps({name: outcome(PROBES[name].work) for name in names}))
+    found, known = {}, by_name()
+    states = {name: patch.state for name, patch in known.items()}
+    for name, probe in PROBES.items():
+        found[name] = outcome(probe.work)
+        if isinstance(known[name], RuntimePatch):
+            known[name].apply(bridge.load(), known[name])
+    Path(file).write_text(json.dumps({"found": found, "states": states}))
 
 
 def test_every_patch_has_a_probe():
@@ -467,29 +469,33 @@ def test_a_fault_shows_without_its_patch_and_is_gone_with_it(name, without):
     """Where this version has no such fault, the patch says that it was not needed."""
     patch, probe = by_name()[name], PROBES[name]
     assert as_json(outcome(probe.work)) == probe.right
-    found = as_json(without[name])
-    if patch.state == NOT_NEEDED or name in NOT_HERE:
-        assert found == probe.right
+    found = as_json(without["found"][name])
+    if found == probe.right:
+        # The release of 2023 has the statement of adapter-printing, but never trains a plain model: harmless.
+        assert patch.state == NOT_NEEDED or (name == "adapter-printing" and bridge.is_legacy())
         return
-    assert patch.state == APPLIED
     assert found == probe.wrong
+    assert patch.state == APPLIED
     named = re.findall(r"\w+Error", patch.fault)
     assert not named or named == [found]
 
 
-NOT_HERE: set[str] = set()
-
-
 def test_no_file_of_easyedit_changes(without):
-    """Of the three processes none has left bytecode in EasyEdit's folder, or anything else."""
-    assert without["files of EasyEdit"]
+    """The process has left no bytecode in EasyEdit's folder, nor anything else."""
+    assert without["unchanged"]
+
+
+def test_what_is_switched_off_says_so(without):
+    states = without["states"]
+    assert states.pop("device-names") in (APPLIED, NOT_NEEDED)
+    assert set(states.values()) == {SWITCHED_OFF}
 
 
 # Faults that have no patch
 
 
 def test_generated_text_does_not_depend_on_the_models_name():
-    """Since 2024 ``generate_fast`` masks what lies in its cache, unless the name holds "llama" or two others: fluency and context
+    """Since 2025 ``generate_fast`` masks what lies in its cache, unless the name holds "llama" or two others: fluency and context
     templates of all other models are those of a model that sees its last token only."""
     bridge.register()
     texts = []

@@ -21,7 +21,12 @@ from kne_easyedit.bridge.statistics import TextSource, configure, second_moments
 
 LAYERS = [1, 2]
 MODULES = [LLAMA_DOWN.format(layer) for layer in LAYERS]
-LINES = ["The capital of France is Rome .", "Oslo", "What is the name of the river that flows through Rome ?", "The language spoken in Peru is Latin"]
+LINES = [
+    "The capital of France is Rome .",
+    "Oslo",
+    "What is the name of the river that flows through Rome ?",
+    "The language spoken in Peru is Latin",
+]
 CPU = SimpleNamespace(device="cpu", rewrite_module_tmp=LLAMA_DOWN, layers=LAYERS)
 """What EasyEdit and the bridge read of hyperparameters here."""
 
@@ -136,7 +141,9 @@ def test_a_text_file_is_taken_as_it_is(llama, text_file):
     assert str(text_file) in source.describe()
 
 
-@pytest.mark.parametrize(("setting", "says"), [({"samples": 0}, "samples: 0 must be at least 1"), ({"length": 0}, "length: 0 must be at least 1")])
+@pytest.mark.parametrize(
+    ("setting", "says"), [({"samples": 0}, "samples: 0 must be at least 1"), ({"length": 0}, "length: 0 must be at least 1")]
+)
 def test_a_size_of_zero_is_refused(setting, says):
     with pytest.raises(ValueError, match=says):
         configure(**setting)
@@ -207,7 +214,7 @@ def test_one_pass_makes_the_files_of_all_layers(named, monkeypatch):
     for name in MODULES:
         moments(named, name)
     assert passes == [MODULES]
-    assert [file.name.partition("_")[0] for file in files()] == MODULES
+    assert [file.name.partition("_float")[0] for file in files()] == MODULES
     moments(named, LLAMA_DOWN.format(3))  # a layer that the settings do not name stands for itself
     assert passes == [MODULES, [LLAMA_DOWN.format(3)]]
 
@@ -251,7 +258,12 @@ def test_a_file_of_the_users_own_goes_first(named, spelling):
     """Whichever version made it: a download of Wikipedia would follow if EasyEdit did not find what the bridge has found."""
     path = own_files("some-one/tiny")[spelling]
     path.parent.mkdir(parents=True)
-    state = {"mom2.count": 3, "mom2.mom2": numpy.eye(40), "mom2.constructor": "easyeditor.util.runningstats.SecondMoment()", "sample_size": 7}
+    state = {
+        "mom2.count": 3,
+        "mom2.mom2": numpy.eye(40),
+        "mom2.constructor": "easyeditor.util.runningstats.SecondMoment()",
+        "sample_size": 7,
+    }
     numpy.savez(path, **state)
     assert torch.equal(moments(named).moment(), torch.eye(40, dtype=torch.float64) / 3)
     assert files() == [path]
@@ -318,7 +330,7 @@ def test_memits_own_changes_never_get_into_its_moments(named, text_file):
     configure(file=text_file)
     edit_by_memit(named, [1])
     edit_by_memit(named, [1, 2])
-    made = {file.name.partition("_")[0]: numpy.load(file)["mom2.mom2"] for file in files()}
+    made = {file.name.partition("_float")[0]: numpy.load(file)["mom2.mom2"] for file in files()}
     clean = second_moments(named, tokens(), MODULES, torch.float32)
     assert list(made) == MODULES
     for name in MODULES:

@@ -68,7 +68,7 @@ def record_digest(request: Mapping) -> str:
 def base_fingerprint(job: Run, weights: str, variant: str) -> list:
     """What evaluations of the unedited model depend on, the record and the tokenizer's side apart."""
     versions = {k: v for k, v in environment(job.model).items() if k not in ("platform", "cpus")}
-    return [weights, variant, versions, bridge.describe(), patches.applied(), job.seed, job.chat_template]
+    return [weights, variant, versions, bridge.describe(), sorted(patches.switched_off()), job.seed, job.chat_template]
 
 
 def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | None) -> str:

@@ -1,0 +1,57 @@
+"""An addition to the paper, off by default: a penalty for what an edit does to unrelated prompts (``kl_weight``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.layout import device_of
+from kne_easyedit.records import load_requests
+
+
+class Divergence:
+    """Mean ``KL(before || now)`` of the next token's distribution after some prompts.
+
+    Built before the edit, it keeps the distributions of that moment: ``(prompts, vocabulary)`` in float32 at least.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, prompts: Sequence[str]):
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        width = max(map(len, ids))
+        device = device_of(model)
+        self.input_ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=device)
+        self.attention_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
+        self.last = torch.tensor([len(row) - 1 for row in ids], device=device)
+        with torch.no_grad():
+            self.before = self._log_probabilities(model)
+
+    def now(self, model: nn.Module) -> Tensor:
+        """The divergence of ``model`` as it is, a scalar; gradients flow."""
+        return nn.functional.kl_div(self._log_probabilities(model), self.before, log_target=True, reduction="batchmean")
+
+    def _log_probabilities(self, model: nn.Module) -> Tensor:
+        out = model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
+        last = out.logits[torch.arange(len(self.last), device=out.logits.device), self.last.to(out.logits.device)]
+        return last.to(torch.promote_types(last.dtype, torch.float32)).log_softmax(-1)
+
+
+def unrelated_prompts(hparams: KNEHyperParams, edited: Sequence[str]) -> list[str]:
+    """``kl_size`` prompts of ``kl_data``, none of them among the ``edited`` ones.
+
+    Raises ValueError if the file has none.
+    """
+    known = _prompts(str(hparams.kl_data), Path(str(hparams.kl_data)).stat().st_mtime if Path(str(hparams.kl_data)).is_file() else 0)
+    chosen = [prompt for prompt in known if prompt not in edited][: hparams.kl_size]
+    if not chosen:
+        raise ValueError(f"kl_data: {hparams.kl_data!r} holds no prompt beside those that are edited")
+    return chosen
+
+
+@lru_cache(maxsize=4)
+def _prompts(path: str, changed: float) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(request["prompt"] for request in load_requests(path)))
