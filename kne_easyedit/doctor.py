@@ -160,7 +160,8 @@ def devices(plan: Mapping) -> Iterator[Finding]:
         if hparams.alg_name in IN_CONTEXT:
             yield Finding(f"method {label}", FAILURE, f"{hparams.alg_name} edits prompts, not weights", "run it by `kne easyedit-run`")
         try:
-            found.setdefault(resolve_device(hparams.device), []).append(label)
+            device = resolve_device(hparams.device)
+            found.setdefault(device if device.index else torch.device(device.type), []).append(label)  # cuda is cuda:0
         except (ValueError, RuntimeError) as error:
             yield failure(f"device of {label}", error)
     types = {label: str(loaded_type(hparams)).removeprefix("torch.") for label, hparams in plan.items()}
@@ -365,7 +366,7 @@ def localization_facts(hparams: KNEHyperParams, tokenizer, model: nn.Module | No
         if not facts:
             raise ValueError(f"{data}: holds no usable fact")
     except (ValueError, OSError) as error:
-        yield failure(name, f"{name}: {error}")
+        yield failure(name, error)
         return
     yield Finding(name, OK if len(facts) == wanted else WARNING, f"{len(facts)} usable facts of {data} (localization_size: {wanted})")
 

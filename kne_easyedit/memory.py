@@ -25,7 +25,7 @@ _PRECISE = 4
 
 
 def memory_needed(config_or_model, hparams, tokens: int = TOKENS) -> dict[str, int]:
-    """Bytes by purpose of one method's edit. Their sum is what must be free before the model is loaded.
+    """Bytes by purpose of one method's edit. With their sum free it cannot run out; not all are wanted at the same moment.
 
     ``config_or_model``: a configuration of transformers, or a model (on the meta device, maybe). ``tokens``: length of
     the longest prompt with its answer. For a method without a formula it is what every method needs.
@@ -120,7 +120,7 @@ FORMULAE: dict[str, Callable[[nn.Module, object, int], dict[str, int]]] = {
     "ROME": _rome,
     "R-ROME": _rome,
     "MEMIT": _memit,
-    "KN": lambda model, hparams, item: {},  # the values of single neurons
+    "KN": lambda model, hparams, item: {},  # the values of single neurons, few of them in a trained model
 }
 """By EasyEdit's names: what a method needs beside weights and activations."""
 

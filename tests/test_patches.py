@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -163,7 +164,7 @@ def changed(name: str, source: str, where: str) -> str:
 
 
 def run(source: str, **names) -> dict:
-    exec(compile(source, "small text", "exec"), names)
+    exec(compile(source, "small text", "exec"), names)  # noqa: S102
     return names
 
 
@@ -195,11 +196,12 @@ ADAPTERS = [
 def test_what_an_adapter_has_is_used_only_if_it_is_there(name, statement, where):
     for text in (statement, f"if True:\n    {statement}\nelse:\n    pass", f"for i in range(1):\n    {statement}"):
         for has in (True, False):
-            printed = []
-            model = SimpleNamespace(**({"peft_config": 1, "print_trainable_parameters": lambda: printed.append(1)} if has else {}))
+            calls = []
+            parts = {"peft_config": 1, "print_trainable_parameters": partial(calls.append, 1)} if has else {}
+            model = SimpleNamespace(**parts)
             run(changed(name, text, where), model=model, editor=SimpleNamespace(model=model))
             assert not (name == "adapter-removal" and hasattr(model, "peft_config"))
-            assert printed == [1] * (has and name == "adapter-printing")
+            assert calls == [1] * (has and name == "adapter-printing")
     with pytest.raises(AttributeError):  # the fault
         run(statement, model=SimpleNamespace(), editor=SimpleNamespace(model=SimpleNamespace()))
 
@@ -244,7 +246,7 @@ def test_compiled_sources_leave_no_bytecode(tmp_path, monkeypatch):
     path.write_text('where = f"cuda:{device}"\n')
     code = importing._Loader("easyeditor.some_module", str(path)).get_code("easyeditor.some_module")
     found = {"device": "cpu"}
-    exec(code, found)
+    exec(code, found)  # noqa: S102
     assert found["where"] == "cpu"
     assert [p.name for p in tmp_path.iterdir()] == ["some_module.py"]
     SourceFileLoader("some_module", str(path)).get_code("some_module")  # Python's own does leave some
@@ -265,7 +267,7 @@ class Probe(NamedTuple):
 def outcome(work: Callable[[], object]) -> object:
     try:
         return work()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return type(error).__name__
 
 
@@ -441,7 +443,9 @@ def without(tmp_path_factory) -> dict:
     off = ",".join(patch.name for patch in patches.report() if patch.name != "device-names")
     environment = {**os.environ, patches.OFF: off, "KNE_CACHE": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": ""}
     command = [sys.executable, __file__, "found.json"]
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=240)
+    done = subprocess.run(
+        command, check=False, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     after = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sources.rglob("*") if path.is_file()}
     return {**json.loads((folder / "found.json").read_text()), "unchanged": before == after}

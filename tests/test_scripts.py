@@ -106,7 +106,11 @@ def test_a_script_runs_as_main_under_easyedits_seed(work):
         import random, sys
         import numpy, torch
         import beside
+
+        def typed(x: int): pass
+
         json.dump({
+            "typed": typed.__annotations__["x"] is int,
             "name": __name__, "argv": sys.argv, "file": __file__, "main": sys.modules["__main__"].__dict__ is globals(),
             "beside": beside.VALUE, "drawn": [random.random(), numpy.random.rand(), torch.rand(1).item()],
         }, open("seen.json", "w"))
@@ -116,9 +120,9 @@ def test_a_script_runs_as_main_under_easyedits_seed(work):
     seen = json.loads((work / "seen.json").read_text())
     random.seed(42), numpy.random.seed(42), torch.manual_seed(42)
     drawn = [random.random(), numpy.random.rand(), torch.rand(1).item()]
-    assert seen == {
-        "name": "__main__", "argv": [str(script), "--editing_method", "FT"], "file": str(script), "main": True, "beside": 5, "drawn": drawn,
-    }  # fmt: skip
+    command = [str(script), "--editing_method", "FT"]
+    expected = {"typed": True, "name": "__main__", "argv": command, "file": str(script), "main": True, "beside": 5, "drawn": drawn}
+    assert seen == expected
 
 
 def test_what_is_not_installed_raises_on_use_only(work):
@@ -179,7 +183,17 @@ def test_wrong_arguments_are_the_scripts_own_business(work, capsys):
     ],
 )
 def test_a_chain_takes_any_method_and_keeps_its_own_branches(work, method, chosen):
-    script = write_script(work, "open('seen', 'w').write(editing_hparams.__name__)")
+    script = write_script(
+        work,
+        """
+        if args.editing_method == "FT":
+            default_hparams = FTHyperParams
+        else:  # a choice, not a refusal
+            default_hparams = None
+        assert (default_hparams is None) == (args.editing_method != "FT")
+        open("seen", "w").write(editing_hparams.__name__)
+        """,
+    )
     assert run(script, f"--editing_method={method}") == 0
     assert (work / "seen").read_text() == chosen
 

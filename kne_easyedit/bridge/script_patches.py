@@ -136,10 +136,9 @@ def _pre_edit_file(easyeditor: ModuleType, patch: Patch) -> bool:
 
 
 _EVALUATED = (
-    "prompts", "target_new", "ground_truth", "subject", "rephrase_prompts", "locality_inputs", "portability_inputs",
-    "test_generation", "eval_metric",
+    "prompts", "target_new", "ground_truth", "subject", "rephrase_prompts", "locality_inputs", "portability_inputs", "eval_metric",
 )  # fmt: skip
-"""Arguments of ``edit`` on which figures before the edit depend."""
+"""Arguments of ``edit`` on which figures before the edit depend; ``test_generation`` does by the fluency variant."""
 _OWN_EVALUATION = ("IKE", "GRACE")
 """Methods that EasyEdit evaluates in a way of their own, before the edit, too."""
 
