@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ def apply_kne_to_model(
     *,
     ensemble: NeuronEnsemble | None = None,
     legacy_contract: bool = False,
+    on_trained: Callable[[RowEdit], None] | None = None,
     **kwargs,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Edits ``model`` so that it gives every request's ``target_new``: EasyEdit's entry point of a method.
@@ -71,6 +72,8 @@ def apply_kne_to_model(
     legacy_contract:
         EasyEdit's meaning before May 2024: originals are returned only if ``keep_original_weight`` is true; an
         empty mapping tells the editor to let edits accumulate. The bridge sets it for such versions.
+    on_trained:
+        Is given the trained rows and their losses before they are written.
     kwargs:
         What else EasyEdit passes to every method (``train_ds``); not used.
 
@@ -80,6 +83,9 @@ def apply_kne_to_model(
     requests = [requests] if isinstance(requests, Mapping) else list(requests)
     if copy:
         model = deepcopy(model)
-    originals = write_rows(model, compute_edit(model, tok, requests, hparams, ensemble))
+    edit = compute_edit(model, tok, requests, hparams, ensemble)
+    if on_trained is not None:
+        on_trained(edit)
+    originals = write_rows(model, edit)
     wanted = return_orig_weights and (keep_original_weight or not legacy_contract)
     return model, originals if wanted else {}

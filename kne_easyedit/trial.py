@@ -34,6 +34,8 @@ RECORDS = 2
 ONCE = 3
 """A first edit that takes so many times as long as the others has made what they reuse (MEMIT's second moments, say)."""
 SEED = 42
+LOG = "output.log"
+"""The file of `easyedit_output`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) 
     with tempfile.TemporaryDirectory() as scratch, easyedit_output(Path(scratch)) as quiet, _generators_kept():
         scratch = Path(scratch)
         try:
-            with quiet():
+            with _logged(quiet, scratch):
                 model, tokenizer = load_model(dataclasses.replace(next(iter(plan.values())), model_name=str(folder)))
                 weights = model_digest(model)
         except Exception as error:  # noqa: BLE001  (of torch, transformers, safetensors)
@@ -72,11 +74,11 @@ def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) 
         for label, hparams in plan.items():
             try:
                 if isinstance(hparams, KNEHyperParams) and hparams.ensemble is None:
-                    with quiet():
+                    with _logged(quiet, scratch):
                         hparams, finding, seconds = _localised(model, tokenizer, hparams, requests, scratch)
                     localisation += seconds
                     yield finding
-                with quiet():
+                with _logged(quiet, scratch):
                     times[label] = _tried(model, tokenizer, hparams, requests[:RECORDS], weights)
             except Exception as error:  # noqa: BLE001  (EasyEdit's methods raise whatever they come across)
                 yield _broken(f"trial of {label}", error, scratch)
@@ -124,7 +126,6 @@ def _tried(model: nn.Module, tokenizer, hparams, requests: Sequence[dict], weigh
             _time(times.after, evaluate, request)
         finally:
             editor.undo()
-            sys.stdout.flush()
         if model_digest(model) != weights:
             raise RuntimeError(f"the model is not what it was after record {request['index']} was undone")
     return times
@@ -152,9 +153,20 @@ def _estimate(times: Mapping[str, Times], localisation: float, records: int) -> 
     return Finding("estimate", OK, f"about {duration(sum(parts.values()))} for {records} records ({in_words})")
 
 
+@contextmanager
+def _logged(quiet: Callable, scratch: Path) -> Iterator[None]:
+    """What is printed inside, and nothing from before, is in the log afterwards."""
+    os.truncate(scratch / LOG, 0)
+    with quiet():
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+
+
 def _broken(name: str, error: Exception, scratch: Path) -> Finding:
     """With the end of what EasyEdit printed."""
-    output = (scratch / "output.log").read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
+    output = (scratch / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
     return Finding(name, FAILURE, "\n".join([f"{type(error).__name__}: {error}", *(f"| {line}" for line in output)]))
 
 

@@ -31,7 +31,7 @@ TINY = {
 def settings(label: str, **changes):
     """The shipped settings of a method for SmolLM2, fitted to the tiny Llama. Statistics go to ``./stats``."""
     if label == "KNE":
-        return tiny_hparams(model_name=NAME, **changes)
+        return tiny_hparams(**{"model_name": NAME, "attribution_steps": 2, "num_steps": 20, **changes})
     hparams = bridge.load_method(label, HPARAMS / label / "smollm2-135m.yaml")
     stats = {"stats_dir": "stats"} if hasattr(hparams, "stats_dir") else {}
     return dataclasses.replace(hparams, model_name=NAME, **{**TINY[label], **stats, **changes})

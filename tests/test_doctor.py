@@ -351,6 +351,13 @@ def test_a_method_that_fails_shows_what_it_printed(plan, capsys, monkeypatch):
     assert "estimate: left out" in out
 
 
+def test_a_model_that_cannot_be_loaded_ends_the_trial(plan, capsys, monkeypatch):
+    (plan.model / "model.safetensors").write_text("torn")
+    assert plan.check() == 1
+    out = capsys.readouterr().out
+    assert "FAILURE  trial: " in out and "1 failure: trial" in out
+
+
 def test_a_method_that_leaves_the_model_changed_ends_the_trial(plan, capsys, monkeypatch):
     original = bridge.MethodEditor.undo
 

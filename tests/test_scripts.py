@@ -123,6 +123,7 @@ def test_a_script_runs_as_main_under_easyedits_seed(work):
     command = [str(script), "--editing_method", "FT"]
     expected = {"typed": True, "name": "__main__", "argv": command, "file": str(script), "main": True, "beside": 5, "drawn": drawn}
     assert seen == expected
+    assert "beside" not in sys.modules  # another script's is another one
 
 
 def test_what_is_not_installed_raises_on_use_only(work):

@@ -12,7 +12,8 @@ import json
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from datetime import UTC, datetime
+from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -193,6 +194,7 @@ class _Runner:
         answer = Answers(editor.model, self.job.tokenizer).to(request)
         return {
             **self._head(method, request),
+            "data": Path(self.job.data).stem,
             "seed": self.job.seed,
             "mode": self.job.mode,
             "prompt": request["prompt"],
@@ -200,6 +202,7 @@ class _Runner:
             "target_new": request["target_new"],
             "seconds": seconds,
             "peak_bytes": peak,
+            "losses": [round(loss, 4) for loss in editor.losses],
             "before": was["answer"],
             "after": answer,
             "exact_match": float(begins_with(answer, request["target_new"])),
@@ -252,7 +255,7 @@ class _Runner:
         job = self.job
         return {
             "kne_easyedit": __version__,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": {"name": self.model_name, "sha256": self.weights},
             "data": {"name": job.data, "sha256": data_digest(job.data), "records": list(self.records.items())},
             "easyedit": {**bridge.describe(), "patches": patches.applied()},

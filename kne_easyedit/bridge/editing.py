@@ -7,20 +7,26 @@ can be evaluated again later, and evaluations before the edit can be shared by a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import random
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy
 import torch
 from torch import nn
 
-from kne_easyedit.bridge.registry import editor_for
+from kne_easyedit.bridge.registry import NAME, editor_for
 from kne_easyedit.bridge.runtime_patches import module
 
 IN_CONTEXT = ("IKE", "ICE")
 ONE_FACT = ("KN",)
 """Methods that take the first of several requests and drop the others without a word."""
+_LOSS = re.compile(r"^(?:Batch )?loss ([\d.]+(?:e[+-]?\d+)?)", re.MULTILINE)
+"""How EasyEdit's FT, LoRA (``Batch loss 1.2``), ROME and MEMIT (``loss 1.2 = ...``) print a step's loss."""
 
 
 class MethodEditor:
@@ -37,6 +43,8 @@ class MethodEditor:
         self.original = model
         self.model = model
         """What evaluations see: the model, or the adapted model that a method has put around it."""
+        self.losses: list[float] = []
+        """Losses of the last edit's training, step by step; EasyEdit's methods print theirs. Empty for methods without."""
         self._undo: list[Callable[[], None]] = []
 
     def demand_batch(self, size: int) -> None:
@@ -52,15 +60,19 @@ class MethodEditor:
 
         What a method of EasyEdit has changed when it fails half-way, it does not tell: compare the model's digest.
         """
-        apply = self.editor.apply_algo
+        printed = _Tee(sys.stdout)
+        own = {"on_trained": lambda edit: self.losses.extend(edit.losses)} if self.hparams.alg_name == NAME else {}
+        self.losses = []
         try:
-            edited, originals = apply(
-                self.original, self.tokenizer, [dict(request) for request in requests], self.hparams,
-                copy=False, return_orig_weights=True, keep_original_weight=True,
-            )  # fmt: skip
+            with contextlib.redirect_stdout(printed):
+                edited, originals = self.editor.apply_algo(
+                    self.original, self.tokenizer, [dict(request) for request in requests], self.hparams,
+                    copy=False, return_orig_weights=True, keep_original_weight=True, **own,
+                )  # fmt: skip
         except BaseException:
             self.undo()
             raise
+        self.losses = self.losses or [float(loss) for loss in _LOSS.findall(printed.getvalue())]
         self._remember(edited, originals)
         self.model = edited
 
@@ -112,6 +124,18 @@ class MethodEditor:
         for name, value in originals.items():
             parameter = self.original.get_parameter(name)
             parameter[...] = value.to(parameter)
+
+
+class _Tee(io.StringIO):
+    """Keeps what is written and passes it on."""
+
+    def __init__(self, stream):
+        super().__init__()
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(text)
+        return super().write(text)
 
 
 def compare(pre: Mapping, post: dict) -> dict:

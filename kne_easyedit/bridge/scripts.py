@@ -269,17 +269,23 @@ class _Table(dict):
 
 @contextlib.contextmanager
 def _as_main(path: Path, arguments: list[str]) -> Iterator[dict]:
-    """The namespace of a fresh ``__main__``; afterwards the old one is back, and so are ``sys.argv`` and ``sys.path``."""
+    """The namespace of a fresh ``__main__``; afterwards the old one is back, and so are ``sys.argv`` and ``sys.path``.
+
+    Modules that lie beside the script are forgotten: another script's ``utils`` is another module.
+    """
     main = ModuleType("__main__")
     given = {"kne_hyperparameters": hyperparameters, "kne_table": _Table, "open": _open}
     main.__dict__.update(__file__=str(path), __builtins__={**script_builtins(), **given})
-    before, argv, search = sys.modules["__main__"], sys.argv, list(sys.path)
+    before, argv, search, known = sys.modules["__main__"], sys.argv, list(sys.path), set(sys.modules)
     sys.modules["__main__"], sys.argv = main, [str(path), *arguments]
     sys.path.insert(0, str(path.parent))
     try:
         yield main.__dict__
     finally:
         sys.modules["__main__"], sys.argv, sys.path[:] = before, argv, search
+        for name in set(sys.modules) - known:
+            if Path(getattr(sys.modules[name], "__file__", None) or "").parent == path.parent:
+                del sys.modules[name]
 
 
 @functools.wraps(builtins.open)
