@@ -50,7 +50,7 @@ def draw_ensemble(
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_axisbelow(True)
             axis.grid(axis="y", color=GRID, linewidth=0.6)
-    _write(figure, path, title)
+    write_figure(figure, path, title)
 
 
 def draw_explanation(found: Explanation, path: str | Path, title: str = "") -> None:
@@ -80,7 +80,7 @@ def draw_explanation(found: Explanation, path: str | Path, title: str = "") -> N
         axis.set_yticks([])
     if n <= LABELS:
         axes[0].set_yticks(range(n), names, fontsize=7)
-    _write(figure, path, title)
+    write_figure(figure, path, title)
 
 
 def _figure():
@@ -91,7 +91,13 @@ def _figure():
     return Figure
 
 
-def _write(figure, path: str | Path, title: str) -> None:
+def new_figure(**settings):
+    """An empty figure of matplotlib. Raises ImportError with the way out if matplotlib is missing."""
+    return _figure()(**settings)
+
+
+def write_figure(figure, path: str | Path, title: str) -> None:
+    """Writes a figure as PNG, beside and renamed."""
     if title:
         figure.suptitle(title, color=INK)
     image = io.BytesIO()
@@ -120,4 +126,4 @@ def draw_retention(found: dict[str, list[dict]], path: str | Path, title: str = 
         axis.grid(axis="y", color=GRID, linewidth=0.6)
     figure.axes[0].set_ylabel("percent, over all facts edited so far")
     figure.axes[0].legend(frameon=False)
-    _write(figure, path, title)
+    write_figure(figure, path, title)

@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from kne_easyedit.cli import cache, doctor, easyedit_run, explain, localize, run, summarize
+from kne_easyedit.cli import cache, data, doctor, easyedit_run, explain, localize, report, run, summarize
 from kne_easyedit.machine import keep_large_blocks
 
 
@@ -31,6 +31,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kne", description="KNE (Knowledge Neuronal Ensemble) model editing on EasyEdit.")
     parser.add_argument("-v", "--verbose", action="store_true", help="more messages, full tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (run, localize, explain, cache, doctor, easyedit_run, summarize):
+    for module in (run, doctor, easyedit_run, summarize, report, localize, explain, cache, data):
         module.add_commands(commands)
     return parser

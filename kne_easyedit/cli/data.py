@@ -1,0 +1,22 @@
+"""``kne data``: the KnowEdit records from their publisher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def add_commands(commands) -> None:
+    parser = commands.add_parser("data", help="fetch: the KnowEdit records from their publisher into a local folder")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    fetch = actions.add_parser("fetch", help="download what is not there yet, and check every file's digest")
+    fetch.add_argument("--out", type=Path, default=Path("data/KnowEdit"), help="folder of the records (default %(default)s)")
+    fetch.set_defaults(command=_fetch)
+
+
+def _fetch(arguments) -> int:
+    from kne_easyedit.knowedit import fetch
+
+    for name, digest, state in fetch(arguments.out):
+        print(f"{state:<10} {digest[:16]}  {name}")
+    print(f"\nThe records lie in {arguments.out}; tell the benchmark by KNOWEDIT={arguments.out} or knowedit={arguments.out}")
+    return 0

@@ -1,0 +1,24 @@
+"""``kne report``: tables, pictures and a page from the results of any number of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def add_commands(commands) -> None:
+    parser = commands.add_parser("report", help="Markdown and a self-contained HTML page from results: tables, intervals, pictures, answers")
+    parser.add_argument("results", nargs="+", type=Path, metavar="DIR", help="folders (searched for results.jsonl) or results.jsonl files")
+    parser.add_argument("--out", type=Path, help="folder of the report (default: 'report' in the first DIR)")
+    parser.add_argument("--title", default="KnowEdit comparison", help="default %(default)s")
+    parser.set_defaults(command=_report)
+
+
+def _report(arguments) -> int:
+    from kne_easyedit.benchmark.collect import collect
+    from kne_easyedit.benchmark.publish import publish
+
+    first = arguments.results[0]
+    out = arguments.out or (first if first.is_dir() else first.parent) / "report"
+    page = publish(collect(arguments.results), out, arguments.title)
+    print(f"Written to {out}: {page.name}, report.md, report.json and the pictures")
+    return 0
