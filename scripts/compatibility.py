@@ -28,6 +28,8 @@ WORDS = "The capital language river name mother city of in is was to that throug
 SUBJECTS = [f"Land{i}" for i in range(101)]
 TARGETS = [f"Town{i}" for i in range(10)]
 SENTINEL = "CELLS "
+FORGETS = "this version begins a new adapter with every edit and loses those before"
+"""The one limit that shows by no error."""
 
 
 # One process, one EasyEdit
@@ -93,6 +95,8 @@ def limit(label: str, mode: str) -> str | None:
         return "normal_edit writes back whole weights only: the adapter stays"
     if name == "batch_edit" and alg_name == "LoRA" and "unload" not in _source(editor.batch_edit):
         return "this version's batch_edit writes back whole weights only: the adapter stays"
+    if name == "sequential_edit" and alg_name == "LoRA" and bridge.is_legacy():
+        return FORGETS
     if name == "sequential_edit" and alg_name == "KN" and bridge.is_legacy():
         return "this version undoes every KN edit at once"
     return None

@@ -46,6 +46,13 @@ def editor(request) -> MethodEditor:
     return editor_of(request.param)
 
 
+def demand_sequences(editor: MethodEditor) -> None:
+    if editor.hparams.alg_name == "LoRA" and bridge.is_legacy():
+        with pytest.raises(ValueError, match="loses those before"):
+            editor.demand_sequence()
+        pytest.skip("the release of 2023 loses AdaLoRA's earlier edits, and refuses")
+
+
 @torch.no_grad()
 def logits(editor: MethodEditor) -> torch.Tensor:
     """What evaluations see, without an adapter's dropout."""
@@ -73,6 +80,7 @@ def test_an_edit_changes_the_model_and_undo_gives_it_back(editor):
 
 
 def test_edits_in_a_row_are_all_undone(editor):
+    demand_sequences(editor)
     before = fingerprint(editor.original)
     for request in records():
         editor.apply([request])
@@ -91,11 +99,16 @@ def test_an_edit_of_no_effect_keeps_the_edits_before(label):
     edited = logits(editor)
     assert (edited - answers).abs().max() > 0.1
     editor.hparams = dataclasses.replace(editor.hparams, **{NO_EFFECT[label]: 0.0})
+    if label == "AdaLoRA" and bridge.is_legacy():
+        with pytest.raises(ValueError, match="loses those before"):
+            editor.apply(records()[1:2])
+        return
     editor.apply(records()[1:2])
     torch.testing.assert_close(logits(editor), edited, rtol=1e-3, atol=1e-3)
 
 
 def test_after_a_failed_edit_the_model_is_what_it_was_before_all_edits(editor):
+    demand_sequences(editor)
     before = fingerprint(editor.original)
     editor.editor.apply_algo = failing(editor.editor.apply_algo, 2, RuntimeError("no luck"))
     editor.apply(records()[:1])

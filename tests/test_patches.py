@@ -404,6 +404,39 @@ def what_methods_remember() -> dict[str, bool]:
     }
 
 
+def generates_whatever_the_name() -> bool:
+    """A text of one token a step depends on the text so far, or it does not depend on the model's name."""
+    generate, tokenizer, found = module("util.generate").generate_fast, make_tokenizer(), []
+    for name in ("llama", "some-model"):
+        model = make_llama()
+        model.config._name_or_path = model.name_or_path = name
+        torch.manual_seed(1)
+        found.append(generate(model, tokenizer, ["The capital of France is"], n_gen_per_prompt=1, top_k=1, max_out_len=30))
+    return found[0] == found[1]
+
+
+def adapted_answers_agree() -> bool:
+    hparams = settings("AdaLoRA" if bridge.is_legacy() else "LoRA")
+    tokenizer = tokenizer_for(hparams)
+    edited, _ = module("models.lora.lora_main").apply_lora_to_model(make_llama(), tokenizer, records()[:1], hparams)
+    inputs = tokenizer(["The capital of France is"], return_tensors="pt")
+    with torch.no_grad():
+        return torch.equal(edited(**inputs).logits, edited(**inputs).logits)
+
+
+def ft_sees_the_last_token() -> bool:
+    """FT-L on prompts of two lengths, padded on the left or on the right, comes to the same weights."""
+    facts = [{"prompt": p, "target_new": "Rome", "subject": "France"} for p in ("The capital of France is", "What is the capital of France ? The capital is")]
+    found = []
+    for side in ("left", "right"):
+        model, hparams = make_llama(), settings("FT-L", num_steps=1, batch_size=2)
+        tokenizer = tokenizer_for(hparams)
+        tokenizer.padding_side = side
+        edited, _ = module("models.ft.ft_main").apply_ft_to_model(model, tokenizer, facts, hparams)
+        found.append(edited.get_submodule(LLAMA_DOWN.format(hparams.layers[0])).weight.detach().clone())
+    return torch.allclose(found[0], found[1], atol=1e-5)
+
+
 PROBES = {
     "unknown-settings": Probe(takes_unknown_settings, False, "TypeError"),
     "any-model": Probe(loads_any_model, ["left", True], "NotImplementedError"),
@@ -415,6 +448,9 @@ PROBES = {
     "adalora-total-step": Probe(adalora_trains, "trained", "ValueError"),
     "adapter-removal": Probe(lora_edits_are_undone, "undone", "AttributeError"),
     "adapter-printing": Probe(lora_edits_follow_each_other, 3, "AttributeError"),
+    "adapter-dropout": Probe(adapted_answers_agree, True, False),
+    "generation-mask": Probe(generates_whatever_the_name, True, False),
+    "ft-last-token": Probe(ft_sees_the_last_token, True, False),
     "tied-head": Probe(finds_a_tied_head, True, "LookupError"),
     "layer-outputs": Probe(memit_reads_layer_outputs, [24], "IndexError"),
     "second-moments": Probe(needs_no_download, [40, 40], "ConnectionError"),
@@ -475,8 +511,8 @@ def test_a_fault_shows_without_its_patch_and_is_gone_with_it(name, without):
     assert as_json(outcome(probe.work)) == probe.right
     found = as_json(without["found"][name])
     if found == probe.right:
-        # The release of 2023 has the statement of adapter-printing, but never trains a plain model: harmless.
-        assert patch.state == NOT_NEEDED or (name == "adapter-printing" and bridge.is_legacy())
+        # Some versions have the statement, but never come to it with what makes it fail: harmless.
+        assert patch.state == NOT_NEEDED or name in ("adapter-printing", "generation-mask")
         return
     assert found == probe.wrong
     assert patch.state == APPLIED
@@ -496,19 +532,6 @@ def test_what_is_switched_off_says_so(without):
 
 
 # Faults that have no patch
-
-
-def test_generated_text_does_not_depend_on_the_models_name():
-    """Since 2025 ``generate_fast`` masks what lies in its cache, unless the name holds "llama" or two others: fluency and context
-    templates of all other models are those of a model that sees its last token only."""
-    bridge.register()
-    texts = []
-    for name in ("tiny-llama", "tiny"):
-        model, tokenizer = make_llama(), make_tokenizer()
-        model.config._name_or_path = model.name_or_path = name
-        torch.manual_seed(0)
-        texts.append(module("util.generate").generate_fast(model, tokenizer, ["The capital of France is"], max_out_len=20))
-    assert texts[0] == texts[1]
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ class _Runner:
                 with self.quiet():
                     editors[method] = bridge.MethodEditor(deepcopy(hparams), job.model, deepcopy(job.tokenizer))
                     editors[method].demand_batch(job.batch_size if job.mode == "batch" else 1)
+                    if job.mode == "sequential":
+                        editors[method].demand_sequence()
             self._write_manifest(editors)
             with tqdm(total=len(self.requests) * len(editors), desc="edit", unit="edit") as self.bar:
                 if job.mode == "sequential":

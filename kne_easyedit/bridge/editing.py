@@ -19,7 +19,7 @@ import numpy
 import torch
 from torch import nn
 
-from kne_easyedit.bridge.registry import NAME, editor_for
+from kne_easyedit.bridge.registry import NAME, editor_for, is_legacy
 from kne_easyedit.bridge.runtime_patches import module
 
 IN_CONTEXT = ("IKE", "ICE")
@@ -55,11 +55,18 @@ class MethodEditor:
         if hasattr(self.hparams, "batch_size"):
             self.hparams.batch_size = size
 
+    def demand_sequence(self) -> None:
+        """Raises ValueError if this method cannot edit on top of an edit of its own."""
+        if self.hparams.alg_name == "LoRA" and is_legacy():
+            raise ValueError("mode: LoRA of the EasyEdit of 2023 begins a new adapter with every edit and loses those before; take a newer EasyEdit")
+
     def apply(self, requests: Sequence[Mapping]) -> None:
         """Edits all requests at once, on top of the edits before. After an error all of them are undone.
 
         What a method of EasyEdit has changed when it fails half-way, it does not tell: compare the model's digest.
         """
+        if self._undo:
+            self.demand_sequence()
         printed = _Tee(sys.stdout)
         own = {"on_trained": lambda edit: self.losses.extend(edit.losses)} if self.hparams.alg_name == NAME else {}
         self.losses = []
@@ -67,13 +74,13 @@ class MethodEditor:
             with contextlib.redirect_stdout(printed):
                 edited, originals = self.editor.apply_algo(
                     self.original, self.tokenizer, [dict(request) for request in requests], self.hparams,
-                    copy=False, return_orig_weights=True, keep_original_weight=True, **own,
+                    copy=False, return_orig_weights=True, keep_original_weight=is_legacy(), **own,
                 )  # fmt: skip
+            self._remember(edited, originals)
         except BaseException:
             self.undo()
             raise
         self.losses = self.losses or [float(loss) for loss in _LOSS.findall(printed.getvalue())]
-        self._remember(edited, originals)
         self.model = edited
 
     def undo(self) -> None:

@@ -108,6 +108,7 @@ def load() -> ModuleType:
         sys.meta_path.remove(finder)
         for name in [n for n in sys.modules if n == PACKAGE or n.startswith(f"{PACKAGE}.")]:
             del sys.modules[name]
+        patches.reset()
         raise
 
 

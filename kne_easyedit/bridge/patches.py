@@ -108,6 +108,12 @@ def apply_all(easyeditor: ModuleType) -> None:
             patch.state = NOT_NEEDED
 
 
+def reset() -> None:
+    """Forgets what was applied: the modules that it was applied to are gone."""
+    for patch in _PATCHES.values():
+        patch.state, patch.used = None, 0
+
+
 def report() -> list[Patch]:
     """All patches, in the order in which they were defined, with their states."""
     return list(_PATCHES.values())

@@ -119,6 +119,30 @@ def _adalora_total_step(easyeditor: ModuleType, patch: Patch) -> bool:
     return True
 
 
+@runtime_patch("adapter-dropout", "LoRA, AdaLoRA: edits are evaluated with the adapter's dropout on: figures are random")
+def _adapter_dropout(easyeditor: ModuleType, patch: Patch) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    lora = module("models.lora.lora_main")
+    execute = lora.execute_lora
+
+    def switch(model, training: bool) -> None:
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.train(training)
+
+    @functools.wraps(execute)
+    def evaluated_without(model, *args, **kwargs):
+        switch(model, True)  # an adapter that is trained on, in a sequence of edits
+        edited = execute(model, *args, **kwargs)
+        switch(edited, False)
+        patch.used += 1
+        return edited
+
+    lora.execute_lora = evaluated_without
+    return True
+
+
 @runtime_patch("tied-head", "MEMIT: the weight of a head that is tied to the embeddings is not found: LookupError")
 def _tied_head(easyeditor: ModuleType, patch: Patch) -> bool:
     nethook = module("util.nethook")
@@ -200,21 +224,19 @@ def _kn_model_names(easyeditor: ModuleType, patch: Patch) -> bool:
 
 @runtime_patch("name-keyed-caches", "ROME, MEMIT and kin keep second moments and context templates by the model's name, and sample templates unseeded")
 def _name_keyed_caches(easyeditor: ModuleType, patch: Patch) -> bool:
-    modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("easyeditor.models.")]
-    holders = [m for m in modules if any(hasattr(m, cache) for cache in ("CONTEXT_TEMPLATES_CACHE", "COV_CACHE", "inv_mom2_cache"))]
     last: list[weakref.ref] = []
 
     def forget_other_models(model) -> None:
         if last and last[0]() is model:
             return
         last[:] = [weakref.ref(model)]
-        for holder in holders:
-            patch.used += 1
+        patch.used += 1
+        forget_moments()
+        for holder in _cache_holders():
             if hasattr(holder, "CONTEXT_TEMPLATES_CACHE"):
                 holder.CONTEXT_TEMPLATES_CACHE = None
-            for cache in ("COV_CACHE", "inv_mom2_cache"):
-                getattr(holder, cache, {}).clear()
 
+    holders = _cache_holders()
     for holder in holders:
         if hasattr(holder, "get_context_templates"):
             holder.get_context_templates = _seeded(holder.get_context_templates, forget_other_models)
@@ -222,6 +244,18 @@ def _name_keyed_caches(easyeditor: ModuleType, patch: Patch) -> bool:
             if hasattr(holder, name):
                 setattr(holder, name, _first(getattr(holder, name), forget_other_models))
     return bool(holders)
+
+
+def forget_moments() -> None:
+    """Empties what EasyEdit's methods remember of second moments, by the model's name alone."""
+    for holder in _cache_holders():
+        for cache in ("COV_CACHE", "inv_mom2_cache"):
+            getattr(holder, cache, {}).clear()
+
+
+def _cache_holders() -> list[ModuleType]:
+    modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("easyeditor.models.")]
+    return [m for m in modules if any(hasattr(m, cache) for cache in ("CONTEXT_TEMPLATES_CACHE", "COV_CACHE", "inv_mom2_cache"))]
 
 
 def _seeded(function, prepare):

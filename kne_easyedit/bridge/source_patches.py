@@ -76,6 +76,32 @@ class _BatchMetrics(_Counting):
         return node
 
 
+class _GenerationMask(_Counting):
+    """In ``generate_fast``: the mask of all tokens so far, ``attention_mask[:, :c.stop]`` instead of ``attention_mask[:, c]``."""
+
+    def visit_Subscript(self, node: ast.Subscript):
+        match node:
+            case ast.Subscript(value=ast.Name(id="attention_mask"), slice=ast.Tuple(elts=[ast.Slice(lower=None, upper=None) as rows, ast.Name(id=chunk)])):
+                stop = ast.Attribute(ast.Name(chunk, ast.Load()), "stop", ast.Load())
+                columns = ast.Tuple([rows, ast.Slice(None, stop, None)], ast.Load())
+                return self.replaced(node, ast.Subscript(node.value, columns, ast.Load()))
+        return self.generic_visit(node)
+
+
+class _LastToken(_Counting):
+    """In FT: ``mask.sum(dim=1) - 1`` -> ``mask.cumsum(dim=1).argmax(dim=1)``, the last token on whichever side the padding is."""
+
+    def visit_BinOp(self, node: ast.BinOp):
+        match node:
+            case ast.BinOp(
+                left=ast.Call(func=ast.Attribute(value=ast.Subscript(slice=ast.Constant(value="attention_mask")) as mask, attr="sum")),
+                op=ast.Sub(),
+                right=ast.Constant(value=1),
+            ):
+                return self.replaced(node, ast.parse(f"{ast.unparse(mask)}.cumsum(dim=1).argmax(dim=1)", mode="eval").body)
+        return self.generic_visit(node)
+
+
 def _is_reset(node: ast.AST) -> bool:
     match node:
         case ast.Assign(targets=[ast.Name(id="all_metrics")], value=ast.List(elts=[])):
@@ -107,6 +133,18 @@ for patch in (
         "batch_edit returns the metrics of the last chunk only (2023, 2024)",
         transformer=_BatchMetrics,
         modules=("editors.editor",),
+    ),
+    SourcePatch(
+        "generation-mask",
+        "generate_fast masks the text so far, so that fluency and context templates are garbage for models not named llama (since 2024)",
+        transformer=_GenerationMask,
+        modules=("util.generate",),
+    ),
+    SourcePatch(
+        "ft-last-token",
+        "FT with prompt_last trains shorter prompts of a batch at a wrong position, for it counts from the left under left padding",
+        transformer=_LastToken,
+        modules=("ft.ft_main",),
     ),
 ):
     add(patch)

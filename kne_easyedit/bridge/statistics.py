@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from kne_easyedit.bridge.patches import Patch, runtime_patch
+from kne_easyedit.bridge.runtime_patches import forget_moments, module
 from kne_easyedit.state import undisturbed
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,10 @@ SOURCE = TextSource()
 
 
 def configure(**settings) -> TextSource:
-    """Sets the text source of this process. Raises ValueError for a file that is not there or a size below 1."""
+    """Sets the text source of this process. Raises ValueError for a file that is not there or a size below 1, and sets nothing then."""
+    unknown = set(settings) - {"file", "samples", "length", "seed", "prompts"}
+    if unknown:
+        raise ValueError(f"statistics: no setting {min(unknown)!r}; there are file, samples, length, seed, prompts")
     if settings.get("file") is not None:
         settings["file"] = Path(settings["file"]).expanduser()
         if not settings["file"].is_file():
@@ -103,6 +108,7 @@ def configure(**settings) -> TextSource:
     for name, value in settings.items():
         if name in ("samples", "length") and value < 1:
             raise ValueError(f"statistics {name}: {value} must be at least 1")
+    for name, value in settings.items():
         setattr(SOURCE, name, value)
     return SOURCE
 
@@ -147,39 +153,89 @@ def _local_second_moments(easyeditor: ModuleType, patch: Patch) -> bool:
         for holder in holders:
             if holder.layer_stats is original:
                 holder.layer_stats = replacement
+    methods = module("util.alg_dict").ALG_DICT
+    for name, apply in list(methods.items()):
+        if inspect.isfunction(apply) and apply.__module__.startswith("easyeditor."):
+            methods[name] = _prepared(apply)
     return bool(holders)
+
+
+def _prepared(apply):
+    """The method with all second moments made before it changes anything: between its layers it asks for the next ones."""
+
+    @functools.wraps(apply)
+    def prepared(model, tok, requests, hparams, *args, **kwargs):
+        # ROME and R-ROME use them only if told to, all others always.
+        wanted = getattr(hparams, "mom2_dataset", None) and (getattr(hparams, "mom2_adjustment", True) or "ROME" not in hparams.alg_name)
+        if not wanted or not isinstance(model, nn.Module):
+            return apply(model, tok, requests, hparams, *args, **kwargs)
+        lineage = _lineage_of(model)
+        layers = [hparams.rewrite_module_tmp.format(layer) for layer in hparams.layers]
+        _files(model, tok, lineage, layers, Path(hparams.stats_dir), hparams.mom2_dataset, hparams.mom2_dtype, hparams.mom2_n_samples)
+        lineage.editing = True
+        try:
+            return apply(model, tok, requests, hparams, *args, **kwargs)
+        finally:
+            lineage.editing, lineage.edited = False, _sketch(model)
+
+    return prepared
 
 
 def _with_local_text(original, patch: Patch):
     @functools.wraps(original)
     def layer_stats(model, tokenizer, layer_name, stats_dir, ds_name, to_collect, *args, **kwargs):
-        precision, size = kwargs.get("precision") or "float64", kwargs.get("sample_size")
-        folder = Path(stats_dir)
-        suffix = f"{layer_name}_{precision}_{'-'.join(sorted(to_collect))}" + ("" if size is None else f"_{size}") + ".npz"
-        path = model.config._name_or_path
-        own = [folder / name / f"{ds_name}_stats" / suffix for name in (path.rsplit("/")[-1], path.replace("/", "_"))]
-        there = next((file for file in own if file.is_file()), None)
-        if there is not None or to_collect != ["mom2"]:
-            SOURCE.made.append({"layer": layer_name, "source": ds_name, "file": str(there)})
+        if to_collect != ["mom2"]:
             return original(model, tokenizer, layer_name, stats_dir, ds_name, to_collect, *args, **kwargs)
-        patch.used += 1
-        name, text = f"kne-{_digest(model)[:12]}", SOURCE.digest()
-        file = folder / name / f"{text}_stats" / suffix
-        if not file.is_file():
-            _compute(model, tokenizer, _modules(layer_name, kwargs.get("hparams")), file, layer_name, getattr(torch, precision), size)
-        SOURCE.made.append({"layer": layer_name, "source": SOURCE.describe(), "file": str(file)})
-        return original(model, tokenizer, layer_name, stats_dir, text, to_collect, *args, **{**kwargs, "model_name": name})
+        precision, size = kwargs.get("precision") or "float64", kwargs.get("sample_size")
+        known = _LINEAGES.get(model)
+        lineage = known if known is not None and known.editing else _lineage_of(model)
+        layers = _modules(layer_name, kwargs.get("hparams"))
+        found = _files(model, tokenizer, lineage, layers, Path(stats_dir), ds_name, precision, size)[layers.index(layer_name)]
+        patch.used += found.text != ds_name
+        source = ds_name if found.text == ds_name else SOURCE.describe()
+        SOURCE.made.append({"layer": layer_name, "source": source, "file": str(found.path)})
+        return original(model, tokenizer, layer_name, stats_dir, found.text, to_collect, *args, **{**kwargs, "model_name": found.model})
 
     return layer_stats
 
 
-def _compute(model, tokenizer, modules: list[str], file: Path, layer_name: str, dtype: torch.dtype, size: int | None) -> None:
-    """Writes the file of ``layer_name`` and of its sisters in ``modules``: one pass over the text serves them all."""
-    logger.warning("second moments of %s layers: from %s, kept in %s", len(modules), SOURCE.describe(), file.parent)
-    for module, (count, moments) in second_moments(model, SOURCE.texts(model, tokenizer), modules, dtype).items():
+@dataclass(frozen=True)
+class _Found:
+    """Where the moments of a layer lie: what EasyEdit's ``layer_stats`` must be told to find them."""
+
+    path: Path
+    model: str
+    text: str
+
+
+def _files(model, tokenizer, lineage: _Lineage, layers: Sequence[str], folder: Path, ds_name: str, precision: str, size: int | None) -> list[_Found]:
+    """The files of some layers: EasyEdit's own where they are, else ours, made now where they are missing (one pass for all)."""
+    key = (SOURCE.digest(), str(folder), ds_name, precision, size)
+    if lineage.asked != key:  # what EasyEdit remembers may be of another text
+        forget_moments()
+        lineage.asked = key
+    path, suffix = model.config._name_or_path, "" if size is None else f"_{size}"
+    names = list(dict.fromkeys((path.rsplit("/")[-1], path.replace("/", "_"))))
+    ours, found, missing = f"kne-{lineage.digest[:12]}", [], {}
+    for layer in layers:
+        end = f"{layer}_{precision}_mom2{suffix}.npz"
+        own = [_Found(folder / name / f"{ds_name}_stats" / end, name, ds_name) for name in names]
+        local = _Found(folder / ours / f"{SOURCE.digest()}_stats" / end, ours, SOURCE.digest())
+        found.append(next((file for file in own if file.path.is_file()), local))
+        if found[-1] is local and not local.path.is_file():
+            missing[layer] = local.path
+    if missing:
+        _compute(model, tokenizer, missing, getattr(torch, precision), size)
+    return found
+
+
+def _compute(model, tokenizer, files: Mapping[str, Path], dtype: torch.dtype, size: int | None) -> None:
+    """Writes the moments of some layers, beside and renamed: one pass over the text serves them all."""
+    logger.warning("second moments of %s layers: from %s, kept in %s", len(files), SOURCE.describe(), next(iter(files.values())).parent)
+    for layer, (count, moments) in second_moments(model, SOURCE.texts(model, tokenizer), list(files), dtype).items():
         # The layout of EasyEdit's own CombinedStat(mom2=SecondMoment()).
         state = {"mom2.count": count, "mom2.mom2": moments.cpu().numpy(), "mom2.constructor": "easyeditor.util.runningstats.SecondMoment()"}
-        target = file.with_name(file.name.replace(layer_name, module, 1))
+        target = files[layer]
         target.parent.mkdir(parents=True, exist_ok=True)
         torn = target.with_name(f"{target.stem}.{os.getpid()}.npz")
         numpy.savez(torn, **state, **({} if size is None else {"sample_size": size}))
@@ -187,21 +243,46 @@ def _compute(model, tokenizer, modules: list[str], file: Path, layer_name: str, 
 
 
 def _modules(layer_name: str, hparams) -> list[str]:
+    """The layer and its sisters in the settings: one pass over the text serves them all."""
     template, layers = getattr(hparams, "rewrite_module_tmp", None), getattr(hparams, "layers", None)
     names = [template.format(layer) for layer in layers] if template and layers else []
     return names if layer_name in names else [layer_name]
 
 
-_DIGESTS: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+@dataclass
+class _Lineage:
+    """A loaded model and what edits have made of it: its moments are those of the weights as they came."""
+
+    digest: str
+    original: tuple
+    edited: tuple | None = None
+    asked: tuple | None = None
+    editing: bool = False
+    """A method is at work: some layers may be changed already."""
 
 
-def _digest(model: nn.Module) -> str:
-    """The model's digest when it was first asked for: MEMIT asks again between the layers that it changes."""
+_LINEAGES: weakref.WeakKeyDictionary[nn.Module, _Lineage] = weakref.WeakKeyDictionary()
+
+
+def _lineage_of(model: nn.Module) -> _Lineage:
+    """The model's lineage; a new one if its weights are neither those it came with nor those that its last edit left."""
     from kne_easyedit.cache import model_digest
 
-    if model not in _DIGESTS:
-        _DIGESTS[model] = model_digest(model)
-    return _DIGESTS[model]
+    known, sketch = _LINEAGES.get(model), _sketch(model)
+    if known is None or sketch not in (known.original, known.edited):
+        forget_moments()
+        known = _LINEAGES[model] = _Lineage(model_digest(model), sketch)
+    return known
+
+
+@torch.no_grad()
+def _sketch(model: nn.Module) -> tuple:
+    """Tells other weights at a glance: up to 4096 values of every parameter, added up. A digest of all would cost a second an edit."""
+    sums = []
+    for parameter in model.parameters():
+        flat = parameter.detach().flatten()
+        sums.append(flat[:: max(1, len(flat) // 4096)].double().sum().cpu())
+    return tuple(torch.stack(sums).tolist())
 
 
 def _batches(texts: Sequence[Sequence[int]], same_length: bool = False) -> Iterator[list]:
