@@ -367,3 +367,16 @@ def test_summary_averages_as_easyedits_script_does():
     wanted = {"edit_success": 75, "portability": 25, "locality": 62.5, "fluency": 550, "seconds_per_edit": 2, "records": 2}
     assert {name: figures[name] for name in wanted} == approx(wanted)
     assert summarize([line({"rewrite_acc": [1.0], "portability": {}, "locality": {}})])["portability"] is None
+
+
+def test_kn_gets_the_models_own_answer_where_a_record_has_none(job, monkeypatch):
+    hparams = load_method("KN", Path(__file__).parents[1] / "hparams/KN/smollm2-135m.yaml")
+    job.hparams = {"KN": hparams}
+    job.requests[0] = {**job.requests[0], "ground_truth": None}
+    seen = []
+    apply = MethodEditor.apply
+    monkeypatch.setattr(MethodEditor, "apply", lambda self, requests: seen.append(requests[0]["ground_truth"]) or apply(self, requests))
+    run(job)
+    answer = lines_of(job)[0]["before"]
+    assert seen[0] and answer.strip().startswith(seen[0])
+    assert seen[1] == "Paris"
