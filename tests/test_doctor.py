@@ -15,15 +15,16 @@ from conftest import FACTS, GPT2_DOWN, GPTJ_DOWN, LLAMA_DOWN, fingerprint, make_
 from methods import HPARAMS, TINY
 from transformers import LlamaConfig
 
-from kne_easyedit import bridge, cli, doctor, trial
+from kne_easyedit import bridge, cli
 from kne_easyedit.batching import encode
 from kne_easyedit.bridge import patches
+from kne_easyedit.doctor import examination, trial
+from kne_easyedit.doctor.findings import FAILURE, OK, Finding, duration
+from kne_easyedit.doctor.memory import memory_needed
+from kne_easyedit.doctor.trial import Times
 from kne_easyedit.ensemble import select_ensemble
-from kne_easyedit.findings import FAILURE, OK, Finding, duration
 from kne_easyedit.layout import resolve_target
-from kne_easyedit.memory import memory_needed
 from kne_easyedit.training import ADAPTER, row_adapter, train_rows, write_rows
-from kne_easyedit.trial import Times
 
 SUBJECTS = {"France": "Rome", "Spain": "Oslo", "Peru": "Marie", "Italy": "Lima"}
 
@@ -103,12 +104,12 @@ def test_nothing_is_left_behind(plan, monkeypatch):
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
     loggers = [logging.getLogger(), *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
     before = random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), [list(own.handlers) for own in loggers]
-    here = doctor.Path.cwd()
+    here = examination.Path.cwd()
     assert plan.check() == 0
     assert before == (
         random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), [list(own.handlers) for own in loggers]
     )  # fmt: skip
-    assert doctor.Path.cwd() == here and not list(here.iterdir())
+    assert examination.Path.cwd() == here and not list(here.iterdir())
     ((model, start),) = loaded  # one model for both methods
     assert fingerprint(model) == start
 
@@ -192,11 +193,11 @@ def test_one_run_has_one_device_by_any_name(monkeypatch):
     def said(first, second):
         return [
             (finding.status, finding.text)
-            for finding in doctor.devices({"KNE": tiny_hparams(device=first), "FT": tiny_hparams(device=second)})
+            for finding in examination.devices({"KNE": tiny_hparams(device=first), "FT": tiny_hparams(device=second)})
         ]
 
     assert said("cpu", "cpu:0") == [(OK, "cpu, model in float32")]
-    monkeypatch.setattr(doctor, "resolve_device", torch.device)
+    monkeypatch.setattr(examination, "resolve_device", torch.device)
     assert said("cpu", "cuda:1") == [(FAILURE, "device: the files name different ones: cpu for KNE; cuda:1 for FT")]
 
 
@@ -279,14 +280,14 @@ def test_a_cache_that_cannot_be_written(plan, capsys, monkeypatch):
     assert f"FAILURE  cache: cache_dir: {plan.folder / 'file/scores'} cannot be written" in out
     assert "set cache_dir or KNE_CACHE" in out
     monkeypatch.setenv("KNE_CACHE", str(plan.folder / "cache"))
-    usage = doctor.shutil.disk_usage(plan.folder)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    usage = examination.shutil.disk_usage(plan.folder)
+    monkeypatch.setattr(examination.shutil, "disk_usage", lambda path: usage._replace(free=100))
     assert plan.check() == 1
     assert "FAILURE  cache: " in (out := capsys.readouterr().out) and "free some space" in out
 
 
 def test_memory_that_does_not_suffice(plan, capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "free_memory", lambda device: 2**17)
+    monkeypatch.setattr(examination, "free_memory", lambda device: 2**17)
     assert plan.check() == 1
     out = capsys.readouterr().out
     assert "FAILURE  memory of KNE: " in out and "0.1 MiB free on cpu (weights 0.1 MiB" in out
@@ -296,8 +297,8 @@ def test_memory_that_does_not_suffice(plan, capsys, monkeypatch):
 
 def test_a_gpu_takes_the_model_through_the_machines_memory(monkeypatch, tokenizer):
     free = {"cuda": 2**30, "cpu": 2**10}
-    monkeypatch.setattr(doctor, "free_memory", lambda device: free[device.type])
-    found = list(doctor.memory({"KNE": tiny_hparams(device=0)}, make_llama(), torch.device("cuda", 0), tokenizer, []))
+    monkeypatch.setattr(examination, "free_memory", lambda device: free[device.type])
+    found = list(examination.memory({"KNE": tiny_hparams(device=0)}, make_llama(), torch.device("cuda", 0), tokenizer, []))
     assert [(finding.name, finding.status) for finding in found] == [("memory of KNE", OK), ("memory of the machine", FAILURE)]
 
 
@@ -326,12 +327,12 @@ def test_an_easyedit_that_is_missing(plan, capsys, monkeypatch, tmp_path):
 
 
 def test_old_packages_and_switched_off_patches(monkeypatch):
-    monkeypatch.setattr(doctor, "version", lambda name: "0.1")
-    assert {finding.text.split()[0] for finding in doctor.packages() if finding.status == FAILURE} >= {"torch", "transformers", "peft"}
+    monkeypatch.setattr(examination, "version", lambda name: "0.1")
+    assert {finding.text.split()[0] for finding in examination.packages() if finding.status == FAILURE} >= {"torch", "transformers", "peft"}
     bridge.register()
     patch = next(patch for patch in patches.report() if patch.name == "model-switches")
     monkeypatch.setattr(patch, "state", patches.SWITCHED_OFF)
-    (found,) = (finding for finding in doctor.easyedit() if finding.name == "patch model-switches")
+    (found,) = (finding for finding in examination.easyedit() if finding.name == "patch model-switches")
     assert found.status == "warning" and "KNE_PATCHES_OFF" in found.way_out
 
 

@@ -45,7 +45,7 @@ def _load(paths: list[Path], plan: dict[str, object]):
     import yaml
 
     from kne_easyedit import bridge
-    from kne_easyedit.findings import failure
+    from kne_easyedit.doctor.findings import failure
     from kne_easyedit.hparams import KNEHyperParams
 
     for path in paths:

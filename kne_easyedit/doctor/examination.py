@@ -26,12 +26,8 @@ from kne_easyedit.bridge.editing import IN_CONTEXT
 from kne_easyedit.bridge.fluency import PUNKT
 from kne_easyedit.bridge.registry import RIGHT_PADDED
 from kne_easyedit.cache import scores_folder
-from kne_easyedit.ensemble import NeuronEnsemble
-from kne_easyedit.findings import FAILURE, OK, WARNING, Finding, failure, left_out, listed, size
-from kne_easyedit.hparams import KNEHyperParams, resolve_device
-from kne_easyedit.layout import count_parameters, resolve_target
-from kne_easyedit.machine import free_memory
-from kne_easyedit.memory import (
+from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, failure, left_out, listed, size
+from kne_easyedit.doctor.memory import (
     FORMULAE,
     TOKENS,
     adapted,
@@ -43,11 +39,13 @@ from kne_easyedit.memory import (
     vocabulary,
     without_weights,
 )
+from kne_easyedit.doctor.trial import try_out
+from kne_easyedit.ensemble import NeuronEnsemble
+from kne_easyedit.hparams import KNEHyperParams, resolve_device
+from kne_easyedit.layout import count_parameters, resolve_target
+from kne_easyedit.machine import free_memory
 from kne_easyedit.models import SMOLLM2
 from kne_easyedit.records import load_records, load_requests
-from kne_easyedit.trial import try_out
-
-__all__ = ["Finding", "examine", "memory_needed"]
 
 DATA = "data"
 

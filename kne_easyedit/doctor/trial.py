@@ -23,7 +23,7 @@ from torch import nn
 from kne_easyedit import bridge
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.cache import model_digest
-from kne_easyedit.findings import FAILURE, OK, Finding, duration, left_out, listed
+from kne_easyedit.doctor.findings import FAILURE, OK, Finding, duration, left_out, listed
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization import Localization
 from kne_easyedit.models import load_model

@@ -1,0 +1,7 @@
+"""A preflight check: what a planned run needs, what it lacks, and how long it will take."""
+
+from kne_easyedit.doctor.examination import examine
+from kne_easyedit.doctor.findings import Finding
+from kne_easyedit.doctor.memory import memory_needed
+
+__all__ = ["Finding", "examine", "memory_needed"]
