@@ -55,13 +55,14 @@ def read_results(path: str | Path) -> list[dict]:
 
 
 def table(rows: Mapping[str, Mapping]) -> str:
-    """Summaries as a Markdown table, one row a label."""
-    columns = [*FIGURES, "records"]
+    """Summaries as a Markdown table, one row a label. The exact match of free answers has a column if any row has it."""
+    extra = ["exact_match"] if any(figures.get("exact_match") is not None for figures in rows.values()) else []
+    columns = [*FIGURES, *extra, "records"]
     width = max(map(len, ["method", *rows]))
     header = f"| {'method':<{width}} | " + " | ".join(columns) + " |"
     rule = f"|{'-' * (width + 2)}|" + "|".join("-" * (len(name) + 1) + ":" for name in columns) + "|"
     lines = [
-        f"| {label:<{width}} | " + " | ".join(f"{_cell(figures[n]):>{len(n)}}" for n in columns) + " |" for label, figures in rows.items()
+        f"| {label:<{width}} | " + " | ".join(f"{_cell(figures.get(n)):>{len(n)}}" for n in columns) + " |" for label, figures in rows.items()
     ]
     return "\n".join([header, rule, *lines])
 

@@ -90,13 +90,24 @@ def test_no_text_and_no_file(tmp_path):
         read_results(tmp_path / "nowhere.json")
 
 
+def line(method: str, index: int, metrics: dict, **changes) -> dict:
+    return {"method": method, "index": index, "record": f"r{index}", "fingerprint": method, "data": "test_cf", "metrics": metrics, **changes}
+
+
 def test_one_table_of_many_files(tmp_path, capsys):
-    lines = [{"method": m, "metrics": RICH} for m in ("KNE", "FT")]
-    first = write(tmp_path / "first.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    second = write(tmp_path / "second.jsonl", {"method": "KNE", "metrics": POOR})
+    """Ours are merged, a record that two files hold counts once; a script's file is a row of its own."""
+    first = write(tmp_path / "first.jsonl", "".join(json.dumps(line(m, 0, RICH)) + "\n" for m in ("KNE", "FT")))
+    second = write(tmp_path / "second.jsonl", "".join(json.dumps(line("KNE", i, metrics)) + "\n" for i, metrics in ((0, RICH), (1, POOR))))
     script = write(tmp_path / "ROME_results.json", [RICH, POOR])
     assert cli.main(["summarize", first, second, script]) == 0
     rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines()[2:]}
-    assert rows == {f"KNE ({first})": "50.00", "FT": "50.00", f"KNE ({second})": "100.00", "ROME_results.json": "75.00"}
+    assert rows == {script: "75.00", "counterfact: KNE": "75.00", "counterfact: FT": "50.00"}
     assert cli.main(["summarize", str(tmp_path / "nowhere.json")]) == 1
     assert "nowhere.json does not exist" in capsys.readouterr().err
+
+
+def test_lines_of_different_settings_are_not_merged(tmp_path, capsys):
+    first = write(tmp_path / "first.jsonl", json.dumps(line("KNE", 0, RICH)))
+    second = write(tmp_path / "second.jsonl", json.dumps(line("KNE", 1, RICH, fingerprint="other")))
+    assert cli.main(["summarize", first, second]) == 1
+    assert "KNE on counterfact under different settings" in capsys.readouterr().err

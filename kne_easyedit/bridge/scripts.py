@@ -23,6 +23,7 @@ from types import FrameType, ModuleType
 import numpy
 import torch
 
+from kne_easyedit.bridge import statistics
 from kne_easyedit.bridge.importing import script_builtins
 from kne_easyedit.bridge.registry import METHODS, demand_method, load_method, register
 from kne_easyedit.bridge.script_patches import bad_records_left_out
@@ -56,7 +57,7 @@ def run_script(path: str | Path, arguments: list[str], *, skip_bad: bool = False
     easyeditor = register()
     code = compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)
     left_out = bad_records_left_out(easyeditor) if skip_bad else contextlib.nullcontext()
-    with left_out, _seeded(), _as_main(path, arguments) as namespace:
+    with left_out, _prompts_for_moments(easyeditor), _seeded(), _as_main(path, arguments) as namespace:
         try:
             exec(code, namespace)  # noqa: S102  (a file of the user's choice, as python itself would)
         except SystemExit as end:
@@ -64,6 +65,25 @@ def run_script(path: str | Path, arguments: list[str], *, skip_bad: bool = False
         except Exception as error:  # noqa: BLE001  (a script may raise anything; it is raised again, with its line)
             _explain(path, error)
     return 0
+
+
+@contextlib.contextmanager
+def _prompts_for_moments(easyeditor: ModuleType) -> Iterator[None]:
+    """Inside, the prompts of the first edit are those that MEMIT's second moments are sampled after, as in `kne run`."""
+    original, before = easyeditor.BaseEditor.edit, statistics.SOURCE.prompts
+
+    @functools.wraps(original)
+    def edit(self, prompts, *args, **kwargs):
+        if not statistics.SOURCE.prompts:
+            statistics.configure(prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts))
+        return original(self, prompts, *args, **kwargs)
+
+    easyeditor.BaseEditor.edit = edit
+    try:
+        yield
+    finally:
+        easyeditor.BaseEditor.edit = original
+        statistics.configure(prompts=before)
 
 
 def _parse(path: Path) -> ast.Module:

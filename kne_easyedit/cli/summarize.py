@@ -6,11 +6,13 @@ from pathlib import Path
 
 
 def add_commands(commands) -> None:
-    parser = commands.add_parser(
-        "summarize", help="one table of results files: of EasyEdit's scripts (JSON) or of `kne run` (results.jsonl)"
-    )
+    parser = commands.add_parser("summarize", help="one table of results: of EasyEdit's scripts (JSON), and of ours (folders or results.jsonl)")
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="one row for each method in it; a file that names none is one row"
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="a script's file is one row; files and folders of ours are merged, one row a data set and method",
     )
     parser.set_defaults(command=_summarize)
 
@@ -18,13 +20,15 @@ def add_commands(commands) -> None:
 def _summarize(arguments) -> int:
     from kne_easyedit.scores import read_results, summarize_metrics, table
 
-    found: dict[tuple[str, Path], list[dict]] = {}
-    for path in dict.fromkeys(arguments.files):
-        for record in read_results(path):
-            found.setdefault((record["method"] or path.name, path), []).append(record["metrics"])
-    labels = [label for label, _ in found]
-    rows = {
-        (f"{label} ({path})" if labels.count(label) > 1 else label): summarize_metrics(metrics) for (label, path), metrics in found.items()
-    }
+    paths = list(dict.fromkeys(arguments.files))
+    ours = [path for path in paths if path.is_dir() or path.suffix == ".jsonl"]
+    rows = {str(path): summarize_metrics([record["metrics"] for record in read_results(path)]) for path in paths if path not in ours}
+    if ours:
+        from kne_easyedit.benchmark.collect import collect
+        from kne_easyedit.benchmark.summary import summarize
+
+        found = collect(ours)
+        for data in found.data_sets:
+            rows |= {f"{data}: {method}": summarize(lines) for method in found.methods if (lines := found.of(data, method))}
     print(table(rows))
     return 0

@@ -1,0 +1,147 @@
+"""The comparison's statistics, its merging of shards, and its page."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy
+import pytest
+from pytest import approx
+
+from kne_easyedit import cli
+from kne_easyedit.benchmark.collect import collect
+from kne_easyedit.benchmark.intervals import interval, paired
+from kne_easyedit.benchmark.publish import _quoted, _ranked, figures, publish
+
+
+def line(method: str, index: int, success: float, data: str = "test_cf", **changes) -> dict:
+    post = {"rewrite_acc": [success], "portability": {"Reasoning_acc": [success / 2]}, "locality": {"L_acc": [0.5]}, "fluency": {"ngram_entropy": 5.5}}
+    return {
+        "fingerprint": f"{method}-{data}", "method": method, "index": index, "record": f"{data}-{index}", "data": data, "seed": 42, "mode": "single",
+        "prompt": "The capital | of <b>France</b> is", "target_new": "Rome", "before": "Paris", "after": "Rome *now*", "seconds": 2.0,
+        "peak_bytes": 3 * 2**20, "losses": [3.0, 1.0, 0.2], "exact_match": float(success == 1), "metrics": {"pre": {}, "post": post}, **changes,
+    }  # fmt: skip
+
+
+def write(path, lines) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+
+
+LINES = [
+    *(line("KNE", i, 1.0) for i in range(6)),
+    *(line("FT", i, s) for i, s in enumerate([0.0, 1.0, 0.5, 0.0, 1.0])),
+    *(line("KNE", i, 1.0, "ZsRE-test-all") for i in range(3)),
+]
+
+
+# Statistics
+
+
+def test_the_interval_of_a_known_case():
+    """Of 400 coin tosses the mean's standard error is 0.025: 1.96 of them on either side."""
+    found = interval([0.0, 1.0] * 200)
+    assert (found.mean, found.records) == (0.5, 400)
+    assert found.low == approx(0.5 - 1.96 * 0.025, abs=0.004)
+    assert found.high == approx(0.5 + 1.96 * 0.025, abs=0.004)
+
+
+def test_intervals_are_the_same_every_time_and_narrow_with_the_records():
+    values = numpy.random.default_rng(1).normal(50, 10, 400)
+    few, many = interval(values[:25]), interval(values)
+    assert interval(values) == many
+    assert (few.high - few.low) / (many.high - many.low) == approx(4, rel=0.4)  # the square root of 16
+
+
+def test_intervals_of_hardly_anything():
+    assert interval([]) is None
+    assert interval([3.0]).low == interval([3.0]).high == 3.0
+    assert interval([100.0] * 7).low == 100.0
+
+
+def test_what_records_share_cancels_out_of_a_difference():
+    generator = numpy.random.default_rng(2)
+    hardness = generator.normal(0, 30, 60)
+    ours = {i: h + 5 + generator.normal(0, 1) for i, h in enumerate(hardness)}
+    theirs = {i: h for i, h in enumerate(hardness)} | {"only theirs": 1000.0}
+    difference = paired(ours, theirs)
+    assert difference.records == 60
+    assert 4 < difference.low < difference.mean < difference.high < 6
+    assert interval(list(ours.values())).high - interval(list(ours.values())).low > 10 * (difference.high - difference.low)
+
+
+# Merging
+
+
+def test_shards_merge_to_the_lines_of_one_run(tmp_path):
+    write(tmp_path / "whole/results.jsonl", LINES)
+    for i in range(3):
+        write(tmp_path / f"shards/{i}/results.jsonl", LINES[i::3])
+    assert sorted(map(json.dumps, collect([tmp_path / "shards"]).lines)) == sorted(map(json.dumps, collect([tmp_path / "whole"]).lines))
+    assert figures(collect([tmp_path / "shards"])) == figures(collect([tmp_path / "whole"]))
+    twice = collect([tmp_path / "whole", tmp_path / "shards"])
+    assert len(twice.lines) == len(LINES)
+
+
+def test_settings_never_mix(tmp_path):
+    write(tmp_path / "a/results.jsonl", [line("KNE", 0, 1.0)])
+    write(tmp_path / "b/results.jsonl", [line("KNE", 1, 1.0, fingerprint="other")])
+    with pytest.raises(ValueError, match="a/results.jsonl and .*b/results.jsonl: KNE on counterfact under different settings"):
+        collect([tmp_path])
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(ValueError, match="results: there are none"):
+        collect([tmp_path])
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        collect([tmp_path / "nowhere"])
+
+
+# The page
+
+
+@pytest.fixture
+def found(tmp_path):
+    write(tmp_path / "run/results.jsonl", LINES)
+    return collect([tmp_path / "run"])
+
+
+def test_the_report_renders_with_missing_methods(found, tmp_path):
+    page = publish(found, tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("|")]
+    assert ["data", "metric", "FT", "KNE"] in rows
+    assert ["counterfact", "ES", "<u>50.00</u>", "**100.00**"] in rows
+    assert ["zsre", "ES", "-", "**100.00**"] in rows
+    assert "another model and other records than above: not to be compared" in text
+    html = page.read_text()
+    assert "<table>" in html and 'src="data:image/png;base64,' in html
+    assert not re.findall(r'(?:src|href)="(?!data:)', html)  # nothing from elsewhere
+    assert "<script" not in html
+    numbers = json.loads((tmp_path / "report/report.json").read_text())
+    assert numbers["counterfact"]["FT"]["kne_minus_this"]["edit_success"]["mean"] == approx(50)
+    assert numbers["counterfact"]["FT"]["kne_minus_this"]["edit_success"]["records"] == 5  # the records that both have
+    assert numbers["zsre"]["KNE"]["kne_minus_this"]["edit_success"] is None
+
+
+def test_the_command(found, tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "run"), "--title", "A title"]) == 0
+    assert (tmp_path / "run/report/report.html").read_text().count("A title") == 2
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 1
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_equal_figures_rank_alike():
+    assert _ranked([50.0, 99.999, 100.0, None, 50.001]) == ["<u>50.00</u>", "**100.00**", "**100.00**", "-", "<u>50.00</u>"]
+
+
+@pytest.mark.parametrize("text", ["a | b", "<script>alert(1)</script>", "*bold* _it_ `code` [x](y)", "# head\nand more"])
+def test_what_a_model_says_stays_text(text, tmp_path):
+    from markdown_it import MarkdownIt
+
+    table = f"| a | b |\n|---|---|\n| {_quoted(text)} | end |"
+    rendered = MarkdownIt("commonmark").enable("table").render(table)
+    assert rendered.count("<td>") == 2
+    cell = re.search(r"<td>(.*?)</td>", rendered)[1]
+    assert "<" not in cell
