@@ -57,7 +57,7 @@ def collect(paths: Iterable[str | Path]) -> Collection:
             group = (line["data"], line["method"], line.get("seed"), line.get("mode"))
             known, where = settings.setdefault(group, (line["fingerprint"], file))
             if known != line["fingerprint"]:
-                raise ValueError(f"{where} and {file}: {line['method']} on {line['data']} under different settings; report them apart")
+                raise ValueError(f"{where} and {file}: {line['method']} on {line['data']} under different settings; report them apart, or give each a label of its own (method.label)")
             merged[(*group, line["index"], line["record"])] = line
     if not merged:
         raise ValueError(f"results: there are none in {', '.join(map(str, paths))}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kne_easyedit import bridge
-from kne_easyedit.benchmark.job import Run
+from kne_easyedit.benchmark.job import Run, digest
 from kne_easyedit.bridge import statistics
 from kne_easyedit.models import load_model
 from kne_easyedit.records import load_records
@@ -19,7 +19,9 @@ def job_folder(settings: Mapping) -> Path:
     """Where a job's files lie: told by what it is, so that the same job finds them again."""
     i, n = shard_of(settings["shard"])
     model, data, method = settings["model"]["file"], settings["data"]["name"], settings["method"]["label"]
-    return Path(settings["out"]) / model / data / method / f"seed-{settings['seed']}" / f"shard-{i}-of-{n}"
+    overrides = {**settings["model"]["settings"], **settings["method"]["settings"]}
+    name = f"{method}-{digest(overrides)[:6]}" if overrides else method  # so that a sweep's jobs keep apart
+    return Path(settings["out"]) / model / data / name / f"seed-{settings['seed']}" / f"shard-{i}-of-{n}"
 
 
 def shard_of(text: str) -> tuple[int, int]:

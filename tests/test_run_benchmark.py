@@ -1,0 +1,137 @@
+"""scripts/run_benchmark.py as people call it: multirun with two workers, shards, a kill, launchers by configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_llama, make_tokenizer
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from test_benchmark import record
+
+from kne_easyedit.benchmark.collect import collect
+from kne_easyedit.benchmark.config import shard_of
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "on_bad_record=fail", "+model.settings.model_name=tiny-model", "+method.settings.layers=[2]", "statistics.samples=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model, three records and facts to localise on."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    make_llama().save_pretrained(folder / "tiny-model")
+    make_tokenizer().save_pretrained(folder / "tiny-model")
+    (folder / "records.json").write_text(json.dumps([record(), record("Spain", "Oslo"), record("Peru", "Marie")]))
+    (folder / "facts.json").write_text(json.dumps([record("Italy", "Madrid"), record("Rome", "Lima")]))
+    return folder
+
+
+def command(place: Path, out: str, *overrides: str) -> list[str]:
+    data = ["benchmark/data@data=embedded", "data.name=tiny", "data.file=records.json", "data.offset=0", "data.localization.file=facts.json"]
+    return [sys.executable, str(ROOT / "scripts/run_benchmark.py"), "-m", *data, *TINY, f"out={out}", *overrides]
+
+
+def environment(place: Path) -> dict[str, str]:
+    return {**os.environ, "KNE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
+
+
+def run(place: Path, out: str, *overrides: str) -> None:
+    done = subprocess.run(command(place, out, *overrides), cwd=place, env=environment(place), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def figures_of(folder: Path) -> list[dict]:
+    """The lines without what time alone decides."""
+    drop = ("seconds", "peak_bytes")
+    return sorted(({k: v for k, v in line.items() if k not in drop} for line in collect([folder]).lines), key=lambda l: (l["method"], l["index"]))
+
+
+def test_two_methods_with_two_workers_and_shards_equal_one_run(place):
+    """Joblib for real; the shards' lines merge to exactly those of one run, which a second run repeats exactly."""
+    run(place, "whole", "benchmark/method@method=kne,ft")
+    run(place, "parts", "benchmark/method@method=kne,ft", "shard=0/2,1/2", "hydra/launcher=two_workers")
+    whole = figures_of(place / "whole")
+    assert [(line["method"], line["index"]) for line in whole] == [("FT", 0), ("FT", 1), ("FT", 2), ("KNE", 0), ("KNE", 1), ("KNE", 2)]
+    assert figures_of(place / "parts") == whole
+    assert len(list((place / "parts").rglob("results.jsonl"))) == 4
+    assert len(list((place / "whole/before").glob("*.json"))) == 3  # both methods share what was measured before the edits
+    manifest = json.loads(next((place / "whole").rglob("KNE*/**/manifest.json")).read_text())
+    wanted = {"easyedit", "model", "data", "methods", "seed", "padding", "fluency_variant", "machine", "environment", "fingerprints"}
+    assert wanted <= set(manifest)
+    assert len(manifest["data"]["sha256"]) == len(manifest["model"]["sha256"]) == 64
+
+
+def test_a_killed_run_goes_on_and_repeats_nothing(place):
+    process = subprocess.Popen(
+        command(place, "killed", "benchmark/method@method=ft", "+model.settings.num_steps=60"),
+        cwd=place, env=environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not any(file.read_text().count("\n") for file in (place / "killed").rglob("results.jsonl")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (results,) = (place / "killed").rglob("results.jsonl")
+    kept = results.read_text()
+    assert 1 <= kept.count("\n") < 3, "killed too late to show anything"
+    run(place, "killed", "benchmark/method@method=ft", "+model.settings.num_steps=60")
+    assert results.read_text().startswith(kept[: kept.rindex("\n") + 1])
+    assert [json.loads(line)["index"] for line in results.read_text().splitlines()] == [0, 1, 2]
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(config_dir=str(ROOT / "hparams"), version_base="1.3"):
+        return compose("benchmark", overrides=list(overrides), return_hydra_config=True)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "plugin", "settings"),
+    [
+        ("two_workers", "joblib_launcher.JoblibLauncher", {"n_jobs": 2}),
+        ("slurm", "submitit_launcher.SlurmLauncher", {"timeout_min": 720, "gpus_per_node": 1, "cpus_per_task": 8, "mem_gb": 64}),
+        ("ray_cluster", "ray_launcher.RayLauncher", {"ray": {"init": {"address": "auto"}, "remote": {"num_cpus": 8, "num_gpus": 1}}}),
+    ],
+)
+def test_launchers_are_a_matter_of_configuration(launcher, plugin, settings):
+    """Composed against the plugin's own schema: a setting that it does not know would be refused."""
+    found = OmegaConf.to_container(composed(f"hydra/launcher={launcher}").hydra.launcher)
+    assert found["_target_"].endswith(plugin)
+    assert {name: found[name] for name in settings} == settings
+
+
+def test_a_launchers_setting_that_its_plugin_does_not_know_is_refused():
+    with pytest.raises(Exception, match="minutes"):
+        composed("hydra/launcher=slurm", "hydra.launcher.minutes=3")
+
+
+@pytest.mark.parametrize("method", sorted(path.stem for path in (ROOT / "hparams/benchmark/method").glob("*.yaml")))
+@pytest.mark.parametrize("data", sorted(path.stem for path in (ROOT / "hparams/benchmark/data").glob("*.yaml")))
+def test_every_combination_of_groups_composes_and_its_hparams_are_there(method, data):
+    for model in sorted(path.stem for path in (ROOT / "hparams/benchmark/model").glob("*.yaml")):
+        config = composed(f"benchmark/method@method={method}", f"benchmark/data@data={data}", f"benchmark/model@model={model}")
+        assert (ROOT / "hparams" / config.method.hparams / f"{config.model.file}.yaml").is_file()
+
+
+def test_the_facts_of_localisation_are_none_of_those_that_are_edited():
+    for data in ("counterfact", "zsre", "recent", "embedded"):
+        found = composed(f"benchmark/data@data={data}").data
+        if found.file == found.localization.file:
+            localised = range(found.localization.offset, found.localization.offset + found.localization.size)
+            edited = range(found.offset, found.offset + (found.records or 10**6))
+            assert not set(localised) & set(edited), data
+
+
+@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0", ""])
+def test_a_shard_that_is_none(text):
+    with pytest.raises(ValueError, match="shard: .* is no part i/n"):
+        shard_of(text)
