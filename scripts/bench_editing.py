@@ -1,0 +1,192 @@
+"""Measure edits. Every figure of docs/performance.md on editing comes from one of these commands.
+
+    python scripts/bench_editing.py step      # one training step against a plain forward and backward pass
+    python scripts/bench_editing.py profile   # where an edit's time goes
+    python scripts/bench_editing.py methods   # seconds an edit: KNE, and EasyEdit's FT and AdaLoRA
+    python scripts/bench_editing.py memory    # memory above the weights for Llama-2-7B's architecture, by calculation
+
+What is compared is interleaved, and medians are taken: machines are noisy. The facts are the first of --data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from kne_easyedit import KNEHyperParams, compute_edit, restore
+from kne_easyedit.batching import collate, encode_request
+from kne_easyedit.cli.common import shipped
+from kne_easyedit.layout import device_of
+from kne_easyedit.localization import find_ensemble
+from kne_easyedit.machine import environment, hardware, keep_large_blocks
+from kne_easyedit.models import load_model
+from kne_easyedit.records import load_requests
+from kne_easyedit.state import undisturbed
+from kne_easyedit.training import ADAPTER, answer_loss, row_adapter, write_rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hparams", type=Path, default=shipped() / "KNE" / "smollm2-135m.yaml")
+    parser.add_argument("--data", default="embedded")
+    parser.add_argument("--records", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("what", choices=("step", "profile", "methods", "memory"))
+    arguments = parser.parse_args()
+    if arguments.what == "memory":
+        memory()
+        return
+    keep_large_blocks()
+    hparams = KNEHyperParams.from_hparams(arguments.hparams)
+    model, tokenizer = load_model(hparams)
+    requests = load_requests(arguments.data, arguments.records, 0 if arguments.data != "embedded" else hparams.localization_size)
+    print(f"{hparams.model_name}, {len(requests)} facts of {arguments.data}; {environment(model)}; {hardware()}")
+    find_ensemble(model, tokenizer, requests, hparams)
+    {"step": step, "profile": profile, "methods": methods}[arguments.what](model, tokenizer, requests, hparams, arguments.repeats)
+
+
+def step(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int) -> None:
+    """One step of KNE (loss, gradients of the rows, AdamW) against loss and gradients of the embedded prompt only."""
+    ensemble, ratios = find_ensemble(model, tokenizer, requests, hparams), []
+    for request in requests:
+        batch = collate([encode_request(tokenizer, request)]).to(device_of(model))
+
+        def plain() -> None:
+            embedded = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_(True)
+            with torch.enable_grad():
+                out = model(inputs_embeds=embedded, attention_mask=batch.attention_mask, use_cache=False)
+                answers = batch.labels[:, 1:] != -100
+                loss = nn.functional.cross_entropy(out.logits[:, :-1][answers].float(), batch.labels[:, 1:][answers])
+                torch.autograd.grad(loss, embedded)
+
+        with undisturbed(model):
+            times: dict[str, list[float]] = {"KNE": [], "plain": []}
+            for _ in range(repeats + 1):
+                times["plain"].append(timed(plain))
+                with row_adapter(model, ensemble, hparams) as layers:
+                    parameters = [layer.lora_A[ADAPTER].weight for layer in layers.values()]
+                    optimizer = torch.optim.AdamW(parameters, lr=hparams.lr)
+
+                    def trained() -> None:
+                        with torch.enable_grad():
+                            loss = answer_loss(model, batch)
+                            loss.item()
+                            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+                                parameter.grad = gradient
+                            optimizer.step()
+
+                    trained()  # AdamW makes its moments in the first step
+                    times["KNE"].append(median(timed(trained) for _ in range(3)))
+        kne, without = (median(values[1:]) for values in (times["KNE"], times["plain"]))
+        ratios.append(kne / without)
+        print(f"{batch.input_ids.shape[1]:>3} tokens: KNE {1000 * kne:6.1f} ms, plain {1000 * without:6.1f} ms, ratio {ratios[-1]:.2f}")
+    print(f"median ratio {median(ratios):.2f}")
+
+
+def profile(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int) -> None:
+    """Share of an edit that is spent outside the model's forward passes and autograd."""
+    inside = {"forward": 0.0, "backward": 0.0}
+    shares = []
+    for request in requests * repeats:
+        inside.update(forward=0.0, backward=0.0)
+        with timing(model, "forward", inside, "forward"), timing(torch.autograd, "grad", inside, "backward"):
+            start = time.perf_counter()
+            edit = compute_edit(model, tokenizer, [request], hparams)
+            computed = time.perf_counter()
+            originals = write_rows(model, edit)
+            total = time.perf_counter() - start
+        writing = start + total - computed
+        restore(model, originals)
+        shares.append(1 - sum(inside.values()) / total)
+        print(
+            f"{total:5.2f} s, {edit.steps:>2} steps: forward {inside['forward'] / total:5.1%}, backward {inside['backward'] / total:5.1%}, "
+            f"writing the rows {writing / total:5.1%}, all outside {shares[-1]:5.1%}"
+        )
+    print(f"median outside forward and backward {median(shares):.1%}")
+
+
+def methods(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int) -> None:
+    """Seconds an edit of three methods, on the same facts, taking turns."""
+    from kne_easyedit import bridge
+
+    settings = {"KNE": hparams} | {m: bridge.load_method(m, shipped() / m / f"{arguments_model(hparams)}.yaml") for m in ("FT", "AdaLoRA")}
+    found: dict[str, list[float]] = {method: [] for method in settings}
+    steps: dict[str, list[int]] = {method: [] for method in settings}
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        os.chdir(folder)  # EasyEdit writes ./logs
+        try:
+            for _ in range(max(1, repeats // 2)):
+                for request in requests:
+                    for method, its in settings.items():
+                        with contextlib.redirect_stdout(io.StringIO()):
+                            editor = bridge.MethodEditor(its, model, tokenizer)
+                            found[method].append(timed(lambda: editor.apply([request])))
+                            steps[method].append(len(editor.losses))
+                            editor.undo()
+        finally:
+            os.chdir(here)
+    for method, values in found.items():
+        print(f"{method:<8} {median(values):6.2f} s an edit, {median(steps[method]):.0f} losses computed; {median(values) / median(found['KNE']):5.2f} of KNE's time")
+
+
+def memory() -> None:
+    """Memory above the weights of one edit of Llama-2-7B's architecture."""
+    from transformers import LlamaConfig
+
+    from kne_easyedit.doctor import memory_needed
+
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000)
+    for name, bf16 in (("float32", False), ("bfloat16", True)):
+        hparams = KNEHyperParams(model_name="llama-2-7b", target_modules=["model.layers.{}.mlp.down_proj"], bf16=bf16, device="cpu")
+        needed = memory_needed(config, hparams)
+        above = sum(size for purpose, size in needed.items() if purpose != "weights")
+        print(f"{name}: {above / 2**30:.2f} GiB above the weights (" + ", ".join(f"{p} {s / 2**30:.2f}" for p, s in needed.items()) + ")")
+
+
+def arguments_model(hparams: KNEHyperParams) -> str:
+    return Path(str(hparams.model_name)).name
+
+
+@contextlib.contextmanager
+def timing(owner, name: str, into: dict[str, float], key: str):
+    """Adds the seconds that ``owner.name(...)`` takes to ``into[key]``."""
+    original = getattr(owner, name)
+
+    def timed_call(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            into[key] += time.perf_counter() - start
+
+    setattr(owner, name, timed_call)
+    try:
+        yield
+    finally:
+        if isinstance(owner, nn.Module):
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+def timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
