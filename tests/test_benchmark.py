@@ -319,6 +319,20 @@ def test_batch_size_of_the_hparams_in_single_edits(job):
         run(job)
 
 
+def test_a_template_that_only_kne_asks_for(job):
+    job.hparams["KNE"].use_chat_template = True
+    with pytest.raises(ValueError, match="use_chat_template: KNE's hparams ask for it, the run does not"):
+        run(job)
+
+
+def test_the_callers_hparams_stay_as_they_are(job):
+    job.tokenizer.chat_template = "{% for m in messages %}What is {{ m['content'] }} ?{% endfor %}"
+    job.chat_template = True
+    before = deepcopy(job.hparams)
+    run(job)
+    assert job.hparams == before
+
+
 @pytest.mark.parametrize(
     ("answer", "target", "right"),
     [

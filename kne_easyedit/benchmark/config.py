@@ -52,11 +52,10 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
     hparams = replace(hparams, **overrides)
     i, n = shard_of(settings["shard"])
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
-    # Of all records, so that every shard has the same second moments.
-    statistics.configure(**settings["statistics"], prompts=tuple(request["prompt"] for request in requests))
+    statistics.configure(**settings["statistics"])
     model, tokenizer = load_model(hparams)
     return Run(
         model, tokenizer, requests[i::n], {method["label"]: hparams}, str(data["file"]), job_folder(settings),
         seed=settings["seed"], skip_bad=settings["on_bad_record"] == "skip", complaints=complaints,
-        before_folder=Path(settings["out"]) / "before", **evaluation,
+        before_folder=Path(settings["out"]) / "before", moment_prompts=[request["prompt"] for request in requests], **evaluation,
     )  # fmt: skip

@@ -41,6 +41,8 @@ class Run:
     skip_bad: bool = False
     before_folder: Path | None = None
     """Where evaluations of the unedited model are kept and looked up; None: in ``folder``. Several runs may share it."""
+    moment_prompts: Sequence[str] | None = None
+    """Prompts that text for second moments (MEMIT) is sampled after; None: those of ``requests``. Shards share them."""
     complaints: list[str] = field(default_factory=list)
     """Records left out so far, and why."""
 
@@ -54,6 +56,9 @@ class Run:
             raise ValueError(f"retention_every: {self.retention_every} must be at least 1")
         if not self.requests:
             raise ValueError("records: there are none")
+        for method, hparams in self.hparams.items():
+            if getattr(hparams, "use_chat_template", False) and not self.chat_template:
+                raise ValueError(f"use_chat_template: {method}'s hparams ask for it, the run does not; ask for it there (--chat-template): all methods share it")
         if self.mode != "batch":
             for method, hparams in self.hparams.items():
                 if hparams.alg_name == "KNE" and hparams.batch_size != 1:

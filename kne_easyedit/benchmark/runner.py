@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -57,8 +58,8 @@ class _Runner:
         self.job = job
         bridge.register()
         statistics.SOURCE.made.clear()
-        if not statistics.SOURCE.prompts:
-            statistics.configure(prompts=tuple(request["prompt"] for request in job.requests))
+        prompts = job.moment_prompts if job.moment_prompts is not None else [request["prompt"] for request in job.requests]
+        statistics.configure(prompts=tuple(prompts))
         self.weights = model_digest(job.model)
         self.model_name = str(next(iter(job.hparams.values())).model_name)
         self.variant = bridge.fluency_variant()
@@ -86,6 +87,8 @@ class _Runner:
             editors = {}
             for method, hparams in job.hparams.items():
                 with self.quiet():
+                    if hparams.alg_name == KNE:
+                        hparams = replace(hparams, use_chat_template=job.chat_template)
                     editors[method] = bridge.MethodEditor(deepcopy(hparams), job.model, deepcopy(job.tokenizer))
                     editors[method].demand_batch(job.batch_size if job.mode == "batch" else 1)
                     if job.mode == "sequential":
@@ -234,7 +237,7 @@ class _Runner:
 
     def _localize(self, method: str, hparams) -> dict:
         """Finds KNE's ensemble before the first edit, so that no edit pays for it, and describes it."""
-        hparams.use_chat_template = self.job.chat_template
+        hparams = replace(hparams, use_chat_template=self.job.chat_template)
         if hparams.ensemble is None and hparams.localization_data is None:
             return {"facts": None, "note": "every edit localises on its own request"}
         start = time.perf_counter()

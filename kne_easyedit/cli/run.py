@@ -72,7 +72,7 @@ def _run(arguments) -> int:
 
     skip = arguments.on_bad_record == "skip"
     requests, complaints = _load_records(arguments.data, arguments.records, arguments.offset, arguments.on_bad_record)
-    statistics.configure(file=arguments.stats_text, samples=arguments.stats_samples, prompts=tuple(r["prompt"] for r in requests))
+    statistics.configure(file=arguments.stats_text, samples=arguments.stats_samples)
     return _execute(
         hparams, requests, arguments.data, arguments.out, again=arguments.again, seed=arguments.seed, skip_bad=skip, complaints=complaints,
         mode=arguments.mode, batch_size=arguments.batch_size, retention_every=arguments.retention_every, chat_template=arguments.chat_template,
