@@ -214,8 +214,9 @@ def in_process(home: str, off: str, methods: list[str], keep: Path, smollm2: str
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
     found = _in_process(home, off, methods, smollm2)
-    keep.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(found), encoding="utf-8")
+    if "failed" not in found:  # a process that was killed must be run again
+        keep.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
