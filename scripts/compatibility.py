@@ -210,7 +210,7 @@ def _error(label: str, mode: str, stats: Path) -> str | None:
 
 def in_process(home: str, off: str, methods: list[str], keep: Path, smollm2: str | None = None) -> dict:
     """The cells of one EasyEdit, with some patches switched off, in a process of its own; kept in ``keep``."""
-    kept = keep / f"{Path(home).name}-{off or 'all-patches'}{'-smollm2' if smollm2 else ''}-{'-'.join(methods)}.json"
+    kept = kept_file(keep, home, off, methods, smollm2 is not None)
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
     found = _in_process(home, off, methods, smollm2)
@@ -218,6 +218,10 @@ def in_process(home: str, off: str, methods: list[str], keep: Path, smollm2: str
         keep.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(found), encoding="utf-8")
     return found
+
+
+def kept_file(keep: Path, home: str, off: str, methods: list[str], smollm2: bool) -> Path:
+    return keep / f"{Path(home).name}-{off or 'all-patches'}{'-smollm2' if smollm2 else ''}-{'-'.join(methods)}.json"
 
 
 def _in_process(home: str, off: str, methods: list[str], smollm2: str | None) -> dict:
@@ -306,8 +310,9 @@ has no such thing, for the reason of the note. `kne doctor` lists the patches of
 SMOLLM2 = """
 ## On a real model
 
-SmolLM2-135M-Instruct, the first 3 records of {data}, the shipped settings, all methods edit by edit, KNE and FT also in a
-row and 3 facts at once, on 2 CPU cores that had other work. Three records say that a method runs, not how good it is.
+SmolLM2-135M-Instruct, the first 3 records of {data}, the shipped settings, edit by edit, KNE and FT also in a row and 3
+facts at once (`kne run`'s modes), on 2 CPU cores that had other work. Three records say that a method runs, not how good
+it is. Methods of which a version has no row were not run there on this model, or it does not have them.
 """
 
 
@@ -317,6 +322,7 @@ def main() -> None:
     parser.add_argument("--dates", nargs="*", default=[], help="a date for each checkout, for the headings")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--smollm2", metavar="DATA", help="KnowEdit file: also edit 3 of its records of SmolLM2 (half an hour a version)")
+    parser.add_argument("--smollm2-methods", nargs="+", default=list(METHODS), choices=METHODS, help="only these on SmolLM2 (default: all)")
     parser.add_argument("--keep", type=Path, default=Path("outputs/compatibility"), help="folder of what is done: an interrupted run goes on from there")
     parser.add_argument("--out", type=Path, default=Path("docs/compatibility.md"))
     parser.add_argument("--cells", nargs="+", help=argparse.SUPPRESS)
@@ -335,7 +341,10 @@ def main() -> None:
     dates = dict(zip([home for home in arguments.easyedit if home != "pypi"], arguments.dates))
     for home in arguments.easyedit:
         found[home] = {**version(home, arguments.methods, arguments.keep), "date": dates.get(home, "")}
-    real = {home: in_process(home, "", arguments.methods, arguments.keep, arguments.smollm2) for home in arguments.easyedit} if arguments.smollm2 else {}
+    real = {}
+    for home in arguments.easyedit if arguments.smollm2 else ():
+        whole = kept_file(arguments.keep, home, "", list(METHODS), True).is_file()  # done with all methods before
+        real[home] = in_process(home, "", list(METHODS) if whole else arguments.smollm2_methods, arguments.keep, arguments.smollm2)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text_of(found, real, arguments.smollm2), encoding="utf-8")
     print(f"Written to {arguments.out}")

@@ -136,7 +136,7 @@ for patch in (
     ),
     SourcePatch(
         "generation-mask",
-        "generate_fast masks the text so far, so that fluency and context templates are garbage for models not named llama (since 2024)",
+        "generate_fast masks the text so far, so that fluency and context templates are garbage for models not named llama (since 2025)",
         transformer=_GenerationMask,
         modules=("util.generate",),
     ),
