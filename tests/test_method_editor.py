@@ -290,8 +290,8 @@ def test_a_label_adds_the_setting_that_a_file_leaves_out(label, tmp_path):
     assert getattr(bridge.load_method(label, path), setting) == value
 
 
-METHOD_FOLDERS = [folder for folder in sorted(HPARAMS.iterdir()) if folder.is_dir() and folder.name != "benchmark"]
-"""The folders of settings but that of Hydra's own files."""
+METHOD_FOLDERS = [folder for folder in sorted(HPARAMS.iterdir()) if folder.is_dir() and folder.name not in ("benchmark", "hydra")]
+"""The folders of settings but those of Hydra's own files."""
 
 
 @pytest.mark.parametrize(
