@@ -189,6 +189,8 @@ def smollm2_cells(data: str, methods: list[str], size: int = 3) -> Iterator[dict
     found = load_requests(data, size)
     for mode, batch in (("single", 1), ("sequential", 1), ("batch", size)):
         able = {label: dataclasses.replace(h) for label, h in hparams.items() if mode == "single" or label in ("KNE", "FT")}
+        if not able:
+            continue
         summary = run(Run(model, tokenizer, found, able, data, Path(mode), mode=mode, batch_size=batch, before_folder=Path("before")))
         for method, figures in summary["methods"].items():
             names = ("edit_success", "portability", "locality", "fluency", "seconds_per_edit")
@@ -312,7 +314,8 @@ SMOLLM2 = """
 
 SmolLM2-135M-Instruct, the first 3 records of {data}, the shipped settings, edit by edit, KNE and FT also in a row and 3
 facts at once (`kne run`'s modes), on 2 CPU cores that had other work. Three records say that a method runs, not how good
-it is. Methods of which a version has no row were not run there on this model, or it does not have them.
+it is (MEMIT's weight of the second moments, 15000 as EasyEdit has it for Llama-2-7B, was too large for this model, and
+the shipped file has had 2000 since). Methods of which a version has no row were not run there, or it does not have them.
 """
 
 

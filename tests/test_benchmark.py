@@ -303,6 +303,7 @@ def test_a_chat_template_reaches_edit_and_evaluation(job):
         ({"mode": "batch", "batch_size": 0}, "batch_size: 0"),
         ({"retention_every": 0}, "retention_every: 0"),
         ({"requests": []}, "records: there are none"),
+        ({"hparams": {}}, "methods: there are none"),
     ],
 )
 def test_settings_that_do_not_go_together(job, changes, message):

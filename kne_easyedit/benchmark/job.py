@@ -56,6 +56,8 @@ class Run:
             raise ValueError(f"retention_every: {self.retention_every} must be at least 1")
         if not self.requests:
             raise ValueError("records: there are none")
+        if not self.hparams:
+            raise ValueError("methods: there are none")
         for method, hparams in self.hparams.items():
             if getattr(hparams, "use_chat_template", False) and not self.chat_template:
                 raise ValueError(f"use_chat_template: {method}'s hparams ask for it, the run does not; ask for it there (--chat-template): all methods share it")
