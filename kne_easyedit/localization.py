@@ -44,13 +44,18 @@ def find_ensemble(model: nn.Module, tokenizer, requests: Sequence[Mapping], hpar
     )  # fmt: skip
     found = _ENSEMBLES.setdefault(model, {})
     if settings not in found:
-        facts = load_requests(hparams.localization_data, hparams.localization_size, hparams.localization_offset)
+        facts = localization_requests(hparams)
         if len(facts) < hparams.localization_size:
             logger.warning(
                 "localization_size: %s wanted, %s holds %s facts", hparams.localization_size, hparams.localization_data, len(facts)
             )
         found[settings] = localize(model, tokenizer, facts, hparams)
     return found[settings]
+
+
+def localization_requests(hparams: KNEHyperParams) -> list[dict]:
+    """The usable facts of ``localization_data`` that the settings ask for."""
+    return load_requests(hparams.localization_data, hparams.localization_size, hparams.localization_offset)
 
 
 def forget(model: nn.Module) -> None:
@@ -114,7 +119,7 @@ class Localization:
         """Eq. 6-7 on all facts, or on some of them; ``scores``: what `aggregate` gave for these already."""
         facts = self.facts if facts is None else facts
         scores = self.aggregate(facts) if scores is None else scores
-        seconds = sum(self.cache.seconds(target, fact) for target in self.targets for fact in _distinct(facts))
+        seconds = sum(self.cache.seconds(target, fact) for target in self.targets for fact in distinct(facts))
         return select_ensemble(
             scores, self.hparams.p, layers=self.targets[0].layers, aggregation=self.hparams.aggregation,
             facts=len(facts), seconds=seconds, scale=self.hparams.score_scale,
@@ -123,7 +128,7 @@ class Localization:
     def _missing(self, facts: Sequence[Fact]) -> dict[tuple, list[Fact]]:
         """What is to be computed: missing layers of each target -> the facts, each once."""
         found: dict[tuple, list[Fact]] = {}
-        for fact in _distinct(facts):
+        for fact in distinct(facts):
             layers = tuple(self.cache.missing(target, fact) for target in self.targets)
             if any(layers):
                 found.setdefault(layers, []).append(fact)
@@ -162,6 +167,6 @@ def batches(facts: Sequence[Fact], points: int, rows: int) -> Iterator[list[Fact
         yield from (alike[i : i + most] for i in range(0, len(alike), most))
 
 
-def _distinct(facts: Sequence[Fact]) -> list[Fact]:
+def distinct(facts: Sequence[Fact]) -> list[Fact]:
     """Each fact once. Tokens tell them apart, as in the cache."""
     return list({(fact.ids, fact.prompt_length): fact for fact in facts}.values())

@@ -1,10 +1,12 @@
-"""Leave a model as it was found: flags, modules and attributes, whatever happens in between."""
+"""Leave a model, and the generators of random numbers, as they were found, whatever happens in between."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -31,3 +33,25 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         if use_cache is not None:
             model.config.use_cache = use_cache
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's generators: what EasyEdit draws comes from all three."""
+    import numpy
+
+    for seeded in (random.seed, numpy.random.seed, torch.manual_seed):
+        seeded(seed)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Python's, numpy's and torch's generators (of all GPUs, too) go on afterwards as if nothing had been drawn or seeded inside."""
+    import numpy
+
+    python, numeric = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numeric)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.layout import count_parameters
-from kne_easyedit.localization import Localization
+from kne_easyedit.localization import Localization, localization_requests
 from kne_easyedit.machine import environment
 from kne_easyedit.paths import atomic_write
 
@@ -131,11 +131,10 @@ def localize_job(hparams: KNEHyperParams, folder: Path) -> Study:
     The facts are those of ``localization_data``. Raises ValueError if the settings name none.
     """
     from kne_easyedit.models import load_model
-    from kne_easyedit.records import load_requests
 
     if hparams.localization_data is None:
         raise ValueError("localization_data: none; name a KnowEdit file (--data), or 'embedded' for the packaged facts")
-    requests = load_requests(hparams.localization_data, hparams.localization_size, hparams.localization_offset)
+    requests = localization_requests(hparams)
     wanted = "" if len(requests) == hparams.localization_size else f" ({hparams.localization_size} wanted)"
     print(f"model {hparams.model_name}, {len(requests)} facts{wanted} of {hparams.localization_data}", flush=True)
     model, tokenizer = load_model(hparams)

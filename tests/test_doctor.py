@@ -466,3 +466,13 @@ def _kept(kind, made: list):
         return made[-1]
 
     return make
+
+
+def test_the_facts_of_localisation_are_those_that_the_run_will_take():
+    """Behind the offset, too: one that lies outside the file must fail here and not after an hour."""
+    hparams = tiny_hparams(localization_data="embedded", localization_size=1, localization_offset=2)
+    (found,) = examination.localization_facts(hparams, None, None)
+    assert found.status == OK
+    hparams.localization_offset = 100_000
+    (found,) = examination.localization_facts(hparams, None, None)
+    assert (found.status, "offset" in found.text) == (FAILURE, True)

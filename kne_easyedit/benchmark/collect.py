@@ -13,6 +13,11 @@ NAMES = {"test_cf": "counterfact", "train_cf": "counterfact (train)", "ZsRE-test
 """KnowEdit's files as people call the data sets."""
 
 
+def data_name(stem: str) -> str:
+    """The data set of a file, by the file's name without its ending."""
+    return NAMES.get(stem, stem)
+
+
 @dataclass(frozen=True)
 class Collection:
     """What a report is made of."""
@@ -52,8 +57,7 @@ def collect(paths: Iterable[str | Path]) -> Collection:
         for line in read_lines(file):
             if "metrics" not in line or "method" not in line:
                 raise ValueError(f"{file}: holds lines without 'method' and 'metrics'; wanted is a results.jsonl of `kne run` or run_benchmark.py")
-            data = line.get("data", "")
-            line = {**line, "data": NAMES.get(data, data)}
+            line = {**line, "data": data_name(line.get("data", ""))}
             group = (line["data"], line["method"], line.get("seed"), line.get("mode"))
             known, where = settings.setdefault(group, (line["fingerprint"], file))
             if known != line["fingerprint"]:

@@ -9,10 +9,9 @@ from pathlib import Path
 from kne_easyedit import bridge
 from kne_easyedit.benchmark.job import Run, digest
 from kne_easyedit.bridge import statistics
+from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.models import load_model
 from kne_easyedit.records import load_records
-
-KNE = "KNE"
 
 
 def job_folder(settings: Mapping) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from kne_easyedit.benchmark.collect import Collection
+from kne_easyedit.benchmark.collect import Collection, data_name
 from kne_easyedit.benchmark.intervals import Interval, interval, paired
 from kne_easyedit.benchmark.summary import METRICS, summarize
 from kne_easyedit.paths import atomic_write
@@ -170,10 +170,8 @@ def _costs(found: Collection) -> str:
 
 
 def _localizations(manifest: Mapping) -> dict[tuple[str, str], Mapping]:
-    from kne_easyedit.benchmark.collect import NAMES
-
-    stem = Path(manifest["data"]["name"]).stem
-    return {(NAMES.get(stem, stem), method): its for method, its in (manifest.get("localization") or {}).items()}
+    data = data_name(Path(manifest["data"]["name"]).stem)
+    return {(data, method): its for method, its in (manifest.get("localization") or {}).items()}
 
 
 def _answers(found: Collection, examples: int = 3) -> str:

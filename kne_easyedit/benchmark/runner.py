@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from kne_easyedit import bridge
 from kne_easyedit._version import __version__
-from kne_easyedit.benchmark.answers import Answers, begins_with
+from kne_easyedit.benchmark.answers import begins_with, free_answer
 from kne_easyedit.benchmark.job import Run, base_fingerprint, digest, fingerprint, record_digest
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.benchmark.store import Lines, alone_in
 from kne_easyedit.benchmark.summary import retention, summarize
 from kne_easyedit.bridge import patches, statistics
+from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.cache import model_digest
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.localization import find_ensemble
@@ -35,7 +36,6 @@ from kne_easyedit.machine import PeakMemory, environment, hardware
 from kne_easyedit.paths import atomic_write
 from kne_easyedit.records import data_digest, with_chat_template
 
-KNE = "KNE"
 BAD_RECORD = (ValueError, AssertionError, FloatingPointError)
 """What EasyEdit and KNE raise for a record that cannot be edited."""
 
@@ -66,11 +66,15 @@ class _Runner:
         self.requests = [with_chat_template(r, job.tokenizer) for r in job.requests] if job.chat_template else list(job.requests)
         self.records = {request["index"]: record_digest(request) for request in self.requests}
         self.base = base_fingerprint(job, self.weights, self.variant)
-        self.answers = Answers(job.model, job.tokenizer)
         self.device = next(job.model.parameters()).device
         self.measured: set[str] = set()
         self.ensembles: dict[str, NeuronEnsemble] = {}
-        self.localization = {method: self._localize(method, hparams) for method, hparams in job.hparams.items() if hparams.alg_name == KNE}
+        # Copies: what a run decides for its methods is not the caller's business.
+        self.hparams = {
+            method: replace(hparams, use_chat_template=job.chat_template) if hparams.alg_name == KNE else deepcopy(hparams)
+            for method, hparams in job.hparams.items()
+        }
+        self.localization = {method: self._localize(method, hparams) for method, hparams in self.hparams.items() if hparams.alg_name == KNE}
         self.fingerprints = {method: fingerprint(job, method, self.base, self.ensembles.get(method)) for method in job.hparams}
 
         def own(line: dict) -> bool:
@@ -85,11 +89,9 @@ class _Runner:
         job = self.job
         with easyedit_output(job.folder / "easyedit") as self.quiet:
             editors = {}
-            for method, hparams in job.hparams.items():
+            for method, hparams in self.hparams.items():
                 with self.quiet():
-                    if hparams.alg_name == KNE:
-                        hparams = replace(hparams, use_chat_template=job.chat_template)
-                    editors[method] = bridge.MethodEditor(deepcopy(hparams), job.model, deepcopy(job.tokenizer))
+                    editors[method] = bridge.MethodEditor(hparams, job.model, deepcopy(job.tokenizer))
                     editors[method].demand_batch(job.batch_size if job.mode == "batch" else 1)
                     if job.mode == "sequential":
                         editors[method].demand_sequence()
@@ -190,14 +192,14 @@ class _Runner:
             return json.loads(path.read_text(encoding="utf-8"))
         with self.quiet():
             metrics = editor.evaluate(request, generation=True, seed=self.job.seed)
-        found = {"metrics": _plain(metrics), "answer": self.answers.to(request)}
+        found = {"metrics": _plain(metrics), "answer": free_answer(self.job.model, self.job.tokenizer, request)}
         atomic_write(path, json.dumps(found, ensure_ascii=False))
         return json.loads(json.dumps(found))
 
     def _line(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, seconds: float, peak: int | None) -> dict:
         with self.quiet():
             post = _plain(editor.evaluate(request, generation=True, seed=self.job.seed))
-        answer = Answers(editor.model, self.job.tokenizer).to(request)
+        answer = free_answer(editor.model, self.job.tokenizer, request)
         return {
             **self._head(method, request),
             "data": Path(self.job.data).stem,
@@ -237,7 +239,6 @@ class _Runner:
 
     def _localize(self, method: str, hparams) -> dict:
         """Finds KNE's ensemble before the first edit, so that no edit pays for it, and describes it."""
-        hparams = replace(hparams, use_chat_template=self.job.chat_template)
         if hparams.ensemble is None and hparams.localization_data is None:
             return {"facts": None, "note": "every edit localises on its own request"}
         start = time.perf_counter()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import random
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,8 @@ from torch import nn
 
 from kne_easyedit.bridge.registry import NAME, editor_for, is_legacy
 from kne_easyedit.bridge.runtime_patches import module
+from kne_easyedit.state import seed_generators
+from kne_easyedit.training import restore
 
 IN_CONTEXT = ("IKE", "ICE")
 ONE_FACT = ("KN",)
@@ -94,8 +95,7 @@ class MethodEditor:
 
         ``generation`` adds fluency, which samples text: under ``seed``, whatever ran before.
         """
-        for seeded in (random.seed, numpy.random.seed, torch.manual_seed):
-            seeded(seed)
+        seed_generators(seed)
         evaluate = module("evaluate").compute_edit_quality
         with torch.no_grad():
             return evaluate(
@@ -117,7 +117,7 @@ class MethodEditor:
             if edited is not self.original:  # else the adapter of an edit before was trained on
                 self._undo.append(lambda: self._unload(edited))
         elif originals:
-            self._undo.append(lambda: self._write(originals))
+            self._undo.append(lambda: restore(self.original, originals))
         else:
             raise ValueError(f"methods: {self.hparams.alg_name} gives nothing by which its edit could be undone; run it by EasyEdit's own scripts")
 
@@ -125,13 +125,6 @@ class MethodEditor:
         adapted.unload()
         if hasattr(self.original, "peft_config"):
             del self.original.peft_config
-
-    @torch.no_grad()
-    def _write(self, originals: Mapping[str, torch.Tensor]) -> None:
-        for name, value in originals.items():
-            parameter = self.original.get_parameter(name)
-            parameter[...] = value.to(parameter)
-
 
 class _Tee(io.StringIO):
     """Keeps what is written and passes it on."""

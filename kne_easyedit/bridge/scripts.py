@@ -13,21 +13,18 @@ import contextlib
 import difflib
 import functools
 import linecache
-import random
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
 
-import numpy
-import torch
-
 from kne_easyedit.bridge import statistics
 from kne_easyedit.bridge.importing import script_builtins
 from kne_easyedit.bridge.registry import METHODS, demand_method, load_method, register
 from kne_easyedit.bridge.script_patches import bad_records_left_out
 from kne_easyedit.scores import read_results, summarize_metrics, table
+from kne_easyedit.state import generators_kept, seed_generators
 
 METHOD_OPTION = "--editing_method"
 HPARAMS_OPTIONS = ("--hparams_dir", "--hparams_path")
@@ -57,7 +54,8 @@ def run_script(path: str | Path, arguments: list[str], *, skip_bad: bool = False
     easyeditor = register()
     code = compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)
     left_out = bad_records_left_out(easyeditor) if skip_bad else contextlib.nullcontext()
-    with left_out, _prompts_for_moments(easyeditor), _seeded(), _as_main(path, arguments) as namespace:
+    with left_out, _prompts_for_moments(easyeditor), generators_kept(), _as_main(path, arguments) as namespace:
+        seed_generators(SEED)
         try:
             exec(code, namespace)  # noqa: S102  (a file of the user's choice, as python itself would)
         except SystemExit as end:
@@ -314,19 +312,6 @@ def _open(file, mode="r", *args, **kwargs):
     if isinstance(file, (str, Path)) and set(mode) & set("wax"):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     return open(file, mode, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    python, numeric = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        for seed in (random.seed, numpy.random.seed, torch.manual_seed):
-            seed(SEED)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(numeric)
 
 
 def _exit_code(end: SystemExit) -> int:

@@ -43,9 +43,10 @@ from kne_easyedit.doctor.trial import try_out
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams, resolve_device
 from kne_easyedit.layout import count_parameters, resolve_target
+from kne_easyedit.localization import localization_requests
 from kne_easyedit.machine import free_memory
 from kne_easyedit.models import SMOLLM2
-from kne_easyedit.records import load_records, load_requests
+from kne_easyedit.records import load_records
 
 DATA = "data"
 
@@ -358,7 +359,7 @@ def localization_facts(hparams: KNEHyperParams, tokenizer, model: nn.Module | No
     if data is None:
         return
     try:
-        facts = load_requests(data, wanted)
+        facts = localization_requests(hparams)
         for fact in facts if tokenizer is not None else ():
             _length(fact, tokenizer, model)
         if not facts:

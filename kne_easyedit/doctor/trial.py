@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import random
 import sys
 import tempfile
 import time
@@ -16,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import numpy
-import torch
 from torch import nn
 
 from kne_easyedit import bridge
@@ -25,9 +22,9 @@ from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.cache import model_digest
 from kne_easyedit.doctor.findings import FAILURE, OK, Finding, duration, left_out, listed
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.localization import Localization
+from kne_easyedit.localization import Localization, distinct, localization_requests
 from kne_easyedit.models import load_model
-from kne_easyedit.records import load_requests
+from kne_easyedit.state import generators_kept
 
 RECORDS = 2
 """Records to edit, and facts to localise."""
@@ -61,7 +58,7 @@ def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) 
     each edit. The scores that are computed here stay in the cache, where the run finds them; nothing else stays.
     """
     plan = {label: _anywhere(hparams) for label, hparams in plan.items()}
-    with tempfile.TemporaryDirectory() as scratch, easyedit_output(Path(scratch)) as quiet, _generators_kept():
+    with tempfile.TemporaryDirectory() as scratch, easyedit_output(Path(scratch)) as quiet, generators_kept():
         scratch = Path(scratch)
         try:
             with _logged(quiet, scratch):
@@ -98,17 +95,17 @@ def _localised(model, tokenizer, hparams: KNEHyperParams, requests: Sequence[dic
 
     Facts that are not in the cache go first; the ensemble has as many rows as that of all facts, only others.
     """
-    facts = requests if hparams.localization_data is None else load_requests(hparams.localization_data, hparams.localization_size)
+    facts = requests if hparams.localization_data is None else localization_requests(hparams)
     found = Localization(model, tokenizer, facts, hparams)
-    distinct = list({(fact.ids, fact.prompt_length): fact for fact in found.facts}.values())
-    missing = [fact for fact in distinct if any(found.cache.missing(target, fact) for target in found.targets)]
-    found.facts = (missing or distinct)[:RECORDS]
+    facts = distinct(found.facts)
+    missing = [fact for fact in facts if any(found.cache.missing(target, fact) for target in found.targets)]
+    found.facts = (missing or facts)[:RECORDS]
     start = time.perf_counter()
     tried = found.compute()
     each = (time.perf_counter() - start) / max(1, tried)
     file = scratch / "ensemble.json"
     found.ensemble().save(file)
-    text = f"{len(distinct) - len(missing)} of {len(distinct)} facts are in the cache"
+    text = f"{len(facts) - len(missing)} of {len(facts)} facts are in the cache"
     if tried:
         text += f", {tried} more since now: {duration(each)} each"
     return dataclasses.replace(hparams, ensemble=str(file)), Finding("localisation", OK, text), each * (len(missing) - tried)
@@ -182,14 +179,3 @@ def _anywhere(hparams):
             paths[name] = str(Path(value).expanduser().absolute())
     return dataclasses.replace(hparams, **paths)
 
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Evaluations seed every generator."""
-    python, numeric = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(numeric)
