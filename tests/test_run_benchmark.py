@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from test_benchmark import record
 
 from kne_easyedit.benchmark.collect import collect
-from kne_easyedit.benchmark.config import shard_of
+from kne_easyedit.benchmark.config import job_of, shard_of
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -129,6 +129,18 @@ def test_the_facts_of_localisation_are_none_of_those_that_are_edited():
             localised = range(found.localization.offset, found.localization.offset + found.localization.size)
             edited = range(found.offset, found.offset + (found.records or 10**6))
             assert not set(localised) & set(edited), data
+
+
+def test_text_for_second_moments_comes_from_facts_that_are_not_edited(place, monkeypatch):
+    monkeypatch.chdir(place)
+    common = ["benchmark/data@data=embedded", "data.file=records.json", "data.offset=0", "data.localization.file=facts.json", *TINY[:2]]
+    jobs = {}
+    for method in ("memit", "ft"):
+        config = composed(f"benchmark/method@method={method}", *common)
+        config = OmegaConf.masked_copy(config, [name for name in config if name != "hydra"])
+        jobs[method] = job_of(OmegaConf.to_container(config, resolve=True), ROOT / "hparams")
+    assert jobs["memit"].moment_prompts == ["The capital of Italy is", "The capital of Rome is"]
+    assert jobs["ft"].moment_prompts is None  # needs no other facts, so none are asked for
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0", ""])

@@ -5,8 +5,10 @@ Small scripts of the same make here, so that every EasyEdit is served; the stock
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
+import os
 import random
 import sys
 from pathlib import Path
@@ -630,6 +632,28 @@ def test_stock_knowedit(tiny, capsys):
     assert {f["records"] for f in figures.values()} == {3}
     assert figures["FT"]["locality"] < 100  # the edit took place
     assert Path("tiny-smol_counterfact_pre_edit.json.kne.json").is_file()  # and all three shared one file of figures before it
+
+
+def test_our_averages_are_those_of_easyedits_own_eval(work, capsys):
+    """Its closing function itself, on a file by hand in which records lack categories, or a whole section."""
+    source = stock("run_knowedit_llama2.py").read_text()
+    found = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "eval"]
+    if not found:
+        pytest.skip("THE SCRIPT OF THIS EASYEDIT HAS NO eval(): THERE IS NOTHING TO COMPARE WITH")
+    fluent = {"fluency": {"ngram_entropy": 5.25}}
+    rich = {"portability": {"A_acc": [1.0, 0.5], "B_acc": [0.25]}, "locality": {"C_acc": [0.2, 0.6, 1.0], "D_acc": [0.0]}}
+    posts = [
+        {"rewrite_acc": [0.5], **rich, **fluent},
+        {"rewrite_acc": [1.0], "portability": {"B_acc": [0.0, 1.0, 1.0]}, "locality": {}, **fluent},
+        {"rewrite_acc": [0.25], "portability": {}, "locality": {"D_acc": [1.0]}, "fluency": {"ngram_entropy": 3.5}},
+    ]
+    (work / "results.json").write_text(json.dumps([{"post": post} for post in posts]))
+    names = {"json": json, "np": numpy, "path": os.path}
+    exec(compile(ast.Module(found, []), "run_knowedit_llama2.py", "exec"), names)
+    names["eval"](work / "results.json")
+    own = [float(line.partition(":")[2]) for line in capsys.readouterr().out.splitlines()]
+    figures = summarize_metrics([record["metrics"] for record in read_results(work / "results.json")])
+    assert [figures[name] for name in ("edit_success", "portability", "locality", "fluency")] == pytest.approx(own)
 
 
 def test_stock_knowedit_names_bad_records_and_leaves_them_out(tiny, capsys):

@@ -11,7 +11,7 @@ from kne_easyedit.benchmark.job import Run, digest
 from kne_easyedit.bridge import statistics
 from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.models import load_model
-from kne_easyedit.records import load_records
+from kne_easyedit.records import load_records, load_requests
 
 
 def job_folder(settings: Mapping) -> Path:
@@ -52,9 +52,14 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
     i, n = shard_of(settings["shard"])
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
     statistics.configure(**settings["statistics"])
+    moment_prompts = None
+    if hasattr(hparams, "mom2_dataset"):
+        # Text for second moments is sampled after facts that are not edited: dense in it, the edited subjects would resist.
+        apart = data["localization"]
+        moment_prompts = [request["prompt"] for request in load_requests(apart["file"], apart["size"], apart["offset"])]
     model, tokenizer = load_model(hparams)
     return Run(
         model, tokenizer, requests[i::n], {method["label"]: hparams}, str(data["file"]), job_folder(settings),
         seed=settings["seed"], skip_bad=settings["on_bad_record"] == "skip", complaints=complaints,
-        before_folder=Path(settings["out"]) / "before", moment_prompts=[request["prompt"] for request in requests], **evaluation,
+        before_folder=Path(settings["out"]) / "before", moment_prompts=moment_prompts, **evaluation,
     )  # fmt: skip

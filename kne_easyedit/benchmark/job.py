@@ -42,7 +42,7 @@ class Run:
     before_folder: Path | None = None
     """Where evaluations of the unedited model are kept and looked up; None: in ``folder``. Several runs may share it."""
     moment_prompts: Sequence[str] | None = None
-    """Prompts that text for second moments (MEMIT) is sampled after; None: those of ``requests``. Shards share them."""
+    """Prompts that text for second moments (MEMIT) is sampled after; None: those of ``requests``."""
     complaints: list[str] = field(default_factory=list)
     """Records left out so far, and why."""
 

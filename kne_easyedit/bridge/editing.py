@@ -126,6 +126,7 @@ class MethodEditor:
         if hasattr(self.original, "peft_config"):
             del self.original.peft_config
 
+
 class _Tee(io.StringIO):
     """Keeps what is written and passes it on."""
 
