@@ -53,7 +53,7 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
     statistics.configure(**settings["statistics"])
     moment_prompts = None
-    if hasattr(hparams, "mom2_dataset"):
+    if statistics.needs_moments(hparams):
         # Text for second moments is sampled after facts that are not edited: dense in it, the edited subjects would resist.
         apart = data["localization"]
         moment_prompts = [request["prompt"] for request in load_requests(apart["file"], apart["size"], apart["offset"])]

@@ -85,7 +85,7 @@ def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | No
     parts = [base, method, settings, job.mode]
     if hparams.alg_name == "KNE":
         parts.append(None if ensemble is None else digest(ensemble.members()))
-    if hasattr(hparams, "mom2_dataset"):
+    if statistics.needs_moments(hparams):
         parts.append(statistics.SOURCE.digest())
     if job.mode != "single":  # there a result depends on the other records, too
         parts += [job.batch_size, job.retention_every, [record_digest(request) for request in job.requests]]

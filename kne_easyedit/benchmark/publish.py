@@ -217,6 +217,9 @@ def _what_was_run(found: Collection) -> str:
             text = ", ".join(f"{k} {v}" for k, v in shown.items())
             rows.append([Path(manifest["data"]["name"]).name, method, text.replace("|", "\\|"), manifest["fingerprints"].get(method, "-")])
     first = manifest_line(found.manifests[0])
+    moments = dict.fromkeys(text for manifest in found.manifests if (text := manifest["second_moments"]))
+    if moments:
+        first += f" Second moments: {'; '.join(moments)}."
     unique = [rows[0], *dict.fromkeys(map(tuple, rows[1:]))]
     return f"{first}\n\n{markdown(unique)}"
 
@@ -226,7 +229,7 @@ def manifest_line(manifest: Mapping) -> str:
     versions = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "transformers", "peft"))
     return (
         f"kne_easyedit {manifest['kne_easyedit']}; {versions}; EasyEdit {manifest['easyedit']['version']}, patches "
-        f"{', '.join(manifest['easyedit']['patches'])}; second moments (MEMIT): {manifest['second_moments']}; weights sha256 {manifest['model']['sha256'][:16]}."
+        f"{', '.join(manifest['easyedit']['patches'])}; weights sha256 {manifest['model']['sha256'][:16]}."
     )
 
 

@@ -274,7 +274,7 @@ class _Runner:
             "retention_every": job.retention_every,
             "chat_template": job.chat_template,
             "fluency_variant": self.variant,
-            "second_moments": statistics.SOURCE.describe(),
+            "second_moments": statistics.SOURCE.describe() if any(map(statistics.needs_moments, self.hparams.values())) else None,
             "fingerprints": self.fingerprints,
             "localization": self.localization,
             "environment": environment(job.model),

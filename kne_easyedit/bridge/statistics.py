@@ -29,6 +29,8 @@ from kne_easyedit.state import undisturbed
 logger = logging.getLogger(__name__)
 
 BATCH = 32
+BY_ADJUSTMENT = ("ROME", "R-ROME")
+"""Methods that use second moments only if ``mom2_adjustment`` is set."""
 
 
 @dataclass
@@ -94,6 +96,11 @@ class TextSource:
 
 SOURCE = TextSource()
 """What the patch takes; `configure` changes it."""
+
+
+def needs_moments(hparams) -> bool:
+    """Whether a method asks for second moments under these settings: MEMIT and its kin always, ROME by ``mom2_adjustment``."""
+    return hasattr(hparams, "mom2_dataset") and (hparams.alg_name not in BY_ADJUSTMENT or hparams.mom2_adjustment)
 
 
 def configure(**settings) -> TextSource:
