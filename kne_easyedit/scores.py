@@ -32,6 +32,12 @@ def summarize_metrics(metrics: Sequence[Mapping]) -> dict[str, float | int | Non
     return {**{name: None if value is None else 100 * value for name, value in figures.items()}, "records": len(posts)}
 
 
+def begins_with(answer: str, target: str) -> bool:
+    """Whether a free answer begins with the wanted one: blanks and capitals do not count, but words end where they end."""
+    answer, target = " ".join(answer.split()).casefold(), " ".join(target.split()).casefold()
+    return answer.startswith(target) and not answer[len(target) :][:1].isalnum()
+
+
 def read_results(path: str | Path) -> list[dict]:
     """The records of a results file, each as ``{"method": str | None, "metrics": {...}}``.
 

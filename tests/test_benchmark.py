@@ -13,11 +13,11 @@ from pytest import approx
 
 from kne_easyedit import NeuronEnsemble
 from kne_easyedit.benchmark import Run, run, summarize
-from kne_easyedit.benchmark.answers import begins_with
 from kne_easyedit.benchmark.store import alone_in
 from kne_easyedit.bridge import MethodEditor, editing, load_method
 from kne_easyedit.records import to_request
 from kne_easyedit.report import print_report
+from kne_easyedit.scores import begins_with
 
 
 def record(subject="France", target="Rome", **changes) -> dict:

@@ -12,7 +12,12 @@ from pytest import approx
 from kne_easyedit import cli
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.intervals import interval, paired
-from kne_easyedit.benchmark.publish import _quoted, _ranked, figures, publish
+from kne_easyedit.benchmark.figures import figures
+from kne_easyedit.benchmark.publish import publish
+from kne_easyedit.benchmark.text import _quoted, _ranked
+
+
+PRE = {"rewrite_acc": [0.25], "portability": {"Reasoning_acc": [0.125]}, "locality": {}, "fluency": {"ngram_entropy": 6.0}}
 
 
 def line(method: str, index: int, success: float, data: str = "test_cf", **changes) -> dict:
@@ -20,7 +25,7 @@ def line(method: str, index: int, success: float, data: str = "test_cf", **chang
     return {
         "fingerprint": f"{method}-{data}", "method": method, "index": index, "record": f"{data}-{index}", "data": data, "seed": 42, "mode": "single",
         "prompt": "The capital | of <b>France</b> is", "target_new": "Rome", "before": "Paris", "after": "Rome *now*", "seconds": 2.0,
-        "peak_bytes": 3 * 2**20, "losses": [3.0, 1.0, 0.2], "exact_match": float(success == 1), "metrics": {"pre": {}, "post": post}, **changes,
+        "peak_bytes": 3 * 2**20, "losses": [3.0, 1.0, 0.2], "exact_match": float(success == 1), "metrics": {"pre": PRE, "post": post}, **changes,
     }  # fmt: skip
 
 
@@ -32,6 +37,8 @@ def write(path, lines) -> None:
 LINES = [
     *(line("KNE", i, 1.0) for i in range(6)),
     *(line("FT", i, s) for i, s in enumerate([0.0, 1.0, 0.5, 0.0, 1.0])),
+    *(line("MEMIT", i, 0.2) for i in range(5)),
+    *(line("KNE-up", i, 0.8) for i in range(6)),
     *(line("KNE", i, 1.0, "ZsRE-test-all") for i in range(3)),
 ]
 
@@ -111,18 +118,23 @@ def test_the_report_renders_with_missing_methods(found, tmp_path):
     page = publish(found, tmp_path / "report")
     text = (tmp_path / "report/report.md").read_text()
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("|")]
-    assert ["data", "metric", "FT", "KNE"] in rows
-    assert ["counterfact", "ES", "<u>50.00</u>", "**100.00**"] in rows
-    assert ["zsre", "ES", "-", "**100.00**"] in rows
+    assert ["data", "metric", "*no edit*", "*baselines*", "FT", "MEMIT", "KNE", "KNE-up"] in rows
+    assert ["counterfact", "ES", "25.00", "35.00", "50.00", "20.00", "**100.00**", "<u>80.00</u>"] in rows
+    assert ["", "LOC", "-", "50.00", "**50.00**", "**50.00**", "**50.00**", "**50.00**"] in rows
+    assert ["zsre", "ES", "25.00", "-", "-", "-", "**100.00**", "-"] in rows
+    leads = text.partition("## KNE-up against each method")[2].partition("## Cost")[0]
+    assert "| counterfact | KNE | **-20.0 [-20.0, -20.0]** |" in leads and "zsre" not in leads
+    assert "| counterfact | MEMIT | **+60.0 [+60.0, +60.0]** |" in leads
     assert "another model and other records than above: not to be compared" in text
     html = page.read_text()
     assert "<table>" in html and 'src="data:image/png;base64,' in html
     assert not re.findall(r'(?:src|href)="(?!data:)', html)  # nothing from elsewhere
     assert "<script" not in html
     numbers = json.loads((tmp_path / "report/report.json").read_text())
-    assert numbers["counterfact"]["FT"]["kne_minus_this"]["edit_success"]["mean"] == approx(50)
-    assert numbers["counterfact"]["FT"]["kne_minus_this"]["edit_success"]["records"] == 5  # the records that both have
-    assert numbers["zsre"]["KNE"]["kne_minus_this"]["edit_success"] is None
+    assert numbers["counterfact"]["FT"]["lead_of"]["KNE"]["edit_success"]["mean"] == approx(50)
+    assert numbers["counterfact"]["FT"]["lead_of"]["KNE"]["edit_success"]["records"] == 5  # the records that both have
+    assert numbers["counterfact"]["no edit"]["fluency"] == approx(600)
+    assert numbers["zsre"]["KNE"]["lead_of"] == {}
 
 
 def test_the_command(found, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Free greedy answers, and whether they are right."""
+"""Free greedy answers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,3 @@ def free_answer(model: nn.Module, tokenizer, request: Mapping) -> str:
         pad_token_id=tokenizer.eos_token_id,
     )
     return tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def begins_with(answer: str, target: str) -> bool:
-    """Whether a free answer begins with the wanted one: blanks and capitals do not count, but words end where they end."""
-    answer, target = " ".join(answer.split()).casefold(), " ".join(target.split()).casefold()
-    return answer.startswith(target) and not answer[len(target) :][:1].isalnum()

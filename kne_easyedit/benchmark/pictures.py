@@ -1,78 +1,112 @@
-"""The pictures of a report."""
+"""The pictures of a report. A method has one colour and one marker in all of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from kne_easyedit.benchmark.collect import Collection
+from kne_easyedit.benchmark.figures import QUALITY, is_kne, per_record
+from kne_easyedit.benchmark.intervals import interval
 from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.plots import GRID, new_figure, write_figure
 
-COLOURS = ("#7a7a7a", "#b5532a", "#c99a2e", "#6b8e23", "#8c6bb1", "#d16ba5", "#4a7ebb", "#2e8b57")
-KNE_COLOURS = ("#0b3c4d", "#1f9fc4", "#5bc0de")
+BASELINES = list(zip(("#7a7a7a", "#b5532a", "#c99a2e", "#6b8e23", "#8c6bb1", "#d16ba5", "#4a7ebb", "#2e8b57"), "osv^<>ph"))
+VARIANTS = list(zip(("#0b3c4d", "#1f9fc4", "#5bc0de"), "DX*"))
+"""KNE and its variants: shades of one colour."""
 
 
 def draw_all(found: Collection, folder: Path) -> dict[str, str]:
     """Draws into ``folder``; returns the captions by file name."""
-    colours = _colours(found.methods)
+    looks = _looks(found.methods)
     drawn = {}
     for name, caption, draw in (
-        ("tradeoff.png", "Edit success, portability and locality of every method: the upper right corner is the best.", _tradeoff),
-        ("time.png", "Seconds to compute and write one edit (logarithmic); evaluation and localisation apart.", _time),
-        ("losses.png", "Loss over the training steps of an edit: median over records, with the middle half shaded.", _losses),
-    ):
-        figure = draw(found, colours)
+        ("intervals.png", "Mean and 95 % interval of every method.", _intervals),
+        ("tradeoff.png", "Edit success, portability and locality against each other: the upper right corner is the best.", _tradeoff),
+        ("time.png", "Seconds to compute and write one edit (logarithmic): median, and the middle 90 % of the records; evaluation and localisation apart.", _time),
+        ("losses.png", "Loss over the training steps of an edit, median over records; of KNE the middle half is shaded. What is added to the loss differs from method to method.", _losses),
+    ):  # fmt: skip
+        figure = draw(found, looks)
         if figure is not None:
             write_figure(figure, folder / name, "")
             drawn[name] = caption
     return drawn
 
 
-def _colours(methods: list[str]) -> dict[str, str]:
-    kne, others = [m for m in methods if m.startswith("KNE")], [m for m in methods if not m.startswith("KNE")]
-    return {m: c[i % len(c)] for group, c in ((kne, KNE_COLOURS), (others, COLOURS)) for i, m in enumerate(group)}
+def _looks(methods: list[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every method."""
+    groups = ([m for m in methods if not is_kne(m)], BASELINES), ([m for m in methods if is_kne(m)], VARIANTS)
+    return {m: looks[i % len(looks)] for group, looks in groups for i, m in enumerate(group)}
 
 
-def _tradeoff(found: Collection, colours: dict[str, str]):
-    data_sets = found.data_sets
-    figure = new_figure(figsize=(12, 4 * len(data_sets)), layout="constrained")
-    axes = figure.subplots(len(data_sets), 3, squeeze=False)
-    pairs = (("edit_success", "locality"), ("edit_success", "portability"), ("portability", "locality"))
+def _intervals(found: Collection, looks: dict[str, tuple[str, str]]):
+    """Data sets by figures; in each panel one line a method."""
+    data_sets, metrics = found.data_sets, [name for name in QUALITY if name != "fluency"]
+    figure = new_figure(figsize=(12, len(data_sets) * (0.26 * len(looks) + 0.9)), layout="constrained")
+    axes = figure.subplots(len(data_sets), len(metrics), squeeze=False, sharey=True)
     for data, row in zip(data_sets, axes):
-        for axis, (x, y) in zip(row, pairs):
-            for method, colour in colours.items():
-                figures = summarize(found.of(data, method)) if found.of(data, method) else {}
-                if figures.get(x) is not None and figures.get(y) is not None:
-                    axis.plot(figures[x], figures[y], "D" if method.startswith("KNE") else "o", color=colour, markersize=9)
-                    axis.annotate(method, (figures[x], figures[y]), xytext=(5, 5), textcoords="offset points", fontsize=8)
-            axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), xlim=(-4, 112), ylim=(-4, 108), title=data)
+        for name, axis in zip(metrics, row):
+            for place, (method, (colour, marker)) in enumerate(looks.items()):
+                if value := interval(list(per_record(found.of(data, method), name).values())):
+                    axis.plot((value.low, value.high), (place, place), color=colour, linewidth=2.5 if is_kne(method) else 1.5)
+                    axis.plot(value.mean, place, marker, color=colour, markersize=7)
+            axis.set(xlim=(-3, 103), title=f"{data}: {name.replace('_', ' ')}")
+            axis.title.set_fontsize(10)
+            axis.set_yticks(range(len(looks)), looks)
+            axis.set_ylim(len(looks) - 0.5, -0.5)
             _plain(axis)
     return figure
 
 
-def _time(found: Collection, colours: dict[str, str]):
-    times = {m: [line["seconds"] for line in found.lines if line["method"] == m and line.get("seconds")] for m in colours}
+def _tradeoff(found: Collection, looks: dict[str, tuple[str, str]]):
+    data_sets = found.data_sets
+    figure = new_figure(figsize=(12, 4 * len(data_sets) + 0.5), layout="constrained")
+    axes = figure.subplots(len(data_sets), 3, squeeze=False)
+    pairs = (("edit_success", "locality"), ("edit_success", "portability"), ("portability", "locality"))
+    handles = {}
+    for data, row in zip(data_sets, axes):
+        for axis, (x, y) in zip(row, pairs):
+            for method, (colour, marker) in looks.items():
+                figures = summarize(found.of(data, method))
+                if figures[x] is not None and figures[y] is not None:
+                    (handles[method],) = axis.plot(figures[x], figures[y], marker, color=colour, markersize=11 if is_kne(method) else 9, linestyle="none")
+            axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), title=data)
+            axis.margins(0.12)
+            _plain(axis)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=9, frameon=False)
+    return figure
+
+
+def _time(found: Collection, looks: dict[str, tuple[str, str]]):
+    import numpy
+
+    times = {m: [line["seconds"] for line in found.lines if line["method"] == m and line.get("seconds")] for m in looks}
     times = {m: values for m, values in times.items() if values}
     if not times:
         return None
-    figure = new_figure(figsize=(9, 0.5 * len(times) + 1.4), layout="constrained")
+    figure = new_figure(figsize=(9, 0.4 * len(times) + 1), layout="constrained")
     axis = figure.subplots()
-    means = [sum(values) / len(values) for values in times.values()]
-    bars = axis.barh(list(times), means, color=[colours[m] for m in times])
-    axis.bar_label(bars, [f"{mean:.2f} s" for mean in means], padding=3)
+    for place, (method, values) in enumerate(times.items()):
+        low, middle, high = numpy.percentile(values, (5, 50, 95))
+        colour, marker = looks[method]
+        axis.plot((low, high), (place, place), color=colour, linewidth=2.5)
+        axis.plot(middle, place, marker, color=colour, markersize=9)
+        axis.annotate(f"{middle:.1f} s", (middle, place), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
     axis.set(xscale="log", xlabel="seconds an edit")
-    axis.margins(x=0.2)
+    axis.set_yticks(range(len(times)), times)
+    axis.set_ylim(len(times) - 0.5, -0.7)
+    axis.margins(x=0.1)
+    _plain_ticks(axis.xaxis)
     _plain(axis)
     return figure
 
 
-def _losses(found: Collection, colours: dict[str, str]):
+def _losses(found: Collection, looks: dict[str, tuple[str, str]]):
     import numpy
 
     figure = new_figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
     drawn = False
-    for method, colour in colours.items():
+    for method, (colour, _) in looks.items():
         runs = [line["losses"] for line in found.lines if line["method"] == method and len(line.get("losses") or []) > 1]
         if not runs:
             continue
@@ -80,15 +114,29 @@ def _losses(found: Collection, colours: dict[str, str]):
         # An edit that has stopped keeps its last loss, or the median would be that of the hard records only.
         table = numpy.array([[*run, *[run[-1]] * (length - len(run))] for run in runs])
         low, middle, high = numpy.percentile(table, (25, 50, 75), axis=0)
-        axis.plot(middle, color=colour, label=method)
-        axis.fill_between(range(length), low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.plot(middle, color=colour, label=method, linewidth=2.5 if is_kne(method) else 1.5)
+        if is_kne(method):
+            axis.fill_between(range(length), low, high, color=colour, alpha=0.15, linewidth=0)
         drawn = True
     if not drawn:
         return None
-    axis.set(xlabel="step", ylabel="loss of the new answer", yscale="log")
-    axis.legend(frameon=False, ncols=2)
+    axis.set(xlabel="step", ylabel="loss", yscale="log")
+    axis.legend(frameon=False, ncols=3)
+    _plain_ticks(axis.yaxis)
     _plain(axis)
     return figure
+
+
+def _plain_ticks(axis) -> None:
+    """Figures as they are on a logarithmic axis, not powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.7)))
 
 
 def _plain(axis) -> None:

@@ -6,20 +6,12 @@ import base64
 import html
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from kne_easyedit.benchmark.collect import Collection, data_name
-from kne_easyedit.benchmark.intervals import Interval, interval, paired
-from kne_easyedit.benchmark.summary import METRICS, summarize
+from kne_easyedit.benchmark.collect import Collection
+from kne_easyedit.benchmark.figures import figures
+from kne_easyedit.benchmark.text import report_text
 from kne_easyedit.paths import atomic_write
-from kne_easyedit.scores import summarize_metrics
-
-QUALITY = ("edit_success", "exact_match", "portability", "locality", "fluency")
-SHORT = {"edit_success": "ES", "exact_match": "EM", "portability": "PORT", "locality": "LOC", "fluency": "FLU"}
-PAPER = ("edit_success", "portability", "locality", "fluency")
-"""The columns of the paper's tables."""
 
 
 def publish(found: Collection, folder: Path, title: str = "KnowEdit comparison") -> Path:
@@ -32,211 +24,6 @@ def publish(found: Collection, folder: Path, title: str = "KnowEdit comparison")
     atomic_write(folder / "report.html", page(text, title, folder))
     atomic_write(folder / "report.json", json.dumps(figures(found), indent=1) + "\n")
     return folder / "report.html"
-
-
-def figures(found: Collection) -> dict:
-    """All numbers of the report: data set -> method -> figures, intervals, differences to KNE."""
-    result: dict = {}
-    for data in found.data_sets:
-        for method in found.methods:
-            lines = found.of(data, method)
-            if lines:
-                intervals = {name: _plain(interval(list(per_record(lines, name).values()))) for name in QUALITY}
-                versus = {name: _plain(versus_kne(found, data, method, name)) for name in QUALITY}
-                result.setdefault(data, {})[method] = {**summarize(lines), "intervals": intervals, "kne_minus_this": versus}
-    return result
-
-
-def per_record(lines: Sequence[Mapping], name: str) -> dict[tuple, float]:
-    """A figure of every record that has it, in percent (fluency: entropy x 100), by record and seed."""
-    values = {}
-    for line in lines:
-        value = 100 * line["exact_match"] if name == "exact_match" and "exact_match" in line else summarize_metrics([line["metrics"]]).get(name)
-        if value is not None:
-            values[line["record"], line.get("seed")] = value
-    return values
-
-
-def versus_kne(found: Collection, data: str, method: str, name: str) -> Interval | None:
-    """KNE's figure minus a method's, over the records that both have; None for KNE itself."""
-    if method == "KNE" or not found.of(data, "KNE"):
-        return None
-    return paired(per_record(found.of(data, "KNE"), name), per_record(found.of(data, method), name))
-
-
-def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> str:
-    """The report as Markdown. ``pictures``: captions by file name."""
-    parts = [f"# {title}", _setting(found)]
-    parts += ["## Results in the paper's layout", "Means over records, in percent; fluency is n-gram entropy x 100. Best **bold**, second <u>underlined</u>."]
-    parts.append(_layout(found))
-    parts += ["What the rows mean:", "\n".join(f"- **{SHORT[name]}**, {name.replace('_', ' ')}: {METRICS[name]}." for name in QUALITY)]
-    parts += ["## How sure the means are", "Mean and 95 % bootstrap interval over records (10,000 resamples).", _table_of_intervals(found)]
-    if any(found.of(data, "KNE") for data in found.data_sets):
-        parts += ["## KNE against each method", "KNE minus the method over the same records, with the 95 % interval; **bold** where the interval leaves out 0."]
-        parts.append(_table_of_differences(found))
-    parts += ["## Cost", _costs(found)]
-    parts += [f"![{caption}]({name})\n\n*{caption}*" for name, caption in pictures.items()]
-    parts += ["## Some answers before and after", _answers(found)]
-    parts += ["## The paper's own figures", _paper(found)]
-    parts += ["## What was run", _what_was_run(found)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _setting(found: Collection) -> str:
-    manifests = found.manifests
-    if not manifests:
-        return "No manifest stands beside the results: model, versions and machine are unknown."
-
-    def every(get: Callable[[Mapping], object]) -> str:
-        return ", ".join(dict.fromkeys(str(get(manifest)) for manifest in manifests))
-
-    counts = ", ".join(f"{data}: {len({line['record'] for line in found.lines if line['data'] == data})}" for data in found.data_sets)
-    return (
-        f"Model {every(lambda m: m['model']['name'])} ({every(lambda m: m['environment']['dtype'])}); records {counts}; "
-        f"mode {every(lambda m: m['mode'])}; seed {every(lambda m: m['seed'])}; EasyEdit {every(lambda m: m['easyedit']['version'][:10])} "
-        f"({every(lambda m: m['easyedit']['kind'])}); fluency variant {every(lambda m: m['fluency_variant'])}; "
-        f"chat template {every(lambda m: 'used' if m['chat_template'] else 'not used')}; "
-        f"machine {every(lambda m: m['machine']['processor'])}, {every(lambda m: m['machine']['cpus'])} CPUs"
-        + (f", {every(lambda m: ', '.join(m['machine']['gpus']))}" if any(m["machine"]["gpus"] for m in manifests) else "")
-        + "."
-    )
-
-
-def _layout(found: Collection) -> str:
-    """Rows: data sets and metrics; columns: methods."""
-    rows = [["data", "metric", *found.methods]]
-    for data in found.data_sets:
-        summaries = {method: summarize(lines) for method in found.methods if (lines := found.of(data, method))}
-        for i, name in enumerate(QUALITY):
-            values = [summaries[m][name] if m in summaries else None for m in found.methods]
-            rows.append([data if i == 0 else "", SHORT[name], *_ranked(values)])
-    return markdown(rows)
-
-
-def _ranked(values: Sequence[float | None]) -> list[str]:
-    """Best bold, second underlined; equal figures (as printed) rank alike."""
-    printed = [None if value is None else round(value, 2) for value in values]
-    order = sorted({value for value in printed if value is not None}, reverse=True)
-    marks = {order[0]: "**{}**"} if order else {}
-    if len(order) > 1:
-        marks[order[1]] = "<u>{}</u>"
-    return ["-" if value is None else marks.get(value, "{}").format(f"{value:.2f}") for value in printed]
-
-
-def _table_of_intervals(found: Collection) -> str:
-    rows = [["data", "method", *(SHORT[name] for name in QUALITY), "records"]]
-    for data in found.data_sets:
-        for method in found.methods:
-            if lines := found.of(data, method):
-                cells = [_with_interval(interval(list(per_record(lines, name).values()))) for name in QUALITY]
-                rows.append([data, method, *cells, str(len(lines))])
-    return markdown(rows)
-
-
-def _table_of_differences(found: Collection) -> str:
-    rows = [["data", "KNE minus", *(SHORT[name] for name in QUALITY), "records"]]
-    for data in found.data_sets:
-        for method in found.methods:
-            if method != "KNE" and found.of(data, method) and found.of(data, "KNE"):
-                differences = [versus_kne(found, data, method, name) for name in QUALITY]
-                rows.append([data, method, *(_with_interval(d, sign=True) for d in differences), str(differences[0].records if differences[0] else 0)])
-    return markdown(rows)
-
-
-def _with_interval(value: Interval | None, sign: bool = False) -> str:
-    if value is None:
-        return "-"
-    text = f"{value.mean:+.1f} [{value.low:+.1f}, {value.high:+.1f}]" if sign else f"{value.mean:.1f} [{value.low:.1f}, {value.high:.1f}]"
-    return f"**{text}**" if sign and (value.low > 0 or value.high < 0) else text
-
-
-def _costs(found: Collection) -> str:
-    rows = [["data", "method", "seconds an edit", "training steps", "peak memory above what was held", "localisation (once)", "localisation an edit"]]
-    localization = {m: its for manifest in found.manifests for m, its in _localizations(manifest).items()}
-    for data in found.data_sets:
-        for method in found.methods:
-            if not (lines := found.of(data, method)):
-                continue
-            summary = summarize(lines)
-            steps = [len(line["losses"]) for line in lines if line.get("losses")]
-            its = localization.get((data, method)) or {}
-            once = its["seconds_per_fact"] * its["facts"] if its.get("seconds_per_fact") else None
-            rows.append([
-                data, method, _number(summary["seconds_per_edit"], "{:.2f}"), _number(sum(steps) / len(steps) if steps else None, "{:.1f}"),
-                _number(summary["peak_bytes"], "{:.0f} MiB", 2**20), _number(once, "{:.0f} s"), _number(once, "{:.2f} s", len(lines)),
-            ])  # fmt: skip
-    text = "Time to compute and write one edit (evaluation apart); localisation is done once for a model and counted apart, here also spread over the records."
-    return f"{text}\n\n{markdown(rows)}"
-
-
-def _localizations(manifest: Mapping) -> dict[tuple[str, str], Mapping]:
-    data = data_name(Path(manifest["data"]["name"]).stem)
-    return {(data, method): its for method, its in (manifest.get("localization") or {}).items()}
-
-
-def _answers(found: Collection, examples: int = 3) -> str:
-    rows = [["data", "prompt", "new answer", "before", *found.methods]]
-    for data in found.data_sets:
-        by_record: dict[str, dict[str, dict]] = {}
-        for line in found.lines:
-            if line["data"] == data and "after" in line:
-                by_record.setdefault(line["record"], {})[line["method"]] = line
-        for lines in list(by_record.values())[:examples]:
-            one = next(iter(lines.values()))
-            after = [_quoted(lines[m]["after"]) if m in lines else "-" for m in found.methods]
-            rows.append([data, _quoted(one["prompt"], 90), _quoted(one["target_new"]), _quoted(one["before"]), *after])
-    return markdown(rows)
-
-
-def _paper(found: Collection) -> str:
-    paper = json.loads(files("kne_easyedit").joinpath("data/paper.json").read_text(encoding="utf-8"))
-    ours = {Path(str(manifest["model"]["name"])).name.lower() for manifest in found.manifests}
-    parts = []
-    for model, of_model in ((name, content) for name, content in paper.items() if isinstance(content, dict)):
-        same = model.lower() in ours
-        columns = list(dict.fromkeys(method for of_data in of_model.values() for method in of_data))
-        rows = [["data", "metric", *columns, *(["our KNE"] if same else [])]]
-        for data, of_data in of_model.items():
-            lines = found.of(data, "KNE") if same else []
-            mine = summarize(lines) if lines else {}
-            for i, name in enumerate(PAPER):
-                quoted = [f"{of_data[m][i]:.2f}" if m in of_data else "-" for m in columns]
-                rows.append([data if i == 0 else "", SHORT[name], *quoted, *([_number(mine.get(name), "{:.2f}")] if same else [])])
-        where = "the model of this report; records, versions and metrics may still differ" if same else "**another model and other records than above: not to be compared**"
-        parts.append(f"{model} ({paper['source']}; {where}):\n\n{markdown(rows)}")
-    return "\n\n".join(parts)
-
-
-def _what_was_run(found: Collection) -> str:
-    if not found.manifests:
-        return "-"
-    rows = [["data", "method", "settings", "fingerprint"]]
-    for manifest in found.manifests:
-        for method, settings in manifest["methods"].items():
-            shown = {k: v for k, v in settings.items() if k not in ("alg_name", "device", "model_parallel") and v not in (None, [], "")}
-            text = ", ".join(f"{k} {v}" for k, v in shown.items())
-            rows.append([Path(manifest["data"]["name"]).name, method, text.replace("|", "\\|"), manifest["fingerprints"].get(method, "-")])
-    first = manifest_line(found.manifests[0])
-    moments = dict.fromkeys(text for manifest in found.manifests if (text := manifest["second_moments"]))
-    if moments:
-        first += f" Second moments: {'; '.join(moments)}."
-    unique = [rows[0], *dict.fromkeys(map(tuple, rows[1:]))]
-    return f"{first}\n\n{markdown(unique)}"
-
-
-def manifest_line(manifest: Mapping) -> str:
-    environment = manifest["environment"]
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "transformers", "peft"))
-    return (
-        f"kne_easyedit {manifest['kne_easyedit']}; {versions}; EasyEdit {manifest['easyedit']['version']}, patches "
-        f"{', '.join(manifest['easyedit']['patches'])}; weights sha256 {manifest['model']['sha256'][:16]}."
-    )
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a Markdown table; the first one is its head."""
-    head, *body = rows
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in body)])
 
 
 def page(text: str, title: str, folder: Path) -> str:
@@ -253,21 +40,6 @@ def page(text: str, title: str, folder: Path) -> str:
 
 def _embedded(picture: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
-
-
-def _quoted(text: str, length: int = 40) -> str:
-    """One line of a model's text, harmless in a table, in Markdown and in HTML."""
-    line = " ".join(text.split())
-    cut = line if len(line) <= length else line[: length - 1] + "…"
-    return html.escape(re.sub(r"([\\`*_\[\]|<>#!~])", r"\\\1", cut), quote=False).replace("\\&lt;", "&lt;").replace("\\&gt;", "&gt;") or "(nothing)"
-
-
-def _number(value: float | None, form: str, unit: float = 1) -> str:
-    return "-" if value is None else form.format(value / unit)
-
-
-def _plain(value: Interval | None) -> dict | None:
-    return None if value is None else {"mean": value.mean, "low": value.low, "high": value.high, "records": value.records}
 
 
 PAGE = """<!doctype html>

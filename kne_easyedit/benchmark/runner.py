@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from kne_easyedit import bridge
 from kne_easyedit._version import __version__
-from kne_easyedit.benchmark.answers import begins_with, free_answer
+from kne_easyedit.benchmark.answers import free_answer
 from kne_easyedit.benchmark.job import Run, base_fingerprint, digest, fingerprint, record_digest
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.benchmark.store import Lines, alone_in
@@ -35,6 +35,7 @@ from kne_easyedit.localization import find_ensemble
 from kne_easyedit.machine import PeakMemory, environment, hardware
 from kne_easyedit.paths import atomic_write
 from kne_easyedit.records import data_digest, with_chat_template
+from kne_easyedit.scores import begins_with
 
 BAD_RECORD = (ValueError, AssertionError, FloatingPointError)
 """What EasyEdit and KNE raise for a record that cannot be edited."""
