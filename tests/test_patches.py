@@ -88,7 +88,7 @@ def test_patches_are_applied_once_and_tell_what_was_done(registry, monkeypatch):
     calls = []
 
     def patch(name: str, there: bool) -> None:
-        patches.runtime_patch(name, "a fault")(lambda easyeditor, patch: calls.append(patch.name) or there)
+        patches.runtime_patch(name, "a fault")(lambda easyeditor: calls.append(name) or there)
 
     patch("needed", True), patch("superfluous", False), patch("unwanted", True)
     patches.add(patches.SourcePatch("of a source", "a fault", transformer=Doubling))
@@ -496,7 +496,7 @@ def main(file: str) -> None:
     for name, probe in PROBES.items():
         found[name] = outcome(probe.work)
         if isinstance(known[name], RuntimePatch):
-            known[name].apply(bridge.load(), known[name])
+            known[name].apply(bridge.load())
     Path(file).write_text(json.dumps({"found": found, "states": states}))
 
 

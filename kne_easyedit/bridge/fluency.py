@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from types import ModuleType
 
-from kne_easyedit.bridge.patches import Patch, runtime_patch
+from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.bridge.runtime_patches import module
 
 PUNKT, NO_PUNKT = "punkt", "preserve_line"
 
 
 @runtime_patch("fluency-without-punkt", "the fluency metric needs nltk's punkt data, a download: LookupError")
-def _split_without_punkt(easyeditor: ModuleType, patch: Patch) -> bool:
+def _split_without_punkt(easyeditor: ModuleType) -> bool:
     if _has_punkt():
         return False
     evaluators = module("evaluate.evaluate_utils")

@@ -19,13 +19,12 @@ APPLIED, NOT_NEEDED, SWITCHED_OFF = "applied", "not needed", "switched off"
 
 @dataclass
 class Patch:
-    """One fix. ``state`` is None until EasyEdit is imported; ``used`` counts how often the fix came into play."""
+    """One fix. ``state`` is None until EasyEdit is imported."""
 
     name: str
     fault: str
     """What goes wrong without it, and where."""
     state: str | None = None
-    used: int = 0
 
 
 @dataclass
@@ -49,9 +48,9 @@ class SourcePatch(Patch):
 
 @dataclass
 class RuntimePatch(Patch):
-    """A change of imported objects. ``apply(easyeditor, patch)`` returns whether the fault was there."""
+    """A change of imported objects. ``apply(easyeditor)`` returns whether the fault was there."""
 
-    apply: Callable[[ModuleType, Patch], bool] = field(default=lambda easyeditor, patch: False)
+    apply: Callable[[ModuleType], bool] = field(default=lambda easyeditor: False)
 
 
 _PATCHES: dict[str, Patch] = {}
@@ -103,7 +102,7 @@ def apply_all(easyeditor: ModuleType) -> None:
         if not wanted(patch):
             patch.state = SWITCHED_OFF
         elif isinstance(patch, RuntimePatch) and patch.state is None:
-            patch.state = APPLIED if patch.apply(easyeditor, patch) else NOT_NEEDED
+            patch.state = APPLIED if patch.apply(easyeditor) else NOT_NEEDED
         elif patch.state is None:
             patch.state = NOT_NEEDED
 
@@ -111,7 +110,7 @@ def apply_all(easyeditor: ModuleType) -> None:
 def reset() -> None:
     """Forgets what was applied: the modules that it was applied to are gone."""
     for patch in _PATCHES.values():
-        patch.state, patch.used = None, 0
+        patch.state = None
 
 
 def report() -> list[Patch]:

@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-from kne_easyedit.bridge.patches import Patch, runtime_patch
+from kne_easyedit.bridge.patches import runtime_patch
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ def hyperparameter_classes(easyeditor: ModuleType) -> list[type]:
 
 
 @runtime_patch("unknown-settings", "a hyperparameter file of another version fails on a setting that this version's class does not know: TypeError")
-def _drop_unknown_settings(easyeditor: ModuleType, patch: Patch) -> bool:
+def _drop_unknown_settings(easyeditor: ModuleType) -> bool:
     for kind in hyperparameter_classes(easyeditor):
-        _tolerant(kind, patch)
+        _tolerant(kind)
     return True
 
 
-def _tolerant(kind: type, patch: Patch) -> None:
+def _tolerant(kind: type) -> None:
     original, names = kind.__init__, [f.name for f in dataclasses.fields(kind)]
 
     @functools.wraps(original)
@@ -53,14 +53,13 @@ def _tolerant(kind: type, patch: Patch) -> None:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
             hint = f" (it knows {near[0]})" if near else ""
             logger.warning("%s: this EasyEdit does not know the setting %s%s; left out", kind.__name__, name, hint)
-            patch.used += 1
         original(self, *args, **{name: value for name, value in settings.items() if name not in unknown})
 
     kind.__init__ = init
 
 
 @runtime_patch("any-model", "a model whose name holds no known word ('llama', 'gpt', ...) is refused: NotImplementedError")
-def _load_any_model(easyeditor: ModuleType, patch: Patch) -> bool:
+def _load_any_model(easyeditor: ModuleType) -> bool:
     from kne_easyedit.bridge.registry import LoadedModel, prepare_tokenizer
     from kne_easyedit.models import load_model
 
@@ -74,7 +73,6 @@ def _load_any_model(easyeditor: ModuleType, patch: Patch) -> bool:
         except NotImplementedError:
             if type(getattr(hparams, "model_name", None)) is not str:
                 raise
-            patch.used += 1
             model, tokenizer = load_model(hparams)
             prepare_tokenizer(tokenizer, hparams.alg_name)
             original(self, dataclasses.replace(hparams, model_name=LoadedModel(hparams.model_name, model, tokenizer)))
@@ -84,7 +82,7 @@ def _load_any_model(easyeditor: ModuleType, patch: Patch) -> bool:
 
 
 @runtime_patch("lora-model-parallel", "LoRA: the hyperparameter class lacks model_parallel, which the editor reads: AttributeError (2023)")
-def _lora_model_parallel(easyeditor: ModuleType, patch: Patch) -> bool:
+def _lora_model_parallel(easyeditor: ModuleType) -> bool:
     kind = easyeditor.LoRAHyperParams
     if hasattr(kind, "model_parallel") or any(f.name == "model_parallel" for f in dataclasses.fields(kind)):
         return False
@@ -96,14 +94,13 @@ _steps = contextvars.ContextVar("steps of the LoRA edit that runs")
 
 
 @runtime_patch("adalora-total-step", "AdaLoRA: total_step is never given, and PEFT demands it since 0.15: ValueError")
-def _adalora_total_step(easyeditor: ModuleType, patch: Patch) -> bool:
+def _adalora_total_step(easyeditor: ModuleType) -> bool:
     lora = module("models.lora.lora_main")
     config, execute = lora.AdaLoraConfig, lora.execute_lora
 
     @functools.wraps(config)
     def with_total_step(**settings):
         if "total_step" not in settings:
-            patch.used += 1
             settings["total_step"] = _steps.get()
         return config(**settings)
 
@@ -120,7 +117,7 @@ def _adalora_total_step(easyeditor: ModuleType, patch: Patch) -> bool:
 
 
 @runtime_patch("adapter-dropout", "LoRA, AdaLoRA: edits are evaluated with the adapter's dropout on: figures are random")
-def _adapter_dropout(easyeditor: ModuleType, patch: Patch) -> bool:
+def _adapter_dropout(easyeditor: ModuleType) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     lora = module("models.lora.lora_main")
@@ -136,7 +133,6 @@ def _adapter_dropout(easyeditor: ModuleType, patch: Patch) -> bool:
         switch(model, True)  # an adapter that is trained on, in a sequence of edits
         edited = execute(model, *args, **kwargs)
         switch(edited, False)
-        patch.used += 1
         return edited
 
     lora.execute_lora = evaluated_without
@@ -144,7 +140,7 @@ def _adapter_dropout(easyeditor: ModuleType, patch: Patch) -> bool:
 
 
 @runtime_patch("tied-head", "MEMIT: the weight of a head that is tied to the embeddings is not found: LookupError")
-def _tied_head(easyeditor: ModuleType, patch: Patch) -> bool:
+def _tied_head(easyeditor: ModuleType) -> bool:
     nethook = module("util.nethook")
     original = nethook.get_parameter
 
@@ -156,7 +152,6 @@ def _tied_head(easyeditor: ModuleType, patch: Patch) -> bool:
             # named_parameters() names a shared tensor once only; the module still holds it.
             for known, parameter in model.named_parameters(remove_duplicate=False):
                 if known == name:
-                    patch.used += 1
                     return parameter
             raise
 
@@ -165,7 +160,7 @@ def _tied_head(easyeditor: ModuleType, patch: Patch) -> bool:
 
 
 @runtime_patch("layer-outputs", "MEMIT: layers are expected to return tuples, current transformers returns tensors: IndexError (before 2026)")
-def _layer_outputs(easyeditor: ModuleType, patch: Patch) -> bool:
+def _layer_outputs(easyeditor: ModuleType) -> bool:
     nethook = module("util.nethook")
     if hasattr(nethook, "get_hidden_state"):
         return False
@@ -178,7 +173,6 @@ def _layer_outputs(easyeditor: ModuleType, patch: Patch) -> bool:
             def edit(output, layer):
                 if not isinstance(output, torch.Tensor):
                     return edit_output(output, layer)
-                patch.used += 1
                 return edit_output((output,), layer)[0]
 
             super().__init__(*args, edit_output=edit_output and edit, **kwargs)
@@ -203,7 +197,7 @@ class _AsTuple:
 
 
 @runtime_patch("kn-model-names", "KN: the kind of model is guessed from its name: ValueError for names without a known word")
-def _kn_model_names(easyeditor: ModuleType, patch: Patch) -> bool:
+def _kn_model_names(easyeditor: ModuleType) -> bool:
     kn = module("models.kn.kn_main")
     original = kn.model_type
 
@@ -215,7 +209,6 @@ def _kn_model_names(easyeditor: ModuleType, patch: Patch) -> bool:
         except (ValueError, NotImplementedError):
             if config is None:
                 raise
-            patch.used += 1
             return config.model_type
 
     kn.model_type = model_type
@@ -223,14 +216,13 @@ def _kn_model_names(easyeditor: ModuleType, patch: Patch) -> bool:
 
 
 @runtime_patch("name-keyed-caches", "ROME, MEMIT and kin keep second moments and context templates by the model's name, and sample templates unseeded")
-def _name_keyed_caches(easyeditor: ModuleType, patch: Patch) -> bool:
+def _name_keyed_caches(easyeditor: ModuleType) -> bool:
     last: list[weakref.ref] = []
 
     def forget_other_models(model) -> None:
         if last and last[0]() is model:
             return
         last[:] = [weakref.ref(model)]
-        patch.used += 1
         forget_moments()
         for holder in _cache_holders():
             if hasattr(holder, "CONTEXT_TEMPLATES_CACHE"):
@@ -281,15 +273,15 @@ def _first(function, prepare):
 
 
 @runtime_patch("model-switches", "FT, ROME, MEMIT, LoRA leave gradients, requires_grad, use_cache, checkpointing, hooks and attributes in the model")
-def _model_switches(easyeditor: ModuleType, patch: Patch) -> bool:
+def _model_switches(easyeditor: ModuleType) -> bool:
     methods = module("util.alg_dict").ALG_DICT
     for name, apply in list(methods.items()):
         if inspect.isfunction(apply) and not isinstance(apply, functools.partial) and apply.__module__.startswith("easyeditor."):
-            methods[name] = _tidy(apply, patch)
+            methods[name] = _tidy(apply)
     return True
 
 
-def _tidy(apply, patch: Patch):
+def _tidy(apply):
     @functools.wraps(apply)
     def tidy(model, *args, **kwargs):
         if not isinstance(model, torch.nn.Module):
@@ -298,7 +290,6 @@ def _tidy(apply, patch: Patch):
             result = apply(model, *args, **kwargs)
             # An adapter's training goes on from the flags that it has set; its base gets its own back when it is removed.
             after.append(result[0] if isinstance(result, tuple) else None)
-        patch.used += 1
         return result
 
     return tidy

@@ -14,7 +14,7 @@ from types import ModuleType
 from torch import nn
 
 from kne_easyedit.bridge.fluency import fluency_variant
-from kne_easyedit.bridge.patches import Patch, runtime_patch
+from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.bridge.runtime_patches import module
 from kne_easyedit.cache import model_digest
 from kne_easyedit.paths import atomic_write
@@ -26,7 +26,7 @@ SHOWN = 3
 @runtime_patch(
     "subject-in-prompt", "a subject that does not stand in its prompt is an AssertionError: None, which does not say which record it is"
 )
-def _subject_in_prompt(easyeditor: ModuleType, patch: Patch) -> bool:
+def _subject_in_prompt(easyeditor: ModuleType) -> bool:
     editors = module("editors.editor")
     # A method in 2023, later a function that is imported into the editor's module.
     owner = editors if hasattr(editors, "_prepare_requests") else easyeditor.BaseEditor
@@ -38,11 +38,7 @@ def _subject_in_prompt(easyeditor: ModuleType, patch: Patch) -> bool:
         given = signature.bind(*args, **kwargs).arguments
         subjects = given.get("kwargs", {}).get("subject")
         if subjects is not None:
-            try:
-                _demand_subjects(subjects, given["prompts"])
-            except ValueError:
-                patch.used += 1
-                raise
+            _demand_subjects(subjects, given["prompts"])
         return original(*args, **kwargs)
 
     owner._prepare_requests = prepare_requests
@@ -98,7 +94,7 @@ def bad_records_left_out(easyeditor: ModuleType) -> Iterator[None]:
     "pre-edit-file",
     "a file of figures before the edit is known by the model's name and the kind of data only, and trusted if its length fits",
 )
-def _pre_edit_file(easyeditor: ModuleType, patch: Patch) -> bool:
+def _pre_edit_file(easyeditor: ModuleType) -> bool:
     editor = easyeditor.BaseEditor
     if "pre_file" not in inspect.getsource(module("editors.editor")):  # the release of 2023 never reads or writes such a file
         return False
@@ -110,7 +106,6 @@ def _pre_edit_file(easyeditor: ModuleType, patch: Patch) -> bool:
         pre_file = kwargs.get("pre_file")
         if pre_file is None:
             return original(self, *args, **kwargs)
-        patch.used += 1
         bound = signature.bind(self, *args, **kwargs).arguments
         digest = _evaluation_digest(self, {**bound, **bound.get("kwargs", {})})
         sidecar = Path(f"{pre_file}.kne.json")

@@ -22,7 +22,7 @@ import numpy
 import torch
 from torch import nn
 
-from kne_easyedit.bridge.patches import Patch, runtime_patch
+from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.bridge.runtime_patches import forget_moments, module
 from kne_easyedit.state import undisturbed
 
@@ -153,10 +153,10 @@ def second_moments(model: nn.Module, texts: Sequence[Sequence[int]], modules: Se
 
 
 @runtime_patch("second-moments", "MEMIT: second moments are computed from a download of Wikipedia")
-def _local_second_moments(easyeditor: ModuleType, patch: Patch) -> bool:
+def _local_second_moments(easyeditor: ModuleType) -> bool:
     holders = [m for name, m in sorted(sys.modules.items()) if name.startswith("easyeditor.models.") and hasattr(m, "layer_stats")]
     for original in {m.layer_stats for m in holders if callable(m.layer_stats)}:
-        replacement = _with_local_text(original, patch)
+        replacement = _with_local_text(original)
         for holder in holders:
             if holder.layer_stats is original:
                 holder.layer_stats = replacement
@@ -188,7 +188,7 @@ def _prepared(apply):
     return prepared
 
 
-def _with_local_text(original, patch: Patch):
+def _with_local_text(original):
     @functools.wraps(original)
     def layer_stats(model, tokenizer, layer_name, stats_dir, ds_name, to_collect, *args, **kwargs):
         if to_collect != ["mom2"]:
@@ -198,7 +198,6 @@ def _with_local_text(original, patch: Patch):
         lineage = known if known is not None and known.editing else _lineage_of(model)
         layers = _modules(layer_name, kwargs.get("hparams"))
         found = _files(model, tokenizer, lineage, layers, Path(stats_dir), ds_name, precision, size)[layers.index(layer_name)]
-        patch.used += found.text != ds_name
         source = ds_name if found.text == ds_name else SOURCE.describe()
         SOURCE.made.append({"layer": layer_name, "source": source, "file": str(found.path)})
         return original(model, tokenizer, layer_name, stats_dir, found.text, to_collect, *args, **{**kwargs, "model_name": found.model})
