@@ -123,14 +123,21 @@ def check_request(request: Mapping) -> None:
 
 def collate(facts: Sequence[Fact], pad_id: int = 0, padding_side: str = "right") -> Batch:
     """Pads facts to one batch. The mask, not the pad token, decides what counts: a pad id may be any id."""
-    width = max(len(fact.ids) for fact in facts)
-    input_ids = torch.full((len(facts), width), pad_id)
-    attention_mask = torch.zeros((len(facts), width), dtype=torch.long)
-    labels = torch.full((len(facts), width), IGNORE)
+    input_ids, attention_mask = pad([fact.ids for fact in facts], pad_id, padding_side)
+    labels = torch.full_like(input_ids, IGNORE)
     for i, fact in enumerate(facts):
-        start = width - len(fact.ids) if padding_side == "left" else 0
-        stop = start + len(fact.ids)
-        input_ids[i, start:stop] = torch.tensor(fact.ids)
-        attention_mask[i, start:stop] = 1
-        labels[i, start + fact.prompt_length : stop] = torch.tensor(fact.answer)
+        start = input_ids.shape[1] - len(fact.ids) if padding_side == "left" else 0
+        labels[i, start + fact.prompt_length : start + len(fact.ids)] = torch.tensor(fact.answer)
     return Batch(input_ids, attention_mask, labels)
+
+
+def pad(texts: Sequence[Sequence[int]], pad_id: int = 0, padding_side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of texts as one tensor ``(texts, width)``, and the mask (1: a token, 0: padding) of the same shape."""
+    width = max(map(len, texts))
+    input_ids = torch.full((len(texts), width), pad_id)
+    attention_mask = torch.zeros((len(texts), width), dtype=torch.long)
+    for i, ids in enumerate(texts):
+        where = slice(width - len(ids), width) if padding_side == "left" else slice(len(ids))
+        input_ids[i, where] = torch.tensor(ids)
+        attention_mask[i, where] = 1
+    return input_ids, attention_mask

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kne_easyedit.batching import pad
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.layout import device_of
 from kne_easyedit.records import load_requests
@@ -22,10 +23,8 @@ class Divergence:
 
     def __init__(self, model: nn.Module, tokenizer, prompts: Sequence[str]):
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        width = max(map(len, ids))
         device = device_of(model)
-        self.input_ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=device)
-        self.attention_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
+        self.input_ids, self.attention_mask = (tensor.to(device) for tensor in pad(ids))
         self.last = torch.tensor([len(row) - 1 for row in ids], device=device)
         with torch.no_grad():
             self.before = self._log_probabilities(model)

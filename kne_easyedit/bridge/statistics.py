@@ -22,6 +22,7 @@ import numpy
 import torch
 from torch import nn
 
+from kne_easyedit.batching import pad
 from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.bridge.runtime_patches import forget_moments, module
 from kne_easyedit.state import undisturbed
@@ -127,6 +128,7 @@ def second_moments(model: nn.Module, texts: Sequence[Sequence[int]], modules: Se
 
     found: dict[str, tuple[int, torch.Tensor]] = {}
     device = next(model.parameters()).device
+    body = getattr(model, "base_model", model)  # without the head, whose logits nobody reads
     mask = None
 
     def hook(name):
@@ -142,10 +144,9 @@ def second_moments(model: nn.Module, texts: Sequence[Sequence[int]], modules: Se
         handles += [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
         with undisturbed(model):
             for batch in tqdm(list(_batches(sorted(texts, key=len))), desc="second moments", unit="batch"):
-                width = max(map(len, batch))
-                ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=device)
-                mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in batch], device=device)
-                model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+                ids, attention = (tensor.to(device) for tensor in pad(batch))
+                mask = attention.bool()
+                body(input_ids=ids, attention_mask=attention, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
