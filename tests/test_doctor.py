@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from kne_easyedit import bridge, cli
 from kne_easyedit.batching import encode
 from kne_easyedit.bridge import patches
-from kne_easyedit.doctor import examination, trial
+from kne_easyedit.doctor import examination, surroundings, trial
 from kne_easyedit.doctor.findings import FAILURE, OK, Finding, duration
 from kne_easyedit.doctor.memory import memory_needed
 from kne_easyedit.doctor.trial import Times
@@ -327,12 +327,12 @@ def test_an_easyedit_that_is_missing(plan, capsys, monkeypatch, tmp_path):
 
 
 def test_old_packages_and_switched_off_patches(monkeypatch):
-    monkeypatch.setattr(examination, "version", lambda name: "0.1")
-    assert {finding.text.split()[0] for finding in examination.packages() if finding.status == FAILURE} >= {"torch", "transformers", "peft"}
+    monkeypatch.setattr(surroundings, "version", lambda name: "0.1")
+    assert {finding.text.split()[0] for finding in surroundings.packages() if finding.status == FAILURE} >= {"torch", "transformers", "peft"}
     bridge.register()
     patch = next(patch for patch in patches.report() if patch.name == "model-switches")
     monkeypatch.setattr(patch, "state", patches.SWITCHED_OFF)
-    (found,) = (finding for finding in examination.easyedit() if finding.name == "patch model-switches")
+    (found,) = (finding for finding in surroundings.easyedit() if finding.name == "patch model-switches")
     assert found.status == "warning" and "KNE_PATCHES_OFF" in found.way_out
 
 

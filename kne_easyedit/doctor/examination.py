@@ -13,18 +13,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from kne_easyedit import bridge
 from kne_easyedit.batching import demand_length, encode_request
-from kne_easyedit.bridge import patches
 from kne_easyedit.bridge.editing import IN_CONTEXT
-from kne_easyedit.bridge.fluency import PUNKT
-from kne_easyedit.bridge.registry import RIGHT_PADDED
+from kne_easyedit.bridge.registry import RIGHT_PADDED, prepare_tokenizer
 from kne_easyedit.cache import scores_folder
 from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, failure, left_out, listed, size
 from kne_easyedit.doctor.memory import (
@@ -39,6 +35,7 @@ from kne_easyedit.doctor.memory import (
     vocabulary,
     without_weights,
 )
+from kne_easyedit.doctor.surroundings import easyedit, packages
 from kne_easyedit.doctor.trial import try_out
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams, resolve_device
@@ -94,59 +91,6 @@ def _examine(plan: Mapping, data: str, records: int | None, offset: int, trial: 
 
 
 # The software
-
-
-def packages() -> Iterator[Finding]:
-    """The packages that setup.cfg asks for, and those that some of EasyEdit's methods need beside them."""
-    try:
-        wanted = requires("kne_easyedit") or []
-    except PackageNotFoundError:
-        yield Finding("packages", WARNING, "kne_easyedit is not installed: nothing says which versions it needs", "pip install -e .")
-        return
-    from packaging.requirements import Requirement
-
-    found = []
-    for requirement in map(Requirement, wanted):
-        name, marker, supported = requirement.name, requirement.marker, requirement.specifier
-        extra = marker is not None and not marker.evaluate({"extra": ""})
-        if extra and not marker.evaluate({"extra": "easyedit"}):
-            continue
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
-            # Whether this plan needs what only some methods need, the trial shows.
-            yield Finding("packages", WARNING if extra else FAILURE, f"{name} is not installed", f"pip install '{name}{supported}'")
-            continue
-        if not supported.contains(installed, prereleases=True):
-            yield Finding("packages", FAILURE, f"{name} {installed} is not supported, {supported} is", f"pip install '{name}{supported}'")
-        elif supported:
-            found.append(f"{name} {installed} ({supported})")
-    yield Finding("packages", OK, ", ".join(found))
-
-
-def easyedit() -> Iterator[Finding]:
-    """Which EasyEdit this is, what of it is mended, and how it splits words when it measures fluency."""
-    try:
-        bridge.register()
-        found = bridge.describe()
-    except (ImportError, ValueError, RuntimeError) as error:
-        yield failure("EasyEdit", error)
-        return
-    yield Finding("EasyEdit", OK, f"{found['kind']} {found['version']} in {bridge.locate()}")
-    for patch in patches.report():
-        off = patch.state == patches.SWITCHED_OFF
-        text, way_out = f"{patch.state}: {patch.fault}", f"take it out of {patches.OFF}" if off else ""
-        yield Finding(f"patch {patch.name}", WARNING if off else OK, text, way_out)
-    try:
-        variant = bridge.fluency_variant()
-    except (ImportError, RuntimeError) as error:
-        yield failure("fluency", error)
-        return
-    if variant == PUNKT:
-        yield Finding("fluency", OK, "nltk's punkt data is there")
-    else:
-        text = f"nltk's punkt data is not there, words are split without it ({variant}): never mix with figures that had it"
-        yield Finding("fluency", WARNING, text, "python -m nltk.downloader punkt_tab")
 
 
 # The model
@@ -299,7 +243,7 @@ def tokenizers(plan: Mapping, folder: Path, model: nn.Module) -> Iterator[Findin
     sides: dict[str, list[str]] = {}
     for label, hparams in plan.items():
         prepared = deepcopy(tokenizer)
-        bridge.prepare_tokenizer(prepared, hparams.alg_name)
+        prepare_tokenizer(prepared, hparams.alg_name)
         sides.setdefault(prepared.padding_side, []).append(label)
     pad, largest, known = prepared.pad_token_id, max(tokenizer.get_vocab().values()), vocabulary(model)
     if pad is None or pad >= known:
