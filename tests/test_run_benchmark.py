@@ -18,6 +18,7 @@ from test_benchmark import record
 
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.config import job_of, shard_of
+from kne_easyedit.benchmark.publish import publish
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -69,6 +70,11 @@ def test_two_methods_with_two_workers_and_shards_equal_one_run(place):
     wanted = {"easyedit", "model", "data", "methods", "seed", "padding", "fluency_variant", "machine", "environment", "fingerprints"}
     assert wanted <= set(manifest)
     assert len(manifest["data"]["sha256"]) == len(manifest["model"]["sha256"]) == 64
+    publish(collect([place / "whole"]), place / "report")
+    text = (place / "report/report.md").read_text()
+    assert "records: 3;" in text
+    assert all(fingerprint in text for fingerprint in manifest["fingerprints"].values())
+    assert [list(m["methods"]) for m in json.loads((place / "report/manifests.json").read_text())] == [["FT"], ["KNE"]]
 
 
 def test_a_killed_run_goes_on_and_repeats_nothing(place):

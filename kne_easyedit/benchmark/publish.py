@@ -15,7 +15,10 @@ from kne_easyedit.paths import atomic_write
 
 
 def publish(found: Collection, folder: Path, title: str = "KnowEdit comparison") -> Path:
-    """Writes ``report.md``, ``report.html``, ``report.json`` and the pictures into ``folder``; returns the page's path."""
+    """Writes ``report.md``, ``report.html``, ``report.json``, the runs' ``manifests.json`` and the pictures into ``folder``.
+
+    Returns the page's path.
+    """
     from kne_easyedit.benchmark.pictures import draw_all
 
     pictures = draw_all(found, folder)
@@ -23,6 +26,7 @@ def publish(found: Collection, folder: Path, title: str = "KnowEdit comparison")
     atomic_write(folder / "report.md", text)
     atomic_write(folder / "report.html", page(text, title, folder))
     atomic_write(folder / "report.json", json.dumps(figures(found), indent=1) + "\n")
+    atomic_write(folder / "manifests.json", json.dumps(found.manifests, indent=1, ensure_ascii=False) + "\n")
     return folder / "report.html"
 
 

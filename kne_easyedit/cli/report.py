@@ -20,5 +20,5 @@ def _report(arguments) -> int:
     first = arguments.results[0]
     out = arguments.out or (first if first.is_dir() else first.parent) / "report"
     page = publish(collect(arguments.results), out, arguments.title)
-    print(f"Written to {out}: {page.name}, report.md, report.json and the pictures")
+    print(f"Written to {out}: {page.name}, report.md, report.json, manifests.json and the pictures")
     return 0
