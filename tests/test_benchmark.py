@@ -189,6 +189,20 @@ def test_two_runs_with_one_seed_agree(job, tmp_path):
     assert [{**line, "seconds": 0, "peak_bytes": 0} for line in lines_of(job)] == first
 
 
+def test_without_fluency_the_other_figures_stay_as_they_are(job, capsys):
+    print_report(run(job), job.folder)
+    first = lines_of(job)
+    job.fluency = False
+    summary = run(job)
+    print_report(summary, job.folder)
+    assert summary["methods"]["KNE"]["fluency"] is None
+    for line, old in zip(lines_of(job), first):
+        assert line["fingerprint"] != old["fingerprint"]  # never mixed
+        assert "fluency" not in line["metrics"]["post"] and "fluency" in old["metrics"]["post"]
+        assert {**line["metrics"]["post"], "fluency": None} == {**old["metrics"]["post"], "fluency": None}
+        assert (line["after"], line["losses"]) == (old["after"], old["losses"])
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_record_that_cannot_be_edited(job, skip):
     before = fingerprint(job.model)

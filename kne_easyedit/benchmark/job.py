@@ -38,6 +38,8 @@ class Run:
     retention_every: int = 10
     chat_template: bool = False
     """Every prompt, at edit and evaluation, in the tokenizer's chat template."""
+    fluency: bool = True
+    """Whether text is sampled for the fluency metric; without it an evaluation takes about half the time."""
     skip_bad: bool = False
     before_folder: Path | None = None
     """Where evaluations of the unedited model are kept and looked up; None: in ``folder``. Several runs may share it."""
@@ -75,7 +77,8 @@ def record_digest(request: Mapping) -> str:
 def base_fingerprint(job: Run, weights: str, variant: str) -> list:
     """What evaluations of the unedited model depend on, the record and the tokenizer's side apart."""
     versions = {k: v for k, v in environment(job.model).items() if k not in ("platform", "cpus")}
-    return [weights, variant, versions, bridge.describe(), sorted(patches.switched_off()), job.seed, job.chat_template]
+    base = [weights, variant, versions, bridge.describe(), sorted(patches.switched_off()), job.seed, job.chat_template]
+    return base if job.fluency else [*base, "no fluency"]
 
 
 def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | None) -> str:

@@ -192,14 +192,14 @@ class _Runner:
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         with self.quiet():
-            metrics = editor.evaluate(request, generation=True, seed=self.job.seed)
+            metrics = editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed)
         found = {"metrics": _plain(metrics), "answer": free_answer(self.job.model, self.job.tokenizer, request)}
         atomic_write(path, json.dumps(found, ensure_ascii=False))
         return json.loads(json.dumps(found))
 
     def _line(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, seconds: float, peak: int | None) -> dict:
         with self.quiet():
-            post = _plain(editor.evaluate(request, generation=True, seed=self.job.seed))
+            post = _plain(editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed))
         answer = free_answer(editor.model, self.job.tokenizer, request)
         return {
             **self._head(method, request),
