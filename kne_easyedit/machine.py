@@ -39,7 +39,10 @@ def align(model) -> int:
 
 
 def free_memory(device) -> int:
-    """Bytes that are free on a torch device: on a GPU with what torch holds in reserve, elsewhere in the machine."""
+    """Bytes that are free on a torch device: on a GPU with what torch holds in reserve, elsewhere in the machine.
+
+    A container or a SLURM job may take less than the machine has: the limits of its control groups count.
+    """
     import torch
 
     if device.type == "cuda":
@@ -47,7 +50,33 @@ def free_memory(device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     import psutil
 
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *_left_by_control_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _left_by_control_groups(membership: Path, root: Path) -> list[int]:
+    """Bytes that each memory limit above this process leaves it (Linux; both versions of control groups).
+
+    Pages of files that can be dropped at any time count as free, as they do for the whole machine.
+    """
+    left = []
+    for line in membership.read_text().splitlines() if membership.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, usage, dropped = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, usage, dropped = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):  # up to the root, which is a container's own
+            try:
+                most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+                counts = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # not there, or not for this process to see
+                continue
+            if most.isdigit():
+                left.append(max(0, int(most) - used + int(counts.get(dropped, 0))))
+    return left
 
 
 class PeakMemory:
