@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from test_benchmark import record
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.config import job_of, shard_of
 from kne_easyedit.benchmark.publish import publish
+from kne_easyedit.hparams import KNEHyperParams
 
 ROOT = Path(__file__).parents[1]
 TINY = [
-    "on_bad_record=fail", "+model.settings.model_name=tiny-model", "+method.settings.layers=[2]", "statistics.samples=4",
+    "on_bad_record=fail", "++model.settings.model_name=tiny-model", "++method.settings.layers=[2]", "statistics.samples=4",
 ]  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def test_two_methods_with_two_workers_and_shards_equal_one_run(place):
 
 def test_a_killed_run_goes_on_and_repeats_nothing(place):
     process = subprocess.Popen(
-        command(place, "killed", "benchmark/method@method=ft", "+model.settings.num_steps=60"),
+        command(place, "killed", "benchmark/method@method=ft", "++model.settings.num_steps=60"),
         cwd=place, env=environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.time() + 120
@@ -90,7 +92,7 @@ def test_a_killed_run_goes_on_and_repeats_nothing(place):
     (results,) = (place / "killed").rglob("results.jsonl")
     kept = results.read_text()
     assert 1 <= kept.count("\n") < 3, "killed too late to show anything"
-    run(place, "killed", "benchmark/method@method=ft", "+model.settings.num_steps=60")
+    run(place, "killed", "benchmark/method@method=ft", "++model.settings.num_steps=60")
     assert results.read_text().startswith(kept[: kept.rindex("\n") + 1])
     assert [json.loads(line)["index"] for line in results.read_text().splitlines()] == [0, 1, 2]
 
@@ -135,6 +137,16 @@ def test_the_facts_of_localisation_are_none_of_those_that_are_edited():
             localised = range(found.localization.offset, found.localization.offset + found.localization.size)
             edited = range(found.offset, found.offset + (found.records or 10**6))
             assert not set(localised) & set(edited), data
+
+
+@pytest.mark.parametrize("method", ["kne", "kne_up"])
+def test_kne_means_the_papers_settings_whatever_a_models_file_says(method):
+    defaults = {f.name: f.default for f in fields(KNEHyperParams)}  # the class has the paper's
+    settings = OmegaConf.to_container(composed(f"benchmark/method@method={method}").method.settings)
+    tuned = OmegaConf.to_container(composed("benchmark/method@method=kne_tuned").method.settings)
+    assert {name: settings[name] for name in tuned} == {name: defaults[name] for name in tuned}
+    shipped = KNEHyperParams.from_hparams(ROOT / "hparams/KNE/smollm2-135m.yaml")
+    assert {name: getattr(shipped, name) for name in tuned} == tuned != {name: defaults[name] for name in tuned}
 
 
 def test_text_for_second_moments_comes_from_facts_that_are_not_edited(place, monkeypatch):
