@@ -121,6 +121,8 @@ def test_the_report_renders_with_missing_methods(found, tmp_path):
     assert ["data", "metric", "*no edit*", "*baselines*", "FT", "MEMIT", "KNE", "KNE-up"] in rows
     assert ["counterfact", "ES", "25.00", "35.00", "50.00", "20.00", "**100.00**", "<u>80.00</u>"] in rows
     assert ["", "LOC", "-", "50.00", "**50.00**", "**50.00**", "**50.00**", "**50.00**"] in rows
+    assert ["", "records", "-", "-", "5", "5", "6", "6"] in rows
+    assert sum(row[1] == "records" for row in rows) == 1  # zsre has one method only
     assert ["zsre", "ES", "25.00", "-", "-", "-", "**100.00**", "-"] in rows
     leads = text.partition("## KNE-up against each method")[2].partition("## Cost")[0]
     assert "| counterfact | KNE | **-20.0 [-20.0, -20.0]** |" in leads and "zsre" not in leads

@@ -27,7 +27,8 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
 
     parts = [f"# {title}", _setting(found)]
     parts += ["## Results in the paper's layout", "Means over records, in percent; fluency is n-gram entropy x 100. Best **bold**, second <u>underlined</u>."
-              " *No edit* is the model before, *baselines* the mean of the methods that are not KNE; both stand apart."]
+              " *No edit* is the model before, *baselines* the mean of the methods that are not KNE; both stand apart. A row *records*"
+              " stands where methods have different numbers of them."]
     parts.append(_layout(found))
     parts += ["What the rows mean:", "\n".join(f"- **{SHORT[name]}**, {name.replace('_', ' ')}: {METRICS[name]}." for name in QUALITY)]
     parts += shown("tradeoff.png")
@@ -75,6 +76,9 @@ def _layout(found: Collection) -> str:
             apart = [_number(value, "{:.2f}") for value in (before[name], baselines_mean(found, data, name))]
             values = [summaries[m][name] if m in summaries else None for m in found.methods]
             rows.append([data if i == 0 else "", SHORT[name], *apart, *_ranked(values)])
+        records = {method: len(found.of(data, method)) for method in summaries}
+        if len(set(records.values())) > 1:  # means over different records: the reader must see it beside them
+            rows.append(["", "records", "-", "-", *(str(records.get(method, "-")) for method in found.methods)])
     return markdown(rows)
 
 
