@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kne_easyedit.batching import Fact
+from kne_easyedit.digest import digest
 from kne_easyedit.layout import Target
 from kne_easyedit.paths import atomic_write, cache_home
 
@@ -45,7 +46,7 @@ def model_digest(model: nn.Module) -> str:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets other threads run
         digests = list(pool.map(of_tensor, tensors))
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_IN_CONFIG}
-    return _digest([type(model).__name__, sorted(digests), config])
+    return digest([type(model).__name__, sorted(digests), config])
 
 
 def scores_folder(folder: str | Path | None = None) -> Path:
@@ -69,7 +70,7 @@ class ScoreCache:
 
     def path(self, target: Target, fact: Fact) -> Path:
         """Where the scores of ``fact`` are. Token ids stand for both the fact and the tokenizer."""
-        return self.folder / f"{_digest(self._key(target, fact))}.safetensors"
+        return self.folder / f"{digest(self._key(target, fact))}.safetensors"
 
     def get(self, target: Target, fact: Fact) -> Tensor | None:
         """The scores ``(layers, d2)``, or None if a layer of ``target`` is missing."""
@@ -184,7 +185,7 @@ def read_entry(path: Path) -> Entry:
         if metadata.pop("sha256", None) != _bits(scores, metadata):
             raise ValueError("its digest does not match")
         layers = json.loads(metadata["layers"])
-        if path.stem != _digest(key) or not metadata["model"].startswith(path.parent.name):
+        if path.stem != digest(key) or not metadata["model"].startswith(path.parent.name):
             raise ValueError("it is of another fact or model")
         if scores.ndim != 2 or len(scores) != len(layers) or not scores.isfinite().all():
             raise ValueError(f"its scores have shape {tuple(scores.shape)} or are not finite")
@@ -207,10 +208,6 @@ def entry_files(folder: str | Path | None = None) -> Iterator[Path]:
 def torn_files(folder: str | Path | None = None) -> Iterator[Path]:
     """What processes that were killed while writing left behind: hidden files, an hour old at least."""
     yield from (path for path in sorted(scores_folder(folder).glob("*/.*.tmp")) if time.time() - path.stat().st_mtime > 3600)
-
-
-def _digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _bits(scores: Tensor, metadata: dict[str, str]) -> str:

@@ -44,12 +44,13 @@ def command(place: Path, out: str, *overrides: str) -> list[str]:
     return [sys.executable, str(ROOT / "scripts/run_benchmark.py"), "-m", *data, *TINY, f"out={out}", *overrides]
 
 
-def environment(place: Path) -> dict[str, str]:
-    return {**os.environ, "KNE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
+def environment(place: Path, **changes: str) -> dict[str, str]:
+    return {**os.environ, "KNE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1", **changes}
 
 
-def run(place: Path, out: str, *overrides: str) -> None:
-    done = subprocess.run(command(place, out, *overrides), cwd=place, env=environment(place), capture_output=True, text=True, timeout=300)
+def run(place: Path, out: str, *overrides: str, **changes: str) -> None:
+    """``changes`` are of the environment."""
+    done = subprocess.run(command(place, out, *overrides), cwd=place, env=environment(place, **changes), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -95,6 +96,15 @@ def test_a_killed_run_goes_on_and_repeats_nothing(place):
     run(place, "killed", "benchmark/method@method=ft", "++model.settings.num_steps=60")
     assert results.read_text().startswith(kept[: kept.rindex("\n") + 1])
     assert [json.loads(line)["index"] for line in results.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_another_process_knows_the_lines_of_an_ensemble(place):
+    """Sets have another order in every process; what stands for an ensemble must not."""
+    for seed in ("1", "2"):
+        run(place, "again", "benchmark/method@method=kne", "++method.settings.p=0.5", "++method.settings.layers=[]", PYTHONHASHSEED=seed)
+    (results,) = (place / "again").rglob("results*.jsonl")  # nothing was moved aside
+    assert len(results.read_text().splitlines()) == 3
+    assert json.loads((results.parent / "manifest.json").read_text())["localization"]["KNE"]["neurons"] > 10
 
 
 def composed(*overrides: str):

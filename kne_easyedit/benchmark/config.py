@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from kne_easyedit import bridge
-from kne_easyedit.benchmark.job import Run, digest
+from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge import statistics
 from kne_easyedit.bridge.registry import NAME as KNE
+from kne_easyedit.digest import digest
 from kne_easyedit.models import load_model
 from kne_easyedit.records import load_records, load_requests
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ from torch import nn
 
 from kne_easyedit import bridge
 from kne_easyedit.bridge import patches, statistics
+from kne_easyedit.digest import digest
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.machine import environment
 
@@ -93,7 +92,3 @@ def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | No
     if job.mode != "single":  # there a result depends on the other records, too
         parts += [job.batch_size, job.retention_every, [record_digest(request) for request in job.requests]]
     return digest(parts)[:16]
-
-
-def digest(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

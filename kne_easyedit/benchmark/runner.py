@@ -23,13 +23,14 @@ from tqdm import tqdm
 from kne_easyedit import bridge
 from kne_easyedit._version import __version__
 from kne_easyedit.benchmark.answers import free_answer
-from kne_easyedit.benchmark.job import Run, base_fingerprint, digest, fingerprint, record_digest
+from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.benchmark.store import Lines, alone_in
 from kne_easyedit.benchmark.summary import retention, summarize
 from kne_easyedit.bridge import patches, statistics
 from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.cache import model_digest
+from kne_easyedit.digest import digest
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.localization import find_ensemble
 from kne_easyedit.machine import PeakMemory, environment, hardware

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from kne_easyedit.bridge.fluency import fluency_variant
 from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.bridge.runtime_patches import module
 from kne_easyedit.cache import model_digest
+from kne_easyedit.digest import digest
 from kne_easyedit.paths import atomic_write
 
 SHOWN = 3
@@ -107,10 +107,10 @@ def _pre_edit_file(easyeditor: ModuleType) -> bool:
         if pre_file is None:
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs).arguments
-        digest = _evaluation_digest(self, {**bound, **bound.get("kwargs", {})})
+        known = _evaluation_digest(self, {**bound, **bound.get("kwargs", {})})
         sidecar = Path(f"{pre_file}.kne.json")
         if kwargs.get("pre_edit") is not None:
-            if _known_digest(sidecar) != digest:
+            if _known_digest(sidecar) != known:
                 raise ValueError(
                     f"{pre_file}: these figures before the edit are of other records, of another model or kind of evaluation, or of a run "
                     f"without this check (see {sidecar.name}); delete the file or move it away, then it is made anew"
@@ -118,12 +118,12 @@ def _pre_edit_file(easyeditor: ModuleType) -> bool:
             return original(self, *args, **kwargs)
         if not Path(pre_file).exists():
             # Beforehand: edits may fail long after the file is complete.
-            atomic_write(sidecar, json.dumps({"digest": digest}))
+            atomic_write(sidecar, json.dumps({"digest": known}))
             return original(self, *args, **kwargs)
         # An old file stands there until its figures are computed again: nobody may trust it in between.
         sidecar.unlink(missing_ok=True)
         result = original(self, *args, **kwargs)
-        atomic_write(sidecar, json.dumps({"digest": digest}))
+        atomic_write(sidecar, json.dumps({"digest": known}))
         return result
 
     editor.edit = edit
@@ -147,7 +147,7 @@ def _evaluation_digest(editor, arguments: dict) -> str:
         model_digest(editor.model) if isinstance(editor.model, nn.Module) else str(editor.model_name),
         fluency_variant() if arguments.get("test_generation") else None,
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return digest(parts)
 
 
 def _known_digest(sidecar: Path) -> str | None:
