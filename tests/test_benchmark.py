@@ -143,6 +143,41 @@ def test_lines_of_other_settings_are_moved_aside_each_to_a_file_of_its_own(job):
     assert len({line["fingerprint"] for text in kept for line in map(json.loads, text.splitlines())}) == 3
 
 
+def test_settings_and_records_of_an_earlier_run_are_not_computed_again(job, monkeypatch):
+    def move(stop_loss, records):
+        job.hparams["KNE"].stop_loss, job.requests = stop_loss, everything[:records]
+        return run(job)
+
+    everything = job.requests
+    first, first_lines = move(0.4, 2), lines_of(job)
+    move(0.4, 1)
+    assert [line["index"] for line in lines_of(job)] == [0]
+    move(0.5, 2)
+    edited = counting(monkeypatch)
+    assert move(0.4, 2)["methods"] == first["methods"]
+    assert sorted(lines_of(job), key=lambda line: line["index"]) == first_lines
+    move(0.5, 1), move(0.5, 2)
+    assert edited == []
+    kept = [json.loads(line) for file in job.folder.glob("results*.jsonl") for line in file.read_text().splitlines()]
+    assert len({json.dumps(line) for line in kept}) == 4  # nothing is lost
+    assert len(kept) <= 4 + 4  # and copies do not pile up
+
+
+def test_of_lines_computed_again_the_latest_count(job, monkeypatch):
+    run(job)
+    run(job, again=True)
+    (job.folder / "results.jsonl").unlink()  # only what was moved aside is left
+    edited = counting(monkeypatch)
+    run(job)
+    assert edited == []
+    latest = lines_of(job)
+    run(job, again=True)
+    again = lines_of(job)
+    assert [line["seconds"] for line in again] != [line["seconds"] for line in latest]
+    run(job)
+    assert lines_of(job) == again
+
+
 def test_another_method_keeps_the_lines_of_the_first(job, monkeypatch):
     run(job)
     old = (job.folder / "results.jsonl").read_text()

@@ -84,7 +84,7 @@ class _Runner:
             return known and not again
 
         self.results = Lines(job.folder / "results.jsonl", own)
-        self.retained = Lines(job.folder / "retention.jsonl", own)
+        self.retained = Lines(job.folder / "retention.jsonl", own, key=("method", "index", "after"))
         self.done = {(line["index"], line["method"]) for line in self.results.lines}
 
     def run(self) -> dict:
@@ -287,7 +287,8 @@ class _Runner:
         job = self.job
 
         def of(lines: Lines, method: str) -> list[dict]:
-            return [line for line in lines.lines if line["method"] == method]
+            own = [line for line in lines.lines if line["method"] == method]
+            return sorted(own, key=lambda line: line["index"])  # a sum's last bit must not tell in what order they came
 
         methods = {method: summarize(of(self.results, method)) for method in job.hparams}
         if job.mode == "sequential":

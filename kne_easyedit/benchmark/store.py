@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kne_easyedit.paths import atomic_write
@@ -18,19 +18,22 @@ class Lines:
     """A file of JSON objects, one a line, each with a ``fingerprint`` of the settings that it belongs to.
 
     ``keep(line)`` says whether a line that is there already belongs to the run that opens the file. Lines that do not
-    are moved to a file of their own beside it, which nothing overwrites.
+    are moved to a file of their own beside it, which nothing overwrites; those in such files that belong to it (again)
+    are taken back, unless the file has a line of the same ``key``, so that settings tried before are not computed again.
     """
 
-    def __init__(self, path: Path, keep: Callable[[dict], bool]):
+    def __init__(self, path: Path, keep: Callable[[dict], bool], key: Sequence[str] = ("method", "index")):
         self.path = path
         found = read_lines(path)
-        self.lines = [line for line in found if keep(line)]
-        others = [line for line in found if not keep(line)]
-        if others:
-            aside = _free_name(path)
-            atomic_write(aside, _text(others))
-            logger.warning("%s: %s lines of other settings moved to %s", path, len(others), aside.name)
-        if found or path.exists():
+        aside = [line for file in sorted(path.parent.glob(f"{path.stem}.other-*{path.suffix}"), key=_number) for line in read_lines(file)]
+        here = {tuple(line.get(name) for name in key): line for line in [*filter(keep, aside), *filter(keep, found)]}  # the latest of each
+        self.lines = list(here.values())
+        known = set(map(_text_of, aside))
+        if others := [line for line in found if not keep(line) and _text_of(line) not in known]:
+            name = _free_name(path)
+            atomic_write(name, _text(others))
+            logger.warning("%s: %s lines of other settings moved to %s", path, len(others), name.name)
+        if self.lines or found or path.exists():
             atomic_write(path, _text(self.lines))  # without what a kill has torn
 
     def append(self, line: dict) -> None:
@@ -38,7 +41,7 @@ class Lines:
         self.lines.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as stream:
-            stream.write(_text([line]).encode())
+            stream.write(_text_of(line).encode())
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -71,8 +74,12 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _text(lines: list[dict]) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+def _text(lines: Iterable[dict]) -> str:
+    return "".join(map(_text_of, lines))
+
+
+def _text_of(line: dict) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def _free_name(path: Path) -> Path:
@@ -80,3 +87,9 @@ def _free_name(path: Path) -> Path:
     while (aside := path.with_name(f"{path.stem}.other-{number}{path.suffix}")).exists():
         number += 1
     return aside
+
+
+def _number(aside: Path) -> int:
+    """That of a name that `_free_name` gave; 0 for one that somebody else did."""
+    number = aside.stem.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
