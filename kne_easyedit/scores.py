@@ -32,6 +32,16 @@ def summarize_metrics(metrics: Sequence[Mapping]) -> dict[str, float | int | Non
     return {**{name: None if value is None else 100 * value for name, value in figures.items()}, "records": len(posts)}
 
 
+def by_category(metrics: Sequence[Mapping], section: str) -> dict[str, list[float]]:
+    """What ``portability`` or ``locality`` (the ``section``) is the mean of: category -> one figure (percent) a record that has it."""
+    found: dict[str, list[float]] = {}
+    for record in metrics:
+        for name, values in (record["post"].get(section) or {}).items():
+            if name.endswith("_acc") and (value := _mean(values)) is not None:
+                found.setdefault(name.removesuffix("_acc"), []).append(100 * value)
+    return found
+
+
 def begins_with(answer: str, target: str) -> bool:
     """Whether a free answer begins with the wanted one: blanks and capitals do not count, but words end where they end."""
     answer, target = " ".join(answer.split()).casefold(), " ".join(target.split()).casefold()

@@ -121,6 +121,8 @@ def test_the_report_renders_with_missing_methods(found, tmp_path):
     assert ["data", "metric", "*no edit*", "*baselines*", "FT", "MEMIT", "KNE", "KNE-up"] in rows
     assert ["counterfact", "ES", "25.00", "35.00", "50.00", "20.00", "**100.00**", "<u>80.00</u>"] in rows
     assert ["", "LOC", "-", "50.00", "**50.00**", "**50.00**", "**50.00**", "**50.00**"] in rows
+    assert ["counterfact", "PORT", "Reasoning", "6", "12.50", "25.00", "10.00", "**50.00**", "<u>40.00</u>"] in rows
+    assert ["zsre", "LOC", "L", "3", "-", "-", "-", "**50.00**", "-"] in rows
     assert ["", "records", "-", "-", "5", "5", "6", "6"] in rows
     assert sum(row[1] == "records" for row in rows) == 1  # zsre has one method only
     assert ["zsre", "ES", "25.00", "-", "-", "-", "**100.00**", "-"] in rows
@@ -137,6 +139,7 @@ def test_the_report_renders_with_missing_methods(found, tmp_path):
     assert numbers["counterfact"]["FT"]["lead_of"]["KNE"]["edit_success"]["records"] == 5  # the records that both have
     assert numbers["counterfact"]["no edit"]["fluency"] == approx(600)
     assert numbers["zsre"]["KNE"]["lead_of"] == {}
+    assert numbers["counterfact"]["KNE-up"]["categories"] == {"portability": {"Reasoning": approx(40)}, "locality": {"L": approx(50)}}
 
 
 def test_the_command(found, tmp_path, capsys):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 
 from kne_easyedit.benchmark.collect import Collection
 from kne_easyedit.benchmark.intervals import Interval, interval, paired
 from kne_easyedit.benchmark.summary import summarize
-from kne_easyedit.scores import begins_with, summarize_metrics
+from kne_easyedit.scores import begins_with, by_category, summarize_metrics
 
+SECTIONS = ("portability", "locality")
+"""The figures that are means over categories."""
 QUALITY = ("edit_success", "exact_match", "portability", "locality", "fluency")
 SHORT = {"edit_success": "ES", "exact_match": "EM", "portability": "PORT", "locality": "LOC", "fluency": "FLU"}
 
@@ -18,24 +21,30 @@ def figures(found: Collection) -> dict:
     """All numbers of the report: data set -> method -> figures, intervals, and each KNE variant's lead over it."""
     result: dict = {}
     for data in found.data_sets:
-        result[data] = {"no edit": unedited(found, data)}
+        result[data] = {"no edit": summarize(unedited(found, data))}
         for method in found.methods:
             if lines := found.of(data, method):
                 result[data][method] = {
                     **summarize(lines),
+                    "categories": {section: {name: fmean(its) for name, its in found_in.items()} for section, found_in in categories(lines).items()},
                     "intervals": {name: _plain(interval(list(per_record(lines, name).values()))) for name in QUALITY},
                     "lead_of": {ours: {name: _plain(lead(found, data, ours, method, name)) for name in QUALITY} for ours in rivals(found, data, method)},
                 }
     return result
 
 
-def unedited(found: Collection, data: str) -> dict[str, float | None]:
-    """The model before any edit, over the records of all methods. Locality is None: it is measured against this."""
+def categories(lines: Sequence[Mapping]) -> dict[str, dict[str, list[float]]]:
+    """Section (portability, locality) -> category -> one figure a record that has it."""
+    return {section: by_category([line["metrics"] for line in lines], section) for section in SECTIONS}
+
+
+def unedited(found: Collection, data: str) -> list[dict]:
+    """Lines of the model before any edit, over the records of all methods. They have no locality: it is measured against them."""
     once = {line["record"]: line for line in found.lines if line["data"] == data}
-    return summarize([
+    return [
         {"metrics": {"post": line["metrics"].get("pre") or {}}, "exact_match": float(begins_with(line["before"], line["target_new"]))}
         for line in once.values()
-    ])  # fmt: skip
+    ]
 
 
 def baselines_mean(found: Collection, data: str, name: str) -> float | None:

@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 
 from kne_easyedit.benchmark.collect import Collection, data_name
-from kne_easyedit.benchmark.figures import QUALITY, SHORT, baselines_mean, is_kne, lead, per_record, unedited
+from kne_easyedit.benchmark.figures import QUALITY, SECTIONS, SHORT, baselines_mean, categories, is_kne, lead, per_record, unedited
 from kne_easyedit.benchmark.intervals import Interval, interval
 from kne_easyedit.benchmark.summary import METRICS, summarize
 
@@ -33,6 +34,8 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
     parts += ["What the rows mean:", "\n".join(f"- **{SHORT[name]}**, {name.replace('_', ' ')}: {METRICS[name]}." for name in QUALITY)]
     parts += shown("tradeoff.png")
     parts += ["## How sure the means are", "Mean and 95 % bootstrap interval over records (10,000 resamples).", *shown("intervals.png"), _table_of_intervals(found)]
+    parts += ["## Portability and locality by category", "Means over the records that have the category, in percent, and how many these are (of the method with the most).",
+              _by_category(found)]
     for ours in filter(is_kne, found.methods):
         rows = _table_of_leads(found, ours)
         if len(rows) > 1:
@@ -71,7 +74,7 @@ def _layout(found: Collection) -> str:
     rows = [["data", "metric", "*no edit*", "*baselines*", *found.methods]]
     for data in found.data_sets:
         summaries = {method: summarize(lines) for method in found.methods if (lines := found.of(data, method))}
-        before = unedited(found, data)
+        before = summarize(unedited(found, data))
         for i, name in enumerate(QUALITY):
             apart = [_number(value, "{:.2f}") for value in (before[name], baselines_mean(found, data, name))]
             values = [summaries[m][name] if m in summaries else None for m in found.methods]
@@ -99,6 +102,19 @@ def _table_of_intervals(found: Collection) -> str:
             if lines := found.of(data, method):
                 cells = [_with_interval(interval(list(per_record(lines, name).values()))) for name in QUALITY]
                 rows.append([data, method, *cells, str(len(lines))])
+    return markdown(rows)
+
+
+def _by_category(found: Collection) -> str:
+    rows = [["data", "figure", "category", "records", "*no edit*", *found.methods]]
+    for data in found.data_sets:
+        of_method = {method: categories(found.of(data, method)) for method in found.methods}
+        before = categories(unedited(found, data))
+        for section in SECTIONS:
+            for name in sorted({name for sections in of_method.values() for name in sections[section]}):
+                values = [of_method[method][section].get(name, []) for method in found.methods]
+                apart = _number(fmean(before[section][name]) if name in before[section] else None, "{:.2f}")
+                rows.append([data, SHORT[section], name.replace("_", " "), str(max(map(len, values))), apart, *_ranked([fmean(its) if its else None for its in values])])
     return markdown(rows)
 
 
