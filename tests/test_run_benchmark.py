@@ -154,6 +154,8 @@ def test_kne_means_the_papers_settings_whatever_a_models_file_says(method):
     defaults = {f.name: f.default for f in fields(KNEHyperParams)}  # the class has the paper's
     settings = OmegaConf.to_container(composed(f"benchmark/method@method={method}").method.settings)
     tuned = OmegaConf.to_container(composed("benchmark/method@method=kne_tuned").method.settings)
+    on_up = composed("benchmark/method@method=kne_up_tuned").method.settings
+    assert on_up == {**tuned, "target_modules": ["model.layers.{}.mlp.up_proj"]}
     assert {name: settings[name] for name in tuned} == {name: defaults[name] for name in tuned}
     shipped = KNEHyperParams.from_hparams(ROOT / "hparams/KNE/smollm2-135m.yaml")
     assert {name: getattr(shipped, name) for name in tuned} == tuned != {name: defaults[name] for name in tuned}

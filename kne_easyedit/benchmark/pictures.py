@@ -11,7 +11,7 @@ from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.plots import GRID, new_figure, write_figure
 
 BASELINES = list(zip(("#7a7a7a", "#b5532a", "#c99a2e", "#6b8e23", "#8c6bb1", "#d16ba5", "#4a7ebb", "#2e8b57"), "osv^<>ph"))
-VARIANTS = list(zip(("#0b3c4d", "#1f9fc4", "#5bc0de"), "DX*"))
+VARIANTS = list(zip(("#0b3c4d", "#1f9fc4", "#5bc0de", "#14708a"), "DX*P"))
 """KNE and its variants: shades of one colour."""
 
 
