@@ -135,7 +135,7 @@ class TestLocalizeCommand:
 
 class TestHydra:
     def test_the_script_does_the_same(self, tiny):
-        out = self.run(tiny, "data=facts.json", "size=4", "hparams.p=0.2", "hparams.attribution_steps=4")
+        out = self.run(tiny, "data=facts.json", "size=4", "hparams.p=0.2", "hparams.attribution_steps=4", "hparams.score_scale=none")
         assert "stability" in out
         assert NeuronEnsemble.load("out/ensemble.json").neurons == localize(make_llama(), make_tokenizer(), REQUESTS[:4], tiny_hparams()).neurons
         assert is_png(tiny / "out/ensemble.png")
