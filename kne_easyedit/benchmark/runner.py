@@ -345,4 +345,3 @@ def _without_outputs(metrics: dict) -> dict:
     """What the lines keep of an evaluation before the edit: predicted tokens serve the comparison only."""
     locality = {name: values for name, values in metrics.get("locality", {}).items() if not name.endswith("_output")}
     return {**metrics, "locality": locality}
-

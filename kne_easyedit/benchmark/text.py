@@ -63,7 +63,7 @@ def _setting(found: Collection) -> str:
         f"mode {every(lambda m: m['mode'])}; seed {every(lambda m: m['seed'])}; EasyEdit {every(lambda m: m['easyedit']['version'][:10])} "
         f"({every(lambda m: m['easyedit']['kind'])}); fluency variant {every(lambda m: m['fluency_variant'])}; "
         f"chat template {every(lambda m: 'used' if m['chat_template'] else 'not used')}; "
-        f"machine {every(lambda m: m['machine']['processor'])}, {every(lambda m: m['machine']['cpus'])} CPUs"
+        f"machine {every(lambda m: m['machine']['processor'])}, {every(lambda m: m['machine']['cpus'])} CPUs (torch's threads: {every(lambda m: m['machine']['threads'])})"
         + (f", {every(lambda m: ', '.join(m['machine']['gpus']))}" if any(m["machine"]["gpus"] for m in manifests) else "")
         + "."
     )

@@ -178,4 +178,3 @@ def _anywhere(hparams):
         if isinstance(value, str) and (name == "cache_dir" or os.sep in value and Path(value).exists()):
             paths[name] = str(Path(value).expanduser().absolute())
     return dataclasses.replace(hparams, **paths)
-
