@@ -15,8 +15,8 @@ def print_report(summary: dict, folder: Path, examples: int = 3) -> None:
     print(f"Patches of it that were applied (kne doctor explains them): {', '.join(easyedit['patches']) or 'none'}")
     if summary["chat_template"]:
         print("Prompts in the model's chat template, at edit and evaluation")
-    for source in dict.fromkeys(made["source"] for made in summary["second_moments"]):
-        print(f"Second moments (MEMIT and kin): {source}")
+    for method, made in summary["second_moments"].items():
+        print(f"{method}: second moments from {made['source']}" + ("" if made["seconds"] is None else f" ({made['seconds']:.1f} s when computed)"))
     for method, its in found.items():
         if its["facts"]:
             print(

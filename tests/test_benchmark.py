@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import LLAMA_DOWN, fingerprint, make_llama, make_tokenizer, tiny_hparams
+from methods import settings, tokenizer_for
 from pytest import approx
 
 from kne_easyedit import NeuronEnsemble
 from kne_easyedit.benchmark import Run, run, summarize
 from kne_easyedit.benchmark.store import alone_in
-from kne_easyedit.bridge import MethodEditor, editing, load_method
+from kne_easyedit.bridge import MethodEditor, editing, load_method, statistics
 from kne_easyedit.records import to_request
 from kne_easyedit.report import print_report
 from kne_easyedit.scores import begins_with
@@ -224,6 +226,23 @@ def test_two_runs_with_one_seed_agree(job, tmp_path):
     assert [{**line, "seconds": 0, "peak_bytes": 0} for line in lines_of(job)] == first
 
 
+def test_no_edit_pays_for_second_moments(job, monkeypatch, capsys):
+    """They are made before the first edit, where MEMIT looks for them; a run that goes on finds them and knows what they took."""
+    monkeypatch.setattr(statistics, "SOURCE", statistics.TextSource(samples=6, length=8))
+    hparams = settings("MEMIT")
+    job = replace(job, tokenizer=tokenizer_for(hparams), hparams={"MEMIT": hparams})
+    apply, at_edits = MethodEditor.apply, []
+    monkeypatch.setattr(MethodEditor, "apply", lambda *args: at_edits.append(len(list(job.folder.rglob("*.npz")))) or apply(*args))
+    summary = run(job)
+    print_report(summary, job.folder)
+    assert at_edits == [2, 2]
+    made = json.loads((job.folder / "manifest.json").read_text())["second_moments"]["MEMIT"]
+    assert made["seconds"] > 0 and "sampled from the model" in made["source"]
+    assert f"MEMIT: second moments from {made['source']} ({made['seconds']:.1f} s when computed)" in capsys.readouterr().out
+    monkeypatch.setattr(statistics, "second_moments", lambda *args: pytest.fail("made again"))
+    assert run(job)["second_moments"] == {"MEMIT": made}
+
+
 def test_without_fluency_the_other_figures_stay_as_they_are(job, capsys):
     print_report(run(job), job.folder)
     first = lines_of(job)
@@ -425,10 +444,11 @@ def test_summary_averages_as_easyedits_script_does():
                 {"rewrite_acc": [0.5], "portability": {}, "locality": {"L_acc": [0.0], "M_acc": [0.5]}, "fluency": {"ngram_entropy": 6.0}},
                 3.0,
             ),
+            line({}, 10.0),
         ]
     )
     assert figures["rephrase"] is None and figures["exact_match"] is None
-    wanted = {"edit_success": 75, "portability": 25, "locality": 62.5, "fluency": 550, "seconds_per_edit": 2, "records": 2}
+    wanted = {"edit_success": 75, "portability": 25, "locality": 62.5, "fluency": 550, "seconds_per_edit": 3, "records": 3}
     assert {name: figures[name] for name in wanted} == approx(wanted)
     assert summarize([line({"rewrite_acc": [1.0], "portability": {}, "locality": {}})])["portability"] is None
 

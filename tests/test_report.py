@@ -34,6 +34,13 @@ def write(path, lines) -> None:
     path.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
 
 
+MANIFEST = {
+    "kne_easyedit": "1", "started": "2026-01-01T00:00:00+00:00", "model": {"name": "tiny", "sha256": "0" * 64}, "seed": 42, "mode": "single",
+    "data": {"name": "test_cf.json", "sha256": "1" * 64, "records": []}, "easyedit": {"kind": "checkout", "version": "abc", "patches": []},
+    "methods": {}, "fingerprints": {}, "chat_template": False, "fluency_variant": "punkt",
+    "environment": {"python": "3", "torch": "2", "transformers": "5", "peft": "0", "dtype": "torch.float32"},
+    "machine": {"processor": "A", "cpus": 2, "threads": 1, "gpus": []},
+}  # fmt: skip
 LINES = [
     *(line("KNE", i, 1.0) for i in range(6)),
     *(line("FT", i, s) for i, s in enumerate([0.0, 1.0, 0.5, 0.0, 1.0])),
@@ -140,6 +147,20 @@ def test_the_report_renders_with_missing_methods(found, tmp_path):
     assert numbers["counterfact"]["no edit"]["fluency"] == approx(600)
     assert numbers["zsre"]["KNE"]["lead_of"] == {}
     assert numbers["counterfact"]["KNE-up"]["categories"] == {"portability": {"Reasoning": approx(40)}, "locality": {"L": approx(50)}}
+
+
+def test_what_is_made_once_is_counted_apart(tmp_path):
+    """KNE's localisation and MEMIT's second moments; an edit that took long for another reason moves no median."""
+    for method, once in (("KNE", {"localization": {"KNE": {"facts": 200, "seconds_per_fact": 0.5, "seconds": 0.1}}}),
+                         ("MEMIT", {"second_moments": {"MEMIT": {"source": "text file a.txt", "files": [], "seconds": 60.0}}})):  # fmt: skip
+        lines = [line(method, i, 1.0, seconds=seconds) for i, seconds in enumerate((90.0, 1.0, 2.0, 3.0))]
+        write(tmp_path / method / "results.jsonl", lines)
+        (tmp_path / method / "manifest.json").write_text(json.dumps({**MANIFEST, "localization": {}, "second_moments": {}, **once}))
+    publish(collect([tmp_path]), tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| counterfact | MEMIT | 2.50 | 3.0 | 3 MiB | 60 | 15.00 |" in text
+    assert "| counterfact | KNE | 2.50 | 3.0 | 3 MiB | 100 | 25.00 |" in text
+    assert "Second moments: text file a.txt." in text
 
 
 def test_the_command(found, tmp_path, capsys):

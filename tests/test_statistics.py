@@ -17,7 +17,7 @@ from methods import records, settings, tokenizer_for
 from kne_easyedit import bridge
 from kne_easyedit.bridge import MethodEditor, statistics
 from kne_easyedit.bridge.runtime_patches import module
-from kne_easyedit.bridge.statistics import TextSource, configure, second_moments
+from kne_easyedit.bridge.statistics import TextSource, configure, prepare, second_moments
 
 LAYERS = [1, 2]
 MODULES = [LLAMA_DOWN.format(layer) for layer in LAYERS]
@@ -267,21 +267,6 @@ def test_a_file_of_the_users_own_goes_first(named, spelling):
     numpy.savez(path, **state)
     assert torch.equal(moments(named).moment(), torch.eye(40, dtype=torch.float64) / 3)
     assert [file for file in files() if MODULES[0] in file.name] == [path]
-    assert statistics.SOURCE.made == [{"layer": MODULES[0], "source": "wikipedia", "file": str(path)}]
-
-
-def test_made_says_which_text_and_which_file(named, text_file):
-    moments(named)
-    sampled = statistics.SOURCE.describe()
-    assert "6 texts of 8 tokens sampled from the model (seed 42)" in sampled
-    configure(file=text_file)
-    moments(named)
-    assert [(entry["layer"], entry["source"]) for entry in statistics.SOURCE.made] == [
-        (MODULES[0], sampled),
-        (MODULES[0], f"text file {text_file}"),
-    ]
-    assert len({entry["file"] for entry in statistics.SOURCE.made}) == 2
-    assert all(Path(entry["file"]).is_file() for entry in statistics.SOURCE.made)
 
 
 def test_a_kill_in_the_middle_of_writing_leaves_no_half_file(named, monkeypatch):
@@ -325,6 +310,47 @@ def edit_by_memit(model, layers: list[int]) -> None:
     editor.undo()
 
 
+def prepared_for_memit(model, folder: Path = Path()) -> dict:
+    hparams = settings("MEMIT", layers=LAYERS)
+    return prepare(model, tokenizer_for(hparams), hparams, folder)
+
+
+def test_what_is_prepared_is_not_made_in_an_edit(named, monkeypatch):
+    """Where the edit, which works in a folder of its own, will look for it; the seconds stay known."""
+    made = prepared_for_memit(named, Path("work").resolve())
+    assert "6 texts of 8 tokens sampled from the model (seed 42)" in made["source"]
+    assert made["seconds"] > 0 and len(made["files"]) == 2 and all(Path(file).is_file() for file in made["files"])
+    before = fingerprint(named)
+    with monkeypatch.context() as in_an_edit:
+        in_an_edit.chdir("work")
+        in_an_edit.setattr(statistics, "second_moments", lambda *args: pytest.fail("made again"))
+        edit_by_memit(named, LAYERS)
+        assert prepared_for_memit(named) == {**made, "files": [os.path.relpath(file) for file in made["files"]]}
+    assert fingerprint(named) == before
+
+
+def test_what_is_prepared_says_which_text_and_which_files(named, text_file):
+    sampled = prepared_for_memit(named)
+    configure(file=text_file)
+    read = prepared_for_memit(named)
+    assert read["source"] == f"text file {text_file}"
+    assert not set(sampled["files"]) & set(read["files"])
+    own = Path("stats/tiny/wikipedia_stats")
+    own.mkdir(parents=True)
+    for file in read["files"]:  # as a download of Wikipedia would have made them
+        with numpy.load(file) as stored:
+            numpy.savez(own / Path(file).name, **{name: stored[name] for name in stored if name != "seconds"})
+    mine = prepared_for_memit(named)
+    assert (mine["source"], mine["seconds"]) == ("wikipedia", None)
+    assert all(str(own) in file for file in mine["files"])
+
+
+def test_without_the_patch_nothing_is_prepared(named, monkeypatch):
+    monkeypatch.setattr(statistics, "applied", list)
+    assert prepared_for_memit(named) == {"source": "EasyEdit's own, of wikipedia", "files": [], "seconds": None}
+    assert not files()
+
+
 def test_memits_own_changes_never_get_into_its_moments(named, text_file):
     """MEMIT asks for a layer's moments when it has changed the layers before it: for layers that an earlier run had not made, too."""
     configure(file=text_file)
@@ -343,7 +369,6 @@ def test_a_text_that_is_configured_later_is_used(named, text_file):
     configure(file=text_file)
     edit_by_memit(named, [1])
     assert len(files()) == 2
-    assert statistics.SOURCE.made[-1]["source"] == f"text file {text_file}"
 
 
 def test_a_model_that_has_other_weights_now_gets_other_moments(named):

@@ -38,6 +38,8 @@ from kne_easyedit.paths import atomic_write
 from kne_easyedit.records import data_digest, with_chat_template
 from kne_easyedit.scores import begins_with
 
+OUTPUT = "easyedit"
+"""The folder in a job's own that EasyEdit works in."""
 BAD_RECORD = (ValueError, AssertionError, FloatingPointError)
 """What EasyEdit and KNE raise for a record that cannot be edited."""
 
@@ -59,7 +61,6 @@ class _Runner:
     def __init__(self, job: Run, again: bool):
         self.job = job
         bridge.register()
-        statistics.SOURCE.made.clear()
         prompts = job.moment_prompts if job.moment_prompts is not None else [request["prompt"] for request in job.requests]
         statistics.configure(prompts=tuple(prompts))
         self.weights = model_digest(job.model)
@@ -89,7 +90,7 @@ class _Runner:
 
     def run(self) -> dict:
         job = self.job
-        with easyedit_output(job.folder / "easyedit") as self.quiet:
+        with easyedit_output(job.folder / OUTPUT) as self.quiet:
             editors = {}
             for method, hparams in self.hparams.items():
                 with self.quiet():
@@ -97,6 +98,7 @@ class _Runner:
                     editors[method].demand_batch(job.batch_size if job.mode == "batch" else 1)
                     if job.mode == "sequential":
                         editors[method].demand_sequence()
+            self.moments = {method: self._moments(editor) for method, editor in editors.items() if statistics.needs_moments(editor.hparams)}
             self._write_manifest(editors)
             with tqdm(total=len(self.requests) * len(editors), desc="edit", unit="edit") as self.bar:
                 if job.mode == "sequential":
@@ -256,6 +258,10 @@ class _Runner:
             "neurons_per_layer": {t: {str(layer): n for layer, n in found.items()} for t, found in ensemble.counts().items()},
         }
 
+    def _moments(self, editor: bridge.MethodEditor) -> dict:
+        """Makes second moments before the first edit, so that no edit pays for them, and describes them."""
+        return statistics.prepare(self.job.model, editor.tokenizer, editor.hparams, self.job.folder.resolve() / OUTPUT)
+
     def _write_manifest(self, editors: dict[str, bridge.MethodEditor]) -> None:
         """What was run where, before anything is edited: a run that dies leaves it, too."""
         atomic_write(self.job.folder / "manifest.json", json.dumps(self._manifest(editors), indent=1, ensure_ascii=False, default=str) + "\n")
@@ -276,7 +282,7 @@ class _Runner:
             "retention_every": job.retention_every,
             "chat_template": job.chat_template,
             "fluency_variant": self.variant,
-            "second_moments": statistics.SOURCE.describe() if any(map(statistics.needs_moments, self.hparams.values())) else None,
+            "second_moments": self.moments,
             "fingerprints": self.fingerprints,
             "localization": self.localization,
             "environment": environment(job.model),
@@ -303,7 +309,7 @@ class _Runner:
             "chat_template": job.chat_template,
             "easyedit": {**bridge.describe(), "patches": patches.applied()},
             "fluency_variant": self.variant,
-            "second_moments": statistics.SOURCE.made,
+            "second_moments": self.moments,
             "environment": environment(job.model),
             "seed": job.seed,
             "fingerprints": self.fingerprints,

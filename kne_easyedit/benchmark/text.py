@@ -136,27 +136,33 @@ def _with_interval(value: Interval | None, sign: bool = False) -> str:
 
 
 def _costs(found: Collection) -> str:
-    rows = [["data", "method", "seconds an edit", "training steps", "peak memory above what was held", "localisation (once)", "localisation an edit"]]
-    localization = {m: its for manifest in found.manifests for m, its in _localizations(manifest).items()}
+    rows = [["data", "method", "seconds an edit (median)", "training steps", "peak memory above what was held", "seconds before (once)", "the same, an edit"]]
+    before = {key: seconds for manifest in found.manifests for key, seconds in _seconds_before(manifest).items()}
     for data in found.data_sets:
         for method in found.methods:
             if not (lines := found.of(data, method)):
                 continue
             summary = summarize(lines)
             steps = [len(line["losses"]) for line in lines if line.get("losses")]
-            its = localization.get((data, method)) or {}
-            once = its["seconds_per_fact"] * its["facts"] if its.get("seconds_per_fact") else None
+            once = before.get((data, method))
             rows.append([
                 data, method, _number(summary["seconds_per_edit"], "{:.2f}"), _number(sum(steps) / len(steps) if steps else None, "{:.1f}"),
-                _number(summary["peak_bytes"], "{:.0f} MiB", 2**20), _number(once, "{:.0f} s"), _number(once, "{:.2f} s", len(lines)),
+                _number(summary["peak_bytes"], "{:.0f} MiB", 2**20), _number(once, "{:.0f}"), _number(once, "{:.2f}", len(lines)),
             ])  # fmt: skip
-    text = "Time to compute and write one edit (evaluation apart); localisation is done once for a model and counted apart, here also spread over the records."
+    text = (
+        "Time to compute and write one edit, evaluation apart. KNE's localisation and MEMIT's second moments are made once for a model,"
+        " before the first edit: they are counted apart, here also spread over the records."
+    )
     return f"{text}\n\n{markdown(rows)}"
 
 
-def _localizations(manifest: Mapping) -> dict[tuple[str, str], Mapping]:
+def _seconds_before(manifest: Mapping) -> dict[tuple[str, str], float | None]:
+    """(data set, method) -> seconds of what is made once: localisation, second moments."""
     data = data_name(Path(manifest["data"]["name"]).stem)
-    return {(data, method): its for method, its in (manifest.get("localization") or {}).items()}
+    found = {(data, method): its["seconds"] for method, its in manifest["second_moments"].items()}
+    for method, its in manifest["localization"].items():
+        found[data, method] = its["seconds_per_fact"] * its["facts"] if its.get("seconds_per_fact") else None
+    return found
 
 
 def _answers(found: Collection, examples: int = 3) -> str:
@@ -202,7 +208,7 @@ def _what_was_run(found: Collection) -> str:
             text = ", ".join(f"{k} {v}" for k, v in shown.items())
             rows.append([Path(manifest["data"]["name"]).name, method, text.replace("|", "\\|"), manifest["fingerprints"].get(method, "-")])
     first = manifest_line(found.manifests[0])
-    moments = dict.fromkeys(text for manifest in found.manifests if (text := manifest["second_moments"]))
+    moments = dict.fromkeys(its["source"] for manifest in found.manifests for its in manifest["second_moments"].values())
     if moments:
         first += f" Second moments: {'; '.join(moments)}."
     unique = [rows[0], *dict.fromkeys(map(tuple, rows[1:]))]

@@ -12,9 +12,10 @@ import inspect
 import logging
 import os
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from kne_easyedit.batching import pad
-from kne_easyedit.bridge.patches import runtime_patch
+from kne_easyedit.bridge.patches import applied, runtime_patch
 from kne_easyedit.bridge.runtime_patches import forget_moments, module
 from kne_easyedit.state import undisturbed
 
@@ -48,8 +49,6 @@ class TextSource:
     length: int = 64
     seed: int = 42
     prompts: Sequence[str] = ()
-    made: list[dict] = field(default_factory=list)
-    """One entry for each layer whose moments were asked for: ``layer``, ``source``, ``file``, ``tokens``."""
 
     def describe(self) -> str:
         if self.file is not None:
@@ -168,18 +167,41 @@ def _local_second_moments(easyeditor: ModuleType) -> bool:
     return bool(holders)
 
 
+def prepare(model: nn.Module, tokenizer, hparams, folder: Path) -> dict:
+    """Makes the second moments that a method (one that `needs_moments`) will ask for, where they are missing.
+
+    ``folder``: the working directory of the edits, to which ``stats_dir`` of the settings is relative. Returns ``source``,
+    ``files``, and ``seconds``: what making them took, now or in an earlier run (None where the user's own files serve).
+    Raises ValueError for a text file without text. With the patch switched off EasyEdit makes its own in the first edit.
+    """
+    if "second-moments" not in applied():
+        return {"source": f"EasyEdit's own, of {hparams.mom2_dataset}", "files": [], "seconds": None}
+    _, files = _all_files(model, tokenizer, hparams, folder / hparams.stats_dir)
+    seconds = [_seconds(file.path) for file in files]
+    sources = dict.fromkeys(hparams.mom2_dataset if file.text == hparams.mom2_dataset else SOURCE.describe() for file in files)
+    return {"source": "; ".join(sources), "files": [str(file.path) for file in files], "seconds": None if None in seconds else sum(seconds)}
+
+
+def _all_files(model: nn.Module, tokenizer, hparams, folder: Path) -> tuple[_Lineage, list[_Found]]:
+    lineage = _lineage_of(model)
+    layers = [hparams.rewrite_module_tmp.format(layer) for layer in hparams.layers]
+    return lineage, _files(model, tokenizer, lineage, layers, folder, hparams.mom2_dataset, hparams.mom2_dtype, hparams.mom2_n_samples)
+
+
+def _seconds(path: Path) -> float | None:
+    """A layer's share of what one pass for all took; EasyEdit's own files do not say."""
+    with numpy.load(path) as stored:
+        return float(stored["seconds"]) if "seconds" in stored else None
+
+
 def _prepared(apply):
     """The method with all second moments made before it changes anything: between its layers it asks for the next ones."""
 
     @functools.wraps(apply)
     def prepared(model, tok, requests, hparams, *args, **kwargs):
-        # ROME and R-ROME use them only if told to, all others always.
-        wanted = getattr(hparams, "mom2_dataset", None) and (getattr(hparams, "mom2_adjustment", True) or "ROME" not in hparams.alg_name)
-        if not wanted or not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) or not needs_moments(hparams):
             return apply(model, tok, requests, hparams, *args, **kwargs)
-        lineage = _lineage_of(model)
-        layers = [hparams.rewrite_module_tmp.format(layer) for layer in hparams.layers]
-        _files(model, tok, lineage, layers, Path(hparams.stats_dir), hparams.mom2_dataset, hparams.mom2_dtype, hparams.mom2_n_samples)
+        lineage, _ = _all_files(model, tok, hparams, Path(hparams.stats_dir))
         lineage.editing = True
         try:
             return apply(model, tok, requests, hparams, *args, **kwargs)
@@ -199,8 +221,6 @@ def _with_local_text(original):
         lineage = known if known is not None and known.editing else _lineage_of(model)
         layers = _modules(layer_name, kwargs.get("hparams"))
         found = _files(model, tokenizer, lineage, layers, Path(stats_dir), ds_name, precision, size)[layers.index(layer_name)]
-        source = ds_name if found.text == ds_name else SOURCE.describe()
-        SOURCE.made.append({"layer": layer_name, "source": source, "file": str(found.path)})
         return original(model, tokenizer, layer_name, stats_dir, found.text, to_collect, *args, **{**kwargs, "model_name": found.model})
 
     return layer_stats
@@ -239,13 +259,16 @@ def _files(model, tokenizer, lineage: _Lineage, layers: Sequence[str], folder: P
 def _compute(model, tokenizer, files: Mapping[str, Path], dtype: torch.dtype, size: int | None) -> None:
     """Writes the moments of some layers, beside and renamed: one pass over the text serves them all."""
     logger.warning("second moments of %s layers: from %s, kept in %s", len(files), SOURCE.describe(), next(iter(files.values())).parent)
-    for layer, (count, moments) in second_moments(model, SOURCE.texts(model, tokenizer), list(files), dtype).items():
-        # The layout of EasyEdit's own CombinedStat(mom2=SecondMoment()).
+    start = time.perf_counter()
+    found = second_moments(model, SOURCE.texts(model, tokenizer), list(files), dtype)
+    seconds = (time.perf_counter() - start) / len(files)
+    for layer, (count, moments) in found.items():
+        # The layout of EasyEdit's own CombinedStat(mom2=SecondMoment()), which leaves other entries alone.
         state = {"mom2.count": count, "mom2.mom2": moments.cpu().numpy(), "mom2.constructor": "easyeditor.util.runningstats.SecondMoment()"}
         target = files[layer]
         target.parent.mkdir(parents=True, exist_ok=True)
         torn = target.with_name(f"{target.stem}.{os.getpid()}.npz")
-        numpy.savez(torn, **state, **({} if size is None else {"sample_size": size}))
+        numpy.savez(torn, **state, seconds=seconds, **({} if size is None else {"sample_size": size}))
         os.replace(torn, target)
 
 
