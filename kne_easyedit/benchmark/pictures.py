@@ -22,7 +22,7 @@ def draw_all(found: Collection, folder: Path) -> dict[str, str]:
     for name, caption, draw in (
         ("intervals.png", "Mean and 95 % interval of every method.", _intervals),
         ("tradeoff.png", "Edit success, portability and locality against each other: the upper right corner is the best.", _tradeoff),
-        ("time.png", "Seconds to compute and write one edit (logarithmic): median, and the middle 90 % of the records; evaluation and localisation apart.", _time),
+        ("time.png", "Seconds to compute and write one edit (logarithmic): median, and the middle 90 % of the records; evaluation, localisation and second moments apart.", _time),
         ("losses.png", "Loss over the training steps of an edit, median over records; of KNE the middle half is shaded. What is added to the loss differs from method to method.", _losses),
     ):  # fmt: skip
         figure = draw(found, looks)

@@ -50,11 +50,12 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 86rem; margin: 2rem auto; padding: 0 1rem; }}
 h1, h2 {{ line-height: 1.2; }} h2 {{ margin-top: 2.5rem; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; }}
 th, td {{ padding: 0.25rem 0.6rem; text-align: left; border-bottom: 1px solid #8884; vertical-align: top; }}
+td[style*="right"] {{ white-space: nowrap; }}
 th {{ border-bottom: 2px solid #888; white-space: nowrap; }}
 img {{ max-width: 100%; height: auto; background: #fff; }}
 </style></head><body>
