@@ -30,27 +30,30 @@ def print_report(summary: dict, folder: Path, examples: int = 3) -> None:
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     own_lines = {(line["index"], line["method"]): line for line in lines}
     lines = list(own_lines.values())
+    width = max(8, *map(len, summary["methods"]))
     print("\nAnswers before and after (greedy):")
     for index in dict.fromkeys(line["index"] for line in lines[: examples * len(summary["methods"])]):
         own = [line for line in lines if line["index"] == index]
         print(f"\n  {own[0]['prompt']}  ->  {own[0]['target_new']}")
-        print(f"    {'before':<8} {_one_line(own[0]['before'])}")
+        print(f"    {'before':<{width}} {_one_line(own[0]['before'])}")
         for line in own:
-            print(f"    {line['method']:<8} {_one_line(line['after'])}")
+            print(f"    {line['method']:<{width}} {_one_line(line['after'])}")
     for method, figures in summary["methods"].items():
         for stop in figures.get("retention", ()):
             print(f"{method} after {stop['edits']} edits, all of them asked again: " + _figures_of(stop))
     for complaint in summary["skipped"]:
         print(f"skipped: {complaint}")
-    print(f"\nWritten to {folder}: summary.json, results.jsonl" + (", ensemble.json, ensemble.png" if any(its["facts"] for its in found.values()) else ""))
+    ensembles = sorted(path.name for path in folder.glob("ensemble*"))
+    print(f"\nWritten to {folder}: {', '.join(['summary.json', 'results.jsonl', *ensembles])}")
 
 
 def table(methods: dict[str, dict]) -> str:
     """The figures of the methods as a Markdown table."""
-    header = f"| {'method':<8} | " + " | ".join(METRICS) + " |"
-    rule = f"|{'-' * 10}|" + "|".join("-" * (len(name) + 1) + ":" for name in METRICS) + "|"
+    width = max(8, *map(len, methods))
+    header = f"| {'method':<{width}} | " + " | ".join(METRICS) + " |"
+    rule = f"|{'-' * (width + 2)}|" + "|".join("-" * (len(name) + 1) + ":" for name in METRICS) + "|"
     rows = [
-        f"| {method:<8} | " + " | ".join(f"{'-' if figures[n] is None else f'{figures[n]:.2f}':>{len(n)}}" for n in METRICS) + " |"
+        f"| {method:<{width}} | " + " | ".join(f"{'-' if figures[n] is None else f'{figures[n]:.2f}':>{len(n)}}" for n in METRICS) + " |"
         for method, figures in methods.items()
     ]
     return "\n".join([header, rule, *rows])

@@ -243,6 +243,17 @@ def test_no_edit_pays_for_second_moments(job, monkeypatch, capsys):
     assert run(job)["second_moments"] == {"MEMIT": made}
 
 
+def test_the_closing_line_names_the_files_that_are_there(job, capsys):
+    """A variant's files bear its label."""
+    job.hparams = {"KNE-of-a-long-name": job.hparams["KNE"]}
+    print_report(run(job), job.folder)
+    printed = capsys.readouterr().out.splitlines()
+    names = printed[-1].partition(": ")[2].split(", ")
+    assert names == ["summary.json", "results.jsonl", "ensemble-KNE-of-a-long-name.json", "ensemble-KNE-of-a-long-name.png"]
+    assert all((job.folder / name).is_file() for name in names)
+    assert len({len(line) for line in printed if line.startswith("|")}) == 1  # the table's columns stand below each other
+
+
 def test_without_fluency_the_other_figures_stay_as_they_are(job, capsys):
     print_report(run(job), job.folder)
     first = lines_of(job)

@@ -133,6 +133,7 @@ def test_the_report_renders_with_missing_methods(found, tmp_path):
     assert ["", "records", "-", "-", "5", "5", "6", "6"] in rows
     assert sum(row[1] == "records" for row in rows) == 1  # zsre has one method only
     assert ["zsre", "ES", "25.00", "-", "-", "-", "**100.00**", "-"] in rows
+    assert ["counterfact", "FT", "50.0 [10.0, 90.0]", "40.0 [0.0, 80.0]", "25.0 [5.0, 45.0]", "50.0 [50.0, 50.0]", "550.0 [550.0, 550.0]", "5 (5, 5)"] in rows
     leads = text.partition("## KNE-up against each method")[2].partition("## Cost")[0]
     assert "| counterfact | KNE | **-20.0 [-20.0, -20.0]** |" in leads and "zsre" not in leads
     assert "| counterfact | MEMIT | **+60.0 [+60.0, +60.0]** |" in leads

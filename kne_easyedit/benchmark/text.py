@@ -15,6 +15,8 @@ from kne_easyedit.benchmark.figures import QUALITY, SECTIONS, SHORT, baselines_m
 from kne_easyedit.benchmark.intervals import Interval, interval
 from kne_easyedit.benchmark.summary import METRICS, summarize
 
+COUNTS = "records (PORT, LOC)"
+"""Not every record has probes of what follows from the edit, or of what must stay."""
 PAPER = ("edit_success", "portability", "locality", "fluency")
 """The columns of the paper's tables."""
 _NUMBER = re.compile(r"(\*\*|<u>)?([+-]?\d|-$)")
@@ -96,13 +98,18 @@ def _ranked(values: Sequence[float | None]) -> list[str]:
 
 
 def _table_of_intervals(found: Collection) -> str:
-    rows = [["data", "method", *(SHORT[name] for name in QUALITY), "records"]]
+    rows = [["data", "method", *(SHORT[name] for name in QUALITY), COUNTS]]
     for data in found.data_sets:
         for method in found.methods:
             if lines := found.of(data, method):
-                cells = [_with_interval(interval(list(per_record(lines, name).values()))) for name in QUALITY]
-                rows.append([data, method, *cells, str(len(lines))])
+                means = [interval(list(per_record(lines, name).values())) for name in QUALITY]
+                rows.append([data, method, *map(_with_interval, means), _counts(means)])
     return markdown(rows)
+
+
+def _counts(values: Sequence[Interval | None]) -> str:
+    of = {name: value.records if value else 0 for name, value in zip(QUALITY, values)}
+    return f"{of['edit_success']} ({of['portability']}, {of['locality']})"
 
 
 def _by_category(found: Collection) -> str:
@@ -119,12 +126,12 @@ def _by_category(found: Collection) -> str:
 
 
 def _table_of_leads(found: Collection, ours: str) -> list[list[str]]:
-    rows = [["data", f"{ours} minus", *(SHORT[name] for name in QUALITY), "records"]]
+    rows = [["data", f"{ours} minus", *(SHORT[name] for name in QUALITY), COUNTS]]
     for data in found.data_sets:
         for method in found.methods:
             if method != ours and found.of(data, method) and found.of(data, ours):
                 leads = [lead(found, data, ours, method, name) for name in QUALITY]
-                rows.append([data, method, *(_with_interval(value, sign=True) for value in leads), str(leads[0].records if leads[0] else 0)])
+                rows.append([data, method, *(_with_interval(value, sign=True) for value in leads), _counts(leads)])
     return rows
 
 
