@@ -164,6 +164,24 @@ def test_what_is_made_once_is_counted_apart(tmp_path):
     assert "Second moments: text file a.txt." in text
 
 
+def test_folders_of_a_machine_are_not_published(tmp_path):
+    """Wherever they stand; what only looks like a path stays."""
+    write(tmp_path / "run/results.jsonl", [line("MEMIT", i, 1.0) for i in range(3)])
+    where = "/home/some one/data"
+    manifest = {
+        **MANIFEST, "data": {**MANIFEST["data"], "name": f"{where}/test_cf.json"}, "localization": {}, "fingerprints": {"MEMIT": "f"},
+        "methods": {"MEMIT": {"stats_dir": "./data/stats", "text": f"{where}/a.json", "model": "some-one/tiny", "page": "https://a.b/c/d"}},
+        "second_moments": {"MEMIT": {"source": f"text file {where}/a.txt", "files": [f"{where}/m.npz"], "seconds": 60.0}},
+    }  # fmt: skip
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    publish(collect([tmp_path]), tmp_path / "report")
+    texts = {name: (tmp_path / "report" / name).read_text() for name in ("report.md", "report.html", "report.json", "manifests.json")}
+    assert not [name for name, text in texts.items() if "some one" in text]
+    assert "| test_cf.json | MEMIT | stats_dir ./data/stats, text a.json, model some-one/tiny, page https://a.b/c/d | f |" in texts["report.md"]
+    assert "Second moments: text file a.txt." in texts["report.md"] and "| counterfact | MEMIT | 2.00 | 3.0 | 3 MiB | 60 | 20.00 |" in texts["report.md"]
+    assert json.loads(texts["manifests.json"])[0]["second_moments"]["MEMIT"]["files"] == ["m.npz"]
+
+
 def test_the_command(found, tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "run"), "--title", "A title"]) == 0
     assert (tmp_path / "run/report/report.html").read_text().count("A title") == 2

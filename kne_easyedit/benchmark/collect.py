@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from kne_easyedit.benchmark.store import read_lines
 
 NAMES = {"test_cf": "counterfact", "train_cf": "counterfact (train)", "ZsRE-test-all": "zsre", "recent_test": "recent", "recent_train": "recent (train)"}
 """KnowEdit's files as people call the data sets."""
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\n]+/)+([^/\n]+)")
 
 
 def data_name(stem: str) -> str:
@@ -25,6 +27,7 @@ class Collection:
     lines: tuple[dict, ...]
     """One a (data set, method, seed, record), each with ``data`` as its data set's name."""
     manifests: tuple[dict, ...]
+    """Files by their names only: the folders of one machine say nothing to another."""
 
     def of(self, data: str, method: str) -> list[dict]:
         return [line for line in self.lines if line["data"] == data and line["method"] == method]
@@ -65,8 +68,17 @@ def collect(paths: Iterable[str | Path]) -> Collection:
             merged[(*group, line["index"], line["record"])] = line
     if not merged:
         raise ValueError(f"results: there are none in {', '.join(map(str, paths))}")
-    manifests = [json.loads(m.read_text(encoding="utf-8")) for m in (file.with_name("manifest.json") for file in files) if m.is_file()]
+    manifests = [_without_folders(json.loads(m.read_text(encoding="utf-8"))) for m in (file.with_name("manifest.json") for file in files) if m.is_file()]
     return Collection(tuple(sorted(merged.values(), key=lambda line: line["index"])), tuple(manifests))
+
+
+def _without_folders(value):
+    """Absolute paths, alone or at the end of a text, as the names of their files."""
+    if isinstance(value, dict):
+        return {name: _without_folders(its) for name, its in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(its) for its in value]
+    return _FOLDERS.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def _results_of(path: Path) -> Sequence[Path]:
