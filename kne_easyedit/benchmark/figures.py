@@ -27,7 +27,7 @@ def figures(found: Collection) -> dict:
                 result[data][method] = {
                     **summarize(lines),
                     "categories": {section: {name: fmean(its) for name, its in found_in.items()} for section, found_in in categories(lines).items()},
-                    "intervals": {name: _plain(interval(list(per_record(lines, name).values()))) for name in QUALITY},
+                    "intervals": {name: _plain(mean(lines, name)) for name in QUALITY},
                     "lead_of": {ours: {name: _plain(lead(found, data, ours, method, name)) for name in QUALITY} for ours in rivals(found, data, method)},
                 }
     return result
@@ -62,6 +62,11 @@ def per_record(lines: Sequence[Mapping], name: str) -> dict[tuple, float]:
         if value is not None:
             values[line["record"], line.get("seed")] = value
     return values
+
+
+def mean(lines: Sequence[Mapping], name: str) -> Interval | None:
+    """The mean of a figure over the records that have it, with its interval; None if there are none."""
+    return interval(list(per_record(lines, name).values()))
 
 
 def is_kne(method: str) -> bool:

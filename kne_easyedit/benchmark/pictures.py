@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kne_easyedit.benchmark.collect import Collection
-from kne_easyedit.benchmark.figures import QUALITY, is_kne, per_record
-from kne_easyedit.benchmark.intervals import interval
+from kne_easyedit.benchmark.figures import QUALITY, is_kne, mean
 from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.plots import GRID, new_figure, write_figure
 
@@ -46,7 +45,7 @@ def _intervals(found: Collection, looks: dict[str, tuple[str, str]]):
     for data, row in zip(data_sets, axes):
         for name, axis in zip(metrics, row):
             for place, (method, (colour, marker)) in enumerate(looks.items()):
-                if value := interval(list(per_record(found.of(data, method), name).values())):
+                if value := mean(found.of(data, method), name):
                     axis.plot((value.low, value.high), (place, place), color=colour, linewidth=2.5 if is_kne(method) else 1.5)
                     axis.plot(value.mean, place, marker, color=colour, markersize=7)
             axis.set(xlim=(-3, 103), title=f"{data}: {name.replace('_', ' ')}")

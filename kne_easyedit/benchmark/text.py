@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 
 from kne_easyedit.benchmark.collect import Collection, data_name
-from kne_easyedit.benchmark.figures import QUALITY, SECTIONS, SHORT, baselines_mean, categories, is_kne, lead, per_record, unedited
-from kne_easyedit.benchmark.intervals import Interval, interval
+from kne_easyedit.benchmark.figures import QUALITY, SECTIONS, SHORT, baselines_mean, categories, is_kne, lead, mean, unedited
+from kne_easyedit.benchmark.intervals import Interval
 from kne_easyedit.benchmark.summary import METRICS, summarize
 
 COUNTS = "records (PORT, LOC)"
@@ -102,7 +102,7 @@ def _table_of_intervals(found: Collection) -> str:
     for data in found.data_sets:
         for method in found.methods:
             if lines := found.of(data, method):
-                means = [interval(list(per_record(lines, name).values())) for name in QUALITY]
+                means = [mean(lines, name) for name in QUALITY]
                 rows.append([data, method, *map(_with_interval, means), _counts(means)])
     return markdown(rows)
 

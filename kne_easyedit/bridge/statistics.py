@@ -30,6 +30,7 @@ from kne_easyedit.state import undisturbed
 
 logger = logging.getLogger(__name__)
 
+PATCH = "second-moments"
 BATCH = 32
 BY_ADJUSTMENT = ("ROME", "R-ROME")
 """Methods that use second moments only if ``mom2_adjustment`` is set."""
@@ -152,7 +153,7 @@ def second_moments(model: nn.Module, texts: Sequence[Sequence[int]], modules: Se
     return found
 
 
-@runtime_patch("second-moments", "MEMIT: second moments are computed from a download of Wikipedia")
+@runtime_patch(PATCH, "MEMIT: second moments are computed from a download of Wikipedia")
 def _local_second_moments(easyeditor: ModuleType) -> bool:
     holders = [m for name, m in sorted(sys.modules.items()) if name.startswith("easyeditor.models.") and hasattr(m, "layer_stats")]
     for original in {m.layer_stats for m in holders if callable(m.layer_stats)}:
@@ -174,7 +175,7 @@ def prepare(model: nn.Module, tokenizer, hparams, folder: Path) -> dict:
     ``files``, and ``seconds``: what making them took, now or in an earlier run (None where the user's own files serve).
     Raises ValueError for a text file without text. With the patch switched off EasyEdit makes its own in the first edit.
     """
-    if "second-moments" not in applied():
+    if PATCH not in applied():
         return {"source": f"EasyEdit's own, of {hparams.mom2_dataset}", "files": [], "seconds": None}
     _, files = _all_files(model, tokenizer, hparams, folder / hparams.stats_dir)
     seconds = [_seconds(file.path) for file in files]
