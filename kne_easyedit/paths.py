@@ -7,12 +7,39 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_directory", "atomic_write", "cache_home"]
+__all__ = ["atomic_directory", "atomic_write", "cache_home", "expanded", "path_settings", "settle"]
+
+_NAMES_A_PATH = re.compile(r"(\w+_)?(dir|data|path|file)|ensemble|archive|P_loc")
+_NO_PATHS = ("embedded", "contriver_dir", "tokenizer_dir")
+"""The packaged facts; settings of EasyEdit's that are called like folders, and may name a model of the hub."""
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` and environment variables put in, absolute: a relative one means the working directory."""
+    return Path(os.path.expandvars(os.fspath(path))).expanduser().absolute()
+
+
+def path_settings(hparams: object) -> dict[str, str]:
+    """The settings of hyperparameters, of any method, that name a file or folder, as they stand: told by their names.
+
+    ``model_name`` is none of them: EasyEdit chooses by the words in it, so it stays as it was given.
+    """
+    return {
+        name: value for name, value in vars(hparams).items()
+        if isinstance(value, str) and value and _NAMES_A_PATH.fullmatch(name) and not {name, value} & set(_NO_PATHS) and "://" not in value
+    }  # fmt: skip
+
+
+def settle(hparams: object) -> None:
+    """Makes the paths in hyperparameters, of any method, absolute: they mean the working directory of now, wherever they are read."""
+    for name, value in path_settings(hparams).items():
+        setattr(hparams, name, str(expanded(value)))
 
 
 def cache_home() -> Path:

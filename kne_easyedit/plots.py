@@ -97,9 +97,13 @@ def new_figure(**settings):
 
 
 def write_figure(figure, path: str | Path, title: str) -> None:
-    """Writes a figure as PNG, beside and renamed."""
+    """Writes a figure as PNG, beside and renamed. No text of it is a formula: data has dollar signs of its own."""
+    from matplotlib.text import Text
+
     if title:
         figure.suptitle(title, color=INK)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
     atomic_write(Path(path), image.getvalue())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from kne_easyedit.benchmark.store import read_lines
 from kne_easyedit.benchmark.summary import METRICS
 
 
@@ -27,7 +27,7 @@ def print_report(summary: dict, folder: Path, examples: int = 3) -> None:
     print(f"\n{summary['records']} records, {mode}\n\n{table(summary['methods'])}\n")
     for name, meaning in METRICS.items():
         print(f"  {name:<16} {meaning}")
-    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [line for _, line in read_lines(folder / "results.jsonl")]
     own_lines = {(line["index"], line["method"]): line for line in lines}
     lines = list(own_lines.values())
     width = max(8, *map(len, summary["methods"]))

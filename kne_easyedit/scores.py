@@ -6,6 +6,7 @@ Standard library only, so that a table of results costs no import of torch.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -58,16 +59,68 @@ def read_results(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"results file {path} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _unreadable(path, f"no text ({error.reason})") from error
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
+        found = parse_json(text)
+    except ValueError:
         return _read_lines(path, text)
     if isinstance(found, list):
         return [_record(path, f"entry {i}", None, metrics) for i, metrics in enumerate(found)]
     return _read_lines(path, json.dumps(found))  # a results.jsonl of one line, maybe
+
+
+def parse_json(content: str | bytes):
+    """The value of a JSON text, UTF-8. Raises ValueError, in words that may follow a file's name, for anything else."""
+    try:
+        return json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8 text ({error.reason})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise ValueError("no JSON of a sensible depth (lists or mappings are nested a thousand times)") from error
+    except ValueError as error:  # Python reads no integers of thousands of digits
+        raise ValueError("no JSON of sensible numbers (one has thousands of digits)") from error
+
+
+def check_metrics(metrics) -> None:
+    """Raises ValueError, naming the field, for metrics that no figure can be made of; fields that no figure reads may be anything.
+
+    Wanted is a mapping whose ``post`` (and ``pre``, if it is there) maps names to finite numbers, lists of them, and sections of these.
+    """
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("post"), dict):
+        raise ValueError(f"metrics that are {_describe(metrics)}")
+    for when in ("pre", "post"):
+        figures = metrics.get(when) or {}
+        if not isinstance(figures, dict):
+            raise ValueError(f"metrics.{when} that is {_describe(figures)}")
+        for name in ("rewrite_acc", "rephrase_acc"):
+            _demand_numbers(figures.get(name), f"metrics.{when}.{name}")
+        for section in ("portability", "locality", "fluency"):
+            found = figures.get(section) or {}
+            if not isinstance(found, dict):
+                raise ValueError(f"metrics.{when}.{section} that is {_describe(found)}")
+            for name, values in found.items():
+                if name.endswith("_acc") or name == "ngram_entropy":
+                    _demand_numbers(values, f"metrics.{when}.{section}.{name}")
+
+
+def is_number(value) -> bool:
+    """Whether it is a finite number, no larger than a float can be."""
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _demand_numbers(values, where: str, depth: int = 0) -> None:
+    if isinstance(values, list) and depth < 4:
+        for value in values:
+            _demand_numbers(value, where, depth + 1)
+    elif values is not None and not is_number(values):
+        raise ValueError(f"{where} that is {_describe(values)}{'' if not isinstance(values, Real) else ' and not finite'}, wanted are numbers")
 
 
 def table(rows: Mapping[str, Mapping]) -> str:
@@ -85,13 +138,13 @@ def table(rows: Mapping[str, Mapping]) -> str:
 
 def _read_lines(path: Path, text: str) -> list[dict]:
     records = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):  # U+2028 and its kin end no line
         where = f"line {number}"
         try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
+            found = parse_json(line)
+        except ValueError as error:
             half = "; a run that was killed leaves half a line, the same `kne run` puts it right" if records else ""
-            raise _unreadable(path, f"{where}: no JSON ({error.msg}){half}") from error
+            raise _unreadable(path, f"{where}: {error}{half}") from error
         if not isinstance(found, dict) or not isinstance(found.get("method"), str) or "metrics" not in found:
             raise _unreadable(path, f"{where}: {_describe(found)}")
         records.append(_record(path, where, found["method"], found["metrics"]))
@@ -101,8 +154,10 @@ def _read_lines(path: Path, text: str) -> list[dict]:
 
 
 def _record(path: Path, where: str, method: str | None, metrics) -> dict:
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("post"), dict):
-        raise _unreadable(path, f"{where}: metrics that are {_describe(metrics)}")
+    try:
+        check_metrics(metrics)
+    except ValueError as error:
+        raise _unreadable(path, f"{where}: {error}") from error
     return {"method": method, "metrics": metrics}
 
 

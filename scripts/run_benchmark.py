@@ -5,9 +5,11 @@
 Interrupted, the same command goes on where it stopped. The configuration is hparams/benchmark.yaml.
 """
 
+import os
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kne_easyedit.benchmark import run
@@ -21,6 +23,7 @@ HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
 @hydra.main(version_base="1.3", config_path="../hparams", config_name="benchmark")
 def main(config: DictConfig) -> None:
     keep_large_blocks()
+    os.chdir(HydraConfig.get().runtime.cwd)  # relative paths mean where the command was given, whatever hydra.job.chdir and the launcher do
     job = job_of(OmegaConf.to_container(config, resolve=True), HPARAMS)
     print_report(run(job), job.folder)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kne_easyedit import bridge
+from kne_easyedit.benchmark.checks import demand_name
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge import statistics
 from kne_easyedit.bridge.registry import NAME as KNE
@@ -16,12 +17,31 @@ from kne_easyedit.records import load_records, load_requests
 
 
 def job_folder(settings: Mapping) -> Path:
-    """Where a job's files lie: told by what it is, so that the same job finds them again."""
+    """Where a job's files lie: told by what it is, so that the same job finds them again, and no other job has them.
+
+    Model, data set, label, seed and shard are to be read in it; all other settings are in a digest behind the label.
+    Raises ValueError, naming the setting, for a name that would lead out of ``out``.
+    """
     i, n = shard_of(settings["shard"])
     model, data, method = settings["model"]["file"], settings["data"]["name"], settings["method"]["label"]
-    overrides = {**settings["model"]["settings"], **settings["method"]["settings"]}
-    name = f"{method}-{digest(overrides)[:6]}" if overrides else method  # so that a sweep's jobs keep apart
+    for field, name in (("model.file", model), ("data.name", data), ("method.label", method)):
+        demand_name(field, name)
+    name = f"{method}-{digest(distinguishing(settings))[:8]}"
     return Path(settings["out"]) / model / data / name / f"seed-{settings['seed']}" / f"shard-{i}-of-{n}"
+
+
+def distinguishing(settings: Mapping) -> dict:
+    """The settings that make one job differ from another, but for its seed, its shard, and where results and downloads lie."""
+    return {name: value for name, value in settings.items() if name not in ("out", "knowedit", "seed", "shard")}
+
+
+def other_folders(folder: Path) -> list[Path]:
+    """Folders of jobs of the same model and data set: lines of the same settings are taken over from there.
+
+    So a run over more records goes on where one over fewer stopped, and so does one that was cut into other shards, or
+    was made when folders had other names.
+    """
+    return [file.parent for file in sorted(folder.parents[2].glob("*/*/*/results.jsonl")) if file.parent != folder]
 
 
 def shard_of(text: str) -> tuple[int, int]:
@@ -33,7 +53,12 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def job_of(settings: Mapping, hparams_folder: Path) -> Run:
-    """The run that the configuration describes, its model loaded. Raises ValueError, FileNotFoundError before that."""
+    """The run that the configuration describes, its model loaded. Raises ValueError, FileNotFoundError before that.
+
+    Relative paths mean the working directory.
+    """
+    _check(settings)
+    folder = job_folder(settings)
     bridge.register()
     method, data, evaluation = settings["method"], settings["data"], settings["evaluation"]
     path = hparams_folder / method["hparams"] / f"{settings['model']['file']}.yaml"
@@ -60,7 +85,31 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
         moment_prompts = [request["prompt"] for request in load_requests(apart["file"], apart["size"], apart["offset"])]
     model, tokenizer = load_model(hparams)
     return Run(
-        model, tokenizer, requests[i::n], {method["label"]: hparams}, str(data["file"]), job_folder(settings),
+        model, tokenizer, requests[i::n], {method["label"]: hparams}, str(data["file"]), folder,
         seed=settings["seed"], skip_bad=settings["on_bad_record"] == "skip", complaints=complaints,
-        before_folder=Path(settings["out"]) / "before", moment_prompts=moment_prompts, **evaluation,
+        before_folder=Path(settings["out"]) / "before", moment_prompts=moment_prompts,
+        others=other_folders(folder), **evaluation,
     )  # fmt: skip
+
+
+def _check(settings: Mapping) -> None:
+    """Raises ValueError, naming the setting, for a value of the wrong type: an override takes anything."""
+    kinds = {
+        "seed": int, "shard": str, "on_bad_record": str, "out": str, "data.name": str, "data.file": str, "data.offset": int, "data.records": int | None,
+        "data.localization.file": str, "data.localization.offset": int, "data.localization.size": int, "method.label": str, "method.hparams": str,
+        "method.settings": dict, "model.file": str, "model.settings": dict, "evaluation.mode": str, "evaluation.batch_size": int,
+        "evaluation.retention_every": int, "evaluation.chat_template": bool, "evaluation.fluency": bool, "statistics.file": str | None,
+        "statistics.samples": int, "statistics.length": int,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        value: object = settings
+        for part in name.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise ValueError(f"{name}: missing in the configuration")
+            value = value[part]
+        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"{name}: {value!r} is a {type(value).__name__}, wanted is {getattr(kind, '__name__', kind)}")
+    if settings["data"]["records"] is not None and settings["data"]["records"] < 1:
+        raise ValueError(f"data.records: {settings['data']['records']} must be at least 1, or null for all")
+    if settings["data"]["localization"]["size"] < 1:
+        raise ValueError(f"data.localization.size: {settings['data']['localization']['size']} must be at least 1")

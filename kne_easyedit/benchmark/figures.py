@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
 
-from kne_easyedit.benchmark.collect import Collection
+from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.intervals import Interval, interval, paired
 from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.scores import begins_with, by_category, summarize_metrics
@@ -26,6 +26,8 @@ def figures(found: Collection) -> dict:
             if lines := found.of(data, method):
                 result[data][method] = {
                     **summarize(lines),
+                    "records": records_of(lines),
+                    "seeds": seeds_of(lines),
                     "categories": {section: {name: fmean(its) for name, its in found_in.items()} for section, found_in in categories(lines).items()},
                     "intervals": {name: _plain(mean(lines, name)) for name in QUALITY},
                     "lead_of": {ours: {name: _plain(lead(found, data, ours, method, name)) for name in QUALITY} for ours in rivals(found, data, method)},
@@ -34,8 +36,17 @@ def figures(found: Collection) -> dict:
 
 
 def categories(lines: Sequence[Mapping]) -> dict[str, dict[str, list[float]]]:
-    """Section (portability, locality) -> category -> one figure a record that has it."""
+    """Section (portability, locality) -> category -> one figure a line that has it."""
     return {section: by_category([line["metrics"] for line in lines], section) for section in SECTIONS}
+
+
+def category_records(lines: Sequence[Mapping], section: str) -> dict[str, int]:
+    """Category of a section -> how many records have it."""
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        for name in by_category([line["metrics"]], section):
+            found.setdefault(name, set()).add(line["record"])
+    return {name: len(records) for name, records in found.items()}
 
 
 def unedited(found: Collection, data: str) -> list[dict]:
@@ -55,18 +66,19 @@ def baselines_mean(found: Collection, data: str, name: str) -> float | None:
 
 
 def per_record(lines: Sequence[Mapping], name: str) -> dict[tuple, float]:
-    """A figure of every record that has it, in percent (fluency: entropy x 100), by record and seed."""
+    """A figure of every line that has it, in percent (fluency: entropy x 100), by record, its number and seed."""
     values = {}
     for line in lines:
         value = 100 * line["exact_match"] if name == "exact_match" and "exact_match" in line else summarize_metrics([line["metrics"]]).get(name)
         if value is not None:
-            values[line["record"], line.get("seed")] = value
+            values[line["record"], line["index"], line.get("seed")] = value
     return values
 
 
 def mean(lines: Sequence[Mapping], name: str) -> Interval | None:
     """The mean of a figure over the records that have it, with its interval; None if there are none."""
-    return interval(list(per_record(lines, name).values()))
+    values = per_record(lines, name)
+    return interval(list(values.values()), [record for record, *_ in values])
 
 
 def is_kne(method: str) -> bool:
@@ -81,7 +93,7 @@ def rivals(found: Collection, data: str, method: str) -> list[str]:
 
 def lead(found: Collection, data: str, ours: str, method: str, name: str) -> Interval | None:
     """The figure of ``ours`` minus that of ``method``, over the records that both have; None if there are none."""
-    return paired(per_record(found.of(data, ours), name), per_record(found.of(data, method), name))
+    return paired(per_record(found.of(data, ours), name), per_record(found.of(data, method), name), lambda key: key[0])
 
 
 def _plain(value: Interval | None) -> dict | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import TypeVar
 
 import numpy
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -21,25 +24,44 @@ class Interval:
     records: int
 
 
-def interval(values: Sequence[float], seed: int = 0) -> Interval | None:
-    """The mean of one value a record, and its 95 % interval; None for no values, a point for one.
+def interval(values: Sequence[float], records: Sequence[Hashable] | None = None, seed: int = 0) -> Interval | None:
+    """The mean of some values, and its 95 % interval; None for no values, a point for one record.
 
-    Records are drawn with replacement, `RESAMPLES` times, under ``seed``.
+    ``records`` says of which record each value is (None: each of its own). Records are drawn with replacement, each with
+    all its values (a cluster bootstrap), `RESAMPLES` times, under ``seed``: the same record under more seeds is no new one.
     """
-    values = numpy.asarray(values, dtype=float)
-    if not len(values):
+    clusters: dict[Hashable, list[float]] = {}
+    for record, value in zip(range(len(values)) if records is None else records, values, strict=True):
+        clusters.setdefault(record, []).append(float(value))
+    if not clusters:
         return None
-    mean = float(values.mean())
-    if len(values) == 1 or numpy.ptp(values) == 0:
-        return Interval(mean, mean, mean, len(values))
+    mean = float(numpy.asarray(values, dtype=float).mean())
+    if len(set(map(len, clusters.values()))) == 1:  # then the mean over values is that over the records' means
+        samples, statistic = (numpy.array([fmean(its) for its in clusters.values()]),), numpy.mean
+        constant = numpy.ptp(samples[0]) == 0
+    else:
+        samples, statistic = tuple(numpy.array([f(its) for its in clusters.values()], dtype=float) for f in (sum, len)), _ratio
+        constant = numpy.ptp(numpy.asarray(values, dtype=float)) == 0
+    if len(clusters) == 1 or constant:
+        return Interval(mean, mean, mean, len(clusters))
     from scipy.stats import bootstrap
 
     found = bootstrap(
-        (values,), numpy.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", rng=numpy.random.default_rng(seed), vectorized=True
-    ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high), len(values))
+        samples, statistic, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", rng=numpy.random.default_rng(seed),
+        vectorized=True, paired=len(samples) > 1,
+    ).confidence_interval  # fmt: skip
+    return Interval(mean, float(found.low), float(found.high), len(clusters))
 
 
-def paired(ours: Mapping[object, float], theirs: Mapping[object, float], seed: int = 0) -> Interval | None:
-    """The mean difference over the records that both have, with its interval: what the records share cancels out."""
-    return interval([ours[key] - theirs[key] for key in ours if key in theirs], seed)
+def paired(ours: Mapping[Key, float], theirs: Mapping[Key, float], record_of: Callable[[Key], Hashable] | None = None, seed: int = 0) -> Interval | None:
+    """The mean difference over what both have, with its interval: what they share cancels out.
+
+    ``record_of`` says of which record a key is (None: each key stands for its own), as in `interval`.
+    """
+    both = [key for key in ours if key in theirs]
+    return interval([ours[key] - theirs[key] for key in both], record_of and [record_of(key) for key in both], seed)
+
+
+def _ratio(sums: numpy.ndarray, counts: numpy.ndarray, axis: int = -1) -> numpy.ndarray:
+    """The mean over all values of the records that were drawn."""
+    return sums.sum(axis=axis) / counts.sum(axis=axis)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
 from kne_easyedit import bridge
+from kne_easyedit.benchmark.checks import demand_name
 from kne_easyedit.bridge import patches, statistics
 from kne_easyedit.digest import digest
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.machine import environment
+from kne_easyedit.paths import expanded, path_settings
+from kne_easyedit.records import data_digest
 
 MODES = ("single", "sequential", "batch")
 _WITHOUT_EFFECT = {"stats_dir", "cache_dir", "chunk_rows", "localization_data", "ensemble"}
@@ -46,6 +49,8 @@ class Run:
     """Prompts that text for second moments (MEMIT) is sampled after; None: those of ``requests``."""
     complaints: list[str] = field(default_factory=list)
     """Records left out so far, and why."""
+    others: Sequence[Path] = ()
+    """Folders of other jobs: lines there that are of these settings are not computed again."""
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, for settings that do not go together. Changes nothing."""
@@ -59,6 +64,10 @@ class Run:
             raise ValueError("records: there are none")
         if not self.hparams:
             raise ValueError("methods: there are none")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: {self.seed} must be in [0, 2**32)")
+        for method in self.hparams:
+            demand_name("method.label", method)
         for method, hparams in self.hparams.items():
             if getattr(hparams, "use_chat_template", False) and not self.chat_template:
                 raise ValueError(f"use_chat_template: {method}'s hparams ask for it, the run does not; ask for it there (--chat-template): all methods share it")
@@ -81,14 +90,28 @@ def base_fingerprint(job: Run, weights: str, variant: str) -> list:
 
 
 def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | None) -> str:
-    """Everything that a method's results depend on, the single record apart."""
+    """Everything that a method's results depend on, the single record apart. Files count by what they hold."""
     hparams = job.hparams[method]
     settings = {name: str(value) for name, value in vars(hparams).items() if name not in _WITHOUT_EFFECT}
+    settings |= {name: _content(value) for name, value in path_settings(hparams).items() if name in settings}
     parts = [base, method, settings, job.mode]
     if hparams.alg_name == "KNE":
         parts.append(None if ensemble is None else digest(ensemble.members()))
     if statistics.needs_moments(hparams):
         parts.append(statistics.SOURCE.digest())
+        if own := statistics.own_files(job.model, hparams, expanded(hparams.stats_dir)):
+            parts.append([data_digest(file) for file in own])
     if job.mode != "single":  # there a result depends on the other records, too
         parts += [job.batch_size, job.retention_every, [record_digest(request) for request in job.requests]]
     return digest(parts)[:16]
+
+
+def settings_digest(job: Run, method: str, weights: str, variant: str, ensemble: NeuronEnsemble | None) -> str:
+    """The fingerprint without the seed: lines under several seeds may be averaged if they agree in it."""
+    seedless = replace(job, seed=0)
+    return fingerprint(seedless, method, base_fingerprint(seedless, weights, variant), ensemble)
+
+
+def _content(path: str) -> str:
+    """What stands for a file: its content; for a folder, or a file that is not there yet, its name."""
+    return data_digest(expanded(path)) or expanded(path).name

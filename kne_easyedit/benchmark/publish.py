@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import html
 import json
-import re
+from collections.abc import Collection
 from pathlib import Path
 
-from kne_easyedit.benchmark.collect import Collection
+from kne_easyedit.benchmark import collect
 from kne_easyedit.benchmark.figures import figures
 from kne_easyedit.benchmark.text import report_text
 from kne_easyedit.paths import atomic_write
 
 
-def publish(found: Collection, folder: Path, title: str = "KnowEdit comparison") -> Path:
+def publish(found: collect.Collection, folder: Path, title: str = "KnowEdit comparison") -> Path:
     """Writes ``report.md``, ``report.html``, ``report.json``, the runs' ``manifests.json`` and the pictures into ``folder``.
 
     Returns the page's path.
@@ -24,22 +24,43 @@ def publish(found: Collection, folder: Path, title: str = "KnowEdit comparison")
     pictures = draw_all(found, folder)
     text = report_text(found, title, pictures)
     atomic_write(folder / "report.md", text)
-    atomic_write(folder / "report.html", page(text, title, folder))
+    atomic_write(folder / "report.html", page(text, title, folder, pictures))
     atomic_write(folder / "report.json", json.dumps(figures(found), indent=1) + "\n")
     atomic_write(folder / "manifests.json", json.dumps(found.manifests, indent=1, ensure_ascii=False) + "\n")
     return folder / "report.html"
 
 
-def page(text: str, title: str, folder: Path) -> str:
-    """The Markdown as one HTML file that needs no other: pictures are inside. Raises ImportError without markdown-it-py."""
+def page(text: str, title: str, folder: Path, pictures: Collection[str] = ()) -> str:
+    """The Markdown as one HTML file that needs no other: ``pictures``, names of files in ``folder``, are inside, and no others.
+
+    HTML within the text stays text, but for ``<u>``; there are no links. Raises ImportError without markdown-it-py.
+    """
     try:
         from markdown_it import MarkdownIt
     except ImportError as error:
         raise ImportError("report: the HTML page needs markdown-it-py: pip install 'kne_easyedit[report]'") from error
-    body = MarkdownIt("commonmark").enable("table").render(text)
-    body = re.sub(r'src="([^":]+)"', lambda m: f'src="{_embedded(folder / m[1])}"', body)
+    renderer = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "reference"])
+    renderer.inline.ruler.push("underline", _underline)
+
+    def image(self, tokens, index, options, env) -> str:
+        name, caption = str(tokens[index].attrs["src"]), html.escape(tokens[index].content)
+        return f'<img src="{_embedded(folder / name)}" alt="{caption}">' if name in pictures else caption
+
+    renderer.add_render_rule("image", image)
+    body = renderer.render(text)
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     return PAGE.format(title=html.escape(title), body=body)
+
+
+def _underline(state, silent: bool) -> bool:
+    """A rule of markdown-it: ``<u>`` and ``</u>``, which Markdown has no mark for."""
+    for tag, kind, nesting in (("<u>", "underline_open", 1), ("</u>", "underline_close", -1)):
+        if state.src.startswith(tag, state.pos):
+            if not silent:
+                state.push(kind, "u", nesting)
+            state.pos += len(tag)
+            return True
+    return False
 
 
 def _embedded(picture: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from kne_easyedit import bridge
 from kne_easyedit._version import __version__
 from kne_easyedit.benchmark.answers import free_answer
-from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest
+from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, settings_digest
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.benchmark.store import Lines, alone_in
 from kne_easyedit.benchmark.summary import retention, summarize
@@ -34,9 +35,11 @@ from kne_easyedit.digest import digest
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.localization import find_ensemble
 from kne_easyedit.machine import PeakMemory, environment, hardware
-from kne_easyedit.paths import atomic_write
+from kne_easyedit.paths import atomic_write, settle
 from kne_easyedit.records import data_digest, with_chat_template
-from kne_easyedit.scores import begins_with
+from kne_easyedit.scores import begins_with, parse_json
+
+logger = logging.getLogger(__name__)
 
 OUTPUT = "easyedit"
 """The folder in a job's own that EasyEdit works in."""
@@ -77,15 +80,21 @@ class _Runner:
             method: replace(hparams, use_chat_template=job.chat_template) if hparams.alg_name == KNE else deepcopy(hparams)
             for method, hparams in job.hparams.items()
         }
+        for hparams in self.hparams.values():
+            settle(hparams)  # before EasyEdit works in a folder of the job's
         self.localization = {method: self._localize(method, hparams) for method, hparams in self.hparams.items() if hparams.alg_name == KNE}
         self.fingerprints = {method: fingerprint(job, method, self.base, self.ensembles.get(method)) for method in job.hparams}
 
-        def own(line: dict) -> bool:
-            known = self.fingerprints.get(line.get("method")) == line.get("fingerprint") and self.records.get(line.get("index")) == line.get("record")
-            return known and not again
+        self.settings = {method: settings_digest(job, method, self.weights, self.variant, self.ensembles.get(method)) for method in job.hparams}
 
-        self.results = Lines(job.folder / "results.jsonl", own)
-        self.retained = Lines(job.folder / "retention.jsonl", own, key=("method", "index", "after"))
+        def own(line: dict) -> bool:
+            method, index = line.get("method"), line.get("index")
+            if again or not isinstance(method, str) or not isinstance(index, int):
+                return False
+            return self.fingerprints.get(method) == line.get("fingerprint") and self.records.get(index) == line.get("record")
+
+        self.results = Lines(job.folder / "results.jsonl", own, others=job.others)
+        self.retained = Lines(job.folder / "retention.jsonl", own, key=("method", "index", "after"), others=job.others)
         self.done = {(line["index"], line["method"]) for line in self.results.lines}
 
     def run(self) -> dict:
@@ -192,8 +201,8 @@ class _Runner:
         view = [editor.tokenizer.padding_side, hparams.max_length, hparams.alg_name == "GRACE"]
         folder = self.job.before_folder or self.job.folder / "before"
         path = folder / f"{digest([self.base, view, self.records[request['index']]])[:32]}.json"
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+        if (known := _known_before(path)) is not None:
+            return known
         with self.quiet():
             metrics = editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed)
         found = {"metrics": _plain(metrics), "answer": free_answer(self.job.model, self.job.tokenizer, request)}
@@ -209,6 +218,8 @@ class _Runner:
             "data": Path(self.job.data).stem,
             "seed": self.job.seed,
             "mode": self.job.mode,
+            "batch_size": self.job.batch_size,
+            "chat_template": self.job.chat_template,
             "prompt": request["prompt"],
             "subject": request["subject"],
             "target_new": request["target_new"],
@@ -227,7 +238,7 @@ class _Runner:
         return {**self._head(method, request), "after": count, "metrics": {"post": bridge.compare(was["metrics"], post)}}
 
     def _head(self, method: str, request: dict) -> dict:
-        return {"fingerprint": self.fingerprints[method], "method": method, "index": request["index"], "record": self.records[request["index"]]}
+        return {"fingerprint": self.fingerprints[method], "settings": self.settings[method], "method": method, "index": request["index"], "record": self.records[request["index"]]}
 
     def _keep(self, line: dict) -> None:
         self.results.append(line)
@@ -284,6 +295,7 @@ class _Runner:
             "fluency_variant": self.variant,
             "second_moments": self.moments,
             "fingerprints": self.fingerprints,
+            "settings": self.settings,
             "localization": self.localization,
             "environment": environment(job.model),
             "machine": hardware(),
@@ -328,6 +340,21 @@ class _Runner:
             share = self.localization[method]["parameter_share"]
             title = f"{ensemble.size} neurons, {share:.2%} of all parameters, found on {ensemble.facts} facts"
             draw_ensemble(ensemble, self.job.folder / f"ensemble{_suffix(method)}.png", title)
+
+
+def _known_before(path: Path) -> dict | None:
+    """What was measured before the edits of an earlier run; None if there is nothing, or nothing whole: then it is measured again."""
+    if not path.is_file():
+        return None
+    try:
+        found = parse_json(path.read_bytes())
+        if isinstance(found, dict) and isinstance(found.get("metrics"), dict) and isinstance(found.get("answer"), str):
+            return found
+        reason = "holds no figures"
+    except ValueError as error:
+        reason = str(error)
+    logger.warning("%s: %s; the figures before the edit are computed again", path, reason)
+    return None
 
 
 def _suffix(method: str) -> str:

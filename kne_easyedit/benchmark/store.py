@@ -7,9 +7,11 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kne_easyedit.paths import atomic_write
+from kne_easyedit.scores import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -20,19 +22,28 @@ class Lines:
     ``keep(line)`` says whether a line that is there already belongs to the run that opens the file. Lines that do not
     are moved to a file of their own beside it, which nothing overwrites; those in such files that belong to it (again)
     are taken back, unless the file has a line of the same ``key``, so that settings tried before are not computed again.
+    So are those that stand under the same name in ``others``: folders of other jobs. What is no JSON object is moved to a
+    file of its own, too; only half a line at the end, as a kill leaves it, goes.
     """
 
-    def __init__(self, path: Path, keep: Callable[[dict], bool], key: Sequence[str] = ("method", "index")):
+    def __init__(self, path: Path, keep: Callable[[dict], bool], key: Sequence[str] = ("method", "index"), others: Iterable[Path] = ()):
         self.path = path
-        found = read_lines(path)
-        aside = [line for file in sorted(path.parent.glob(f"{path.stem}.other-*{path.suffix}"), key=_number) for line in read_lines(file)]
-        here = {tuple(line.get(name) for name in key): line for line in [*filter(keep, aside), *filter(keep, found)]}  # the latest of each
-        self.lines = list(here.values())
+        pieces = list(_pieces(path))
+        found = [piece.line for piece in pieces if piece.line is not None]
+        # The torn end of a killed run is made again; whatever else cannot be read may be all that is left of something.
+        if unreadable := [piece.content for piece in pieces if piece.line is None and not piece.torn]:
+            name = _free_name(path, "unreadable")
+            atomic_write(name, b"\n".join(unreadable) + b"\n")
+            logger.warning("%s: %s lines that cannot be read moved to %s", path, len(unreadable), name.name)
+        elsewhere = [line for folder in others for file in [*_aside(folder / path.name), folder / path.name] for line in _objects(file)]
+        aside = [line for file in _aside(path) for line in _objects(file)]
+        own = [line for line in (*elsewhere, *aside, *found) if keep(line)]
+        self.lines = list({tuple(line.get(name) for name in key): line for line in own}.values())  # the latest of each
         known = set(map(_text_of, aside))
-        if others := [line for line in found if not keep(line) and _text_of(line) not in known]:
-            name = _free_name(path)
-            atomic_write(name, _text(others))
-            logger.warning("%s: %s lines of other settings moved to %s", path, len(others), name.name)
+        if strange := [line for line in found if not keep(line) and _text_of(line) not in known]:
+            name = _free_name(path, "other")
+            atomic_write(name, _text(strange))
+            logger.warning("%s: %s lines of other settings moved to %s", path, len(strange), name.name)
         if self.lines or found or path.exists():
             atomic_write(path, _text(self.lines))  # without what a kill has torn
 
@@ -46,15 +57,55 @@ class Lines:
             os.fsync(stream.fileno())
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a file; what a kill has torn is left out. Empty if there is no file."""
-    if not path.exists():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(text))
-    return [line for line in found if isinstance(line, dict)]
+def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """The objects of a file with the numbers of their lines, from 1; half a line at the end, as a kill leaves it, is left out.
+
+    Raises ValueError, with the file and the line, for anything else that is no JSON object.
+    """
+    for piece in _pieces(path):
+        if piece.line is not None:
+            yield piece.number, piece.line
+        elif piece.torn:
+            logger.warning("%s: line %s is torn: the run was killed, the same command puts it right", path, piece.number)
+        else:
+            raise ValueError(f"{path}: line {piece.number}: {piece.fault}")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What stands between two line ends of a file."""
+
+    number: int
+    content: bytes
+    line: dict | None
+    """None if it is no JSON object."""
+    fault: str
+    torn: bool
+    """Whether it is the beginning of a line of ours, and the file ends there."""
+
+
+def _pieces(path: Path) -> Iterator[_Piece]:
+    r"""The lines of a file, blank ones left out; nothing if there is no file.
+
+    A line ends with ``\n`` alone: JSON escapes that within texts, but not the line separators of Unicode (U+2028, U+0085, ...).
+    """
+    *ended, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for number, content in enumerate([*ended, last], start=1):
+        if content.strip():
+            line, fault = _object(content)
+            yield _Piece(number, content, line, fault, torn=number > len(ended) and content.lstrip().startswith(b"{"))
+
+
+def _object(content: bytes) -> tuple[dict | None, str]:
+    try:
+        found = parse_json(content)
+    except ValueError as error:
+        return None, str(error)
+    return (found, "") if isinstance(found, dict) else (None, f"a {type(found).__name__}, wanted is a JSON object")
+
+
+def _objects(path: Path) -> list[dict]:
+    return [piece.line for piece in _pieces(path) if piece.line is not None]
 
 
 @contextlib.contextmanager
@@ -82,9 +133,14 @@ def _text_of(line: dict) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def _free_name(path: Path) -> Path:
+def _aside(path: Path) -> list[Path]:
+    """The files beside ``path`` that hold lines of other settings, the oldest first."""
+    return sorted(path.parent.glob(f"{path.stem}.other-*{path.suffix}"), key=_number)
+
+
+def _free_name(path: Path, what: str) -> Path:
     number = 1
-    while (aside := path.with_name(f"{path.stem}.other-{number}{path.suffix}")).exists():
+    while (aside := path.with_name(f"{path.stem}.{what}-{number}{path.suffix}")).exists():
         number += 1
     return aside
 

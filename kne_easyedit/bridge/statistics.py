@@ -26,6 +26,7 @@ from torch import nn
 from kne_easyedit.batching import pad
 from kne_easyedit.bridge.patches import applied, runtime_patch
 from kne_easyedit.bridge.runtime_patches import forget_moments, module
+from kne_easyedit.paths import expanded
 from kne_easyedit.state import undisturbed
 
 logger = logging.getLogger(__name__)
@@ -110,9 +111,9 @@ def configure(**settings) -> TextSource:
     if unknown:
         raise ValueError(f"statistics: no setting {min(unknown)!r}; there are file, samples, length, seed, prompts")
     if settings.get("file") is not None:
-        settings["file"] = Path(settings["file"]).expanduser()
+        given, settings["file"] = settings["file"], expanded(settings["file"])  # it is read where EasyEdit works, in another folder
         if not settings["file"].is_file():
-            raise ValueError(f"statistics text {settings['file']} does not exist")
+            raise ValueError(f"statistics text {given} does not exist")
     for name, value in settings.items():
         if name in ("samples", "length") and value < 1:
             raise ValueError(f"statistics {name}: {value} must be at least 1")
@@ -171,7 +172,7 @@ def _local_second_moments(easyeditor: ModuleType) -> bool:
 def prepare(model: nn.Module, tokenizer, hparams, folder: Path) -> dict:
     """Makes the second moments that a method (one that `needs_moments`) will ask for, where they are missing.
 
-    ``folder``: the working directory of the edits, to which ``stats_dir`` of the settings is relative. Returns ``source``,
+    ``folder``: where ``stats_dir`` of the settings is, if it is relative. Returns ``source``,
     ``files``, and ``seconds``: what making them took, now or in an earlier run (None where the user's own files serve).
     Raises ValueError for a text file without text. With the patch switched off EasyEdit makes its own in the first edit.
     """
@@ -236,18 +237,29 @@ class _Found:
     text: str
 
 
+def own_files(model: nn.Module, hparams, folder: Path) -> list[Path]:
+    """The files in ``folder`` that are not ours but EasyEdit's own, or the user's: where they are, they serve."""
+    layers = [hparams.rewrite_module_tmp.format(layer) for layer in hparams.layers]
+    named = (_own(model, layer, folder, hparams.mom2_dataset, hparams.mom2_dtype, hparams.mom2_n_samples)[1] for layer in layers)
+    return [file.path for of_layer in named for file in of_layer if file.path.is_file()]
+
+
+def _own(model: nn.Module, layer: str, folder: Path, ds_name: str, precision: str, size: int | None) -> tuple[str, list[_Found]]:
+    """The file name of a layer's moments, and where EasyEdit would look for it: its versions name the folder differently."""
+    path, end = model.config._name_or_path, f"{layer}_{precision}_mom2{'' if size is None else f'_{size}'}.npz"
+    names = dict.fromkeys((path.rsplit("/")[-1], path.replace("/", "_")))
+    return end, [_Found(folder / name / f"{ds_name}_stats" / end, name, ds_name) for name in names]
+
+
 def _files(model, tokenizer, lineage: _Lineage, layers: Sequence[str], folder: Path, ds_name: str, precision: str, size: int | None) -> list[_Found]:
     """The files of some layers: EasyEdit's own where they are, else ours, made now where they are missing (one pass for all)."""
     key = (SOURCE.digest(), str(folder), ds_name, precision, size)
     if lineage.asked != key:  # what EasyEdit remembers may be of another text
         forget_moments()
         lineage.asked = key
-    path, suffix = model.config._name_or_path, "" if size is None else f"_{size}"
-    names = list(dict.fromkeys((path.rsplit("/")[-1], path.replace("/", "_"))))
     ours, found, missing = f"kne-{lineage.digest[:12]}", [], {}
     for layer in layers:
-        end = f"{layer}_{precision}_mom2{suffix}.npz"
-        own = [_Found(folder / name / f"{ds_name}_stats" / end, name, ds_name) for name in names]
+        end, own = _own(model, layer, folder, ds_name, precision, size)
         local = _Found(folder / ours / f"{SOURCE.digest()}_stats" / end, ours, SOURCE.digest())
         found.append(next((file for file in own if file.path.is_file()), local))
         if found[-1] is local and not local.path.is_file():
