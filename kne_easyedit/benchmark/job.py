@@ -47,6 +47,10 @@ class Run:
     """Where evaluations of the unedited model are kept and looked up; None: in ``folder``. Several runs may share it."""
     moment_prompts: Sequence[str] | None = None
     """Prompts that text for second moments (MEMIT) is sampled after; None: those of ``requests``."""
+    workers: int = 1
+    """Processes that edit and evaluate side by side (modes single and batch), each on its share of the processors."""
+    show: int = 0
+    """Answers of so many records are printed as soon as an edit is made."""
     complaints: list[str] = field(default_factory=list)
     """Records left out so far, and why."""
     others: Sequence[Path] = ()
@@ -60,6 +64,8 @@ class Run:
             raise ValueError(f"batch_size: {self.batch_size} with mode {self.mode}; several facts an edit need mode batch, and at least 1")
         if self.retention_every < 1:
             raise ValueError(f"retention_every: {self.retention_every} must be at least 1")
+        if self.workers < 1 or self.workers > 1 and self.mode == "sequential":
+            raise ValueError(f"workers: {self.workers} with mode {self.mode}; a sequence is one process's work, and at least 1 is needed")
         if not self.requests:
             raise ValueError("records: there are none")
         if not self.hparams:

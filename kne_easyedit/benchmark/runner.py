@@ -12,10 +12,11 @@ import json
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, recor
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.benchmark.store import Lines, alone_in
 from kne_easyedit.benchmark.summary import retention, summarize
+from kne_easyedit.benchmark.workers import side_by_side
 from kne_easyedit.bridge import patches, statistics
 from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.cache import model_digest
@@ -96,6 +98,7 @@ class _Runner:
         self.results = Lines(job.folder / "results.jsonl", own, others=job.others)
         self.retained = Lines(job.folder / "retention.jsonl", own, key=("method", "index", "after"), others=job.others)
         self.done = {(line["index"], line["method"]) for line in self.results.lines}
+        self.shown = {request["index"] for request in self.requests[: job.show]}
 
     def run(self) -> dict:
         job = self.job
@@ -114,33 +117,57 @@ class _Runner:
                     for method, editor in editors.items():
                         self._edit_in_a_row(method, editor)
                 else:
-                    for start in range(0, len(self.requests), job.batch_size):
-                        for method, editor in editors.items():
-                            self._edit_and_undo(method, editor, self.requests[start : start + job.batch_size])
+                    chunks = [self.requests[start : start + job.batch_size] for start in range(0, len(self.requests), job.batch_size)]
+                    for event in side_by_side(partial(self._edit_by_all, editors), chunks, min(job.workers, len(chunks))):
+                        self._take(*event)
         summary = self._summary()
         atomic_write(job.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         self._draw(summary)
         return summary
 
-    def _edit_and_undo(self, method: str, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> None:
-        self._show(method, chunk[0])
-        if any((request["index"], method) not in self.done for request in chunk):
-            lines = self._lines_of(method, editor, chunk)
-            with self.quiet():
-                editor.undo()
-            self._demand_unchanged(method, chunk)
-            for line in lines:
-                if (line["index"], method) not in self.done:
-                    self._keep(line)
-        self.bar.update(len(chunk))
+    def _edit_by_all(self, editors: dict[str, bridge.MethodEditor], chunk: Sequence[dict]) -> Iterator[tuple]:
+        """Edits the chunk by one method after the other, and undoes it each time. What comes of it goes to `_take`, in another process maybe."""
+        for method, editor in editors.items():
+            yield "begin", method, chunk[0]
+            if any((request["index"], method) not in self.done for request in chunk):
+                known = len(self.job.complaints)
+                lines = yield from self._lines_of(method, editor, chunk)
+                with self.quiet():
+                    editor.undo()
+                self._demand_unchanged(method, chunk)
+                yield from (("line", method, line) for line in lines if (line["index"], method) not in self.done)
+                new = self.job.complaints[known:]
+                del self.job.complaints[known:]
+                yield from (("complaint", method, complaint) for complaint in new)
+            yield "end", method, chunk
 
-    def _lines_of(self, method: str, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> list[dict]:
-        """Edits the chunk and measures it; empty if it is bad and bad ones are skipped. The edit stays."""
+    def _take(self, event: str, method: str, content) -> None:
+        """Keeps and shows what `_edit_by_all` tells."""
+        if event == "begin":
+            self._show(method, content)
+        elif event == "answer":
+            index, prompt, answer = content
+            if index in self.shown:
+                self.bar.write(f"  {method}: {prompt} -> {' '.join(answer.split())[:70] or '(ends at once)'}")
+        elif event == "line":
+            self._keep(content)
+        elif event == "complaint":
+            self.job.complaints.append(content)
+        elif event == "end":
+            self.bar.update(len(content))
+
+    def _lines_of(self, method: str, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> Iterator[tuple]:
+        """Edits the chunk and measures it; returns its lines, none if it is bad and bad ones are skipped. The edit stays."""
         try:
             before = [self._before(editor, request) for request in chunk]
             seconds, peak = self._apply(method, editor, [_with_old_answer(editor, r, was) for r, was in zip(chunk, before)])
             seconds /= len(chunk)
-            return [self._line(method, editor, request, was, seconds, peak) for request, was in zip(chunk, before)]
+            lines = []
+            for request, was in zip(chunk, before):
+                answer = free_answer(editor.model, self.job.tokenizer, request)
+                yield "answer", method, (request["index"], request["prompt"], answer)  # before the evaluation, which takes longer
+                lines.append(self._line(method, editor, request, was, answer, seconds, peak))
+            return lines
         except BAD_RECORD as error:
             editor.undo()
             self._demand_unchanged(method, chunk)
@@ -168,7 +195,9 @@ class _Runner:
                 self._show(method, request)
                 seconds, peak = self._apply(method, editor, [_with_old_answer(editor, request, was)])
                 if (request["index"], method) not in self.done:
-                    self._keep(self._line(method, editor, request, was, seconds, peak))
+                    answer = free_answer(editor.model, self.job.tokenizer, request)
+                    self._take("answer", method, (request["index"], request["prompt"], answer))
+                    self._keep(self._line(method, editor, request, was, answer, seconds, peak))
                 if count in stops:
                     for earlier, its in zip(self.requests[:count], before):
                         if (count, earlier["index"]) not in again:
@@ -209,10 +238,11 @@ class _Runner:
         atomic_write(path, json.dumps(found, ensure_ascii=False))
         return json.loads(json.dumps(found))
 
-    def _line(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, seconds: float, peak: int | None) -> dict:
+    def _line(
+        self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, answer: str, seconds: float, peak: int | None
+    ) -> dict:
         with self.quiet():
             post = _plain(editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed))
-        answer = free_answer(editor.model, self.job.tokenizer, request)
         return {
             **self._head(method, request),
             "data": Path(self.job.data).stem,
@@ -299,6 +329,7 @@ class _Runner:
             "localization": self.localization,
             "environment": environment(job.model),
             "machine": hardware(),
+            "workers": job.workers,
         }
 
     def _summary(self) -> dict:
