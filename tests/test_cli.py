@@ -66,7 +66,7 @@ def test_bad_records_fail_or_are_skipped_and_listed(tiny, capsys):
         (["--data", "records.json", "--methods", ","], "names none"),
         (["--data", "records.json", "--methods", "KNE", "--hparams", "none.yaml"], "none.yaml does not exist"),
         (["--data", "records.json", "--methods", "FT", "--hparams", "kne.yaml"], "kne.yaml is of none of the methods FT"),
-        (["--data", "records.json", "--hparams", "kne.yaml"], "name different models"),
+        (["--data", "records.json", "--hparams", "kne.yaml"], "does not fit this model"),
         (["--data", "records.json", "--methods", "MEND"], "no file is shipped for MEND"),
         (["--data", "records.json", "--offset", "9", "--methods", "KNE"], "offset: 9 out of range"),
     ],

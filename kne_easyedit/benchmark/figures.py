@@ -53,7 +53,7 @@ def unedited(found: Collection, data: str) -> list[dict]:
     """Lines of the model before any edit, over the records of all methods. They have no locality: it is measured against them."""
     once = {line["record"]: line for line in found.lines if line["data"] == data}
     return [
-        {"metrics": {"post": line["metrics"].get("pre") or {}}, "exact_match": float(begins_with(line["before"], line["target_new"]))}
+        {"metrics": {"post": line["metrics"].get("pre") or {}}, "exact_match": float(begins_with(line.get("before") or "", line.get("target_new") or ""))}
         for line in once.values()
     ]
 

@@ -44,7 +44,10 @@ def interval(values: Sequence[float], records: Sequence[Hashable] | None = None,
         constant = numpy.ptp(numpy.asarray(values, dtype=float)) == 0
     if len(clusters) == 1 or constant:
         return Interval(mean, mean, mean, len(clusters))
-    from scipy.stats import bootstrap
+    try:
+        from scipy.stats import bootstrap
+    except ImportError as error:
+        raise ImportError("report: intervals need scipy of 1.15 or later: pip install 'kne_easyedit[report]'") from error
 
     found = bootstrap(
         samples, statistic, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", rng=numpy.random.default_rng(seed),

@@ -104,7 +104,7 @@ def _losses(found: Collection, looks: dict[str, tuple[str, str]]):
 
     figure = new_figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
-    drawn = False
+    drawn = {}
     for method, (colour, _) in looks.items():
         runs = [line["losses"] for line in found.lines if line["method"] == method and len(line.get("losses") or []) > 1]
         if not runs:
@@ -113,14 +113,13 @@ def _losses(found: Collection, looks: dict[str, tuple[str, str]]):
         # An edit that has stopped keeps its last loss, or the median would be that of the hard records only.
         table = numpy.array([[*run, *[run[-1]] * (length - len(run))] for run in runs])
         low, middle, high = numpy.percentile(table, (25, 50, 75), axis=0)
-        axis.plot(middle, color=colour, label=method, linewidth=2.5 if is_kne(method) else 1.5)
+        (drawn[method],) = axis.plot(middle, color=colour, linewidth=2.5 if is_kne(method) else 1.5)
         if is_kne(method):
             axis.fill_between(range(length), low, high, color=colour, alpha=0.15, linewidth=0)
-        drawn = True
     if not drawn:
         return None
     axis.set(xlabel="step", ylabel="loss", yscale="log")
-    axis.legend(frameon=False, ncols=3)
+    axis.legend(drawn.values(), drawn, frameon=False, ncols=3)
     _plain_ticks(axis.yaxis)
     _plain(axis)
     return figure

@@ -12,7 +12,11 @@ from kne_easyedit.machine import keep_large_blocks
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 bad input, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    for given in sys.argv[1:] if argv is None else argv:
+        if not _is_text(given):
+            parser.error(f"{given.encode('utf-8', 'backslashreplace').decode()!r} is no UTF-8 text")
     keep_large_blocks()
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -25,6 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kne: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of another encoding: no file of results could hold them
+        return False
+    return "\x00" not in argument
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
 
 from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.paths import settle
 
 SHIPPED = "smollm2-135m"
 
@@ -20,14 +22,29 @@ def shipped() -> Path:
 
 
 def method_of(path: Path, methods=()) -> str | None:
-    """Which method a hyperparameter file is of: its folder's name if that is one of ``methods`` (or a label), else its alg_name."""
+    """Which method a hyperparameter file is of: its folder's name if that is one of ``methods`` (or a label), else its alg_name.
+
+    Raises FileNotFoundError, or ValueError with the file's name, for what is no YAML file of settings.
+    """
     from kne_easyedit.bridge import METHODS
 
+    config = read_settings(path)
     folder = path.resolve().parent.name
-    if folder in METHODS or folder in methods:
-        return folder
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return config.get("alg_name") if isinstance(config, dict) else None
+    return folder if folder in METHODS or folder in methods else config.get("alg_name")
+
+
+def read_settings(path: Path) -> dict:
+    """The settings of a hyperparameter file. Raises FileNotFoundError, or ValueError with the file's name, for anything else."""
+    if not path.is_file():
+        what = "is a folder, wanted is a YAML file in it" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"hparams: {path} {what}; shipped ones are under {shipped()}")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"hparams: {path} is not a YAML file: {_first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"hparams: {path} holds a {type(config).__name__}, wanted are settings (a mapping of names to values)")
+    return config
 
 
 def positive(text: str) -> int:
@@ -42,23 +59,66 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hparams", type=Path, default=shipped() / "KNE" / f"{SHIPPED}.yaml", metavar="FILE", help="KNE's YAML (default: the shipped one for SmolLM2)"
     )
+    add_overrides(parser, "overrides any other setting, e.g. p=0.02 layers=[4,5,6] device=cpu")
+
+
+def add_overrides(parser: argparse.ArgumentParser, help_of_set: str) -> None:
+    """``--model``, ``--modules`` and ``--set``, alike in every command that has settings."""
     parser.add_argument("--model", help="path or hub name; overrides model_name")
-    parser.add_argument("--modules", nargs="+", metavar="TEMPLATE", help="overrides target_modules, e.g. 'model.layers.{}.mlp.up_proj'")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="overrides any other setting, e.g. p=0.02 layers=[4,5,6] device=cpu"
-    )
+    parser.add_argument("--modules", nargs="+", metavar="TEMPLATE", help="overrides KNE's target_modules, e.g. 'model.layers.{}.mlp.up_proj'")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=help_of_set)
+
+
+def overrides_of(settings: Sequence[str]) -> dict[str, object]:
+    """What ``--set`` says: name -> value, read as YAML reads it. Raises ValueError, with the text, for anything but NAME=VALUE."""
+    overrides = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--set {setting!r}: wanted is NAME=VALUE, e.g. p=0.02")
+        try:
+            overrides[name.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"--set {setting!r}: {value!r} is no value that YAML can read: {_first_line(error)}") from error
+    return overrides
+
+
+def with_overrides(hparams: KNEHyperParams, overrides: Mapping[str, object], model: str | None, modules: Sequence[str] | None) -> KNEHyperParams:
+    """KNE's settings as `overrides_of` and the other arguments change them. Raises ValueError that names the option."""
+    given = {**overrides, **({"model_name": model} if model else {}), **({"target_modules": list(modules)} if modules else {})}
+    if not given:
+        return hparams
+    try:
+        return KNEHyperParams.from_dict({**hparams.to_dict(), **given})
+    except ValueError as error:
+        raise ValueError(f"{' and '.join(_options(overrides, model, modules))}: {error}") from error
 
 
 def load_settings(arguments) -> KNEHyperParams:
-    """The hyperparameters that `add_settings`' arguments name. Raises as `KNEHyperParams.from_hparams`."""
-    overrides = {}
-    for setting in arguments.set:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set {setting!r}: wanted is NAME=VALUE, e.g. p=0.02")
-        overrides[name] = yaml.safe_load(value)
-    if arguments.model:
-        overrides["model_name"] = arguments.model
-    if arguments.modules:
-        overrides["target_modules"] = arguments.modules
-    return KNEHyperParams.from_dict({**KNEHyperParams.from_hparams(arguments.hparams).to_dict(), **overrides})
+    """The hyperparameters that `add_settings`' arguments name; relative paths in them mean the working directory.
+
+    Raises as `KNEHyperParams.from_hparams`.
+    """
+    hparams = KNEHyperParams.from_hparams(arguments.hparams)
+    hparams = with_overrides(hparams, overrides_of(arguments.set), arguments.model, arguments.modules)
+    settle(hparams)
+    return hparams
+
+
+def demand_folder(path: Path, option: str = "--out") -> None:
+    """Raises ValueError, naming the option, if a folder of results cannot be where it is asked for."""
+    for part in (path, *path.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise ValueError(f"{option}: {part} is a file, wanted is a folder for the results")
+            return
+
+
+def _options(overrides: Mapping, model: str | None, modules: Sequence[str] | None) -> list[str]:
+    return ["--set"] * bool(overrides) + ["--model"] * bool(model) + ["--modules"] * bool(modules)
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return " ".join(str(error).split())[:200]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kne_easyedit.cli.common import add_settings, load_settings, positive
+from kne_easyedit.cli.common import add_settings, demand_folder, load_settings, positive
 
 SIZE = 20
 
@@ -25,6 +25,7 @@ def _explain(arguments) -> int:
     from kne_easyedit.models import load_model
     from kne_easyedit.records import load_requests
 
+    demand_folder(arguments.out)
     hparams = load_settings(arguments)
     if (arguments.prompt is None) != (arguments.target is None):
         raise ValueError("--prompt and --target belong together: a fact has both")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from kne_easyedit.cli.common import add_settings, load_settings, positive
+from kne_easyedit.cli.common import add_settings, demand_folder, load_settings, positive
 
 
 def add_commands(commands) -> None:
@@ -20,6 +20,7 @@ def add_commands(commands) -> None:
 def _localize(arguments) -> int:
     from kne_easyedit.study import localize_job
 
+    demand_folder(arguments.out)
     hparams = load_settings(arguments)
     given = {"localization_data": arguments.data, "localization_size": arguments.size}
     localize_job(dataclasses.replace(hparams, **{k: v for k, v in given.items() if v is not None}), arguments.out)

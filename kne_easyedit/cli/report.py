@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kne_easyedit.cli.common import demand_folder
+
 
 def add_commands(commands) -> None:
     parser = commands.add_parser("report", help="Markdown and a self-contained HTML page from results: tables, intervals, pictures, answers")
@@ -19,6 +21,7 @@ def _report(arguments) -> int:
 
     first = arguments.results[0]
     out = arguments.out or (first if first.is_dir() else first.parent) / "report"
+    demand_folder(out)
     page = publish(collect(arguments.results), out, arguments.title)
     print(f"Written to {out}: {page.name}, report.md, report.json, manifests.json and the pictures")
     return 0

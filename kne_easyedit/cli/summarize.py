@@ -24,11 +24,11 @@ def _summarize(arguments) -> int:
     ours = [path for path in paths if path.is_dir() or path.suffix == ".jsonl"]
     rows = {str(path): summarize_metrics([record["metrics"] for record in read_results(path)]) for path in paths if path not in ours}
     if ours:
-        from kne_easyedit.benchmark.collect import collect
+        from kne_easyedit.benchmark.collect import collect, records_of
         from kne_easyedit.benchmark.summary import summarize
 
         found = collect(ours)
         for data in found.data_sets:
-            rows |= {f"{data}: {method}": summarize(lines) for method in found.methods if (lines := found.of(data, method))}
+            rows |= {f"{data}: {method}": {**summarize(lines), "records": records_of(lines)} for method in found.methods if (lines := found.of(data, method))}
     print(table(rows))
     return 0
