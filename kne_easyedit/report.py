@@ -29,7 +29,7 @@ def print_report(summary: dict, folder: Path, examples: int = 3) -> None:
         print(f"  {name:<16} {meaning}")
     lines = [line for _, line in read_lines(folder / "results.jsonl")]
     own_lines = {(line["index"], line["method"]): line for line in lines}
-    lines = list(own_lines.values())
+    lines = sorted(own_lines.values(), key=lambda line: line["index"])  # workers finish in any order
     width = max(8, *map(len, summary["methods"]))
     print("\nAnswers before and after (greedy):")
     for index in dict.fromkeys(line["index"] for line in lines[: examples * len(summary["methods"])]):

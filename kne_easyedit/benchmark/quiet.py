@@ -14,7 +14,7 @@ def easyedit_output(folder: Path) -> Iterator:
     """Yields a context in which EasyEdit's prints, bars and logs go to ``folder`` instead of screen and working directory."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "output.log").open("a", encoding="utf-8") as log:
+    with (folder / "output.log").open("a", encoding="utf-8", buffering=1) as log:
 
         @contextlib.contextmanager
         def quiet() -> Iterator[None]:

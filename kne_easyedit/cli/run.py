@@ -7,12 +7,15 @@ from pathlib import Path
 from kne_easyedit.cli.common import SHIPPED, add_overrides, demand_folder, method_of, overrides_of, positive, shipped, with_overrides
 
 DEMO_RECORDS = 8
+SHOWN = 3
+"""Records of a run whose answers are printed as soon as they are edited."""
 MODES = ("single", "sequential", "batch")
 
 
 def add_commands(commands) -> None:
     demo = commands.add_parser("demo", help="localise on packaged facts, edit others with KNE and FT, show the table")
     demo.add_argument("--records", type=positive, default=DEMO_RECORDS, help="facts to edit (default %(default)s)")
+    _add_workers(demo)
     demo.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder of the results (default %(default)s)")
     demo.set_defaults(command=_demo)
 
@@ -49,16 +52,23 @@ def add_commands(commands) -> None:
         "--on-bad-record", choices=("fail", "skip"), default="fail", help="default %(default)s; skipped ones are listed at the end"
     )
     job.add_argument("--seed", type=int, default=42, help="default %(default)s")
+    _add_workers(job)
     job.add_argument("--again", action="store_true", help="repeat a run that is finished")
     job.add_argument("--out", type=Path, default=Path("outputs/run"), help="folder of the results (default %(default)s)")
     job.set_defaults(command=_run)
+
+
+def _add_workers(parser) -> None:
+    parser.add_argument(
+        "--workers", type=positive, help="processes that edit side by side (default: one a CPU core as far as memory goes; on a GPU and in a sequence 1)"
+    )
 
 
 def _demo(arguments) -> int:
     demand_folder(arguments.out)
     hparams, _ = _load_all(["KNE", "FT"], [])
     requests, _ = _load_records("embedded", arguments.records, hparams["KNE"].localization_size)
-    return _execute(hparams, requests, "embedded", arguments.out, again=True)
+    return _execute(hparams, requests, "embedded", arguments.out, again=True, workers=arguments.workers, show=arguments.records)
 
 
 def _run(arguments) -> int:
@@ -82,7 +92,7 @@ def _run(arguments) -> int:
     return _execute(
         hparams, requests, arguments.data, arguments.out, borrowed=borrowed, again=arguments.again, seed=arguments.seed, skip_bad=skip,
         complaints=complaints, mode=arguments.mode, batch_size=arguments.batch_size, retention_every=arguments.retention_every,
-        chat_template=arguments.chat_template,
+        chat_template=arguments.chat_template, workers=arguments.workers, show=SHOWN,
     )  # fmt: skip
 
 
@@ -177,6 +187,7 @@ def _load_records(data: str, size: int | None, offset: int, on_bad: str = "fail"
 
 def _execute(hparams: dict[str, object], requests: list[dict], data: str, out: Path, borrowed: dict[str, Path] | None = None, **options) -> int:
     from kne_easyedit.benchmark import Run, run
+    from kne_easyedit.benchmark.workers import workers_for
     from kne_easyedit.models import load_model
     from kne_easyedit.report import print_report
 
@@ -187,6 +198,9 @@ def _execute(hparams: dict[str, object], requests: list[dict], data: str, out: P
     model, tokenizer = load_model(loads)
     for method, file in (borrowed or {}).items():
         _demand_modules(method, hparams[method], file, model)
+    if options["workers"] is None:
+        edits = -(-len(requests) // options.get("batch_size", 1))
+        options["workers"] = 1 if options.get("mode") == "sequential" else workers_for(model, edits)
     summary = run(Run(model, tokenizer, requests, hparams, data, out, **options), again=again)
     print_report(summary, out)
     return 0
