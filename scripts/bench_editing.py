@@ -3,6 +3,7 @@
     python scripts/bench_editing.py step      # one training step against a plain forward and backward pass
     python scripts/bench_editing.py profile   # where an edit's time goes
     python scripts/bench_editing.py methods   # seconds an edit: KNE, and EasyEdit's FT and AdaLoRA
+    python scripts/bench_editing.py workers   # threads of one process against processes of one thread; --busy: beside other work
     python scripts/bench_editing.py memory    # memory above the weights for Llama-2-7B's architecture, by calculation
 
 What is compared is interleaved, and medians are taken: machines are noisy. The facts are the first of --data.
@@ -14,9 +15,12 @@ import argparse
 import contextlib
 import io
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -32,7 +36,8 @@ from kne_easyedit.machine import environment, hardware, keep_large_blocks
 from kne_easyedit.models import load_model
 from kne_easyedit.records import load_requests
 from kne_easyedit.state import undisturbed
-from kne_easyedit.training import ADAPTER, answer_loss, row_adapter, write_rows
+from kne_easyedit.training import ADAPTER, answer_loss, row_adapter, train_rows, write_rows
+from kne_easyedit.workers import cores, side_by_side
 
 
 def main() -> None:
@@ -41,7 +46,8 @@ def main() -> None:
     parser.add_argument("--data", default="embedded")
     parser.add_argument("--records", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("what", choices=("step", "profile", "methods", "memory"))
+    parser.add_argument("--busy", type=int, default=0, help="workers: other processes that take all that they get (default %(default)s)")
+    parser.add_argument("what", choices=("step", "profile", "methods", "workers", "memory"))
     arguments = parser.parse_args()
     if arguments.what == "memory":
         memory()
@@ -52,6 +58,9 @@ def main() -> None:
     requests = load_requests(arguments.data, arguments.records, 0 if arguments.data != "embedded" else hparams.localization_size)
     print(f"{hparams.model_name}, {len(requests)} facts of {arguments.data}; {environment(model)}; {hardware()}")
     find_ensemble(model, tokenizer, requests, hparams)
+    if arguments.what == "workers":
+        workers(model, tokenizer, requests, hparams, arguments.repeats, arguments.busy)
+        return
     {"step": step, "profile": profile, "methods": methods}[arguments.what](model, tokenizer, requests, hparams, arguments.repeats)
 
 
@@ -138,6 +147,31 @@ def methods(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEH
             os.chdir(here)
     for method, values in found.items():
         print(f"{method:<8} {median(values):6.2f} s an edit, {median(steps[method]):.0f} losses computed; {median(values) / median(found['KNE']):5.2f} of KNE's time")
+
+
+def workers(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int, busy: int) -> None:
+    """Ten training steps and fifty tokens of text a fact: how many facts a minute by one process and by one a core."""
+    ensemble, work = find_ensemble(model, tokenizer, requests, hparams), replace(hparams, num_steps=10, stop_loss=0.0)
+
+    def of_one_fact(request: dict):
+        train_rows(model, [encode_request(tokenizer, request)], ensemble, work)
+        tokens = tokenizer(request["prompt"], return_tensors="pt")
+        model.generate(**tokens, min_new_tokens=50, max_new_tokens=50, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        yield request["prompt"]
+
+    arrangements = {"1 process, all threads": (1, cores()), "1 process, 1 thread": (1, 1), f"{cores()} processes, 1 thread each": (cores(), 1)}
+    facts = (list(requests) * cores())[: 2 * cores()]
+    found: dict[str, list[float]] = {name: [] for name in arrangements}
+    with contextlib.ExitStack() as others:
+        for _ in range(busy):
+            other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            others.callback(other.kill)
+        for _ in range(repeats):
+            for name, (processes, threads) in arrangements.items():
+                torch.set_num_threads(threads)
+                found[name].append(timed(lambda: list(side_by_side(of_one_fact, facts, processes))))
+    for name, seconds in found.items():
+        print(f"{name:<28} {60 * len(facts) / median(seconds):6.1f} facts a minute, with {busy} other processes on {cores()} cores")
 
 
 def memory() -> None:

@@ -17,7 +17,7 @@ from methods import records, settings
 
 from kne_easyedit.benchmark import Run, run
 from kne_easyedit.benchmark.store import read_lines
-from kne_easyedit.benchmark.workers import WorkerDied, side_by_side, workers_for
+from kne_easyedit.workers import WorkerDied, side_by_side, workers_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 
@@ -93,7 +93,7 @@ def test_who_stops_listening_ends_the_processes():
 def test_a_parent_that_is_killed_leaves_no_process_behind():
     code = """
         import os, time
-        from kne_easyedit.benchmark.workers import side_by_side
+        from kne_easyedit.workers import side_by_side
         def waiting(number):
             yield os.getpid()
             time.sleep(3600)
@@ -111,9 +111,9 @@ def test_a_parent_that_is_killed_leaves_no_process_behind():
 
 def test_a_machine_without_room_or_a_gpu_gets_one_process(monkeypatch):
     model = make_llama()
-    monkeypatch.setattr("kne_easyedit.benchmark.workers.cores", lambda: 4)
+    monkeypatch.setattr("kne_easyedit.workers.cores", lambda: 4)
     assert workers_for(model, 8) == 4 and workers_for(model, 3) == 3
-    monkeypatch.setattr("kne_easyedit.benchmark.workers.free_memory", lambda device: 3.2 * sum(p.nbytes for p in model.parameters()))
+    monkeypatch.setattr("kne_easyedit.workers.free_memory", lambda device: 3.2 * sum(p.nbytes for p in model.parameters()))
     assert workers_for(model, 8) == 2
     assert workers_for(make_llama().to("meta"), 8) == 1
 

@@ -29,7 +29,7 @@ from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, recor
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.benchmark.store import Lines, alone_in
 from kne_easyedit.benchmark.summary import retention, summarize
-from kne_easyedit.benchmark.workers import side_by_side
+from kne_easyedit.workers import side_by_side
 from kne_easyedit.bridge import patches, statistics
 from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.cache import model_digest

@@ -187,7 +187,7 @@ def _load_records(data: str, size: int | None, offset: int, on_bad: str = "fail"
 
 def _execute(hparams: dict[str, object], requests: list[dict], data: str, out: Path, borrowed: dict[str, Path] | None = None, **options) -> int:
     from kne_easyedit.benchmark import Run, run
-    from kne_easyedit.benchmark.workers import workers_for
+    from kne_easyedit.workers import workers_for
     from kne_easyedit.models import load_model
     from kne_easyedit.report import print_report
 
