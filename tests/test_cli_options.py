@@ -86,6 +86,7 @@ def test_two_files_with_different_models_are_told_apart(tiny, capsys):  # noqa: 
         (["--methods", "FT", "--hparams", "ft.yaml", "--set", "p=0.5"], "--set p: is a setting of KNE's, which is none of the methods FT"),
         (["--methods", "FT", "--hparams", "ft.yaml", "--set", "FT.lrr=1"], "--set FT.lrr: FT has no setting 'lrr'"),
         (["--methods", "FT", "--hparams", "ft.yaml", "--set", "FT.layers=7"], r"--set FT.layers: 7 is a int, wanted is a list"),
+        (["--methods", "FT", "--hparams", "ft.yaml", "--set", "FT.layers=[x]"], r"--set FT.layers: \['x'\] is a str, wanted is a int"),
         (["--methods", "FT", "--hparams", "unknown.yaml"], "hparams: unknown.yaml: .*nonsense|hparams: unknown.yaml"),
     ],
 )  # fmt: skip

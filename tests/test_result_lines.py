@@ -188,7 +188,7 @@ def test_modes_are_never_averaged(tmp_path):
 @pytest.mark.parametrize("changes", [{"seed": 1, "settings": "another"}, {"index": 1, "record": "r"}])
 def test_other_settings_are_never_averaged_whatever_the_seed(tmp_path, changes):
     write(tmp_path / "a/results.jsonl", [line("KNE", 0, 1.0, settings="one")])
-    write(tmp_path / "b/results.jsonl", [line("KNE", 0, 0.0, **{"fingerprint": "other", "settings": "one", **changes})])
+    write(tmp_path / "b/results.jsonl", [{**line("KNE", 0, 0.0), "fingerprint": "other", "settings": "one", **changes}])
     with pytest.raises(ValueError, match="KNE on counterfact under different settings"):
         collect([tmp_path])
 

@@ -121,11 +121,21 @@ def _override(hparams: dict[str, object], overrides: dict[str, object], argument
         for name, value in settings.items():
             if name not in known:
                 raise ValueError(f"--set {method}.{name}: {method} has no setting {name!r}; it has {', '.join(known)}")
-            now = known[name]
-            value = float(value) if isinstance(now, float) and _is_number(value) else value  # YAML reads 5e-4 as a text
-            if now is not None and value is not None and not isinstance(value, (type(now), float if isinstance(now, int) else type(now))):
-                raise ValueError(f"--set {method}.{name}: {value!r} is a {type(value).__name__}, wanted is a {type(now).__name__} as {now!r}")
-            setattr(hparams[method], name, value)
+            try:
+                setattr(hparams[method], name, _like(known[name], value))
+            except TypeError as error:
+                raise ValueError(f"--set {method}.{name}: {value!r} {error}, as {known[name]!r} is") from error
+
+
+def _like(now, value):
+    """``value`` as the type that a setting of EasyEdit's has now; its classes check nothing. Raises TypeError for another one."""
+    if now is None or value is None:
+        return value
+    if isinstance(now, float) and _is_number(value):
+        return float(value)  # YAML reads 5e-4 as a text
+    if type(value) is not type(now):
+        raise TypeError(f"is a {type(value).__name__}, wanted is a {type(now).__name__}")
+    return [_like(now[0], item) for item in value] if isinstance(now, list) and now else value
 
 
 def _is_number(value) -> bool:
@@ -211,7 +221,7 @@ def _steps(hparams: dict[str, object], records: int, data: str, out: Path) -> li
     facts = {m: h.localization_size for m, h in hparams.items() if h.alg_name == "KNE" and h.ensemble is None and h.localization_data is not None}
     steps = [f"load {next(iter(hparams.values())).model_name} (SmolLM2: converted at first use, about 20 s; a large model: minutes)"]
     steps += [f"{method}: localise on {n} facts, those in the cache apart (SmolLM2 on 2 CPU cores: about 1.3 s each)" for method, n in facts.items()]
-    steps.append(f"edit and evaluate {records} records of {data} by {', '.join(hparams)} (there about 10 to 30 s for a record and method)")
+    steps.append(f"edit and evaluate {records} records of {data} by {', '.join(hparams)} (there about 10 to 60 s for a record and method)")
     steps.append(f"write tables and pictures to {out}; interrupted, the same command goes on where it stopped")
     return [f"step {i} of {len(steps)}: {step}" for i, step in enumerate(steps, start=1)]
 
