@@ -1,11 +1,13 @@
 """From facts to token ids, label masks and padded batches: the only place that calls a tokenizer.
 
-Prompt and target are joined by one blank, and the target's tokens are those beyond the length of the
-prompt tokenised alone. This is the rule of EasyEdit's evaluators, so that what is scored is what is trained.
+Prompt and target are joined by the separator alone (a blank, if nothing else is set): both have no blanks of their
+own where they meet. The target's tokens are those beyond the length of the prompt tokenised alone. This is the rule of
+EasyEdit's evaluators, so that what is scored is what is trained; where it would split wrongly, the fact is refused.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +16,16 @@ from torch import Tensor
 
 IGNORE = -100
 """Label of a position that does not count in the loss (the convention of torch's cross-entropy)."""
+
+SEPARATOR = " "
+"""What stands between prompt and target, if nothing else is set. Scripts without blanks between words want none."""
+BLANKS = " \t\u00a0\u3000"
+"""What a prompt does not end in. Line ends may stay: a template of one's own may want them."""
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 160
+shown = _REPR.repr
+"""How a value of a data file stands in a message: cut where it is long or deep, and printable whatever it holds."""
 
 _MARK = "\u2402"
 """A character that no template holds."""
@@ -54,51 +66,92 @@ class Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
-def encode(tokenizer, prompt: str, target: str) -> Fact:
-    """Tokenises one fact.
+def natural(prompt: str) -> str:
+    """The prompt without blanks at its end: the separator joins it to the answer."""
+    return prompt.rstrip(BLANKS)
 
-    Raises ValueError for an empty or blank prompt or target, a target of no tokens, or a tokenizer that
+
+def natural_answer(text: str) -> str:
+    """The answer without white space at its ends: what is trained, and what is asked."""
+    return text.strip()
+
+
+def demand_text(value: object, field: str) -> str:
+    """``value``, if it is a text that can be tokenised. Raises ValueError, naming ``field``, otherwise."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{field}: {shown(value)} is not a text with at least one visible character")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{field}: {shown(value)} has half a surrogate pair at place {error.start}, which is no character; "
+            f"write the whole character (json.dumps and UTF-8 do)"
+        ) from error
+    return value
+
+
+def encode(tokenizer, prompt: str, target: str, separator: str = SEPARATOR) -> Fact:
+    """Tokenises one fact: the natural prompt and the natural answer (`natural`, `natural_answer`), joined by ``separator``.
+
+    Raises ValueError for an empty or blank prompt or target, a target of no tokens, a prompt whose tokens are not
+    those with which prompt and target together begin (the answer could not be told from it), or a tokenizer that
     appends an end token to every text (the answer would begin behind it).
     """
-    for field, value in (("prompt", prompt), ("target_new", target)):
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{field}: {value!r} is empty; a fact needs a text with at least one visible character")
+    prompt = natural(demand_text(prompt, "prompt"))
+    target = natural_answer(demand_text(target, "target_new"))
     prompt_ids = tokenizer(prompt)["input_ids"]
-    ids = tokenizer(f"{prompt} {target}")["input_ids"]
+    ids = tokenizer(f"{prompt}{separator}{target}")["input_ids"]
     if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token not in prompt:
         raise ValueError(
             f"tokenizer: {type(tokenizer).__name__} appends {tokenizer.eos_token!r} to every text, so the answer cannot "
             f"follow the prompt; load it with add_eos_token=False"
         )
     if not prompt_ids:
-        raise ValueError(f"prompt: {prompt!r} has no tokens; nothing predicts the answer's first token")
+        raise ValueError(f"prompt: {shown(prompt)} has no tokens; nothing predicts the answer's first token")
     if len(ids) <= len(prompt_ids):
-        raise ValueError(f"target_new: {target!r} has no tokens of its own after the prompt {prompt!r}; choose another target")
+        raise ValueError(f"target_new: {shown(target)} has no tokens of its own after the prompt {shown(prompt)}; choose another target")
+    if ids[: len(prompt_ids)] != prompt_ids:
+        raise ValueError(
+            f"prompt: {shown(prompt)} is tokenised differently where the answer {shown(target)} follows it (separator {separator!r}), so that "
+            f"EasyEdit's evaluators would cut at a wrong place; end the prompt elsewhere or choose another separator"
+        )
     return Fact(prompt, target, tuple(ids), len(prompt_ids))
 
 
-def encode_request(tokenizer, request: Mapping, chat: bool = False) -> Fact:
+def encode_request(tokenizer, request: Mapping, chat: bool = False, separator: str = SEPARATOR) -> Fact:
     """Tokenises an EasyEdit request (``prompt``, ``target_new``, maybe ``subject``), checking it first.
 
     ``chat``: the prompt in the tokenizer's chat template, see `chat_prompt`.
     """
     check_request(request)
-    return encode(tokenizer, chat_prompt(tokenizer, request["prompt"]) if chat else request["prompt"], request["target_new"])
+    prompt = chat_prompt(tokenizer, request["prompt"]) if chat else request["prompt"]
+    return encode(tokenizer, prompt, request["target_new"], separator)
 
 
 def chat_prompt(tokenizer, prompt: str) -> str:
     """The prompt as a user's message in the tokenizer's chat template, up to where the answer begins.
 
-    A prompt that is in it already stays as it is. Raises ValueError for a tokenizer without a template.
+    A prompt that is in it already stays as it is. Where the tokenizer adds its start token itself, the template's is
+    left out, so that whoever tokenises the text (training, EasyEdit's evaluators, free answers) has it once.
+    Raises ValueError for a tokenizer without a template.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"use_chat_template: {type(tokenizer).__name__} of this model has no chat template; leave the setting out")
+    start = tokenizer.bos_token if _adds_start(tokenizer) else ""
 
     def rendered(text: str) -> str:
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        return natural(text).removeprefix(start)
 
     before, _, after = rendered(_MARK).partition(_MARK)
-    return prompt if prompt.startswith(before) and prompt.endswith(after) else rendered(prompt)
+    given = prompt.removeprefix(start)
+    return given if given.startswith(before) and given.endswith(after) else rendered(natural(prompt))
+
+
+def _adds_start(tokenizer) -> bool:
+    """Whether the tokenizer itself begins every text with its start token."""
+    start = tokenizer.bos_token_id
+    return start is not None and tokenizer("a")["input_ids"][:1] == [start]
 
 
 def demand_length(fact: Fact, config) -> None:
@@ -111,12 +164,15 @@ def demand_length(fact: Fact, config) -> None:
 def check_request(request: Mapping) -> None:
     """Raises ValueError (naming field and value) for a request that cannot be edited."""
     for field in ("prompt", "target_new"):
-        if not isinstance(request.get(field), str) or not request[field].strip():
-            raise ValueError(f"request.{field}: {request.get(field)!r} is not a text with at least one visible character")
+        demand_text(request.get(field), f"request.{field}")
     subject = request.get("subject")
-    if subject is not None and subject not in request["prompt"]:
+    if subject is None:
+        return
+    if not isinstance(subject, str) or not subject.strip():
+        raise ValueError(f"request.subject: {shown(subject)} is not a text with at least one visible character; leave 'subject' out if there is none")
+    if demand_text(subject, "request.subject") not in request["prompt"]:
         raise ValueError(
-            f"request.subject: {subject!r} does not stand in the prompt {request['prompt']!r}; EasyEdit demands it "
+            f"request.subject: {shown(subject)} does not stand in the prompt {shown(request['prompt'])}; EasyEdit demands it "
             f"(spell it as in the prompt, or leave 'subject' out)"
         )
 

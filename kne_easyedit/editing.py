@@ -24,7 +24,7 @@ def compute_edit(
     resolve_device(hparams.device)
     if not requests:
         raise ValueError("requests: there are none to edit")
-    facts = [encode_request(tok, request, hparams.use_chat_template) for request in requests]
+    facts = [encode_request(tok, request, hparams.use_chat_template, hparams.separator) for request in requests]
     for fact in facts:
         demand_length(fact, model.config)
     if ensemble is None:

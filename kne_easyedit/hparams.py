@@ -94,6 +94,9 @@ class KNEHyperParams:
     use_chat_template: bool = False
     """Prompts are put into the tokenizer's chat template, when localising and when editing. EasyEdit's evaluators since
     2025 read the same setting (but leave locality prompts as they are)."""
+    separator: str = " "
+    """What stands between prompt and answer, when localising, training and evaluating: white space or, for scripts without
+    blanks between words (Chinese, Japanese, Thai), nothing. Other methods of EasyEdit always put a blank there."""
     fp16: bool = False
     bf16: bool = False
 
@@ -172,6 +175,8 @@ class KNEHyperParams:
             _demand(0 <= value < math.inf, name, value, "must be 0 or more and finite")
         _demand(not self.kl_weight or self.kl_data is not None, "kl_data", self.kl_data, "must name a file of prompts when kl_weight is not 0")
         _demand(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
+        rule = "must be white space or empty; what can be seen belongs into the prompts"
+        _demand(not self.separator.strip(), "separator", self.separator, rule)
         _demand(not (self.fp16 and self.bf16), "fp16", self.fp16, "and bf16 exclude each other")
         _demand(_is_device(self.device), "device", self.device, "must be a GPU's number, 'cpu', 'cuda', 'cuda:N' or 'mps'")
 

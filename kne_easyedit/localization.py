@@ -41,6 +41,7 @@ def find_ensemble(model: nn.Module, tokenizer, requests: Sequence[Mapping], hpar
     settings = (
         *hparams.target_modules, *hparams.layers, hparams.p, hparams.attribution_steps, hparams.quadrature, hparams.aggregation, hparams.score_scale,
         hparams.localization_data, hparams.localization_size, hparams.localization_offset, hparams.use_chat_template,
+        hparams.separator,
     )  # fmt: skip
     found = _ENSEMBLES.setdefault(model, {})
     if settings not in found:
@@ -82,7 +83,7 @@ class Localization:
     def __init__(self, model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: KNEHyperParams):
         self.model, self.hparams = model, hparams
         self.targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
-        self.facts = [encode_request(tokenizer, request, hparams.use_chat_template) for request in requests]
+        self.facts = [encode_request(tokenizer, request, hparams.use_chat_template, hparams.separator) for request in requests]
         for fact in self.facts:
             demand_length(fact, model.config)
         self.cache = ScoreCache(hparams.cache_dir, model, hparams.attribution_steps, hparams.quadrature)

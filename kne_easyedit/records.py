@@ -1,22 +1,28 @@
-"""KnowEdit records, checked, as EasyEdit requests. Files are read by path; one small set is packaged."""
+"""Records of data files, checked, as EasyEdit requests. `readers` reads the files, `schemas` tells what their fields mean."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Mapping
-from importlib.resources import files
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from kne_easyedit.batching import chat_prompt, check_request
+from kne_easyedit.batching import (
+    SEPARATOR, chat_prompt, check_request, demand_length, demand_text, encode, natural, natural_answer, shown,
+)  # fmt: skip
+from kne_easyedit.readers import EMBEDDED, Unreadable, data_digest, read_records
+from kne_easyedit.schemas import schema_of
 
-EMBEDDED = "embedded"
-"""Stands for the packaged facts wherever a data file is named."""
+__all__ = ["EMBEDDED", "BadRecord", "data_digest", "demand_askable", "load_records", "load_requests", "read_records", "to_request", "with_chat_template"]
+
+logger = logging.getLogger(__name__)
+
 CATEGORIES = {
     "portability": ("Subject_Aliasing", "Reasoning", "Logical_Generalization"),
     "locality": ("Relation_Specificity", "Forgetfulness"),
 }
+"""KnowEdit's categories, which come first and in this order; a record's own follow in theirs."""
 
 
 class BadRecord(ValueError):
@@ -24,84 +30,112 @@ class BadRecord(ValueError):
 
 
 def load_records(path: str | Path, size: int | None = None, offset: int = 0, *, on_bad: str = "fail") -> tuple[list[dict], list[str]]:
-    """Reads a KnowEdit file (a JSON list), or the packaged facts (``embedded``), as requests with an ``index``.
+    """Reads a data file (see `readers.read_records`, `schemas.SCHEMAS`), or the packaged facts (``embedded``), as requests with an ``index``.
 
     ``on_bad`` is ``fail`` (the first bad record raises BadRecord) or ``skip``. Returns the requests and the
-    complaints about skipped records. ``size`` and ``offset`` count records of the file, bad ones included.
+    complaints about skipped records. What else records hold is not used, and a warning names it.
+    ``size`` and ``offset`` count records of the file, bad ones included.
     Raises FileNotFoundError, or ValueError for a file that is no list of records.
     """
+    requests, complaints, unused = _load(path, size, offset, on_bad)
+    if unused:
+        logger.warning("%s: left out, for nothing asks it: %s", path, ", ".join(f"{what} ({number} times)" for what, number in unused.items()))
+    return requests, complaints
+
+
+def load_requests(path: str | Path, size: int | None = None, offset: int = 0) -> list[dict]:
+    """The usable ones among ``size`` records of a file, from number ``offset`` on: what localisation needs. A warning names the others."""
+    requests, complaints, _ = _load(path, size, offset, "skip")
+    if complaints:
+        logger.warning("%s of the records wanted of %s cannot be used; the first: %s", len(complaints), path, complaints[0])
+    return requests
+
+
+def _load(path: str | Path, size: int | None, offset: int, on_bad: str) -> tuple[list[dict], list[str], Counter]:
     if on_bad not in ("fail", "skip"):
         raise ValueError(f"on_bad_record: {on_bad!r} must be 'fail' or 'skip'")
-    records = read_json(path)
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{path}: not a KnowEdit file, wanted is a JSON list of records, found {type(records).__name__}")
+    records = read_records(path)
     stop = len(records) if size is None else offset + size
     if not 0 <= offset < len(records):
         raise ValueError(f"offset: {offset} out of range; {path} has {len(records)} records")
-    requests, complaints = [], []
+    requests, complaints, unused = [], [], Counter()
     for index, record in list(enumerate(records))[offset:stop]:
         try:
-            requests.append({**to_request(record), "index": index})
+            requests.append({**to_request(record, unused), "index": index})
         except ValueError as error:
             complaint = f"{path}: record {index}: {error}"
             if on_bad == "fail":
                 raise BadRecord(f"{complaint} (--on-bad-record skip leaves such records out)") from error
             complaints.append(complaint)
-    return requests, complaints
+    return requests, complaints, unused
 
 
-def load_requests(path: str | Path, size: int | None = None, offset: int = 0) -> list[dict]:
-    """The usable ones among ``size`` records of a file, from number ``offset`` on: what localisation needs."""
-    return load_records(path, size, offset, on_bad="skip")[0]
+def to_request(record: Mapping, unused: Counter | None = None) -> dict:
+    """One record, of any shape that `schemas` knows, as an EasyEdit request: categories hold lists of prompts and of first answers.
 
-
-def data_digest(path: str | Path) -> str | None:
-    """SHA-256 of a data file; None for what is no file."""
-    real = files("kne_easyedit").joinpath("data/facts.json") if str(path) == EMBEDDED else Path(os.path.expandvars(str(path))).expanduser()
-    return hashlib.sha256(real.read_bytes()).hexdigest() if real.is_file() else None
-
-
-def read_json(path: str | Path):
-    """The content of a data file; ``~`` and environment variables in its path are expanded."""
-    if str(path) == EMBEDDED:
-        return json.loads(files("kne_easyedit").joinpath("data/facts.json").read_text(encoding="utf-8"))
-    real = Path(os.path.expandvars(str(path))).expanduser()
-    if not real.is_file():
-        raise FileNotFoundError(f"data file {real} does not exist; KnowEdit is published as zjunlp/KnowEdit, {EMBEDDED!r} needs no file")
-    try:
-        return json.loads(real.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{real}: not a JSON file: {error}") from error
-
-
-def to_request(record: Mapping) -> dict:
-    """One KnowEdit record as an EasyEdit request: categories hold lists of prompts and of first answers.
-
-    Raises ValueError naming the field. Probes with an empty answer are left out, as EasyEdit's own script does.
+    Prompts end, and answers begin and end, without blanks (`batching.natural`). The subject is None where there is none.
+    Raises ValueError naming the field. Probes with an empty answer are left out, as EasyEdit's own script does;
+    ``unused`` counts them, and the fields that are not used.
     """
+    unused = Counter() if unused is None else unused
+    if isinstance(record, Unreadable):
+        raise ValueError(record)
     if not isinstance(record, Mapping):
         raise ValueError(f"is a {type(record).__name__}, not a mapping")
+    schema = schema_of(record)
+    plain = schema.plain(record)
     request = {
-        "prompt": record.get("prompt", record.get("text")),
-        "target_new": record.get("target_new", record.get("labels")),
-        "ground_truth": _first(record.get("ground_truth")),
-        "subject": record.get("subject", record.get("concept")),
+        "prompt": plain["prompt"],
+        "target_new": _number_as_text(plain["target_new"]),
+        "ground_truth": _answer(plain.get("ground_truth"), "ground_truth"),
+        "subject": plain.get("subject"),
     }
     check_request(request)
-    if request["subject"] is None:
-        raise ValueError("subject: missing")
-    if isinstance(record.get("rephrase_prompt"), str):
-        request["rephrase_prompt"] = record["rephrase_prompt"]
-    for section, categories in CATEGORIES.items():
+    request["prompt"] = natural(request["prompt"])
+    request["target_new"] = natural_answer(request["target_new"])
+    if "rephrase_prompt" in plain:
+        request["rephrase_prompt"] = natural(demand_text(plain["rephrase_prompt"], "rephrase_prompt (leave it out if there is none)"))
+    own: Counter = Counter()
+    for section, known in CATEGORIES.items():
         request[section] = {}
-        found = record.get(section) or {}
-        if not isinstance(found, Mapping):
-            raise ValueError(f"{section}: is a {type(found).__name__}, not a mapping of categories")
-        for category in categories:
-            probes = _probes(found.get(category) or [], f"{section}.{category}")
+        found = plain.get(section)
+        if not isinstance(found, Mapping | None):
+            raise ValueError(f"{section}: is a {type(found).__name__}, not a mapping of categories; leave it out if there are none")
+        found = found or {}
+        for category in [*(name for name in known if name in found), *(name for name in found if name not in known)]:
+            probes = _probes(found[category], f"{section}.{demand_text(category, section)}", own)
             if probes["prompt"]:
                 request[section][category] = probes
+    unused.update(own + Counter(f"{shown(name)} of {schema.name}" for name in record if name not in schema.fields))
     return request
+
+
+def demand_askable(request: Mapping, tokenizer, model, separator: str = SEPARATOR) -> None:
+    """Raises ValueError, naming the field, for a request with a text that the tokenizer or the model cannot take.
+
+    ``model`` is a transformers model: its length and its embeddings are the limits. Every prompt is looked at with its
+    answer: the request's own, the rephrased one, all probes.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    for field, prompt, answer in _questions(request):
+        try:
+            fact = encode(tokenizer, prompt, answer, separator)
+            demand_length(fact, model.config)
+            if max(fact.ids) >= known:
+                raise ValueError(f"tokenizer: token {max(fact.ids)} of {shown(prompt)}, the model knows those below {known}")
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from error
+
+
+def _questions(request: Mapping) -> Iterator[tuple[str, str, str]]:
+    """Field, prompt and answer of all that is asked."""
+    yield "request", request["prompt"], request["target_new"]
+    if "rephrase_prompt" in request:
+        yield "rephrase_prompt", request["rephrase_prompt"], request["target_new"]
+    for section in CATEGORIES:
+        for category, probes in request.get(section, {}).items():
+            for i, (prompt, answer) in enumerate(zip(probes["prompt"], probes["ground_truth"])):
+                yield f"{section}.{category}[{i}].prompt", prompt, answer
 
 
 def with_chat_template(request: Mapping, tokenizer) -> dict:
@@ -120,23 +154,43 @@ def with_chat_template(request: Mapping, tokenizer) -> dict:
     return wrapped
 
 
-def _probes(items, field: str) -> dict[str, list[str]]:
+def _probes(items, field: str, unused: Counter) -> dict[str, list[str]]:
     probes = {"prompt": [], "ground_truth": []}
+    items = [] if items is None else items
     if not isinstance(items, list):
         raise ValueError(f"{field}: is a {type(items).__name__}, not a list")
     for i, item in enumerate(items):
         if not isinstance(item, Mapping) or not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
-            raise ValueError(f"{field}[{i}].prompt: {item!r} has no prompt")
-        answer = _first(item.get("ground_truth"))
-        if answer is None or not str(answer).strip():
+            raise ValueError(f"{field}[{i}].prompt: {shown(item)} has no prompt")
+        prompt = demand_text(item["prompt"], f"{field}[{i}].prompt")
+        answer = _answer(item.get("ground_truth"), f"{field}[{i}].ground_truth")
+        if answer is None:
+            unused["probes without an answer"] += 1
             continue
-        probes["prompt"].append(item["prompt"])
-        probes["ground_truth"].append(str(answer))
+        probes["prompt"].append(natural(prompt))
+        probes["ground_truth"].append(answer)
     return probes
 
 
+def _answer(value, field: str) -> str | None:
+    """The first alias of an answer as a text without blanks at its ends; None if there is none."""
+    first = _number_as_text(_first(value))
+    return None if first is None else natural_answer(demand_text(first, field))
+
+
+def _number_as_text(value):
+    """A number as it is written (years lose their quotes on the way through other tools), anything else as it is."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return str(value) if is_number else value
+
+
 def _first(answer):
-    """The first alias of an answer that may be nested in lists."""
-    while isinstance(answer, list):
-        answer = answer[0] if answer else None
-    return answer
+    """The first alias of an answer that may be nested in lists; empty ones do not count."""
+    waiting = [answer]
+    while waiting:
+        answer = waiting.pop()
+        if isinstance(answer, list):
+            waiting += reversed(answer)
+        elif answer is not None and not (isinstance(answer, str) and not answer.strip()):
+            return answer
+    return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -46,7 +47,13 @@ def by_category(metrics: Sequence[Mapping], section: str) -> dict[str, list[floa
 def begins_with(answer: str, target: str) -> bool:
     """Whether a free answer begins with the wanted one: blanks and capitals do not count, but words end where they end."""
     answer, target = " ".join(answer.split()).casefold(), " ".join(target.split()).casefold()
-    return answer.startswith(target) and not answer[len(target) :][:1].isalnum()
+    following = answer[len(target) :][:1]
+    return answer.startswith(target) and (not following.isalnum() or _without_blanks(following))
+
+
+def _without_blanks(character: str) -> bool:
+    """Whether it is of a script that sets no blanks between words: Chinese, Japanese, Thai and their kin."""
+    return unicodedata.east_asian_width(character) in "WF" or unicodedata.name(character, "").startswith(("THAI ", "LAO ", "KHMER ", "MYANMAR "))
 
 
 def read_results(path: str | Path) -> list[dict]:

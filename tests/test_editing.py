@@ -313,7 +313,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize(("field", "fact"), [("prompt", (" ", "Rome")), ("target_new", ("The", ""))])
     def test_encoding_checks_by_itself(self, tokenizer, field, fact):
-        with pytest.raises(ValueError, match=f"{field}: .* is empty"):
+        with pytest.raises(ValueError, match=f"{field}: .* is not a text with at least one visible character"):
             encode(tokenizer, *fact)
 
     def test_tokenizer_that_ends_every_text(self, refused):

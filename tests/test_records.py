@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kne_easyedit.records import CATEGORIES, BadRecord, load_records, load_requests, read_json, to_request
+from kne_easyedit.records import CATEGORIES, BadRecord, load_records, load_requests, read_records, to_request
 
 PROBE = {"prompt": "The river of Rome is", "ground_truth": "Tiber"}
 RECORD = {
@@ -86,11 +86,11 @@ class TestShapes:
         assert request["locality"] == {"Forgetfulness": {"prompt": [PROBE["prompt"]], "ground_truth": ["Tiber"]}}
 
     @pytest.mark.parametrize("section", CATEGORIES)
-    @pytest.mark.parametrize("empty", [None, {}, {"Reasoning": []}, {"Forgetfulness": None}, {"Unknown": [PROBE]}], ids=str)
+    @pytest.mark.parametrize("empty", [None, {}, {"Reasoning": []}, {"Forgetfulness": None}, {"Unknown": []}], ids=str)
     def test_sections_without_probes(self, section, empty):
         assert to_request(record(**{section: empty}))[section] == {}
 
-    @pytest.mark.parametrize("name", ["portability", "locality", "rephrase_prompt", "ground_truth"])
+    @pytest.mark.parametrize("name", ["portability", "locality", "rephrase_prompt", "ground_truth", "subject"])
     def test_what_may_be_missing(self, name):
         request = to_request(without(name))
         assert request.get(name) in ({}, None)
@@ -115,7 +115,6 @@ BAD = [
     (record(target_new=["Rome"]), r"request\.target_new: \['Rome'\]"),
     (without("target_new"), r"request\.target_new: None"),
     (record(subject="Spain"), r"request\.subject: 'Spain' does not stand in the prompt"),
-    (without("subject"), "subject: missing"),
     (record(portability=[PROBE]), "portability: is a list, not a mapping of categories"),
     (record(locality="none"), "locality: is a str, not a mapping of categories"),
     (record(locality={"Forgetfulness": PROBE}), r"locality\.Forgetfulness: is a dict, not a list"),
@@ -180,10 +179,10 @@ class TestFiles:
     @pytest.mark.parametrize(("content", "found"), [("{}", "dict"), ("[]", "list"), ("3", "int"), ("null", "NoneType"), ('"text"', "str")])
     def test_no_list_of_records(self, tmp_path, content, found):
         (tmp_path / "data.json").write_text(content)
-        with pytest.raises(ValueError, match=rf"data\.json: not a KnowEdit file, wanted is a JSON list of records, found {found}"):
+        with pytest.raises(ValueError, match=rf"data\.json: not a KnowEdit file, wanted is a JSON list of records, JSON Lines .*, found {found}"):
             load_records(tmp_path / "data.json")
 
-    @pytest.mark.parametrize("content", [b"", b"[", b'[{"prompt": "x"', b"\xff\xfe\x00", b'{"a": 1}\n{"a": 2}\n'])
+    @pytest.mark.parametrize("content", [b"", b"[", b'[{"prompt": "x"', b"\xff\xfe\x00"])
     def test_no_json(self, tmp_path, content):
         (tmp_path / "data.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"data\.json: not a JSON file"):
@@ -216,7 +215,7 @@ class TestFiles:
 class TestEmbedded:
     def test_every_record_is_usable(self):
         requests, complaints = load_records("embedded")
-        assert len(requests) == len(read_json("embedded")) >= 60
+        assert len(requests) == len(read_records("embedded")) >= 60
         assert complaints == []
         assert [request["index"] for request in requests] == list(range(len(requests)))
 

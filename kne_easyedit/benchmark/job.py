@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from kne_easyedit import bridge
+from kne_easyedit.batching import SEPARATOR
 from kne_easyedit.benchmark.checks import demand_name
 from kne_easyedit.bridge import patches, statistics
 from kne_easyedit.digest import digest
@@ -56,6 +57,11 @@ class Run:
     others: Sequence[Path] = ()
     """Folders of other jobs: lines there that are of these settings are not computed again."""
 
+    @property
+    def separator(self) -> str:
+        """What joins prompt and answer: KNE's setting, a blank without KNE."""
+        return next((hparams.separator for hparams in self.hparams.values() if hparams.alg_name == "KNE"), SEPARATOR)
+
     def validate(self) -> None:
         """Raises ValueError, naming the field, for settings that do not go together. Changes nothing."""
         if self.mode not in MODES:
@@ -67,7 +73,7 @@ class Run:
         if self.workers < 1 or self.workers > 1 and self.mode == "sequential":
             raise ValueError(f"workers: {self.workers} with mode {self.mode}; a sequence is one process's work, and at least 1 is needed")
         if not self.requests:
-            raise ValueError("records: there are none")
+            raise ValueError("records: there are none" + (f" that can be edited; the first complaint: {self.complaints[0]}" if self.complaints else ""))
         if not self.hparams:
             raise ValueError("methods: there are none")
         if not 0 <= self.seed < 2**32:
@@ -77,6 +83,11 @@ class Run:
         for method, hparams in self.hparams.items():
             if getattr(hparams, "use_chat_template", False) and not self.chat_template:
                 raise ValueError(f"use_chat_template: {method}'s hparams ask for it, the run does not; ask for it there (--chat-template): all methods share it")
+        for method, hparams in self.hparams.items():
+            found = getattr(hparams, "separator", SEPARATOR)
+            if found != self.separator:
+                why = "all variants of KNE in a run share it" if hparams.alg_name == "KNE" else "EasyEdit's own methods join by a blank; run KNE alone"
+                raise ValueError(f"separator: {method} joins prompt and answer by {found!r}, KNE by {self.separator!r}; {why}")
         if self.mode != "batch":
             for method, hparams in self.hparams.items():
                 if hparams.alg_name == "KNE" and hparams.batch_size != 1:
@@ -92,6 +103,8 @@ def base_fingerprint(job: Run, weights: str, variant: str) -> list:
     """What evaluations of the unedited model depend on, the record and the tokenizer's side apart."""
     versions = {k: v for k, v in environment(job.model).items() if k not in ("platform", "cpus")}
     base = [weights, variant, versions, bridge.describe(), sorted(patches.switched_off()), job.seed, job.chat_template]
+    if job.separator != SEPARATOR:
+        base.append(["separator", job.separator])
     return base if job.fluency else [*base, "no fluency"]
 
 

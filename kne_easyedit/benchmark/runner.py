@@ -24,13 +24,15 @@ from tqdm import tqdm
 
 from kne_easyedit import bridge
 from kne_easyedit._version import __version__
+from kne_easyedit.batching import SEPARATOR
 from kne_easyedit.benchmark.answers import free_answer
+from kne_easyedit.benchmark.faults import is_records_fault, told
 from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, settings_digest
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.benchmark.store import Lines, alone_in
 from kne_easyedit.benchmark.summary import retention, summarize
-from kne_easyedit.workers import side_by_side
 from kne_easyedit.bridge import patches, statistics
+from kne_easyedit.bridge.editing import BY_SUBJECT
 from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.cache import model_digest
 from kne_easyedit.digest import digest
@@ -38,15 +40,14 @@ from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.localization import find_ensemble
 from kne_easyedit.machine import PeakMemory, environment, hardware
 from kne_easyedit.paths import atomic_write, settle
-from kne_easyedit.records import data_digest, with_chat_template
+from kne_easyedit.records import BadRecord, data_digest, demand_askable, with_chat_template
 from kne_easyedit.scores import begins_with, parse_json
+from kne_easyedit.workers import side_by_side
 
 logger = logging.getLogger(__name__)
 
 OUTPUT = "easyedit"
 """The folder in a job's own that EasyEdit works in."""
-BAD_RECORD = (ValueError, AssertionError, FloatingPointError)
-"""What EasyEdit and KNE raise for a record that cannot be edited."""
 
 
 def run(job: Run, *, again: bool = False) -> dict:
@@ -71,7 +72,9 @@ class _Runner:
         self.weights = model_digest(job.model)
         self.model_name = str(next(iter(job.hparams.values())).model_name)
         self.variant = bridge.fluency_variant()
-        self.requests = [with_chat_template(r, job.tokenizer) for r in job.requests] if job.chat_template else list(job.requests)
+        if job.separator != SEPARATOR and "evaluation-separator" not in patches.applied():
+            raise ValueError(f"separator: {job.separator!r} reaches EasyEdit's evaluators by the patch evaluation-separator, which {patches.OFF} switches off")
+        self.requests = self._askable([with_chat_template(r, job.tokenizer) for r in job.requests] if job.chat_template else job.requests)
         self.records = {request["index"]: record_digest(request) for request in self.requests}
         self.base = base_fingerprint(job, self.weights, self.variant)
         self.device = next(job.model.parameters()).device
@@ -141,6 +144,22 @@ class _Runner:
                 yield from (("complaint", method, complaint) for complaint in new)
             yield "end", method, chunk
 
+    def _askable(self, requests: Sequence[dict]) -> list[dict]:
+        """The requests that every method can edit and every evaluator ask: told before the first edit is paid for."""
+        in_need = [method for method, hparams in self.job.hparams.items() if hparams.alg_name in BY_SUBJECT]
+        found = []
+        for request in requests:
+            try:
+                demand_askable(request, self.job.tokenizer, self.job.model, self.job.separator)
+                if in_need and request["subject"] is None:
+                    raise ValueError(f"subject: missing, {', '.join(in_need)} cannot edit without one; add it, or leave out the method")
+                found.append(request)
+            except ValueError as error:
+                self._complain([request], str(error), error)
+        if not found:
+            raise ValueError(f"records: none of {self.job.data} can be edited; the first complaint: {self.job.complaints[0]}")
+        return found
+
     def _take(self, event: str, method: str, content) -> None:
         """Keeps and shows what `_edit_by_all` tells."""
         if event == "begin":
@@ -164,18 +183,25 @@ class _Runner:
             seconds /= len(chunk)
             lines = []
             for request, was in zip(chunk, before):
-                answer = free_answer(editor.model, self.job.tokenizer, request)
+                answer = free_answer(editor.model, self.job.tokenizer, request, self.job.separator)
                 yield "answer", method, (request["index"], request["prompt"], answer)  # before the evaluation, which takes longer
                 lines.append(self._line(method, editor, request, was, answer, seconds, peak))
             return lines
-        except BAD_RECORD as error:
+        except Exception as error:
             editor.undo()
             self._demand_unchanged(method, chunk)
-            if not self.job.skip_bad:
+            if not is_records_fault(error):
                 raise
-            numbers = ", ".join(str(request["index"]) for request in chunk)
-            self.job.complaints.append(f"{self.job.data}: record {numbers}: {method}: {error}")
+            self._complain(chunk, told(method, error), error)
             return []
+
+    def _complain(self, chunk: Sequence[dict], why: str, error: Exception) -> None:
+        """Notes that these records are left out. Raises BadRecord if bad records are not to be skipped."""
+        numbers = ", ".join(str(request["index"]) for request in chunk)
+        complaint = f"{self.job.data}: record {numbers}: {why}"
+        if not self.job.skip_bad:
+            raise BadRecord(f"{complaint} (--on-bad-record skip leaves such records out)") from error
+        self.job.complaints.append(complaint)
 
     def _edit_in_a_row(self, method: str, editor: bridge.MethodEditor) -> None:
         """All records one after the other, without undoing; facts edited earlier are evaluated again on the way.
@@ -189,24 +215,62 @@ class _Runner:
         if wanted <= again and all((request["index"], method) in self.done for request in self.requests):
             self.bar.update(total)
             return
-        before = [self._before(editor, request) for request in self.requests]
+        before = [self._before_or_none(method, editor, request) for request in self.requests]
+        edited: list[tuple[dict, dict]] = []
+        editor.keeps_earlier_edits = True
         try:
-            for count, (request, was) in enumerate(zip(self.requests, before), start=1):
+            for request, was in zip(self.requests, before):
                 self._show(method, request)
-                seconds, peak = self._apply(method, editor, [_with_old_answer(editor, request, was)])
-                if (request["index"], method) not in self.done:
-                    answer = free_answer(editor.model, self.job.tokenizer, request)
-                    self._take("answer", method, (request["index"], request["prompt"], answer))
-                    self._keep(self._line(method, editor, request, was, answer, seconds, peak))
-                if count in stops:
-                    for earlier, its in zip(self.requests[:count], before):
-                        if (count, earlier["index"]) not in again:
-                            self.retained.append(self._retained(method, editor, earlier, its, count))
+                if was is not None and self._edit_next(method, editor, request, was):
+                    edited.append((request, was))
+                    if len(edited) % self.job.retention_every == 0:
+                        self._ask_again(method, editor, edited, again)
                 self.bar.update()
+            self._ask_again(method, editor, edited, again)
         finally:
             with self.quiet():
                 editor.undo()
         self._demand_unchanged(method, self.requests)
+
+    def _before_or_none(self, method: str, editor: bridge.MethodEditor, request: dict) -> dict | None:
+        try:
+            return self._before(editor, request)
+        except Exception as error:
+            if not is_records_fault(error):
+                raise
+            self._complain([request], told(method, error), error)
+            return None
+
+    def _edit_next(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict) -> bool:
+        """Edits one more record of a sequence and measures it; False if it is bad and bad ones are skipped.
+
+        Raises RuntimeError if the record has failed and the model is not proved to be as the edits before left it.
+        """
+        weights = model_digest(self.job.model) if self.job.skip_bad else None
+        try:
+            seconds, peak = self._apply(method, editor, [_with_old_answer(editor, request, was)])
+        except Exception as error:
+            if not is_records_fault(error):
+                raise
+            self._complain([request], told(method, error), error)
+            if model_digest(self.job.model) != weights:
+                raise RuntimeError(
+                    f"{method}: record {request['index']} has failed ({error}) and left the model other than the edits before it had; "
+                    f"the sequence ends here, take the record out"
+                ) from error
+            return False
+        if (request["index"], method) not in self.done:
+            answer = free_answer(editor.model, self.job.tokenizer, request, self.job.separator)
+            self._take("answer", method, (request["index"], request["prompt"], answer))
+            self._keep(self._line(method, editor, request, was, answer, seconds, peak))
+        return True
+
+    def _ask_again(self, method: str, editor: bridge.MethodEditor, edited: Sequence[tuple[dict, dict]], again: set[tuple]) -> None:
+        """Evaluates all facts that were edited so far; ``again`` holds what was asked already, as (edits, index)."""
+        for request, was in edited:
+            if (len(edited), request["index"]) not in again:
+                self.retained.append(self._retained(method, editor, request, was, len(edited)))
+                again.add((len(edited), request["index"]))
 
     def _apply(self, method: str, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> tuple[float, int | None]:
         """Edits; returns the seconds that it took, and for a method's first edit its peak memory (bytes).
@@ -234,7 +298,7 @@ class _Runner:
             return known
         with self.quiet():
             metrics = editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed)
-        found = {"metrics": _plain(metrics), "answer": free_answer(self.job.model, self.job.tokenizer, request)}
+        found = {"metrics": _plain(metrics), "answer": free_answer(self.job.model, self.job.tokenizer, request, self.job.separator)}
         atomic_write(path, json.dumps(found, ensure_ascii=False))
         return json.loads(json.dumps(found))
 
@@ -275,7 +339,7 @@ class _Runner:
         self.done.add((line["index"], line["method"]))
 
     def _show(self, method: str, request: dict) -> None:
-        self.bar.set_postfix_str(f"{method}: {request['subject'][:24]}")
+        self.bar.set_postfix_str(f"{method}: {(request['subject'] or request['prompt'])[:24]}")
 
     def _demand_unchanged(self, method: str, chunk: Sequence[dict]) -> None:
         if model_digest(self.job.model) != self.weights:

@@ -26,6 +26,8 @@ from kne_easyedit.training import restore
 IN_CONTEXT = ("IKE", "ICE")
 ONE_FACT = ("KN",)
 """Methods that take the first of several requests and drop the others without a word."""
+BY_SUBJECT = ("ROME", "R-ROME", "MEMIT", "MEMIT-FE", "PMET", "EMMET", "EAMET", "AlphaEdit", "SPHERE", "CORE", "DeepEdit-Api")
+"""Methods that look for the subject's tokens in the prompt: they cannot edit a record without a subject."""
 _LOSS = re.compile(r"^(?:Batch )?loss ([\d.]+(?:e[+-]?\d+)?)", re.MULTILINE)
 """How EasyEdit's FT, LoRA (``Batch loss 1.2``), ROME and MEMIT (``loss 1.2 = ...``) print a step's loss."""
 
@@ -46,6 +48,8 @@ class MethodEditor:
         """What evaluations see: the model, or the adapted model that a method has put around it."""
         self.losses: list[float] = []
         """Losses of the last edit's training, step by step; EasyEdit's methods print theirs. Empty for methods without."""
+        self.keeps_earlier_edits = False
+        """Whether the edits of a sequence stay when a later one fails."""
         self._undo: list[Callable[[], None]] = []
 
     def demand_batch(self, size: int) -> None:
@@ -62,7 +66,8 @@ class MethodEditor:
             raise ValueError("mode: LoRA of the EasyEdit of 2023 begins a new adapter with every edit and loses those before; take a newer EasyEdit")
 
     def apply(self, requests: Sequence[Mapping]) -> None:
-        """Edits all requests at once, on top of the edits before. After an error all of them are undone.
+        """Edits all requests at once, on top of the edits before. After an error all of them are undone, unless
+        `keeps_earlier_edits`; after an interrupt always.
 
         What a method of EasyEdit has changed when it fails half-way, it does not tell: compare the model's digest.
         """
@@ -78,8 +83,9 @@ class MethodEditor:
                     copy=False, return_orig_weights=True, keep_original_weight=is_legacy(), **own,
                 )  # fmt: skip
             self._remember(edited, originals)
-        except BaseException:
-            self.undo()
+        except BaseException as error:
+            if not self.keeps_earlier_edits or not isinstance(error, Exception):
+                self.undo()
             raise
         self.losses = self.losses or [float(loss) for loss in _LOSS.findall(printed.getvalue())]
         self.model = edited

@@ -102,6 +102,20 @@ class _LastToken(_Counting):
         return self.generic_visit(node)
 
 
+class _Separator(_Counting):
+    """In functions that know ``hparams``: ``prompt + ' ' + target`` -> ``prompt + getattr(hparams, 'separator', ' ') + target``."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef):
+        return self.generic_visit(node) if any(argument.arg == "hparams" for argument in node.args.args) else node
+
+    def visit_BinOp(self, node: ast.BinOp):
+        match node:
+            case ast.BinOp(left=ast.BinOp(left=prompt, op=ast.Add(), right=ast.Constant(value=" ")), op=ast.Add(), right=target):
+                separator = _call("getattr", ast.Name("hparams", ast.Load()), ast.Constant("separator"), ast.Constant(" "))
+                return self.replaced(node, ast.BinOp(ast.BinOp(prompt, ast.Add(), separator), ast.Add(), target))
+        return self.generic_visit(node)
+
+
 def _is_reset(node: ast.AST) -> bool:
     match node:
         case ast.Assign(targets=[ast.Name(id="all_metrics")], value=ast.List(elts=[])):
@@ -145,6 +159,12 @@ for patch in (
         "FT with prompt_last trains shorter prompts of a batch at a wrong position, for it counts from the left under left padding",
         transformer=_LastToken,
         modules=("ft.ft_main",),
+    ),
+    SourcePatch(
+        "evaluation-separator",
+        "evaluators join prompt and answer by a blank, whatever the separator of KNE's settings is",
+        transformer=_Separator,
+        modules=("evaluate.evaluate_utils",),
     ),
 ):
     add(patch)
