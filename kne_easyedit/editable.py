@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from kne_easyedit.ensemble import NeuronEnsemble
+from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.kinds import known_kind
-from kne_easyedit.layout import rows
+from kne_easyedit.layout import resolve_target, rows
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _RECOMPUTED = {
@@ -37,6 +39,16 @@ def demand_unadapted(model: nn.Module) -> None:
                 f"model: {type(model).__name__} carries a PEFT adapter; merge or unload it before editing "
                 f"(merge_and_unload(), unload()). It is at {name}"
             )
+
+
+def demand_editable_by(model: nn.Module, hparams: KNEHyperParams) -> None:
+    """Raises ValueError if ``model`` carries an adapter, or for a module that an edit under ``hparams`` may write to but cannot."""
+    demand_unadapted(model)
+    if hparams.ensemble is not None:
+        targets = [target for target, _ in NeuronEnsemble.load(hparams.ensemble).targets(model).values()]
+    else:
+        targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
+    demand_editable(model, {name: module for target in targets for name, module in zip(target.names, target.modules)})
 
 
 def demand_editable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from kne_easyedit.batching import chat_prompt, demand_length, encode_request
 from kne_easyedit.divergence import Divergence, unrelated_prompts
-from kne_easyedit.editable import demand_editable, demand_unadapted
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams, resolve_device
-from kne_easyedit.layout import resolve_target
 from kne_easyedit.localization import find_ensemble
 from kne_easyedit.state import undisturbed
 from kne_easyedit.training import RowEdit, train_rows, write_rows
@@ -21,10 +19,7 @@ from kne_easyedit.training import RowEdit, train_rows, write_rows
 def compute_edit(
     model: nn.Module, tok, requests: Sequence[Mapping], hparams: KNEHyperParams, ensemble: NeuronEnsemble | None = None
 ) -> RowEdit:
-    """Locates the ensemble (unless given) and trains its rows on ``requests`` together. Changes nothing in the model.
-
-    What cannot be edited (see `editable`) is refused before anything is localised.
-    """
+    """Locates the ensemble (unless given) and trains its rows on ``requests`` together. Changes nothing in the model."""
     hparams.validate()
     resolve_device(hparams.device)
     if not requests:
@@ -32,8 +27,6 @@ def compute_edit(
     facts = [encode_request(tok, request, hparams.use_chat_template) for request in requests]
     for fact in facts:
         demand_length(fact, model.config)
-    demand_unadapted(model)
-    demand_editable(model, _edited_modules(model, hparams, ensemble))
     if ensemble is None:
         ensemble = find_ensemble(model, tok, requests, hparams)
     divergence = None
@@ -41,17 +34,6 @@ def compute_edit(
         with undisturbed(model):
             divergence = Divergence(model, tok, _unrelated(tok, hparams, requests))
     return train_rows(model, facts, ensemble, hparams, divergence)
-
-
-def _edited_modules(model: nn.Module, hparams: KNEHyperParams, ensemble: NeuronEnsemble | None) -> dict[str, nn.Module]:
-    """The modules that an edit may write to, by name: those of the ensemble if there is one, else those that are localised in."""
-    if ensemble is None and hparams.ensemble is not None:
-        ensemble = NeuronEnsemble.load(hparams.ensemble)
-    if ensemble is not None:
-        targets = [target for target, _ in ensemble.targets(model).values()]
-    else:
-        targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
-    return {name: module for target in targets for name, module in zip(target.names, target.modules)}
 
 
 def _unrelated(tok, hparams: KNEHyperParams, requests: Sequence[Mapping]) -> list[str]:
