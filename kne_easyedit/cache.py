@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -21,13 +23,15 @@ from torch import Tensor, nn
 
 from kne_easyedit.batching import Fact
 from kne_easyedit.digest import digest
-from kne_easyedit.layout import Target
+from kne_easyedit.layout import Target, shown
 from kne_easyedit.paths import atomic_write, cache_home
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "kne-scores-2"
 """Part of every key: raised when the same inputs would give other scores."""
+LARGEST = 2**30
+"""Bytes of an entry at most: ten times what the largest models need."""
 _NOT_IN_CONFIG = ("_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype")
 
 
@@ -39,6 +43,8 @@ def model_digest(model: nn.Module) -> str:
 
     def of_tensor(item: tuple[str, Tensor]) -> str:
         name, tensor = item
+        if tensor.is_meta:
+            raise ValueError(f"model: {name} is not loaded (on the meta device), and scores are stored by all weights; load it without offload")
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + hashlib.sha256(data).digest()).hexdigest()
 
@@ -57,7 +63,8 @@ def scores_folder(folder: str | Path | None = None) -> Path:
 class ScoreCache:
     """The scores of one model by one sum (``steps`` and ``quadrature``).
 
-    Safe to fill by several processes at once. A damaged entry counts as missing. An entry holds the layers that
+    Safe to fill by several processes at once. A damaged entry counts as missing; one that cannot be read (no
+    permission, too many open files) is left alone and raises OSError. An entry holds the layers that
     were attributed so far: any subset of facts and layers is served, in any order, under any N, p and aggregation.
     """
 
@@ -131,18 +138,20 @@ class ScoreCache:
         path = self.path(target, fact)
         try:
             entry = read_entry(path)
-            if entry.scores.shape[1] != target.n_neurons:
-                raise DamagedEntry(f"{path}: its scores have shape {tuple(entry.scores.shape)}")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except DamagedEntry as error:
-            logger.warning("score cache: damaged (%s); it is computed again", error)
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise _unusable(self.folder, error) from error
-            return None
+            return self._removed(path, error)
+        if entry.scores.shape[1] != target.n_neurons:
+            return self._removed(path, DamagedEntry(f"{path}: its scores have shape {tuple(entry.scores.shape)}", entry.file))
         return entry
+
+    def _removed(self, path: Path, error: DamagedEntry) -> None:
+        logger.warning("score cache: damaged (%s); it is computed again", error)
+        try:
+            remove_damaged(path, error)
+        except OSError as failed:
+            raise _unusable(self.folder, failed) from failed
 
     def _key(self, target: Target, fact: Fact) -> list:
         return [FORMAT, target.template, self.quadrature, self.steps, list(fact.ids), fact.prompt_length]
@@ -150,6 +159,11 @@ class ScoreCache:
 
 class DamagedEntry(ValueError):
     """A file of the score cache that is not what was once written; the message says which and why."""
+
+    def __init__(self, message: str, file: os.stat_result):
+        super().__init__(message)
+        self.file = file
+        """What was read: another process may have put a sound file in its place since."""
 
 
 @dataclass(frozen=True)
@@ -168,36 +182,61 @@ class Entry:
     prompt: str
     target: str
     seconds: float
+    file: os.stat_result
+    """The file that was read."""
 
 
 def read_entry(path: Path) -> Entry:
     """Reads and checks one file: every bit of scores and metadata, and that it lies where it belongs.
 
-    Raises DamagedEntry, or FileNotFoundError.
+    Raises DamagedEntry for what was read and is wrong, FileNotFoundError, or OSError (with the way out) for what
+    could not be read: that says nothing about the entry.
     """
     try:
-        content = path.read_bytes()  # not mapped: what was checked must not change with the file
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            content = file.read() if found.st_size <= LARGEST else b""  # not mapped: what was checked must not change with the file
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        _demand(found.st_size <= LARGEST, f"{found.st_size} bytes are more than any entry has")
         scores = load(content)["scores"]
         metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        _demand(scores.dtype in (torch.float32, torch.float64), f"its scores are of type {scores.dtype}")
         key = json.loads(metadata["key"])
-        if key[0] != FORMAT:
-            raise ValueError(f"it was written by another version ({key[0]})")
-        if metadata.pop("sha256", None) != _bits(scores, metadata):
-            raise ValueError("its digest does not match")
-        layers = json.loads(metadata["layers"])
-        if path.stem != digest(key) or not metadata["model"].startswith(path.parent.name):
-            raise ValueError("it is of another fact or model")
-        if scores.ndim != 2 or len(scores) != len(layers) or not scores.isfinite().all():
-            raise ValueError(f"its scores have shape {tuple(scores.shape)} or are not finite")
+        _demand(isinstance(key, list) and len(key) == 6, "its key is no key")
+        _demand(key[0] == FORMAT, f"it was written by another version ({shown(key[0])})")
+        _demand(metadata.pop("sha256", None) == _bits(scores, metadata), "its digest does not match")
+        layers, seconds = json.loads(metadata["layers"]), float(metadata["seconds"])
+        _demand(path.stem == digest(key) and metadata["model"].startswith(path.parent.name), "it is of another fact or model")
+        # Somebody else can write a digest that matches.
         _, template, quadrature, steps, _, _ = key
+        _demand(isinstance(layers, list) and all(type(i) is int and i >= 0 for i in layers), f"layers: {shown(layers)} are no layers")
+        _demand(layers == sorted(set(layers)), f"layers: {shown(layers)} are not ascending and distinct")
+        _demand(isinstance(template, str) and isinstance(quadrature, str) and type(steps) is int, "its key is no key")
+        _demand(0 <= seconds < math.inf, f"seconds: {shown(metadata['seconds'])} is no duration")
+        sound = scores.ndim == 2 and len(scores) == len(layers) and bool(scores.isfinite().all())
+        _demand(sound, f"its scores have shape {tuple(scores.shape)} or are not finite")
         return Entry(
             scores, layers, template, quadrature, steps, metadata["model"], metadata["model_name"],
-            metadata["prompt"], metadata["target"], float(metadata["seconds"]),
+            metadata["prompt"], metadata["target"], seconds, found,
         )  # fmt: skip
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise DamagedEntry(f"{path}: {error}") from error
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedEntry(f"{path}: {error}", found) from error
+    except RecursionError as error:
+        raise DamagedEntry(f"{path}: lists in lists, too deep", found) from error
+
+
+def remove_damaged(path: Path, error: DamagedEntry) -> bool:
+    """Removes what ``error`` speaks of, unless another file has taken its place by now; returns whether it was removed."""
+    with contextlib.suppress(FileNotFoundError):
+        now, then = path.stat(), error.file
+        if (now.st_ino, now.st_size, now.st_mtime_ns) == (then.st_ino, then.st_size, then.st_mtime_ns):
+            path.unlink()
+            return True
+    return False
 
 
 def entry_files(folder: str | Path | None = None) -> Iterator[Path]:
@@ -212,6 +251,19 @@ def torn_files(folder: str | Path | None = None) -> Iterator[Path]:
 
 def _bits(scores: Tensor, metadata: dict[str, str]) -> str:
     return hashlib.sha256(scores.contiguous().numpy().tobytes() + json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def _demand(ok: bool, complaint: str) -> None:
+    if not ok:
+        raise ValueError(complaint)
+
+
+def _unreadable(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"score cache: {path} cannot be read ({error.strerror or error}); it is left as it is: mend that (permissions, open files, the "
+        f"disk) and try again, or set cache_dir or KNE_CACHE to another folder",
+    )
 
 
 def _unusable(folder: Path, error: OSError) -> OSError:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kne_easyedit.hparams import AGGREGATIONS, SCALES
-from kne_easyedit.layout import Target, count_parameters, resolve_target
+from kne_easyedit.layout import Target, check_template, count_parameters, resolve_target, shown
 from kne_easyedit.paths import atomic_write
 
 FORMAT = "kne-ensemble-1"
+LARGEST = 2**31
+"""No layer has so many neurons, and no model so many layers."""
+LARGEST_FILE = 2**30
+"""Bytes. Every neuron of the largest models takes less."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,11 @@ class NeuronEnsemble:
     """Number of facts whose scores were aggregated."""
     seconds: float | None = None
     """How long their attribution took when it was computed (cached scores remember it)."""
+    scale: str | None = None
+    """How scores counted before the threshold (``score_scale``); None in files from before it was recorded."""
 
     def __post_init__(self) -> None:
+        self._demand_types()
         if not self.size:
             raise ValueError("ensemble: empty, there is nothing to train; raise p or localise on other facts")
         for template, layers in self.neurons.items():
@@ -48,8 +56,37 @@ class NeuronEnsemble:
             for layer, rows in layers.items():
                 if width is None or list(rows) != sorted(set(rows)) or not rows or rows[0] < 0 or rows[-1] >= width:
                     raise ValueError(
-                        f"ensemble: rows of {template.format(layer)} must be ascending, distinct and in [0, {width}); got {list(rows)[:8]}..."
+                        f"ensemble: rows of {template.format(layer)} must be ascending, distinct and in [0, {width}); got {shown(list(rows)[:8])}"
                     )
+
+    def _demand_types(self) -> None:
+        """Raises ValueError, naming field and value. A text of digits is no list of rows, and 1.7 or True is no row."""
+        _demand(isinstance(self.neurons, Mapping), "neurons", self.neurons, "a mapping of templates")
+        for template, layers in self.neurons.items():
+            try:
+                check_template(template)
+            except ValueError as error:
+                raise ValueError(f"ensemble: neurons: {error}") from error
+            _demand(isinstance(layers, Mapping), f"neurons of {template}", layers, "a mapping of layers to rows")
+            for layer, rows in layers.items():
+                _demand(_is_index(layer), f"neurons of {template}", layer, "a layer's number")
+                _demand(isinstance(rows, (tuple, list)), f"neurons of {template.format(layer)}", rows, "a list of rows")
+                for row in rows:
+                    _demand(type(row) is int and abs(row) <= LARGEST, f"neurons of {template.format(layer)}", row, "a row's number")
+        _demand(isinstance(self.widths, Mapping), "widths", self.widths, "a mapping of templates to numbers of neurons")
+        for template, width in self.widths.items():
+            _demand(isinstance(template, str) and _is_index(width), "widths", {template: width}, "a template's number of neurons")
+        _demand(isinstance(self.layers, (tuple, list)) and all(map(_is_index, self.layers)), "layers", self.layers, "a list of layers' numbers")
+        _demand(self.thresholds is None or isinstance(self.thresholds, Mapping), "thresholds", self.thresholds, "a mapping of templates")
+        for template, threshold in (self.thresholds or {}).items():
+            _demand(template in self.neurons and _is_finite(threshold), f"thresholds of {shown(template)}", threshold, "a finite number")
+        for name in ("p", "seconds"):
+            value = getattr(self, name)
+            _demand(value is None or _is_finite(value), name, value, "a finite number")
+        _demand(self.facts is None or _is_index(self.facts), "facts", self.facts, "a number of facts")
+        for name, known in (("aggregation", AGGREGATIONS), ("scale", SCALES)):
+            value = getattr(self, name)
+            _demand(value is None or isinstance(value, str) and value in known, name, value, f"one of {known}")
 
     @property
     def size(self) -> int:
@@ -108,23 +145,62 @@ class NeuronEnsemble:
             "aggregation": self.aggregation,
             "facts": self.facts,
             "seconds": self.seconds,
+            "scale": self.scale,
         }
         atomic_write(Path(path), json.dumps(content) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronEnsemble:
-        """Reads what `save` wrote. Raises ValueError for any other file."""
+        """Reads what `save` wrote. Raises ValueError for any other file, OSError for one that cannot be read."""
+        path = Path(path)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content.pop("format") != FORMAT:
-                raise KeyError("format")
-            content["neurons"] = {
-                t: {int(layer): tuple(map(int, rows)) for layer, rows in found.items()} for t, found in content["neurons"].items()
-            }
-            content["layers"] = tuple(content["layers"])
-            return cls(**content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # also of text, JSON, and rows that cannot be
-            raise ValueError(f"ensemble: {path} is no ensemble file ({FORMAT}): {error!r}") from error
+            if path.stat().st_size > LARGEST_FILE:
+                raise ValueError(f"{path.stat().st_size} bytes are more than any ensemble has")
+            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+                raise ValueError("it does not say of itself that it is one")
+            if unknown := sorted(set(content) - {f.name for f in fields(cls)}):
+                raise ValueError(f"unknown field {shown(unknown[0])}")
+            for name in ("neurons", "widths"):
+                _demand(isinstance(content.get(name), dict), name, content.get(name), "a mapping")
+            content["neurons"] = {template: _rows_of(template, found) for template, found in content["neurons"].items()}
+            layers = content.pop("layers", [])
+            _demand(isinstance(layers, list), "layers", layers, "a list of layers' numbers")
+            return cls(**content, layers=tuple(layers))
+        except (ValueError, RecursionError) as error:  # also of text and JSON, and of rows that cannot be
+            reason = "lists in lists, too deep" if isinstance(error, RecursionError) else str(error).removeprefix("ensemble: ")
+            raise ValueError(f"ensemble: {path} is no ensemble file ({FORMAT}): {reason}") from error
+
+
+def _rows_of(template: str, found: object) -> dict[int, tuple]:
+    """Rows by layer, as JSON has them: layers as texts of digits."""
+    _demand(isinstance(found, dict), f"neurons of {shown(template)}", found, "a mapping of layers to rows")
+    for layer, rows in found.items():
+        digits = layer.isascii() and layer.isdigit() and layer == str(int(layer[:20]))
+        _demand(digits, f"neurons of {shown(template)}", layer, "a layer's number")
+        _demand(isinstance(rows, list), f"neurons of {shown(template)}, layer {layer}", rows, "a list of rows")
+    return {int(layer): tuple(rows) for layer, rows in found.items()}
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, each name once: of two the last would win without a word."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{shown(max(names, key=names.count))} stands there twice")
+    return dict(pairs)
+
+
+def _demand(ok: bool, name: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"ensemble: {name}: {shown(value)} is not {wanted}")
+
+
+def _is_index(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def aggregate(scores: Iterable[Tensor], aggregation: str = "max") -> tuple[Tensor, int]:
@@ -146,6 +222,14 @@ def aggregate(scores: Iterable[Tensor], aggregation: str = "max") -> tuple[Tenso
     if total is None:
         raise ValueError("scores: there are none to aggregate; localise on at least one fact")
     return (total / count if aggregation == "mean" else total), count
+
+
+def scaled(scores: Tensor, scale: str) -> Tensor:
+    """Scores ``(layers, d2)`` as the threshold sees them: ``layer``: in relation to their layer's largest; ``none``: as they are."""
+    if scale == "none":
+        return scores
+    largest = scores.amax(1, keepdim=True)
+    return scores / torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
 def select_ensemble(
@@ -196,9 +280,7 @@ def select_ensemble(
             raise ValueError(f"scores: {template} has shape {tuple(values.shape)}, wanted is (layers, d2) for layers {list(layers)}")
         if not values.isfinite().all():
             raise FloatingPointError(f"scores: those of {template} are not finite; load the model in float32 or bfloat16")
-        if scale == "layer":
-            largest = values.amax(1, keepdim=True)
-            values = values / torch.where(largest > 0, largest, torch.ones_like(largest))
+        values = scaled(values, scale)
         numbers = tuple(layers) or tuple(range(len(values)))
         kept = max(1, math.floor(p * values.numel() + 1e-9))
         threshold = values.flatten().topk(kept).values[-1]
@@ -206,4 +288,4 @@ def select_ensemble(
         rows = {layer: tuple(mask.nonzero().flatten().tolist()) for layer, mask in zip(numbers, chosen)}
         neurons[template] = {layer: found for layer, found in rows.items() if found}
         widths[template], thresholds[template] = values.shape[1], float(threshold)
-    return NeuronEnsemble(neurons, widths, numbers, thresholds, p, aggregation, facts, seconds)
+    return NeuronEnsemble(neurons, widths, numbers, thresholds, p, aggregation, facts, seconds, scale)

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from kne_easyedit.batching import Fact
-from kne_easyedit.ensemble import NeuronEnsemble, select_ensemble
+from kne_easyedit.ensemble import NeuronEnsemble, scaled
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization import Localization
 from kne_easyedit.paths import atomic_write
@@ -31,7 +31,7 @@ class Explanation:
     ensembles: tuple[NeuronEnsemble, ...]
     """The ensemble that each fact alone would have."""
     strongest: tuple[tuple[tuple[Neuron, float], ...], ...]
-    """For each fact its strongest neurons with their attributions."""
+    """For each fact its strongest neurons, in the order in which they are selected (``score_scale``), with their attributions."""
 
     def collisions(self) -> list[list[float]]:
         """``[i][j]``: the share of fact ``i``'s neurons that fact ``j`` has, too. The diagonal is 1."""
@@ -45,7 +45,7 @@ class Explanation:
 
 
 def explain(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: KNEHyperParams) -> Explanation:
-    """Attributes every request (or reads its scores from the cache) and keeps the top ``p`` of each by itself.
+    """Attributes every request (or reads its scores from the cache) and keeps the neurons of each that an edit on it alone would train.
 
     Raises what `localize` raises, and ValueError for a fact of which no neuron has a positive score.
     """
@@ -55,15 +55,17 @@ def explain(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: K
     for fact in found.facts:
         scores = {target.template: next(found.scores(target, [fact])) for target in found.targets}
         try:
-            ensembles.append(select_ensemble(scores, hparams.p, layers=found.targets[0].layers, facts=1))
+            ensembles.append(found.ensemble([fact], scores))
         except ValueError as error:
             raise ValueError(f"{fact.prompt!r} -> {fact.target!r}: {error}") from error
         members = []
         for target in found.targets:
-            values, places = scores[target.template].flatten().topk(min(TOP, scores[target.template].numel()))
-            for value, place in zip(values.tolist(), places.tolist()):
-                members.append(((target.template, target.layers[place // target.n_neurons], place % target.n_neurons), value))
-        strongest.append(tuple(sorted(members, key=lambda item: -item[1])[:TOP]))
+            own = scores[target.template].flatten()
+            ranks, places = scaled(scores[target.template], hparams.score_scale).flatten().topk(min(TOP, own.numel()))
+            for rank, place in zip(ranks.tolist(), places.tolist()):
+                neuron = (target.template, target.layers[place // target.n_neurons], place % target.n_neurons)
+                members.append((rank, neuron, own[place].item()))
+        strongest.append(tuple((neuron, value) for _, neuron, value in sorted(members, key=lambda item: -item[0])[:TOP]))
     return Explanation(tuple(found.facts), tuple(ensembles), tuple(strongest))
 
 
@@ -74,7 +76,9 @@ def save_explanation(found: Explanation, folder: Path, hparams: KNEHyperParams) 
     content = {
         "model": str(hparams.model_name),
         "p": hparams.p,
+        "score_scale": hparams.score_scale,
         "steps": hparams.attribution_steps,
+        "quadrature": hparams.quadrature,
         "facts": [
             {
                 "prompt": fact.prompt,

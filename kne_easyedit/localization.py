@@ -14,6 +14,7 @@ from tqdm import tqdm
 from kne_easyedit.attribution import attribute_facts, rows_in_flight
 from kne_easyedit.batching import Fact, demand_length, encode_request
 from kne_easyedit.cache import ScoreCache
+from kne_easyedit.editable import demand_editable_by
 from kne_easyedit.ensemble import NeuronEnsemble, aggregate, select_ensemble
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.layout import Target, resolve_target
@@ -33,7 +34,11 @@ def find_ensemble(model: nn.Module, tokenizer, requests: Sequence[Mapping], hpar
 
     With ``localization_data`` set it is computed once for each loaded model and then reused, through sequential
     edits too (`forget` ends that); with neither set it depends on ``requests`` and on the weights as they are.
+
+    It is for an edit: raises ValueError, before anything is computed, for a model or module that cannot be edited
+    (`demand_editable_by`). `localize` takes these, too.
     """
+    demand_editable_by(model, hparams)
     if hparams.ensemble is not None:
         return NeuronEnsemble.load(hparams.ensemble)
     if hparams.localization_data is None:

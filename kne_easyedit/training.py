@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from kne_easyedit.batching import IGNORE, Batch, Fact, collate
 from kne_easyedit.divergence import Divergence
+from kne_easyedit.editable import demand_editable, demand_unadapted
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.layout import device_of, rows
@@ -122,19 +124,19 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: KNEHyperPar
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(f"model: {type(model).__name__} carries a PEFT adapter; merge or unload it before editing")
+    demand_unadapted(model)
     chosen = _rows_by_module(model, ensemble)
     originals = {name: model.get_submodule(name) for name in chosen}
+    demand_editable(model, originals)
+    exact = {name: re.escape(name) for name in chosen}  # PEFT takes names for endings, but patterns in full
     leftover = model.__dict__.get("peft_config")  # older PEFT leaves it behind when it unloads
     config = LoraConfig(
         r=1,  # overruled for every module by rank_pattern
-        rank_pattern={name.replace(".", r"\."): len(indices) for name, indices in chosen.items()},
+        rank_pattern={f"^{exact[name]}": len(indices) for name, indices in chosen.items()},
         lora_alpha=hparams.alpha,
         use_rslora=True,
-        target_modules=list(chosen),
+        target_modules="|".join(exact.values()),
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in originals.values()),
     )
     try:

@@ -15,7 +15,7 @@ def add_commands(commands) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     for name, function, text in (
         ("info", _info, "models, modules, entries and sizes"),
-        ("verify", _verify, "read every entry and check every bit; exit code 1 if one is damaged"),
+        ("verify", _verify, "read every entry and check every bit; exit code 1 if one is damaged or cannot be read"),
         ("prune", _prune, "remove entries"),
     ):
         action = actions.add_parser(name, help=text)
@@ -34,7 +34,7 @@ def _info(arguments) -> int:
     from kne_easyedit.cache import DamagedEntry, read_entry, scores_folder
 
     found = defaultdict(lambda: [0, 0])
-    names, damaged = {}, 0
+    names, damaged, unreadable = {}, 0, 0
     for path, size in _sizes(arguments.cache_dir):
         try:
             entry = read_entry(path)
@@ -43,6 +43,11 @@ def _info(arguments) -> int:
         except DamagedEntry:
             damaged += 1
             kind = (path.parent.name, "damaged, or of another version")
+        except FileNotFoundError:  # another process was here
+            continue
+        except OSError:
+            unreadable += 1
+            kind = (path.parent.name, "cannot be read (kne cache verify says why)")
         found[kind][0] += 1
         found[kind][1] += size
     print(f"score cache {scores_folder(arguments.cache_dir)}")
@@ -51,7 +56,8 @@ def _info(arguments) -> int:
         for (_, kind), (entries, size) in sorted(item for item in found.items() if item[0][0] == digest):
             print(f"  {entries:>6} {'entry  ' if entries == 1 else 'entries'} {_bytes(size):>10}  ({_bytes(size / entries)} each)  {kind}")
     entries, size = (sum(values) for values in zip(*found.values())) if found else (0, 0)
-    print(f"\n{entries} entries, {_bytes(size)} in all" + (f"; {damaged} damaged: kne cache prune --damaged" if damaged else ""))
+    complaints = (f"; {damaged} damaged: kne cache prune --damaged" if damaged else "") + (f"; {unreadable} cannot be read" if unreadable else "")
+    print(f"\n{entries} entries, {_bytes(size)} in all{complaints}")
     return 0
 
 
@@ -65,28 +71,38 @@ def _verify(arguments) -> int:
         try:
             read_entry(path)
         except DamagedEntry as error:
-            complaints.append(str(error))
+            complaints.append(f"damaged: {error}")
+        except FileNotFoundError:  # another process was here
+            pass
+        except OSError as error:
+            complaints.append(f"not checked: {error.strerror}")
     for complaint in complaints:
-        print(f"damaged: {complaint}")
+        print(complaint)
     print(f"{len(paths) - len(complaints)} of {len(paths)} entries are sound")
     return 1 if complaints else 0
 
 
 def _prune(arguments) -> int:
-    from kne_easyedit.cache import DamagedEntry, read_entry, scores_folder, torn_files
+    from kne_easyedit.cache import DamagedEntry, read_entry, remove_damaged, scores_folder, torn_files
 
     oldest = time.time() - 86400 * (arguments.older_than or 0)
     if arguments.model and not list(scores_folder(arguments.cache_dir).glob(f"{arguments.model}*/")):
         raise ValueError(f"--model {arguments.model!r}: no such model in {scores_folder(arguments.cache_dir)}; `kne cache info` lists them")
-    removed = freed = 0
+    removed = freed = unreadable = 0
     for path, size in _sizes(arguments.cache_dir):
         if arguments.damaged:
             try:
                 read_entry(path)
-                continue
-            except DamagedEntry:
+            except DamagedEntry as error:
+                if arguments.dry_run or remove_damaged(path, error):
+                    removed, freed = removed + 1, freed + size
+            except FileNotFoundError:  # another process was here
                 pass
-        elif arguments.older_than and path.stat().st_mtime > oldest or arguments.model and not path.parent.name.startswith(arguments.model):
+            except OSError as error:
+                unreadable += 1
+                print(f"kept: {error.strerror}")
+            continue
+        if arguments.older_than and path.stat().st_mtime > oldest or arguments.model and not path.parent.name.startswith(arguments.model):
             continue
         removed, freed = removed + 1, freed + size
         if not arguments.dry_run:
@@ -100,7 +116,7 @@ def _prune(arguments) -> int:
             if not any(folder.iterdir()):
                 folder.rmdir()
     print(f"{removed} entries, {_bytes(freed)}, {'would be ' if arguments.dry_run else ''}removed from {scores_folder(arguments.cache_dir)}")
-    return 0
+    return 1 if unreadable else 0
 
 
 def _sizes(folder: Path | None):

@@ -34,7 +34,7 @@ def _explain(arguments) -> int:
     if data is None and not requests:
         raise ValueError("localization_data: none; name a KnowEdit file (--data), or a fact (--prompt and --target)")
     if data is not None:
-        requests += load_requests(data, arguments.size)
+        requests += load_requests(data, arguments.size, hparams.localization_offset)
     model, tokenizer = load_model(hparams)
     found = explain(model, tokenizer, requests, hparams)
     save_explanation(found, arguments.out, hparams)

@@ -37,9 +37,11 @@ from kne_easyedit.doctor.memory import (
 )
 from kne_easyedit.doctor.surroundings import easyedit, packages
 from kne_easyedit.doctor.trial import try_out
+from kne_easyedit.editable import stored_quantised
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams, resolve_device
-from kne_easyedit.layout import count_parameters, resolve_target
+from kne_easyedit.layout import count_parameters, nearest_templates, resolve_target
+from kne_easyedit.kinds import UNQUANTISED
 from kne_easyedit.localization import localization_requests
 from kne_easyedit.machine import free_memory
 from kne_easyedit.models import SMOLLM2
@@ -182,7 +184,9 @@ def modules(plan: Mapping, model: nn.Module) -> Iterator[Finding]:
     for label, hparams in plan.items():
         name, faults = f"modules of {label}", list(_module_faults(model, hparams))
         yield from (failure(name, fault) for fault in faults)
-        if not faults:
+        if not faults and isinstance(hparams, KNEHyperParams) and (stored := stored_quantised(model)):
+            yield Finding(name, WARNING, f"the model's files are quantised ({stored}); rows of quantised layers cannot be edited", UNQUANTISED)
+        elif not faults:
             named = getattr(hparams, "target_modules", None) or getattr(hparams, "rewrite_module_tmp", None) or "those of the method"
             layers = f"layers {hparams.layers}" if getattr(hparams, "layers", None) else "all layers"
             yield Finding(name, OK, f"{named if isinstance(named, str) else ', '.join(named)} in {layers}")
@@ -226,7 +230,8 @@ def _is_read(alg_name: str, field: str) -> bool:
 
 def _nearest(known: Mapping[str, nn.Module], template: str) -> str:
     templates = sorted({re.sub(r"\.\d+\b", ".{}", name, count=1) for name in known})
-    near = difflib.get_close_matches(template.removesuffix(".weight"), templates, n=3, cutoff=0.3)
+    near = nearest_templates(known[""], template.removesuffix(".weight"), alike=False)  # known[""]: the model itself
+    near = near or difflib.get_close_matches(template.removesuffix(".weight"), templates, n=3, cutoff=0.3)
     return f"; nearest: {', '.join(near)}" if near else ""
 
 

@@ -21,6 +21,7 @@ from kne_easyedit import bridge
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.cache import model_digest
 from kne_easyedit.doctor.findings import FAILURE, OK, Finding, duration, left_out, listed
+from kne_easyedit.editable import demand_editable_by
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization import Localization, distinct, localization_requests
 from kne_easyedit.models import load_model
@@ -95,6 +96,7 @@ def _localised(model, tokenizer, hparams: KNEHyperParams, requests: Sequence[dic
 
     Facts that are not in the cache go first; the ensemble has as many rows as that of all facts, only others.
     """
+    demand_editable_by(model, hparams)
     facts = requests if hparams.localization_data is None else localization_requests(hparams)
     found = Localization(model, tokenizer, facts, hparams)
     facts = distinct(found.facts)
