@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -437,6 +438,24 @@ def ft_sees_the_last_token() -> bool:
     return torch.allclose(found[0], found[1], atol=1e-5)
 
 
+def loads_the_type_asked_for() -> bool:
+    make_llama(num_hidden_layers=1).save_pretrained("any-llama")
+    make_tokenizer().save_pretrained("any-llama")
+    editor = bridge.register().BaseEditor(tiny_hparams(model_name="any-llama", bf16=True))
+    return editor.model.dtype == torch.bfloat16
+
+
+def evaluation_type_counts() -> bool:
+    """Either the texts that were asked for, or an error."""
+    hparams = tiny_hparams()
+    hparams.evaluation_type = "generate-text"
+    try:
+        bridge.editor_for(hparams, make_llama(), make_tokenizer())
+    except ValueError:
+        return True
+    return "evaluation_type" in inspect.getsource(module("evaluate.evaluate"))
+
+
 PROBES = {
     "unknown-settings": Probe(takes_unknown_settings, False, "TypeError"),
     "any-model": Probe(loads_any_model, ["left", True], "NotImplementedError"),
@@ -455,6 +474,8 @@ PROBES = {
     "layer-outputs": Probe(memit_reads_layer_outputs, [24], "IndexError"),
     "second-moments": Probe(needs_no_download, [40, 40], "ConnectionError"),
     "name-keyed-caches": Probe(what_methods_remember, True, False),
+    "model-type": Probe(loads_the_type_asked_for, True, False),
+    "evaluation-type": Probe(evaluation_type_counts, True, False),
     "model-switches": Probe(what_an_edit_leaves, True, False),
 }
 """In an order in which each needs patches above it only."""

@@ -12,6 +12,7 @@ from kne_easyedit import bridge
 from kne_easyedit.bridge import patches, statistics
 from kne_easyedit.digest import digest
 from kne_easyedit.ensemble import NeuronEnsemble
+from kne_easyedit.hparams import public
 from kne_easyedit.machine import environment
 
 MODES = ("single", "sequential", "batch")
@@ -83,7 +84,7 @@ def base_fingerprint(job: Run, weights: str, variant: str) -> list:
 def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | None) -> str:
     """Everything that a method's results depend on, the single record apart."""
     hparams = job.hparams[method]
-    settings = {name: str(value) for name, value in vars(hparams).items() if name not in _WITHOUT_EFFECT}
+    settings = {name: str(value) for name, value in public(hparams).items() if name not in _WITHOUT_EFFECT}
     parts = [base, method, settings, job.mode]
     if hparams.alg_name == "KNE":
         parts.append(None if ensemble is None else digest(ensemble.members()))

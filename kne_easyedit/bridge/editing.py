@@ -8,7 +8,6 @@ can be evaluated again later, and evaluations before the edit can be shared by a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import re
 import sys
@@ -20,6 +19,7 @@ from torch import nn
 
 from kne_easyedit.bridge.registry import NAME, editor_for, is_legacy
 from kne_easyedit.bridge.runtime_patches import module
+from kne_easyedit.hparams import changed
 from kne_easyedit.state import seed_generators
 from kne_easyedit.training import restore
 
@@ -106,7 +106,7 @@ class MethodEditor:
     def _evaluation_hparams(self):
         # Prompts arrive with their template (see records.with_chat_template); EasyEdit's evaluator must not add it again.
         if getattr(self.hparams, "use_chat_template", False):
-            return dataclasses.replace(self.hparams, use_chat_template=False)
+            return changed(self.hparams, use_chat_template=False)
         return self.hparams
 
     def _remember(self, edited: nn.Module, originals) -> None:
@@ -140,10 +140,16 @@ class _Tee(io.StringIO):
 
 
 def compare(pre: Mapping, post: dict) -> dict:
-    """``post`` with every locality category's ``_acc`` in the place of its ``_output``: the share of tokens as in ``pre``."""
+    """``post`` with every locality category's ``_acc`` in the place of its ``_output``: the share of tokens as in ``pre``.
+
+    Where texts were generated (``_gen_content``, by ``evaluation_type``) they stay, and ``_acc`` is 1 for the same text, else 0.
+    """
     locality = {}
     for name, outputs in post.get("locality", {}).items():
-        if name.endswith("_output"):
+        if name.endswith("_gen_content"):
+            texts = zip(outputs, pre["locality"][name], strict=True)
+            locality |= {name: outputs, f"{name.removesuffix('_gen_content')}_acc": [float(now == before) for now, before in texts]}
+        elif name.endswith("_output"):
             before = pre["locality"][name]
             if len(before) != len(outputs):
                 raise ValueError(f"{name}: {len(before)} outputs before the edit, {len(outputs)} after it")

@@ -18,9 +18,12 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 from kne_easyedit.bridge.patches import runtime_patch
+from kne_easyedit.hparams import EVALUATORS, changed
 
 logger = logging.getLogger(__name__)
 
+LOADER = ("fp16", "bf16")
+"""Settings of the type that a model is loaded in; most of EasyEdit's classes know one of them or none."""
 TEMPLATE_SEED = 42
 """Seed of the context templates that ROME, MEMIT and their kin sample from the model."""
 
@@ -48,12 +51,17 @@ def _tolerant(kind: type) -> None:
 
     @functools.wraps(original)
     def init(self, *args, **settings):
+        # What an editor or an evaluator reads of any method's settings, fields or not.
+        read = {name: settings.pop(name) for name in (*LOADER, *EVALUATORS) if name in settings and name not in names}
         unknown = [name for name in settings if name not in names]
         for name in unknown:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
             hint = f" (it knows {near[0]})" if near else ""
             logger.warning("%s: this EasyEdit does not know the setting %s%s; left out", kind.__name__, name, hint)
         original(self, *args, **{name: value for name, value in settings.items() if name not in unknown})
+        for name, value in read.items():
+            if value is not None:  # EasyEdit of 2025 asks whether there is an evaluation_type, not which
+                setattr(self, name, value)
 
     kind.__init__ = init
 
@@ -75,7 +83,7 @@ def _load_any_model(easyeditor: ModuleType) -> bool:
                 raise
             model, tokenizer = load_model(hparams)
             prepare_tokenizer(tokenizer, hparams.alg_name)
-            original(self, dataclasses.replace(hparams, model_name=LoadedModel(hparams.model_name, model, tokenizer)))
+            original(self, changed(hparams, model_name=LoadedModel(hparams.model_name, model, tokenizer)))
 
     editor.__init__ = init
     return True

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from kne_easyedit.cli.common import SHIPPED, method_of, positive, shipped
+from kne_easyedit.hparams import changed
 
 DEMO_RECORDS = 8
 MODES = ("single", "sequential", "batch")
@@ -67,7 +67,7 @@ def _run(arguments) -> int:
     hparams = _load_all(methods, arguments.hparams)
     overrides = {k: v for k in ("localization_data", "localization_size") if (v := getattr(arguments, k)) is not None}
     if overrides and "KNE" in hparams:
-        hparams["KNE"] = dataclasses.replace(hparams["KNE"], **overrides)
+        hparams["KNE"] = changed(hparams["KNE"], **overrides)
     from kne_easyedit.bridge import statistics
 
     skip = arguments.on_bad_record == "skip"
