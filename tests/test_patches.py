@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import LLAMA_DOWN, fingerprint, make_llama, make_tokenizer, tiny_hparams
+from conftest import LLAMA_DOWN, failing, fingerprint, make_llama, make_tokenizer, tiny_hparams
 from methods import LEAVES_SWITCHES, NAME, edit_inputs, records, settings, tokenizer_for
 
 from kne_easyedit import bridge
@@ -456,6 +456,20 @@ def evaluation_type_counts() -> bool:
     return "evaluation_type" in inspect.getsource(module("evaluate.evaluate"))
 
 
+def interrupted_edits_are_undone() -> bool:
+    editor = editor_of("FT", num_steps=1)
+    before, editors = fingerprint(editor.model), module("editors.editor")
+    evaluate = editors.compute_edit_quality
+    editors.compute_edit_quality = failing(evaluate, 2, KeyboardInterrupt())  # after the edit
+    try:
+        editor.edit_requests(records()[:1], verbose=False, **ORIGINALS_WANTED)
+    except KeyboardInterrupt:
+        return fingerprint(editor.model) == before
+    finally:
+        editors.compute_edit_quality = evaluate
+    return False
+
+
 PROBES = {
     "unknown-settings": Probe(takes_unknown_settings, False, "TypeError"),
     "any-model": Probe(loads_any_model, ["left", True], "NotImplementedError"),
@@ -476,6 +490,7 @@ PROBES = {
     "name-keyed-caches": Probe(what_methods_remember, True, False),
     "model-type": Probe(loads_the_type_asked_for, True, False),
     "evaluation-type": Probe(evaluation_type_counts, True, False),
+    "interrupted-edits": Probe(interrupted_edits_are_undone, True, False),
     "model-switches": Probe(what_an_edit_leaves, True, False),
 }
 """In an order in which each needs patches above it only."""

@@ -11,7 +11,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy
 import torch
@@ -19,9 +19,10 @@ from torch import nn
 
 from kne_easyedit.bridge.registry import NAME, editor_for, is_legacy
 from kne_easyedit.bridge.runtime_patches import module
+from kne_easyedit.bridge.undo import Undo, undone_on_errors
 from kne_easyedit.hparams import changed
 from kne_easyedit.state import seed_generators
-from kne_easyedit.training import restore
+from kne_easyedit.training import RowEdit
 
 IN_CONTEXT = ("IKE", "ICE")
 ONE_FACT = ("KN",)
@@ -46,7 +47,7 @@ class MethodEditor:
         """What evaluations see: the model, or the adapted model that a method has put around it."""
         self.losses: list[float] = []
         """Losses of the last edit's training, step by step; EasyEdit's methods print theirs. Empty for methods without."""
-        self._undo: list[Callable[[], None]] = []
+        self._undo = Undo(model)
 
     def demand_batch(self, size: int) -> None:
         """Raises ValueError if this method cannot edit ``size`` facts at once; tells it how many otherwise."""
@@ -69,25 +70,29 @@ class MethodEditor:
         if self._undo:
             self.demand_sequence()
         printed = _Tee(sys.stdout)
-        own = {"on_trained": lambda edit: self.losses.extend(edit.losses)} if self.hparams.alg_name == NAME else {}
+        own = {"on_trained": self._trained} if self.hparams.alg_name == NAME else {}
         self.losses = []
-        try:
+
+        def edit() -> None:
             with contextlib.redirect_stdout(printed):
                 edited, originals = self.editor.apply_algo(
                     self.original, self.tokenizer, [dict(request) for request in requests], self.hparams,
-                    copy=False, return_orig_weights=True, keep_original_weight=is_legacy(), **own,
+                    copy=False, return_orig_weights=not own, keep_original_weight=is_legacy(), **own,
                 )  # fmt: skip
-            self._remember(edited, originals)
-        except BaseException:
-            self.undo()
-            raise
-        self.losses = self.losses or [float(loss) for loss in _LOSS.findall(printed.getvalue())]
-        self.model = edited
+            if not own and not self._undo.remember(edited, originals):
+                raise ValueError(f"methods: {self.hparams.alg_name} gives nothing by which its edit could be undone; run it by EasyEdit's own scripts")
+            self.losses = self.losses or [float(loss) for loss in _LOSS.findall(printed.getvalue())]
+            self.model = edited
+
+        undone_on_errors(edit, self.undo)
+
+    def _trained(self, edit: RowEdit) -> None:
+        self.losses.extend(edit.losses)
+        self._undo.remember_rows(edit)
 
     def undo(self) -> None:
         """Takes every edit back, the last one first."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.take_back()
         self.model = self.original
 
     def evaluate(self, request: Mapping, *, generation: bool, seed: int) -> dict:
@@ -108,23 +113,6 @@ class MethodEditor:
         if getattr(self.hparams, "use_chat_template", False):
             return changed(self.hparams, use_chat_template=False)
         return self.hparams
-
-    def _remember(self, edited: nn.Module, originals) -> None:
-        """How to take this edit back: EasyEdit's methods each have their own way."""
-        if callable(originals):
-            self._undo.append(torch.no_grad()(originals))
-        elif hasattr(edited, "peft_config"):
-            if edited is not self.original:  # else the adapter of an edit before was trained on
-                self._undo.append(lambda: self._unload(edited))
-        elif originals:
-            self._undo.append(lambda: restore(self.original, originals))
-        else:
-            raise ValueError(f"methods: {self.hparams.alg_name} gives nothing by which its edit could be undone; run it by EasyEdit's own scripts")
-
-    def _unload(self, adapted: nn.Module) -> None:
-        adapted.unload()
-        if hasattr(self.original, "peft_config"):
-            del self.original.peft_config
 
 
 class _Tee(io.StringIO):

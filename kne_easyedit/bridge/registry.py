@@ -71,9 +71,12 @@ def register() -> ModuleType:
     return easyeditor
 
 
-def is_legacy() -> bool:
-    """Whether this EasyEdit is older than May 2024: ``edit`` takes ``keep_original_weight``, False lets edits accumulate."""
-    return "keep_original_weight" in inspect.signature(load().BaseEditor.edit).parameters
+def is_legacy(editor: type | None = None) -> bool:
+    """Whether this EasyEdit (or the class of its ``editor``, while it is imported) is older than May 2024.
+
+    There ``edit`` takes ``keep_original_weight``, and False lets edits accumulate.
+    """
+    return "keep_original_weight" in inspect.signature((editor or load().BaseEditor).edit).parameters
 
 
 def editor_for(hparams, model: nn.Module, tokenizer):

@@ -296,7 +296,6 @@ def _tidy(apply):
             return apply(model, *args, **kwargs)
         with _switches_kept(model) as after:
             result = apply(model, *args, **kwargs)
-            # An adapter's training goes on from the flags that it has set; its base gets its own back when it is removed.
             after.append(result[0] if isinstance(result, tuple) else None)
         return result
 
@@ -317,16 +316,24 @@ _LEFT_BEHIND = {
 
 @contextlib.contextmanager
 def _switches_kept(model: torch.nn.Module):
+    put_back, results = remembered_switches(model), []
+    try:
+        yield results
+    finally:
+        put_back(results[0] if results else None)
+
+
+def remembered_switches(model: torch.nn.Module):
+    """A function that puts back all that EasyEdit's methods switch in a model. What they have adapted may be given to it:
+    an adapter's training goes on from its flags, so that they wait until it is unloaded."""
     flags = [(parameter, parameter.requires_grad, parameter.grad is None) for parameter in model.parameters()]
     config = getattr(model, "config", None)
     use_cache, checkpointing = getattr(config, "use_cache", None), getattr(model, "is_gradient_checkpointing", False)
     modules = list(model.modules())
     attributes = [set(vars(module)) for module in modules]
     hooks = [(module._forward_hooks, set(module._forward_hooks)) for module in modules]
-    results: list = []
-    try:
-        yield results
-    finally:
+
+    def put_back(edited=None) -> None:
         if use_cache is not None:
             config.use_cache = use_cache
         if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
@@ -344,11 +351,12 @@ def _switches_kept(model: torch.nn.Module):
                 if without_gradient:
                     parameter.grad = None
 
-        edited = results[0] if results else None
         if hasattr(edited, "peft_config") and hasattr(edited, "unload"):
             _after(edited, "unload", restore_flags)
         else:
             restore_flags()
+
+    return put_back
 
 
 def _after(owner, name: str, action) -> None:
