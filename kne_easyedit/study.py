@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kne_easyedit.ensemble import NeuronEnsemble
-from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.hparams import KNEHyperParams, public
 from kne_easyedit.layout import count_parameters
 from kne_easyedit.localization import Localization, localization_requests
 from kne_easyedit.machine import environment
@@ -98,7 +98,7 @@ def save_study(found: Study, folder: Path, model: nn.Module, hparams: KNEHyperPa
         "parameter_share": found.parameter_share,
         "stability": found.stability,
         "stability_by_chance": found.chance,
-        "hparams": {**hparams.to_dict(), "model_name": str(hparams.model_name)},
+        "hparams": {**public(hparams), "model_name": str(hparams.model_name)},
         "environment": environment(model),
     }
     atomic_write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -12,7 +12,10 @@ import pytest
 from conftest import CHECKOUT
 
 HERE = Path(__file__).parent
-FILES = ("bridge", "benchmark", "compatibility", "doctor", "method_editor", "patches", "scripts", "scores", "statistics")
+FILES = (
+    "bridge", "benchmark", "compatibility", "doctor", "easyedit_methods", "easyedit_settings", "interrupts", "method_editor", "patches", "scripts",
+    "scores", "statistics",
+)  # fmt: skip
 AGREEMENT = """
 import json, sys
 from pathlib import Path

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import LLAMA_DOWN, fingerprint, make_llama, make_tokenizer, tiny_hparams
+from conftest import LLAMA_DOWN, failing, fingerprint, make_llama, make_tokenizer, tiny_hparams
 from methods import LEAVES_SWITCHES, NAME, edit_inputs, records, settings, tokenizer_for
 
 from kne_easyedit import bridge
@@ -437,6 +438,38 @@ def ft_sees_the_last_token() -> bool:
     return torch.allclose(found[0], found[1], atol=1e-5)
 
 
+def loads_the_type_asked_for() -> bool:
+    make_llama(num_hidden_layers=1).save_pretrained("any-llama")
+    make_tokenizer().save_pretrained("any-llama")
+    editor = bridge.register().BaseEditor(tiny_hparams(model_name="any-llama", bf16=True))
+    return editor.model.dtype == torch.bfloat16
+
+
+def evaluation_type_counts() -> bool:
+    """Either the texts that were asked for, or an error."""
+    hparams = tiny_hparams()
+    hparams.evaluation_type = "generate-text"
+    try:
+        bridge.editor_for(hparams, make_llama(), make_tokenizer())
+    except ValueError:
+        return True
+    return "evaluation_type" in inspect.getsource(module("evaluate.evaluate"))
+
+
+def interrupted_edits_are_undone() -> bool:
+    editor = editor_of("FT", num_steps=1)
+    before, editors = fingerprint(editor.model), module("editors.editor")
+    evaluate = editors.compute_edit_quality
+    editors.compute_edit_quality = failing(evaluate, 2, KeyboardInterrupt())  # after the edit
+    try:
+        editor.edit_requests(records()[:1], verbose=False, **ORIGINALS_WANTED)
+    except KeyboardInterrupt:
+        return fingerprint(editor.model) == before
+    finally:
+        editors.compute_edit_quality = evaluate
+    return False
+
+
 PROBES = {
     "unknown-settings": Probe(takes_unknown_settings, False, "TypeError"),
     "any-model": Probe(loads_any_model, ["left", True], "NotImplementedError"),
@@ -455,6 +488,9 @@ PROBES = {
     "layer-outputs": Probe(memit_reads_layer_outputs, [24], "IndexError"),
     "second-moments": Probe(needs_no_download, [40, 40], "ConnectionError"),
     "name-keyed-caches": Probe(what_methods_remember, True, False),
+    "model-type": Probe(loads_the_type_asked_for, True, False),
+    "evaluation-type": Probe(evaluation_type_counts, True, False),
+    "interrupted-edits": Probe(interrupted_edits_are_undone, True, False),
     "model-switches": Probe(what_an_edit_leaves, True, False),
 }
 """In an order in which each needs patches above it only."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from kne_easyedit import bridge
@@ -12,6 +11,7 @@ from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge import statistics
 from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.digest import digest
+from kne_easyedit.hparams import EVALUATORS, changed
 from kne_easyedit.models import load_model
 from kne_easyedit.records import load_records, load_requests
 
@@ -68,13 +68,13 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
     overrides = {**settings["model"]["settings"], **method["settings"]}
     known = vars(hparams)
     for name in overrides:
-        if name not in known:
+        if name not in known and name not in EVALUATORS:
             raise ValueError(f"method.settings: {method['hparams']} has no setting {name!r}; it has {', '.join(known)}")
     if hparams.alg_name == KNE:
         localization = data["localization"]
         found = {"localization_data": localization["file"], "localization_size": localization["size"], "localization_offset": localization["offset"]}
         overrides = {**found, **overrides}
-    hparams = replace(hparams, **overrides)
+    hparams = changed(hparams, **overrides)
     i, n = shard_of(settings["shard"])
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
     statistics.configure(**settings["statistics"])

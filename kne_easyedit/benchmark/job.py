@@ -14,6 +14,7 @@ from kne_easyedit.benchmark.checks import demand_name
 from kne_easyedit.bridge import patches, statistics
 from kne_easyedit.digest import digest
 from kne_easyedit.ensemble import NeuronEnsemble
+from kne_easyedit.hparams import public
 from kne_easyedit.machine import environment
 from kne_easyedit.paths import expanded, path_settings
 from kne_easyedit.records import data_digest
@@ -111,7 +112,7 @@ def base_fingerprint(job: Run, weights: str, variant: str) -> list:
 def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | None) -> str:
     """Everything that a method's results depend on, the single record apart. Files count by what they hold."""
     hparams = job.hparams[method]
-    settings = {name: str(value) for name, value in vars(hparams).items() if name not in _WITHOUT_EFFECT}
+    settings = {name: str(value) for name, value in public(hparams).items() if name not in _WITHOUT_EFFECT}
     settings |= {name: _content(value) for name, value in path_settings(hparams).items() if name in settings}
     parts = [base, method, settings, job.mode]
     if hparams.alg_name == "KNE":

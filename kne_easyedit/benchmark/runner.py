@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.cache import model_digest
 from kne_easyedit.digest import digest
 from kne_easyedit.ensemble import NeuronEnsemble
+from kne_easyedit.hparams import changed, public
 from kne_easyedit.localization import find_ensemble
 from kne_easyedit.machine import PeakMemory, environment, hardware
 from kne_easyedit.paths import atomic_write, settle
@@ -82,7 +82,7 @@ class _Runner:
         self.ensembles: dict[str, NeuronEnsemble] = {}
         # Copies: what a run decides for its methods is not the caller's business.
         self.hparams = {
-            method: replace(hparams, use_chat_template=job.chat_template) if hparams.alg_name == KNE else deepcopy(hparams)
+            method: changed(hparams, use_chat_template=job.chat_template) if hparams.alg_name == KNE else deepcopy(hparams)
             for method, hparams in job.hparams.items()
         }
         for hparams in self.hparams.values():
@@ -292,6 +292,8 @@ class _Runner:
         """Figures and answer of the unedited model: computed once for all methods that see the tokens alike."""
         hparams = editor.hparams
         view = [editor.tokenizer.padding_side, hparams.max_length, hparams.alg_name == "GRACE"]
+        if getattr(hparams, "evaluation_type", None):  # added only then: files of earlier runs keep their names
+            view += [hparams.evaluation_type, bool(getattr(hparams, "api_key", None))]
         folder = self.job.before_folder or self.job.folder / "before"
         path = folder / f"{digest([self.base, view, self.records[request['index']]])[:32]}.json"
         if (known := _known_before(path)) is not None:
@@ -379,7 +381,7 @@ class _Runner:
             "model": {"name": self.model_name, "sha256": self.weights},
             "data": {"name": job.data, "sha256": data_digest(job.data), "records": list(self.records.items())},
             "easyedit": {**bridge.describe(), "patches": patches.applied()},
-            "methods": {m: {k: v for k, v in vars(e.hparams).items() if k != "model_name"} for m, e in editors.items()},
+            "methods": {m: {k: v for k, v in public(e.hparams).items() if k != "model_name"} for m, e in editors.items()},
             "padding": {method: editor.tokenizer.padding_side for method, editor in editors.items()},
             "seed": job.seed,
             "mode": job.mode,

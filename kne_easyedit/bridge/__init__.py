@@ -1,6 +1,6 @@
 """All that knows EasyEdit. ``import kne_easyedit`` does not import it."""
 
-from kne_easyedit.bridge import fluency, runtime_patches, script_patches, statistics  # noqa: F401  (they define patches)
+from kne_easyedit.bridge import fluency, loading, runtime_patches, script_patches, statistics, undo  # noqa: F401  (they define patches)
 from kne_easyedit.bridge.editing import MethodEditor, compare
 from kne_easyedit.bridge.fluency import fluency_variant
 from kne_easyedit.bridge.importing import EasyEditNotFound, describe, load, locate

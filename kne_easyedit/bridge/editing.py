@@ -8,11 +8,10 @@ can be evaluated again later, and evaluations before the edit can be shared by a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy
 import torch
@@ -20,8 +19,10 @@ from torch import nn
 
 from kne_easyedit.bridge.registry import NAME, editor_for, is_legacy
 from kne_easyedit.bridge.runtime_patches import module
+from kne_easyedit.bridge.undo import Undo, undone_on_errors
+from kne_easyedit.hparams import changed
 from kne_easyedit.state import seed_generators
-from kne_easyedit.training import restore
+from kne_easyedit.training import RowEdit
 
 IN_CONTEXT = ("IKE", "ICE")
 ONE_FACT = ("KN",)
@@ -50,7 +51,7 @@ class MethodEditor:
         """Losses of the last edit's training, step by step; EasyEdit's methods print theirs. Empty for methods without."""
         self.keeps_earlier_edits = False
         """Whether the edits of a sequence stay when a later one fails."""
-        self._undo: list[Callable[[], None]] = []
+        self._undo = Undo(model)
 
     def demand_batch(self, size: int) -> None:
         """Raises ValueError if this method cannot edit ``size`` facts at once; tells it how many otherwise."""
@@ -74,26 +75,38 @@ class MethodEditor:
         if self._undo:
             self.demand_sequence()
         printed = _Tee(sys.stdout)
-        own = {"on_trained": lambda edit: self.losses.extend(edit.losses)} if self.hparams.alg_name == NAME else {}
+        own = {"on_trained": self._trained} if self.hparams.alg_name == NAME else {}
         self.losses = []
-        try:
-            with contextlib.redirect_stdout(printed):
-                edited, originals = self.editor.apply_algo(
-                    self.original, self.tokenizer, [dict(request) for request in requests], self.hparams,
-                    copy=False, return_orig_weights=True, keep_original_weight=is_legacy(), **own,
-                )  # fmt: skip
-            self._remember(edited, originals)
-        except BaseException as error:
-            if not self.keeps_earlier_edits or not isinstance(error, Exception):
-                self.undo()
-            raise
-        self.losses = self.losses or [float(loss) for loss in _LOSS.findall(printed.getvalue())]
-        self.model = edited
+
+        failed: list[Exception] = []
+
+        def edit() -> None:
+            try:
+                with contextlib.redirect_stdout(printed):
+                    edited, originals = self.editor.apply_algo(
+                        self.original, self.tokenizer, [dict(request) for request in requests], self.hparams,
+                        copy=False, return_orig_weights=not own, keep_original_weight=is_legacy(), **own,
+                    )  # fmt: skip
+                if not own and not self._undo.remember(edited, originals):
+                    raise ValueError(f"methods: {self.hparams.alg_name} gives nothing by which its edit could be undone; run it by EasyEdit's own scripts")
+                self.losses = self.losses or [float(loss) for loss in _LOSS.findall(printed.getvalue())]
+                self.model = edited
+            except Exception as error:
+                if not self.keeps_earlier_edits:
+                    raise
+                failed.append(error)
+
+        undone_on_errors(edit, self.undo)
+        if failed:
+            raise failed[0]
+
+    def _trained(self, edit: RowEdit) -> None:
+        self.losses.extend(edit.losses)
+        self._undo.remember_rows(edit)
 
     def undo(self) -> None:
         """Takes every edit back, the last one first."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.take_back()
         self.model = self.original
 
     def evaluate(self, request: Mapping, *, generation: bool, seed: int) -> dict:
@@ -112,25 +125,8 @@ class MethodEditor:
     def _evaluation_hparams(self):
         # Prompts arrive with their template (see records.with_chat_template); EasyEdit's evaluator must not add it again.
         if getattr(self.hparams, "use_chat_template", False):
-            return dataclasses.replace(self.hparams, use_chat_template=False)
+            return changed(self.hparams, use_chat_template=False)
         return self.hparams
-
-    def _remember(self, edited: nn.Module, originals) -> None:
-        """How to take this edit back: EasyEdit's methods each have their own way."""
-        if callable(originals):
-            self._undo.append(torch.no_grad()(originals))
-        elif hasattr(edited, "peft_config"):
-            if edited is not self.original:  # else the adapter of an edit before was trained on
-                self._undo.append(lambda: self._unload(edited))
-        elif originals:
-            self._undo.append(lambda: restore(self.original, originals))
-        else:
-            raise ValueError(f"methods: {self.hparams.alg_name} gives nothing by which its edit could be undone; run it by EasyEdit's own scripts")
-
-    def _unload(self, adapted: nn.Module) -> None:
-        adapted.unload()
-        if hasattr(self.original, "peft_config"):
-            del self.original.peft_config
 
 
 class _Tee(io.StringIO):
@@ -146,10 +142,16 @@ class _Tee(io.StringIO):
 
 
 def compare(pre: Mapping, post: dict) -> dict:
-    """``post`` with every locality category's ``_acc`` in the place of its ``_output``: the share of tokens as in ``pre``."""
+    """``post`` with every locality category's ``_acc`` in the place of its ``_output``: the share of tokens as in ``pre``.
+
+    Where texts were generated (``_gen_content``, by ``evaluation_type``) they stay, and ``_acc`` is 1 for the same text, else 0.
+    """
     locality = {}
     for name, outputs in post.get("locality", {}).items():
-        if name.endswith("_output"):
+        if name.endswith("_gen_content"):
+            texts = zip(outputs, pre["locality"][name], strict=True)
+            locality |= {name: outputs, f"{name.removesuffix('_gen_content')}_acc": [float(now == before) for now, before in texts]}
+        elif name.endswith("_output"):
             before = pre["locality"][name]
             if len(before) != len(outputs):
                 raise ValueError(f"{name}: {len(before)} outputs before the edit, {len(outputs)} after it")

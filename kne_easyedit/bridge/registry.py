@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import re
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from torch import nn
 from kne_easyedit.bridge.importing import load
 from kne_easyedit.bridge.runtime_patches import module
 from kne_easyedit.editing import apply_kne_to_model
-from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.hparams import KNEHyperParams, changed
 
 NAME = "KNE"
 RIGHT_PADDED = ("ROME", "MEMIT", "EMMET", "EAMET", "R-ROME", "AlphaEdit", "CORE", "SPHERE")
@@ -70,9 +71,12 @@ def register() -> ModuleType:
     return easyeditor
 
 
-def is_legacy() -> bool:
-    """Whether this EasyEdit is older than May 2024: ``edit`` takes ``keep_original_weight``, False lets edits accumulate."""
-    return "keep_original_weight" in inspect.signature(load().BaseEditor.edit).parameters
+def is_legacy(editor: type | None = None) -> bool:
+    """Whether this EasyEdit (or the class of its ``editor``, while it is imported) is older than May 2024.
+
+    There ``edit`` takes ``keep_original_weight``, and False lets edits accumulate.
+    """
+    return "keep_original_weight" in inspect.signature((editor or load().BaseEditor).edit).parameters
 
 
 def editor_for(hparams, model: nn.Module, tokenizer):
@@ -84,7 +88,7 @@ def editor_for(hparams, model: nn.Module, tokenizer):
     easyeditor = register()
     prepare_tokenizer(tokenizer, hparams.alg_name)
     carrier = LoadedModel(str(hparams.model_name), model, tokenizer)
-    return easyeditor.BaseEditor.from_hparams(dataclasses.replace(hparams, model_name=carrier))
+    return easyeditor.BaseEditor.from_hparams(changed(hparams, model_name=carrier))
 
 
 def prepare_tokenizer(tokenizer, alg_name: str) -> None:
@@ -128,7 +132,7 @@ def load_method(method: str, path: str | Path):
     if kind is KNEHyperParams:
         return KNEHyperParams.from_hparams(path)
     wanted = METHODS.get(method, Method(method, method))
-    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    config = _read(Path(path))
     if not isinstance(config, dict) or config.get("alg_name") != wanted.alg_name:
         raise ValueError(f"{path}: alg_name is {config.get('alg_name') if isinstance(config, dict) else None!r}, wanted is {wanted.alg_name!r}")
     fields = {f.name for f in dataclasses.fields(kind)}
@@ -138,7 +142,29 @@ def load_method(method: str, path: str | Path):
         if name not in fields and ONLY[name] != value:
             raise ValueError(f"methods: this EasyEdit's {wanted.alg_name} knows {ONLY[name]} only, not {method} ({name}: {value})")
         config[name] = value
-    return kind(**{name: _number(value) for name, value in config.items()})
+    return _built(kind, config, path)
+
+
+def _read(path: Path):
+    """What a YAML file holds. Raises FileNotFoundError, ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"hparams file {path} does not exist")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file: {error}") from error
+
+
+def _built(kind: type, config: dict, path: str | Path):
+    """The object of EasyEdit's class as its own ``from_hparams`` builds it: some make settings out of others (WISE, MELO, EAMET)."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "settings.yaml"
+        file.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+        try:
+            return kind.from_hparams(str(file))
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            said = str(error).replace(str(file), str(path)).replace(f"{kind.__name__}.__init__()", kind.__name__)
+            raise ValueError(f"{path}: {kind.__name__} cannot be made of it: {type(error).__name__}: {said}") from error
 
 
 def demand_method(method: str) -> type:
@@ -160,8 +186,3 @@ def _class_of(easyeditor: ModuleType, name: str) -> type | None:
     plain = {re.sub(r"[^a-z]", "", key.lower()): value for key, value in vars(easyeditor).items() if isinstance(value, type)}
     letters = re.sub(r"[^a-z]", "", name.lower())
     return plain.get(f"{letters}hyperparams") or plain.get(f"{letters}hparams")
-
-
-def _number(value):
-    """YAML reads ``5e-4`` as a text; EasyEdit's classes mean the number."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value

@@ -18,9 +18,12 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 from kne_easyedit.bridge.patches import runtime_patch
+from kne_easyedit.hparams import EVALUATORS, changed
 
 logger = logging.getLogger(__name__)
 
+LOADER = ("fp16", "bf16")
+"""Settings of the type that a model is loaded in; most of EasyEdit's classes know one of them or none."""
 TEMPLATE_SEED = 42
 """Seed of the context templates that ROME, MEMIT and their kin sample from the model."""
 
@@ -48,12 +51,17 @@ def _tolerant(kind: type) -> None:
 
     @functools.wraps(original)
     def init(self, *args, **settings):
+        # What an editor or an evaluator reads of any method's settings, fields or not.
+        read = {name: settings.pop(name) for name in (*LOADER, *EVALUATORS) if name in settings and name not in names}
         unknown = [name for name in settings if name not in names]
         for name in unknown:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
             hint = f" (it knows {near[0]})" if near else ""
             logger.warning("%s: this EasyEdit does not know the setting %s%s; left out", kind.__name__, name, hint)
         original(self, *args, **{name: value for name, value in settings.items() if name not in unknown})
+        for name, value in read.items():
+            if value is not None:  # EasyEdit of 2025 asks whether there is an evaluation_type, not which
+                setattr(self, name, value)
 
     kind.__init__ = init
 
@@ -75,7 +83,7 @@ def _load_any_model(easyeditor: ModuleType) -> bool:
                 raise
             model, tokenizer = load_model(hparams)
             prepare_tokenizer(tokenizer, hparams.alg_name)
-            original(self, dataclasses.replace(hparams, model_name=LoadedModel(hparams.model_name, model, tokenizer)))
+            original(self, changed(hparams, model_name=LoadedModel(hparams.model_name, model, tokenizer)))
 
     editor.__init__ = init
     return True
@@ -288,7 +296,6 @@ def _tidy(apply):
             return apply(model, *args, **kwargs)
         with _switches_kept(model) as after:
             result = apply(model, *args, **kwargs)
-            # An adapter's training goes on from the flags that it has set; its base gets its own back when it is removed.
             after.append(result[0] if isinstance(result, tuple) else None)
         return result
 
@@ -309,16 +316,24 @@ _LEFT_BEHIND = {
 
 @contextlib.contextmanager
 def _switches_kept(model: torch.nn.Module):
+    put_back, results = remembered_switches(model), []
+    try:
+        yield results
+    finally:
+        put_back(results[0] if results else None)
+
+
+def remembered_switches(model: torch.nn.Module):
+    """A function that puts back all that EasyEdit's methods switch in a model. What they have adapted may be given to it:
+    an adapter's training goes on from its flags, so that they wait until it is unloaded."""
     flags = [(parameter, parameter.requires_grad, parameter.grad is None) for parameter in model.parameters()]
     config = getattr(model, "config", None)
     use_cache, checkpointing = getattr(config, "use_cache", None), getattr(model, "is_gradient_checkpointing", False)
     modules = list(model.modules())
     attributes = [set(vars(module)) for module in modules]
     hooks = [(module._forward_hooks, set(module._forward_hooks)) for module in modules]
-    results: list = []
-    try:
-        yield results
-    finally:
+
+    def put_back(edited=None) -> None:
         if use_cache is not None:
             config.use_cache = use_cache
         if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
@@ -336,11 +351,12 @@ def _switches_kept(model: torch.nn.Module):
                 if without_gradient:
                     parameter.grad = None
 
-        edited = results[0] if results else None
         if hasattr(edited, "peft_config") and hasattr(edited, "unload"):
             _after(edited, "unload", restore_flags)
         else:
             restore_flags()
+
+    return put_back
 
 
 def _after(owner, name: str, action) -> None:

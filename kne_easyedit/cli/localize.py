@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from kne_easyedit.cli.common import add_settings, demand_folder, load_settings, positive
+from kne_easyedit.hparams import changed
 
 
 def add_commands(commands) -> None:
@@ -23,5 +23,5 @@ def _localize(arguments) -> int:
     demand_folder(arguments.out)
     hparams = load_settings(arguments)
     given = {"localization_data": arguments.data, "localization_size": arguments.size}
-    localize_job(dataclasses.replace(hparams, **{k: v for k, v in given.items() if v is not None}), arguments.out)
+    localize_job(changed(hparams, **{k: v for k, v in given.items() if v is not None}), arguments.out)
     return 0

@@ -22,7 +22,7 @@ from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.cache import model_digest
 from kne_easyedit.doctor.findings import FAILURE, OK, Finding, duration, left_out, listed
 from kne_easyedit.editable import demand_editable_by
-from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.hparams import KNEHyperParams, changed
 from kne_easyedit.localization import Localization, distinct, localization_requests
 from kne_easyedit.models import load_model
 from kne_easyedit.state import generators_kept
@@ -63,7 +63,7 @@ def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) 
         scratch = Path(scratch)
         try:
             with _logged(quiet, scratch):
-                model, tokenizer = load_model(dataclasses.replace(next(iter(plan.values())), model_name=str(folder)))
+                model, tokenizer = load_model(changed(next(iter(plan.values())), model_name=str(folder)))
                 weights = model_digest(model)
         except Exception as error:  # noqa: BLE001  (of torch, transformers, safetensors)
             yield _broken("trial", error, scratch)
@@ -110,7 +110,7 @@ def _localised(model, tokenizer, hparams: KNEHyperParams, requests: Sequence[dic
     text = f"{len(facts) - len(missing)} of {len(facts)} facts are in the cache"
     if tried:
         text += f", {tried} more since now: {duration(each)} each"
-    return dataclasses.replace(hparams, ensemble=str(file)), Finding("localisation", OK, text), each * (len(missing) - tried)
+    return changed(hparams, ensemble=str(file)), Finding("localisation", OK, text), each * (len(missing) - tried)
 
 
 def _tried(model: nn.Module, tokenizer, hparams, requests: Sequence[dict], weights: str) -> Times:
@@ -179,4 +179,4 @@ def _anywhere(hparams):
         value = getattr(hparams, name)
         if isinstance(value, str) and (name == "cache_dir" or os.sep in value and Path(value).exists()):
             paths[name] = str(Path(value).expanduser().absolute())
-    return dataclasses.replace(hparams, **paths)
+    return changed(hparams, **paths)

@@ -1,0 +1,226 @@
+"""Taking edits back: what a method gives for it, each matrix kept once; and after any error, Ctrl-C included.
+
+EasyEdit keeps the originals of an edit in a local variable while it evaluates: whoever interrupts that gets an edited model
+without a way back. The patch ``interrupted-edits`` writes down what an editor's call applies, and takes it back.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from kne_easyedit.bridge.patches import runtime_patch
+from kne_easyedit.bridge.runtime_patches import remembered_switches
+from kne_easyedit.layout import rows
+from kne_easyedit.training import RowEdit, restore
+
+EDITS = ("edit", "batch_edit", "edit_requests", "normal_edit", "generate_edit", "edit_dataset")
+"""Methods of EasyEdit's editor that edit, as far as a version has them."""
+
+
+class Undo:
+    """The way back from all edits of ``model`` so far. What many edits change is kept once, as it was before the first."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._steps: list[Callable[[], None]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def remember_rows(self, edit: RowEdit) -> None:
+        """Keeps the rows that KNE is about to write: before they are written, so that no moment is without a way back."""
+        self._last(_Rows).keep(edit)
+
+    def remember(self, edited: nn.Module, originals) -> bool:
+        """Keeps what a method of EasyEdit has given for undoing its edit; each has its own way. False if it gave nothing."""
+        if callable(originals):
+            self._steps.append(torch.no_grad()(originals))
+        elif hasattr(edited, "peft_config"):
+            if edited is not self.model:  # else the adapter of an edit before was trained on
+                self._steps.append(lambda: self._unload(edited))
+        elif isinstance(originals, Mapping) and originals:
+            self._last(_Matrices).keep(originals)
+        else:
+            return False
+        return True
+
+    def take_back(self) -> None:
+        """Takes every edit back, the last one first. A step that an error ends is done again by the next call: that is harmless."""
+        while self._steps:
+            self._steps[-1]()
+            self._steps.pop()
+
+    def _last(self, kind: type):
+        if not self._steps or type(self._steps[-1]) is not kind:
+            self._steps.append(kind(self.model))
+        return self._steps[-1]
+
+    def _unload(self, adapted: nn.Module) -> None:
+        adapted.unload()
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+
+
+class _Matrices:
+    """Whole matrices by parameter name, those of the first edit that gives them."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.originals = model, {}
+
+    def keep(self, originals: Mapping[str, torch.Tensor]) -> None:
+        for name, value in originals.items():
+            self.originals.setdefault(name, value)
+
+    def __call__(self) -> None:
+        restore(self.model, self.originals)
+
+
+class _Rows:
+    """Rows of matrices, each as it was before the first edit that writes it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.known: dict[str, set[int]] = {}
+        self.originals: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    @torch.no_grad()
+    def keep(self, edit: RowEdit) -> None:
+        for name, (chosen, _) in edit.deltas.items():
+            known = self.known.setdefault(name, set())
+            new = [row for row in chosen if row not in known]
+            if new:
+                weight = rows(self.model.get_submodule(name))
+                index = torch.tensor(new, device=weight.device)
+                self.originals.append((name, index, weight[index].clone()))
+                known.update(new)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for name, index, values in self.originals:
+            rows(self.model.get_submodule(name))[index] = values
+
+
+# After any error
+
+
+@runtime_patch("interrupted-edits", "an error while an edit is evaluated, Ctrl-C too, leaves the edit in the model: its originals are lost")
+def _interrupted_edits(easyeditor: ModuleType) -> bool:
+    from kne_easyedit.bridge.registry import is_legacy
+
+    editor = easyeditor.BaseEditor
+    legacy = is_legacy(editor)
+    for name in EDITS:
+        if hasattr(editor, name):
+            setattr(editor, name, _safe(getattr(editor, name), legacy))
+    return True
+
+
+def _safe(method, legacy: bool):
+    @functools.wraps(method)
+    def safe(self, *args, **kwargs):
+        if not isinstance(self.model, nn.Module) or isinstance(self.apply_algo, _Recorder):  # edit() calls edit_requests()
+            return method(self, *args, **kwargs)
+        model, apply, put_back = self.model, self.apply_algo, remembered_switches(self.model)
+        training = [(module, module.training) for module in model.modules()]
+        recorder = _Recorder(apply, Undo(model), self.alg_name, legacy)
+
+        def work():
+            self.apply_algo = recorder
+            return method(self, *args, **kwargs)
+
+        def undo() -> None:
+            recorder.undo.take_back()
+            self.model = model
+            put_back()
+            for module, flag in training:
+                module.training = flag
+
+        def finish() -> None:
+            self.apply_algo = apply
+
+        return undone_on_errors(work, undo, finish)
+
+    return safe
+
+
+class _Recorder:
+    """An editor's method that writes down how to take its edits back."""
+
+    def __init__(self, apply, undo: Undo, alg_name: str, legacy: bool):
+        self.apply, self.undo, self.alg_name, self.legacy = apply, undo, alg_name, legacy
+
+    def __call__(self, *args, **kwargs):
+        if self.alg_name == "KNE":
+            return self.apply(*args, **{**kwargs, "on_trained": self.undo.remember_rows})
+        # Before May 2024 originals were given only to who asked for them, and written back by the editor if it got any.
+        asked = not self.legacy or kwargs.get("keep_original_weight")
+        result = self.apply(*args, **(kwargs if asked else {**kwargs, "keep_original_weight": True}))
+        if not (isinstance(result, tuple) and len(result) == 2):  # prompts of in-context editing
+            return result
+        edited, originals = result
+        self.undo.remember(edited, originals)
+        return edited, originals if asked or callable(originals) else {}
+
+
+def undone_on_errors(work: Callable[[], object], undo: Callable[[], None], finish: Callable[[], None] = lambda: None):
+    """The result of ``work()``. After any exception in it, Ctrl-C included, ``undo()`` is called before the exception goes on.
+
+    A SIGINT in ``undo`` and ``finish`` (which is always called), or between them, waits until they are done: only ``work`` is
+    interrupted. One that comes when ``work`` is over, but its result is not the caller's yet, undoes it, too.
+    """
+    waiting = _Waiting(sys._getframe())
+    undone = False
+    try:
+        waiting.begin()
+        result = work()
+        waiting.closing = True
+    except BaseException:
+        waiting.closing = undone = True
+        undo()
+        raise
+    finally:
+        waiting.closing = True
+        finish()
+        if waiting.came and not undone:
+            undo()
+        waiting.end()
+    return result
+
+
+class _Waiting:
+    """A handler of SIGINT that lets it through to the one before while ``work`` runs, and else has it wait.
+
+    Python calls it with the frame that it interrupts: if that is ``frame`` itself, ``work`` has not begun or has ended.
+    """
+
+    def __init__(self, frame):
+        self.frame, self.closing, self.came, self.before = frame, False, False, None
+
+    def begin(self) -> None:
+        before = signal.getsignal(signal.SIGINT)
+        # Elsewhere no signal arrives, or it is ignored, or it ends the process.
+        if threading.current_thread() is threading.main_thread() and callable(before):
+            self.before = before
+            signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number, frame) -> None:
+        if self.closing or frame is self.frame:
+            self.came = True
+        else:
+            self.before(number, frame)
+
+    def end(self) -> None:
+        """Puts the handler before back, and gives it what has waited."""
+        frame, self.frame = self.frame, None
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+            if self.came:
+                self.before(signal.SIGINT, frame)
