@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT
 
+pytestmark = pytest.mark.easyedit
 HERE = Path(__file__).parent
 FILES = ("bridge", "benchmark", "compatibility", "doctor", "method_editor", "patches", "scripts", "scores", "statistics")
 AGREEMENT = """
