@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import sys
 import uuid
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
@@ -22,9 +29,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from kne_easyedit import smollm2 as real_model
 from kne_easyedit.batching import encode
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.layout import resolve_target
+from kne_easyedit.paths import cache_home
 
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 WORDS = (
@@ -44,14 +53,76 @@ GPT2_DOWN = "transformer.h.{}.mlp.c_proj"
 SIZE = {"hidden": 24, "inner": 40, "layers": 4, "heads": 4}
 
 
-CHECKOUT = os.environ.get("EASYEDIT_HOME") or None
+if os.environ.get("EASYEDIT_HOME") and not os.environ.get("KNE_TEST_CHECKOUT"):
+    os.environ["KNE_TEST_HOME"] = os.environ.pop("EASYEDIT_HOME")  # under this name pytest-xdist's workers inherit it
+CHECKOUT = os.environ.get("EASYEDIT_HOME") or os.environ.get("KNE_TEST_HOME") or None
 """The user's checkout of EasyEdit: test_checkout.py runs on it. This process tests the installed release, for one
 process imports one EasyEdit."""
-if CHECKOUT and not os.environ.get("KNE_TEST_CHECKOUT"):
-    del os.environ["EASYEDIT_HOME"]
 
-REAL_MODEL = ("test_smollm2", "test_real_model")
-"""Modules of tests that work on the real model."""
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads; a name that is none is then refused at once
+
+THREADS = int(os.environ.get("KNE_TEST_THREADS") or 1)
+"""Of torch in tests of tiny models, whose tensors wait for each other on several: on a busy machine that is 50 times
+slower. `make test-kernels` asks for more all the same: sums are then cut in other places."""
+
+HANGS = 1800
+"""Seconds after which a process is taken to hang. No test takes a tenth of it on the slowest machine."""
+
+
+def with_same_threads() -> dict[str, str]:
+    """The environment of a process that computes the same bits as the test that starts it."""
+    return {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+
+
+# What a test needs
+
+TIERS = ("unit", "easyedit", "model")
+"""Markers, of which every test has one: it needs neither, EasyEdit, or the real model (and perhaps EasyEdit)."""
+
+
+@cache
+def tier_of(module: Path) -> str:
+    """By what the module says (``pytestmark = pytest.mark.…``), else by what it imports."""
+    text = module.read_text(encoding="utf-8")
+    if said := re.search(rf"^pytestmark = pytest\.mark\.({'|'.join(TIERS)})$", text, re.MULTILINE):
+        return said[1]
+    imports = "\n".join(re.findall(r"^ *(?:from|import) .*", text, re.MULTILINE))
+    if "smollm2_path" in imports:
+        return "model"
+    return "easyedit" if re.search(r"\b(bridge|benchmark|methods)\b", imports) else "unit"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not any(item.get_closest_marker(tier) for tier in TIERS):
+            item.add_marker(tier_of(item.path))
+
+
+@pytest.fixture(autouse=True)
+def no_more_than_its_marker_says(request, monkeypatch):
+    """`make test-fast` runs where there is neither EasyEdit nor the real model: a test of it that needs them fails, by name."""
+    needs = next(tier for tier in TIERS if request.node.get_closest_marker(tier))
+    if needs != "model":
+        converted = "the real model is needed: put `pytestmark = pytest.mark.model` into the module"
+        monkeypatch.setattr(real_model, "convert_smollm2", lambda *_: pytest.fail(converted))
+    before = "easyeditor" in sys.modules
+    yield
+    if needs == "unit" and not before and "easyeditor" in sys.modules:
+        pytest.fail("EasyEdit was imported: put `pytestmark = pytest.mark.easyedit` into the module")
+
+
+@pytest.fixture(scope="session")
+def real_folder() -> Path:
+    """SmolLM2-135M in the user's cache; the workers wait for the one that converts it."""
+    cache_home().mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_home() / "tests.lock"):
+        return real_model.smollm2_path()
+
+
+@pytest.fixture(scope="session")
+def smollm2(real_folder):
+    """The model in float32 and its tokenizer, loaded once a worker. Tests leave it as it was."""
+    return AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(real_folder)
 
 
 @pytest.fixture(autouse=True)
@@ -62,16 +133,17 @@ def own_cache(request, monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def one_thread(request):
-    """Tiny tensors on several threads only wait for each other: on a busy machine that is 50 times slower."""
+def few_threads(request):
+    """The real model's tests have as many as there are, unless several workers share the cores."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads if _is_real(request) else 1)
+    if not _is_real(request) or "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(threads)
 
 
 def _is_real(request) -> bool:
-    return request.module.__name__.rpartition(".")[-1] in REAL_MODEL
+    return request.node.get_closest_marker("model") is not None
 
 
 # The tokenizer

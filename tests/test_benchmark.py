@@ -47,6 +47,20 @@ def job(tmp_path):
     return Run(make_llama(), make_tokenizer(), requests, {"KNE": hparams}, "RECORDS", tmp_path / "out")
 
 
+@pytest.fixture
+def no_fluency(job):
+    """Without the texts of hundreds of tokens that fluency is measured on: a third of a run's time."""
+    job.fluency = False
+
+
+@pytest.fixture
+def quick(job, no_fluency, monkeypatch):
+    """A run for its files and lines: edits need not succeed, and nothing is drawn."""
+    job.hparams["KNE"].num_steps = 3
+    monkeypatch.setattr("kne_easyedit.plots.draw_ensemble", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr("kne_easyedit.plots.draw_retention", lambda *_args, **_kwargs: None)
+
+
 def ft():
     """FT of EasyEdit for the tiny model."""
     hparams = load_method("FT", Path(__file__).parents[1] / "hparams/FT/smollm2-135m.yaml")
@@ -108,6 +122,7 @@ def counting(monkeypatch, stop_at: int | None = None) -> list[int]:
     return edited
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_interrupted_run_goes_on_where_it_stopped(job, monkeypatch):
     before = fingerprint(job.model)
     with monkeypatch.context() as patch:
@@ -123,6 +138,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(job, monkeypatch):
     assert [line["index"] for line in lines_of(job)] == [0, 1]
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_finished_run_is_repeated_only_if_asked(job, monkeypatch):
     first = run(job)
     edited = counting(monkeypatch)
@@ -134,6 +150,7 @@ def test_a_finished_run_is_repeated_only_if_asked(job, monkeypatch):
     assert (job.folder / "results.other-1.jsonl").read_text() == old
 
 
+@pytest.mark.usefixtures("quick")
 def test_lines_of_other_settings_are_moved_aside_each_to_a_file_of_its_own(job):
     kept = []
     for stop_loss in (0.4, 0.5, 0.6):
@@ -145,6 +162,7 @@ def test_lines_of_other_settings_are_moved_aside_each_to_a_file_of_its_own(job):
     assert len({line["fingerprint"] for text in kept for line in map(json.loads, text.splitlines())}) == 3
 
 
+@pytest.mark.usefixtures("quick")
 def test_settings_and_records_of_an_earlier_run_are_not_computed_again(job, monkeypatch):
     def move(stop_loss, records):
         job.hparams["KNE"].stop_loss, job.requests = stop_loss, everything[:records]
@@ -165,6 +183,7 @@ def test_settings_and_records_of_an_earlier_run_are_not_computed_again(job, monk
     assert len(kept) <= 4 + 4  # and copies do not pile up
 
 
+@pytest.mark.usefixtures("quick")
 def test_of_lines_computed_again_the_latest_count(job, monkeypatch):
     run(job)
     run(job, again=True)
@@ -180,6 +199,7 @@ def test_of_lines_computed_again_the_latest_count(job, monkeypatch):
     assert lines_of(job) == again
 
 
+@pytest.mark.usefixtures("quick")
 def test_another_method_keeps_the_lines_of_the_first(job, monkeypatch):
     run(job)
     old = (job.folder / "results.jsonl").read_text()
@@ -195,6 +215,7 @@ def test_another_method_keeps_the_lines_of_the_first(job, monkeypatch):
     assert evaluated == ["FT", "FT"]  # after the edits only: before them KNE's evaluations of the same model serve
 
 
+@pytest.mark.usefixtures("quick")
 def test_only_records_that_changed_are_edited_again(job, monkeypatch):
     run(job)
     job.requests[1] = {**job.requests[1], "target_new": "Ada"}
@@ -203,6 +224,7 @@ def test_only_records_that_changed_are_edited_again(job, monkeypatch):
     assert edited == ["Spain"]
 
 
+@pytest.mark.usefixtures("quick")
 def test_what_results_do_not_depend_on_makes_no_new_run(job, monkeypatch, tmp_path):
     run(job)
     job.hparams["KNE"].chunk_rows = 7
@@ -212,6 +234,7 @@ def test_what_results_do_not_depend_on_makes_no_new_run(job, monkeypatch, tmp_pa
     assert edited == []
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_folder_serves_one_run_at_a_time(job):
     with alone_in(job.folder), pytest.raises(ValueError, match="another run is writing"):
         run(job)
@@ -226,6 +249,7 @@ def test_two_runs_with_one_seed_agree(job, tmp_path):
     assert [{**line, "seconds": 0, "peak_bytes": 0} for line in lines_of(job)] == first
 
 
+@pytest.mark.usefixtures("quick")
 def test_no_edit_pays_for_second_moments(job, monkeypatch, capsys):
     """They are made before the first edit, where MEMIT looks for them; a run that goes on finds them and knows what they took."""
     monkeypatch.setattr(statistics, "SOURCE", statistics.TextSource(samples=6, length=8))
@@ -270,6 +294,7 @@ def test_without_fluency_the_other_figures_stay_as_they_are(job, capsys):
         assert (line["after"], line["losses"]) == (old["after"], old["losses"])
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_record_that_cannot_be_edited(job, skip):
     before = fingerprint(job.model)
@@ -285,6 +310,7 @@ def test_a_record_that_cannot_be_edited(job, skip):
     assert fingerprint(job.model) == before
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_model_that_is_not_restored_ends_the_run(job, monkeypatch):
     """Converse of the bit-equality check: a method that loses one bit is caught."""
     original = editing.editor_for
@@ -307,6 +333,7 @@ def test_a_model_that_is_not_restored_ends_the_run(job, monkeypatch):
         run(job)
 
 
+@pytest.mark.usefixtures("no_fluency")
 def test_sequential_edits_stay_and_earlier_facts_are_asked_again(job, monkeypatch):
     before = fingerprint(job.model)
     job.requests += [{**to_request(record("Peru", "Marie")), "index": 2}]
@@ -327,6 +354,7 @@ def test_sequential_edits_stay_and_earlier_facts_are_asked_again(job, monkeypatc
     assert len(edited) == 3
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_interrupted_sequence_repeats_edits_but_no_evaluation(job, monkeypatch, tmp_path):
     job.requests += [{**to_request(record("Peru", "Marie")), "index": 2}]
     job.mode, job.retention_every = "sequential", 2
@@ -348,6 +376,7 @@ def test_an_interrupted_sequence_repeats_edits_but_no_evaluation(job, monkeypatc
     assert evaluated[0] == 2 and 4 <= len(evaluated) <= 5  # Peru (before and) after its edit, and all three at the end
 
 
+@pytest.mark.usefixtures("no_fluency")
 @pytest.mark.parametrize("size", [1, 2, 10])
 def test_batches_are_edited_together_and_undone_together(job, monkeypatch, size):
     before = fingerprint(job.model)
@@ -363,6 +392,7 @@ def test_batches_are_edited_together_and_undone_together(job, monkeypatch, size)
     assert [line["index"] for line in lines_of(job)] == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("no_fluency")
 def test_a_chat_template_reaches_edit_and_evaluation(job):
     job.tokenizer.chat_template = "{% for m in messages %}What is {{ m['content'] }} ?{% endfor %}"
     job.chat_template = True
@@ -407,6 +437,7 @@ def test_a_template_that_only_kne_asks_for(job):
         run(job)
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_callers_hparams_stay_as_they_are(job):
     job.tokenizer.chat_template = "{% for m in messages %}What is {{ m['content'] }} ?{% endfor %}"
     job.chat_template = True
@@ -430,6 +461,7 @@ def test_exact_match_is_about_the_beginning_of_a_free_answer(answer, target, rig
     assert begins_with(answer, target) is right
 
 
+@pytest.mark.usefixtures("no_fluency")
 def test_several_module_types_are_drawn(job):
     job.hparams["KNE"].target_modules = [LLAMA_DOWN, "model.layers.{}.mlp.up_proj"]
     summary = run(job)
@@ -466,6 +498,7 @@ def test_summary_averages_as_easyedits_script_does():
     assert summarize([line({"rewrite_acc": [1.0], "portability": {}, "locality": {}})])["portability"] is None
 
 
+@pytest.mark.usefixtures("quick")
 def test_kn_gets_the_models_own_answer_where_a_record_has_none(job, monkeypatch):
     hparams = load_method("KN", Path(__file__).parents[1] / "hparams/KN/smollm2-135m.yaml")
     job.hparams = {"KN": hparams}

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FACTS, GPTJ_DOWN, LLAMA_DOWN, all_layers, failing, make_gptj, make_llama, tiny_hparams
+from rounding import ONE_SUM, roundings
 from transformers import AutoModelForCausalLM
 
 from kne_easyedit import cache as cache_module
@@ -504,7 +505,9 @@ class TestResume:
         ],
         ids=["order", "first N", "last N", "p", "aggregation", "layers", "chunks", "all at once"],
     )
-    def test_entries_serve_other(self, llama, tokenizer, tmp_path, attributed, hparams, requests, changes):
+    def test_entries_serve_other(self, llama64, tokenizer, tmp_path, attributed, hparams, requests, changes):
+        """In float64: other chunks add up in another order, and no rounding must move a neuron over the threshold."""
+        llama = llama64
         first = localize(llama, tokenizer, REQUESTS, hparams)
         del attributed[:]
         wanted = replace(hparams, **changes)
@@ -513,7 +516,7 @@ class TestResume:
         fresh = localize(llama, tokenizer, requests, replace(wanted, cache_dir=str(tmp_path / "fresh")))
         assert len(attributed.facts) == len(requests), "converse: in an empty cache it is all work"
         assert found.neurons == fresh.neurons and found.facts == len(requests)
-        assert found.thresholds == pytest.approx(fresh.thresholds, rel=1e-4)  # other chunks add up in other order
+        assert found.thresholds == pytest.approx(fresh.thresholds, rel=1e-9)
         assert found.neurons != first.neurons or changes.keys() <= {"chunk_rows"} and len(requests) == len(REQUESTS)
 
     @pytest.mark.parametrize("changes", [{"attribution_steps": STEPS + 1}, {"quadrature": "gauss-legendre"}], ids=str)
@@ -572,9 +575,10 @@ class TestResume:
         every = torch.stack(list(twice.scores(target)))
         assert torch.equal(every[0], every[1]) and torch.equal(every[0], every[4])
         wanted = every.amax(0) if aggregation == "max" else every.mean(0)
-        torch.testing.assert_close(twice.aggregate()[LLAMA_DOWN], wanted)
+        assert roundings(twice.aggregate()[LLAMA_DOWN], wanted) < ONE_SUM
         once = Localization(llama, tokenizer, REQUESTS, hparams).aggregate()[LLAMA_DOWN]
-        assert torch.allclose(once, wanted) == (aggregation == "max"), "a mean weighs it three times, a maximum does not care"
+        weighed = roundings(once, wanted) > 1000 * ONE_SUM
+        assert weighed == (aggregation == "mean"), "a mean weighs it three times, a maximum does not care"
 
     @pytest.mark.parametrize("how", ["deleted", "truncated", "layers"])
     @pytest.mark.parametrize("lost", [[0], [1, 2], [0, 1, 2]], ids=str)

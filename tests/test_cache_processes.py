@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FACTS, LLAMA_DOWN, make_llama, make_tokenizer, tiny_hparams
+from conftest import FACTS, HANGS, LLAMA_DOWN, THREADS, make_llama, make_tokenizer, tiny_hparams
 
 from kne_easyedit import localization, paths
 from kne_easyedit.attribution import attribute_facts
@@ -20,7 +20,7 @@ from kne_easyedit.localization import localize
 MORE = (("The capital of Spain is", "Madrid"), ("The mother of Ada is", "Marie ."), ("Lima flows", "Oslo"))
 REQUESTS = [{"prompt": prompt, "target_new": target} for prompt, target in (*FACTS, *MORE)]
 HPARAMS = tiny_hparams(chunk_rows=1)  # each fact is a sweep of its own, stored at once, with the same bits in any company
-PATIENCE = 60
+PATIENCE = HANGS
 
 
 # In the processes
@@ -28,7 +28,7 @@ PATIENCE = 60
 
 def main(connection, folder: Path, layers=(), moment=None, k=1, then=None) -> None:
     """One localisation. It dies, or waits for the other (``then``), when ``moment`` comes for the ``k``-th time."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)  # as in the tests: their scores must have the same bits
     attributed = []
 
     def wait():
@@ -173,7 +173,7 @@ def meet(children) -> None:
 class TestKilled:
     """By SIGKILL, which nothing can catch, at one of six facts."""
 
-    @pytest.mark.parametrize("k", [1, 3, 6])
+    @pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)])
     @pytest.mark.parametrize(
         ("moment", "left"),
         [("attribution", 0), ("half the file", 1), ("before the sync", 1), ("before the rename", 1), ("after the rename", 0)],

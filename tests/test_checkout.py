@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT
 
+pytestmark = pytest.mark.easyedit
 HERE = Path(__file__).parent
 FILES = (
     "bridge", "benchmark", "compatibility", "doctor", "easyedit_methods", "easyedit_settings", "interrupts", "method_editor", "patches", "scripts",

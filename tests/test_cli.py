@@ -15,6 +15,8 @@ from conftest import make_llama, make_tokenizer, tiny_hparams
 from kne_easyedit import cli
 from kne_easyedit.models import load_model
 
+pytestmark = pytest.mark.easyedit
+
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ print(digest([{(name, i) for name in ("down", "up") for i in range(40)}, frozens
 def test_every_process_has_the_same():
     found = {
         subprocess.run([sys.executable, "-c", CODE], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
-        for seed in ("1", "2", "3")
+        for seed in ("1", "2")
     }
     assert len(found) == 1 and len(found.pop()) == 65
 

@@ -23,7 +23,7 @@ def prompts_file(tmp_path):
     return str(path)
 
 
-def test_the_divergence_of_an_unchanged_model_is_zero_and_of_a_changed_one_is_that_of_its_definition():
+def test_the_divergence_of_an_unchanged_model_is_zero_and_of_a_changed_one_is_that_of_its_definition(double_precision):
     model, tokenizer = make_llama(dtype=torch.float64), make_tokenizer()
     divergence = Divergence(model, tokenizer, PROMPTS)
     assert divergence.now(model).item() == approx(0, abs=1e-12)

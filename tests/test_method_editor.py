@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import failing, fingerprint, make_llama, make_tokenizer, weights
 from methods import HPARAMS, LABELS, edit_inputs, records, settings, tokenizer_for
+from rounding import A_MODEL, roundings
 
 from kne_easyedit import bridge
 from kne_easyedit.bridge import MethodEditor, compare, statistics
@@ -97,14 +98,14 @@ def test_an_edit_of_no_effect_keeps_the_edits_before(label):
     answers = logits(editor)
     editor.apply(records()[:1])
     edited = logits(editor)
-    assert (edited - answers).abs().max() > 0.1
+    assert roundings(edited, answers) > 10 * A_MODEL
     editor.hparams = dataclasses.replace(editor.hparams, **{NO_EFFECT[label]: 0.0})
     if label == "AdaLoRA" and bridge.is_legacy():
         with pytest.raises(ValueError, match="loses those before"):
             editor.apply(records()[1:2])
         return
     editor.apply(records()[1:2])
-    torch.testing.assert_close(logits(editor), edited, rtol=1e-3, atol=1e-3)
+    assert roundings(logits(editor), edited) < A_MODEL
 
 
 def test_after_a_failed_edit_the_model_is_what_it_was_before_all_edits(editor):
@@ -160,7 +161,7 @@ def test_a_batch_of_three_edits_all_and_is_undone_or_is_refused(label):
     torch.manual_seed(0)
     editor.apply(records())
     assert changed(editor, before)
-    assert not torch.allclose(logits(editor), logits(alone), atol=1e-3)  # the other two count, too
+    assert roundings(logits(editor), logits(alone)) > 10 * A_MODEL  # the other two count, too
     editor.undo()
     assert fingerprint(editor.original) == before
 

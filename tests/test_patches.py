@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import LLAMA_DOWN, failing, fingerprint, make_llama, make_tokenizer, tiny_hparams
+from conftest import HANGS, LLAMA_DOWN, failing, fingerprint, make_llama, make_tokenizer, tiny_hparams
 from methods import LEAVES_SWITCHES, NAME, edit_inputs, records, settings, tokenizer_for
 
 from kne_easyedit import bridge
@@ -426,16 +426,19 @@ def adapted_answers_agree() -> bool:
 
 
 def ft_sees_the_last_token() -> bool:
-    """FT-L on prompts of two lengths, padded on the left or on the right, comes to the same weights."""
+    """FT-L on prompts of two lengths, padded on the left or on the right, comes to the same weights.
+
+    In float64: Adam's first step goes by a gradient's sign alone, which float32's rounding may turn where it is nearly zero.
+    """
     facts = [{"prompt": p, "target_new": "Rome", "subject": "France"} for p in ("The capital of France is", "What is the capital of France ? The capital is")]
     found = []
     for side in ("left", "right"):
-        model, hparams = make_llama(), settings("FT-L", num_steps=1, batch_size=2)
+        model, hparams = make_llama(torch.float64), settings("FT-L", num_steps=1, batch_size=2)
         tokenizer = tokenizer_for(hparams)
         tokenizer.padding_side = side
         edited, _ = module("models.ft.ft_main").apply_ft_to_model(model, tokenizer, facts, hparams)
         found.append(edited.get_submodule(LLAMA_DOWN.format(hparams.layers[0])).weight.detach().clone())
-    return torch.allclose(found[0], found[1], atol=1e-5)
+    return torch.allclose(found[0], found[1], rtol=0, atol=1e-4)  # lr is 0.05: a step in another direction is far beyond
 
 
 def loads_the_type_asked_for() -> bool:
@@ -516,7 +519,7 @@ def without(tmp_path_factory) -> dict:
     environment = {**os.environ, patches.OFF: off, "KNE_CACHE": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": ""}
     command = [sys.executable, __file__, "found.json"]
     done = subprocess.run(
-        command, check=False, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=240
+        command, check=False, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=HANGS
     )
     assert done.returncode == 0, done.stderr[-2000:]
     after = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sources.rglob("*") if path.is_file()}

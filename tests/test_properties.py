@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from conftest import GPT2_DOWN, GPTJ_DOWN, LLAMA_DOWN, NoDetours, make_gpt2, mak
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from reference import answer_probability, literal_attribution_of_ids, neuron_value
+from rounding import ONE_SUM
 
 from kne_easyedit.attribution import attribute_facts
 from kne_easyedit.batching import Fact
@@ -25,8 +27,15 @@ ROUNDING = 1e-11
 """Relative to a fact's largest score: sums in another order, in float64."""
 
 
+MANY = os.environ.get("KNE_TEST_EXAMPLES") == "many"
+"""`make test-slow` tries the whole set of examples, other runs its first part."""
+if MANY:
+    pytestmark = [pytest.mark.unit, pytest.mark.slow]
+
+
 def tried(examples: int) -> settings:
     """One fixed set of examples: a failure is one on every machine and in every run."""
+    examples = examples if MANY else max(5, examples // 8)
     phases, checks = [Phase.generate, Phase.shrink], [HealthCheck.too_slow]
     return settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=phases, suppress_health_check=checks)
 
@@ -220,5 +229,7 @@ class TestAggregation:
         if aggregation == "max":
             assert torch.equal(total, stack.amax(0)) and torch.equal(total, shuffled)
         else:
-            assert torch.allclose(total, stack.mean(0), atol=1e-6) and torch.allclose(total, shuffled, atol=1e-6)
+            # of one unit for all, so that sums which cancel are no exception
+            unit = ONE_SUM * torch.finfo(total.dtype).eps * stack.abs().max()
+            assert (total - stack.mean(0)).abs().max() <= unit and (total - shuffled).abs().max() <= unit
         assert not math.isnan(total.sum())

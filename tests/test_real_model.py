@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kne_easyedit import KNEHyperParams, apply_kne_to_model, attribute, load_records, restore, select_ensemble
 from kne_easyedit.cache import model_digest
 from kne_easyedit.cli.common import shipped
-from kne_easyedit.smollm2 import smollm2_path
 from reference import literal_attribution
+from rounding import A_MODEL, roundings
 
+pytestmark = pytest.mark.model
 DOWN = "model.layers.{}.mlp.down_proj"
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    path = smollm2_path()
-    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
 
 
 def continuation(model, tokenizer, prompt, length=3):
@@ -32,9 +26,9 @@ def test_attribution_equals_the_literal_recomputation(smollm2):
     fact = ("The capital of France is", "Rome")
     scores = attribute(model, tokenizer, *fact, DOWN, steps=2)
     assert scores.shape == (30, 576) and scores.dtype == torch.float32
-    layers = [0, 15, 29]
+    layers = [0, 29]
     expected = literal_attribution(model, tokenizer, *fact, DOWN, steps=2, layers=layers)
-    assert (scores[layers] - expected).abs().max() < 1e-4 * scores.abs().max()
+    assert roundings(scores[layers], expected) < A_MODEL
 
 
 def test_an_edit_changes_the_answer_and_is_undone_bit_by_bit(smollm2):

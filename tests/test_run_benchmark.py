@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import make_llama, make_tokenizer
+from conftest import HANGS, make_llama, make_tokenizer, with_same_threads
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_benchmark import record
@@ -45,12 +44,12 @@ def command(place: Path, out: str, *overrides: str) -> list[str]:
 
 
 def environment(place: Path, **changes: str) -> dict[str, str]:
-    return {**os.environ, "KNE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1", **changes}
+    return {**with_same_threads(), "KNE_CACHE": str(place / "cache"), **changes}
 
 
 def run(place: Path, out: str, *overrides: str, **changes: str) -> None:
     """``changes`` are of the environment."""
-    done = subprocess.run(command(place, out, *overrides), cwd=place, env=environment(place, **changes), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(place, out, *overrides), cwd=place, env=environment(place, **changes), capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -60,6 +59,7 @@ def figures_of(folder: Path) -> list[dict]:
     return sorted(({k: v for k, v in line.items() if k not in drop} for line in collect([folder]).lines), key=lambda l: (l["method"], l["index"]))
 
 
+@pytest.mark.slow
 def test_two_methods_with_two_workers_and_shards_equal_one_run(place):
     """Joblib for real; the shards' lines merge to exactly those of one run, which a second run repeats exactly."""
     run(place, "whole", "benchmark/method@method=kne,ft")
@@ -80,24 +80,40 @@ def test_two_methods_with_two_workers_and_shards_equal_one_run(place):
     assert [list(m["methods"]) for m in json.loads((place / "report/manifests.json").read_text())] == [["FT"], ["KNE"]]
 
 
+KILLED = """
+import os, runpy, signal, sys
+from kne_easyedit.benchmark.store import Lines
+
+append, lines = Lines.append, []
+
+def dying(self, line):
+    append(self, line)
+    lines.append(line)
+    if len(lines) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Lines.append = dying
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script and kills it from within, right after its second line."""
+
+
 def test_a_killed_run_goes_on_and_repeats_nothing(place):
-    process = subprocess.Popen(
-        command(place, "killed", "benchmark/method@method=ft", "++model.settings.num_steps=60"),
-        cwd=place, env=environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.time() + 120
-    while not any(file.read_text().count("\n") for file in (place / "killed").rglob("results.jsonl")) and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    python, *script = command(place, "killed", "benchmark/method@method=ft", "evaluation.fluency=false")
+    done = subprocess.run(
+        [python, "-c", KILLED, *script], cwd=place, env=environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=HANGS
+    )
+    assert done.returncode == -signal.SIGKILL
     (results,) = (place / "killed").rglob("results.jsonl")
     kept = results.read_text()
-    assert 1 <= kept.count("\n") < 3, "killed too late to show anything"
-    run(place, "killed", "benchmark/method@method=ft", "++model.settings.num_steps=60")
+    assert kept.count("\n") == 2
+    run(place, "killed", "benchmark/method@method=ft", "evaluation.fluency=false")
     assert results.read_text().startswith(kept[: kept.rindex("\n") + 1])
     assert [json.loads(line)["index"] for line in results.read_text().splitlines()] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_another_process_knows_the_lines_of_an_ensemble(place):
     """Sets have another order in every process; what stands for an ensemble must not."""
     for seed in ("1", "2"):

@@ -26,7 +26,6 @@ from kne_easyedit.bridge.scripts import ScriptError, run_script
 from kne_easyedit.scores import read_results, summarize_metrics
 
 SHIPPED = Path(__file__).parents[1] / "hparams"
-EXAMPLES = bridge.locate() / "examples"
 
 CHOICE = """
     import argparse
@@ -604,12 +603,16 @@ def tiny(work):
     return work
 
 
+def examples() -> Path:
+    return bridge.locate() / "examples"
+
+
 def stock(name: str) -> Path:
-    if not (EXAMPLES / "run_knowedit_llama2.py").is_file():
+    if not (examples() / "run_knowedit_llama2.py").is_file():
         pytest.skip("THIS EASYEDIT HAS NO EXAMPLES BESIDE IT: ITS SCRIPTS WERE NOT RUN (set EASYEDIT_HOME to a checkout)")
-    if not (EXAMPLES / name).is_file():
+    if not (examples() / name).is_file():
         pytest.skip(f"THIS EASYEDIT HAS NO {name}: IT WAS NOT RUN")
-    return EXAMPLES / name
+    return examples() / name
 
 
 def test_stock_knowedit(tiny, capsys):
@@ -698,7 +701,7 @@ def test_every_stock_script_can_be_opened():
     """Each one that takes a method has a place for any, but those whose branches are functions of their own."""
     stock("run_knowedit_llama2.py")
     closed = []
-    for path in sorted(EXAMPLES.glob("*.py")):
+    for path in sorted(examples().glob("*.py")):
         tree = scripts._parse(path)
         if scripts.METHOD_OPTION in scripts._constants(tree):
             changes = scripts._Opened(tree)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FACTS, LLAMA_DOWN, fingerprint, make_llama, make_tokenizer, tiny_hparams
+from conftest import FACTS, HANGS, LLAMA_DOWN, fingerprint, make_llama, make_tokenizer, tiny_hparams, with_same_threads
 from safetensors import safe_open
 
 from kne_easyedit import cli, localization
@@ -146,7 +146,7 @@ class TestHydra:
 
     def run(self, folder, *overrides):
         arguments = [sys.executable, ROOT / "scripts/localize.py", "model=model", "out=out", "hparams.cache_dir=cache", *overrides]
-        done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+        done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, env=with_same_threads(), timeout=HANGS)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
