@@ -121,7 +121,7 @@ def test_a_machine_without_room_or_a_gpu_gets_one_process(monkeypatch):
 def job(folder, **changes) -> Run:
     requests = [{**record, "index": i} for i, record in enumerate(records())]
     hparams = {"KNE": settings("KNE"), "FT": settings("FT")}
-    return Run(make_llama(), make_tokenizer(), requests, hparams, "tiny.json", folder, **changes)
+    return Run(make_llama(), make_tokenizer(), requests, hparams, "tiny.json", folder, fluency=False, **changes)
 
 
 def comparable(folder) -> list[dict]:
