@@ -28,22 +28,39 @@ _RECOMPUTED = {
 """Names of tensors from which a hook makes the weight anew in every pass -> what that is, and what ends it."""
 
 
-def demand_unadapted(model: nn.Module) -> None:
-    """Raises ValueError for a model that carries a PEFT adapter: rows are trained, and written, into base weights alone."""
+_COMPILED = ("compiled (torch.compile), and compiled code sees no hooks", "edit what was compiled (model._orig_mod), and compile after the edit")
+_WRAPPERS = {
+    "OptimizedModule": _COMPILED,
+    "FullyShardedDataParallel": ("spread over processes (FSDP)", "load the whole model into one process and edit that"),
+    "DistributedDataParallel": ("wrapped in DistributedDataParallel", "edit what is wrapped (model.module)"),
+    "DataParallel": ("wrapped in DataParallel", "edit what is wrapped (model.module)"),
+}
+"""Names of classes that hold a model -> what that is, and the way out."""
+
+
+def demand_bare(model: nn.Module) -> None:
+    """Raises ValueError for a model that is wrapped, compiled, or carries a PEFT adapter.
+
+    Rows are trained, and written, into the base weights of plain modules alone.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     for name, module in model.named_modules():
+        at = f"at {name}" if name else "the model itself"
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise ValueError(
                 f"model: {type(model).__name__} carries a PEFT adapter; merge or unload it before editing "
-                f"(merge_and_unload(), unload()). It is at {name}"
+                f"(merge_and_unload(), unload()). It is {at}"
             )
+        wrapped = _WRAPPERS.get(type(module).__name__) or (_COMPILED if module._compiled_call_impl is not None else None)
+        if wrapped is not None:
+            raise ValueError(f"model: {type(model).__name__} is {wrapped[0]} ({at}); {wrapped[1]}")
 
 
 def demand_editable_by(model: nn.Module, hparams: KNEHyperParams) -> None:
-    """Raises ValueError if ``model`` carries an adapter, or for a module that an edit under ``hparams`` may write to but cannot."""
-    demand_unadapted(model)
+    """Raises ValueError for a ``model`` that is not bare (`demand_bare`), or for a module that an edit under ``hparams`` may write to but cannot."""
+    demand_bare(model)
     if hparams.ensemble is not None:
         targets = [target for target, _ in NeuronEnsemble.load(hparams.ensemble).targets(model).values()]
     else:
@@ -60,9 +77,8 @@ def demand_editable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         for place in _places(parameter):
             owners.setdefault(place, []).append(name)
-    wrapped = next((known_kind(module) for module in model.modules() if type(module).__name__ == "FullyShardedDataParallel"), None)
     for name, module in modules.items():
-        found = wrapped or _obstacle(model, name, module)
+        found = _obstacle(model, name, module)
         if found is None:
             others = {owner for place in _places(module.weight) for owner in owners[place]} - {f"{name}.weight"}
             found = others and (f"shared with {', '.join(sorted(others))}, which an edit would change, too", "untie them: give each a copy")

@@ -29,7 +29,7 @@ _KINDS = {
         UNQUANTISED,
     ),
     r"DTensor": ("spread over processes (DTensor)", _WHOLE),
-    r"FullyShardedDataParallel|FlatParameter": ("spread over processes (FSDP)", _WHOLE),
+    r"FlatParameter": ("spread over processes (FSDP)", _WHOLE),
 }
 _LIBRARIES = {
     r"torchao\b": ("quantised (torchao)", UNQUANTISED),

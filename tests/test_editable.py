@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import GPT2_DOWN, LLAMA_DOWN, ONE_TOKEN, SIZE, fingerprint, make_gpt2, make_llama, tiny_hparams
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from kne_easyedit import localization
@@ -209,17 +210,42 @@ def test_refused_with_an_ensemble_of_ones_own(kind, way, tokenizer, facts, tmp_p
             train_rows(model, facts, ensemble, tiny_hparams())
 
 
-def test_refused_spread_over_processes(tokenizer, untouched, tmp_path):
-    """A weight that is a DTensor, in a process group of one."""
-    distributed = torch.distributed
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    try:
-        model = make_llama()
-        spread(model, model.get_submodule(NAME))
-        with pytest.raises(ValueError, match=rf"{NAME} cannot be edited: .*spread over processes \(DTensor\).*into one process"):
-            apply_kne_to_model(model, tokenizer, [REQUEST], tiny_hparams())
-    finally:
-        distributed.destroy_process_group()
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_refused_spread_over_processes(tokenizer, untouched, alone):
+    model = make_llama()
+    spread(model, model.get_submodule(NAME))
+    with pytest.raises(ValueError, match=rf"{NAME} cannot be edited: .*spread over processes \(DTensor\).*into one process"):
+        apply_kne_to_model(model, tokenizer, [REQUEST], tiny_hparams())
+
+
+def compiled_in_place(model):
+    model.model.layers[1].compile()
+    return model
+
+
+WRAPPED = {
+    "FSDP": (lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")), r"spread over processes \(FSDP\).*into one process"),
+    "compiled": (torch.compile, r"compiled \(torch.compile\).*the model itself.*model._orig_mod"),
+    "compiled in place": (compiled_in_place, r"compiled \(torch.compile\).*at model.layers.1\); .*compile after the edit"),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_refused_as_a_whole(kind, tokenizer, untouched, request):
+    """Before a template is looked for: in a wrapper every module has another name."""
+    if kind == "FSDP":
+        request.getfixturevalue("alone")
+    wrap, message = WRAPPED[kind]
+    model = wrap(make_llama())
+    with pytest.raises(ValueError, match=f"model: {type(model).__name__} is {message}"):
+        apply_kne_to_model(model, tokenizer, [REQUEST], tiny_hparams())
 
 
 def test_refused_on_disk(tokenizer, untouched, tmp_path):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import transformers
-from conftest import LLAMA_DOWN, make_gpt2, make_gptj, make_llama
+from conftest import LLAMA_DOWN, ONE_TOKEN, make_gpt2, make_gptj, make_llama, sharpened, tiny_hparams, weights
 from torch import nn
 
+from kne_easyedit.editing import apply_kne_to_model
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.layout import check_template, nearest_templates, resolve_target
@@ -115,3 +116,12 @@ def test_a_packed_weight_does_not_change_the_width(llama):
     module.weight = nn.Parameter(torch.zeros(480, 1))
     assert resolve_target(llama, LLAMA_DOWN).n_neurons == 24
     assert NeuronEnsemble({LLAMA_DOWN: {1: (0,)}}, {LLAMA_DOWN: 24}).targets(llama)
+
+
+def test_a_model_that_sees_is_edited_in_its_language_model(tokenizer):
+    model = sharpened(make_vlm(), torch.float32, 3)
+    before = weights(model)
+    request = {"prompt": ONE_TOKEN[0], "target_new": ONE_TOKEN[1]}
+    apply_kne_to_model(model, tokenizer, [request], tiny_hparams("model.language_model.layers.{}.mlp.down_proj"))
+    changed = {name for name, bits in weights(model).items() if bits != before[name]}
+    assert changed and changed <= {f"model.language_model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
