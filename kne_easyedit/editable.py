@@ -28,7 +28,10 @@ _RECOMPUTED = {
 """Names of tensors from which a hook makes the weight anew in every pass -> what that is, and what ends it."""
 
 
-_COMPILED = ("compiled (torch.compile), and compiled code sees no hooks", "edit what was compiled (model._orig_mod), and compile after the edit")
+_COMPILED = (
+    "compiled (torch.compile), and compiled code sees no hooks",
+    "edit what was compiled (model._orig_mod), and compile after the edit",
+)
 _WRAPPERS = {
     "OptimizedModule": _COMPILED,
     "FullyShardedDataParallel": ("spread over processes (FSDP)", "load the whole model into one process and edit that"),
@@ -53,13 +56,13 @@ def demand_bare(model: nn.Module) -> None:
                 f"model: {type(model).__name__} carries a PEFT adapter; merge or unload it before editing "
                 f"(merge_and_unload(), unload()). It is {at}"
             )
-        wrapped = _WRAPPERS.get(type(module).__name__) or (_COMPILED if module._compiled_call_impl is not None else None)
+        wrapped = _WRAPPERS.get(type(module).__name__) or (_COMPILED if getattr(module, "_compiled_call_impl", None) else None)
         if wrapped is not None:
             raise ValueError(f"model: {type(model).__name__} is {wrapped[0]} ({at}); {wrapped[1]}")
 
 
 def demand_editable_by(model: nn.Module, hparams: KNEHyperParams) -> None:
-    """Raises ValueError for a ``model`` that is not bare (`demand_bare`), or for a module that an edit under ``hparams`` may write to but cannot."""
+    """Raises ValueError for a ``model`` that is not bare (`demand_bare`), or a module that an edit under ``hparams`` cannot write to."""
     demand_bare(model)
     if hparams.ensemble is not None:
         targets = [target for target, _ in NeuronEnsemble.load(hparams.ensemble).targets(model).values()]
@@ -107,7 +110,7 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, str]
         for parts, (kind, function) in _RECOMPUTED.items():
             if all(part in held for part in parts):
                 return kind, f"{function} first"
-        kind = "a buffer" if "weight" in held else f"a {type(module.weight).__name__} that is computed or replaced"
+        kind = "a buffer" if "weight" in held else f"a {type(getattr(module, 'weight', None)).__name__} that is computed or replaced"
         return f"no parameter but {kind}", "make it a plain torch.nn.Parameter first"
     if own.is_meta:
         if any(_offloads(parent) for parent in _upwards(model, name)):

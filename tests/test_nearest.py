@@ -6,6 +6,7 @@ import transformers
 from conftest import LLAMA_DOWN, ONE_TOKEN, make_gpt2, make_gptj, make_llama, sharpened, tiny_hparams, weights
 from torch import nn
 
+from kne_easyedit.doctor import examination
 from kne_easyedit.editing import apply_kne_to_model
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams
@@ -77,6 +78,12 @@ def test_a_vision_tower_is_meant_if_it_is_named():
     model = make_vlm()
     tower = next(name for name, m in model.named_modules() if "vision" in name and isinstance(m, nn.ModuleList))
     assert nearest_templates(model, f"{tower}.{{}}.mlp.down_proj") == [f"{tower}.{{}}.mlp.fc2"]
+
+
+@pytest.mark.parametrize("template", ["model.layers.{}.mlp.down_proj.weight", "transformer.h.{}.mlp.c_proj"])
+def test_the_doctor_hints_the_same_for_other_methods(template):
+    modules = dict(make_opt().named_modules())
+    assert examination._nearest(modules, template) == "; nearest: model.decoder.layers.{}.fc2"
 
 
 def test_names_that_say_nothing_are_compared_as_before(llama):
