@@ -231,7 +231,10 @@ def compiled_in_place(model):
 
 
 WRAPPED = {
-    "FSDP": (lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")), r"spread over processes \(FSDP\).*into one process"),
+    "FSDP": (
+        lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+        r"spread over processes \(FSDP\).*into one process",
+    ),
     "compiled": (torch.compile, r"compiled \(torch.compile\).*the model itself.*model._orig_mod"),
     "compiled in place": (compiled_in_place, r"compiled \(torch.compile\).*at model.layers.1\); .*compile after the edit"),
 }
@@ -265,19 +268,23 @@ def test_other_layers_do_not_matter(llama, tokenizer):
     assert not torch.equal(llama.get_submodule(LLAMA_DOWN.format(2)).weight, before)
 
 
-@pytest.mark.parametrize(
-    "mend", [lambda m: prune.remove(m, "weight"), nn.utils.remove_weight_norm, lambda m: parametrize.remove_parametrizations(m, "weight")]
-)
-def test_the_way_out_is_one(mend, llama):
+WAYS_OUT = {
+    "prune": (lambda module: prune.random_unstructured(module, "weight", 0.5), lambda module: prune.remove(module, "weight")),
+    "weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+    "parametrize": (parametrizations.weight_norm, lambda module: parametrize.remove_parametrizations(module, "weight")),
+}
+
+
+@pytest.mark.parametrize("kind", WAYS_OUT)
+def test_the_way_out_is_one(kind, llama):
     """Converse: what the message says makes the module editable."""
+    spoil, mend = WAYS_OUT[kind]
     module = llama.get_submodule(NAME)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        spoil = {"remove_weight_norm": nn.utils.weight_norm}.get(mend.__name__)
-        if spoil is None:
-            spoil = parametrizations.weight_norm if "remove_parametrizations" in mend.__code__.co_names else lambda m: prune.random_unstructured(m, "weight", 0.5)
         spoil(module)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=NAME):
         demand_editable(llama, {NAME: module})
     mend(module)
     demand_editable(llama, {NAME: llama.get_submodule(NAME)})
@@ -316,7 +323,8 @@ class TestAdapters:
     def test_an_unmerged_one_is_refused_before_localisation(self, llama, tokenizer, untouched):
         llama.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
         before = fingerprint(llama)
-        with pytest.raises(ValueError, match="LlamaForCausalLM carries a PEFT adapter; merge or unload it.*at model.layers.0.self_attn.q_proj"):
+        message = "LlamaForCausalLM carries a PEFT adapter; merge or unload it.*at model.layers.0.self_attn.q_proj"
+        with pytest.raises(ValueError, match=message):
             apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams())
         assert fingerprint(llama) == before
 

@@ -35,7 +35,8 @@ def make_vlm():
         hidden_size=24, intermediate_size=48, num_hidden_layers=5, num_attention_heads=2, image_size=8, patch_size=4, projection_dim=8
     )
     text = transformers.LlamaConfig(**SMALL, intermediate_size=40, num_key_value_heads=1)
-    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=90))
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=90)
+    return transformers.LlavaForConditionalGeneration(config)
 
 
 MADE = {"opt": make_opt, "neox": make_neox, "phi3": make_phi3, "vlm": make_vlm, "llama": make_llama, "gpt2": make_gpt2, "gptj": make_gptj}
