@@ -28,12 +28,7 @@ _RECOMPUTED = {
 """Names of tensors from which a hook makes the weight anew in every pass -> what that is, and what ends it."""
 
 
-_COMPILED = (
-    "compiled (torch.compile), and compiled code sees no hooks",
-    "edit what was compiled (model._orig_mod), and compile after the edit",
-)
 _WRAPPERS = {
-    "OptimizedModule": _COMPILED,
     "FullyShardedDataParallel": ("spread over processes (FSDP)", "load the whole model into one process and edit that"),
     "DistributedDataParallel": ("wrapped in DistributedDataParallel", "edit what is wrapped (model.module)"),
     "DataParallel": ("wrapped in DataParallel", "edit what is wrapped (model.module)"),
@@ -42,7 +37,7 @@ _WRAPPERS = {
 
 
 def demand_bare(model: nn.Module) -> None:
-    """Raises ValueError for a model that is wrapped, compiled, or carries a PEFT adapter.
+    """Raises ValueError for a model that is wrapped, or carries a PEFT adapter.
 
     Rows are trained, and written, into the base weights of plain modules alone.
     """
@@ -56,8 +51,7 @@ def demand_bare(model: nn.Module) -> None:
                 f"model: {type(model).__name__} carries a PEFT adapter; merge or unload it before editing "
                 f"(merge_and_unload(), unload()). It is {at}"
             )
-        wrapped = _WRAPPERS.get(type(module).__name__) or (_COMPILED if getattr(module, "_compiled_call_impl", None) else None)
-        if wrapped is not None:
+        if wrapped := _WRAPPERS.get(type(module).__name__):
             raise ValueError(f"model: {type(model).__name__} is {wrapped[0]} ({at}); {wrapped[1]}")
 
 
@@ -122,8 +116,6 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, str]
         return f"a {type(own).__name__}, no plain torch.nn.Parameter", "load the model unquantised and whole"
     if own.dtype not in DTYPES:
         return f"of type {str(own.dtype).removeprefix('torch.')}", "load the model in float32, bfloat16 or float16"
-    if own.is_inference():
-        return "an inference tensor, which nothing may change", "load the model outside of torch.inference_mode()"
     wanted = _shape(module)
     if own.layout is not torch.strided or tuple(own.shape) != wanted:
         spread = " (DeepSpeed ZeRO)" if hasattr(own, "ds_id") else ""

@@ -97,11 +97,6 @@ def buffer(model, old):
     old.register_buffer("weight", weight)
 
 
-def inference(model, old):
-    with torch.inference_mode():
-        old.weight = nn.Parameter(old.weight.detach().clone(), requires_grad=False)
-
-
 def offloaded(model, old):
     from accelerate import cpu_offload
 
@@ -164,7 +159,6 @@ SPOILT = {
     "meta": (lambda model, old: old.to("meta"), r"not loaded \(on the meta device\); load the model's weights"),
     "offload": (offloaded, r"offloaded \(accelerate\).*load the model without offload"),
     "offload of one": (offloaded_module, r"offloaded \(accelerate\).*load the model without offload"),
-    "inference": (inference, r"an inference tensor.*outside of torch.inference_mode\(\)"),
     "sharded": (sharded, r"stored as \(0,\) .*load the whole model"),
     "shared": (shared, "shared with model.layers.2.mlp.down_proj.weight, which an edit would change, too; untie them"),
     "own forward": (replaced(of_class(Scaled)), r"Scaled computes with: its output is not x W\^T \+ b"),
@@ -225,18 +219,11 @@ def test_refused_spread_over_processes(tokenizer, untouched, alone):
         apply_kne_to_model(model, tokenizer, [REQUEST], tiny_hparams())
 
 
-def compiled_in_place(model):
-    model.model.layers[1].compile()
-    return model
-
-
 WRAPPED = {
     "FSDP": (
         lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
         r"spread over processes \(FSDP\).*into one process",
     ),
-    "compiled": (torch.compile, r"compiled \(torch.compile\).*the model itself.*model._orig_mod"),
-    "compiled in place": (compiled_in_place, r"compiled \(torch.compile\).*at model.layers.1\); .*compile after the edit"),
 }
 
 
