@@ -44,7 +44,7 @@ def model_digest(model: nn.Module) -> str:
     def of_tensor(item: tuple[str, Tensor]) -> str:
         name, tensor = item
         if tensor.is_meta:
-            raise ValueError(f"model: {name} is not loaded (on the meta device), and scores are stored by all weights; load it without offload")
+            raise ValueError(f"model: {name} is not loaded (on the meta device), and scores belong to all weights; load it without offload")
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + hashlib.sha256(data).digest()).hexdigest()
 

@@ -28,22 +28,36 @@ _RECOMPUTED = {
 """Names of tensors from which a hook makes the weight anew in every pass -> what that is, and what ends it."""
 
 
-def demand_unadapted(model: nn.Module) -> None:
-    """Raises ValueError for a model that carries a PEFT adapter: rows are trained, and written, into base weights alone."""
+_WRAPPERS = {
+    "FullyShardedDataParallel": ("spread over processes (FSDP)", "load the whole model into one process and edit that"),
+    "DistributedDataParallel": ("wrapped in DistributedDataParallel", "edit what is wrapped (model.module)"),
+    "DataParallel": ("wrapped in DataParallel", "edit what is wrapped (model.module)"),
+}
+"""Names of classes that hold a model -> what that is, and the way out."""
+
+
+def demand_bare(model: nn.Module) -> None:
+    """Raises ValueError for a model that is wrapped, or carries a PEFT adapter.
+
+    Rows are trained, and written, into the base weights of plain modules alone.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     for name, module in model.named_modules():
+        at = f"at {name}" if name else "the model itself"
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise ValueError(
                 f"model: {type(model).__name__} carries a PEFT adapter; merge or unload it before editing "
-                f"(merge_and_unload(), unload()). It is at {name}"
+                f"(merge_and_unload(), unload()). It is {at}"
             )
+        if wrapped := _WRAPPERS.get(type(module).__name__):
+            raise ValueError(f"model: {type(model).__name__} is {wrapped[0]} ({at}); {wrapped[1]}")
 
 
 def demand_editable_by(model: nn.Module, hparams: KNEHyperParams) -> None:
-    """Raises ValueError if ``model`` carries an adapter, or for a module that an edit under ``hparams`` may write to but cannot."""
-    demand_unadapted(model)
+    """Raises ValueError for a ``model`` that is not bare (`demand_bare`), or a module that an edit under ``hparams`` cannot write to."""
+    demand_bare(model)
     if hparams.ensemble is not None:
         targets = [target for target, _ in NeuronEnsemble.load(hparams.ensemble).targets(model).values()]
     else:
@@ -60,9 +74,8 @@ def demand_editable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         for place in _places(parameter):
             owners.setdefault(place, []).append(name)
-    wrapped = next((known_kind(module) for module in model.modules() if type(module).__name__ == "FullyShardedDataParallel"), None)
     for name, module in modules.items():
-        found = wrapped or _obstacle(model, name, module)
+        found = _obstacle(model, name, module)
         if found is None:
             others = {owner for place in _places(module.weight) for owner in owners[place]} - {f"{name}.weight"}
             found = others and (f"shared with {', '.join(sorted(others))}, which an edit would change, too", "untie them: give each a copy")
@@ -91,7 +104,7 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, str]
         for parts, (kind, function) in _RECOMPUTED.items():
             if all(part in held for part in parts):
                 return kind, f"{function} first"
-        kind = "a buffer" if "weight" in held else f"a {type(module.weight).__name__} that is computed or replaced"
+        kind = "a buffer" if "weight" in held else f"a {type(getattr(module, 'weight', None)).__name__} that is computed or replaced"
         return f"no parameter but {kind}", "make it a plain torch.nn.Parameter first"
     if own.is_meta:
         if any(_offloads(parent) for parent in _upwards(model, name)):
@@ -103,8 +116,6 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, str]
         return f"a {type(own).__name__}, no plain torch.nn.Parameter", "load the model unquantised and whole"
     if own.dtype not in DTYPES:
         return f"of type {str(own.dtype).removeprefix('torch.')}", "load the model in float32, bfloat16 or float16"
-    if own.is_inference():
-        return "an inference tensor, which nothing may change", "load the model outside of torch.inference_mode()"
     wanted = _shape(module)
     if own.layout is not torch.strided or tuple(own.shape) != wanted:
         spread = " (DeepSpeed ZeRO)" if hasattr(own, "ds_id") else ""

@@ -56,7 +56,8 @@ class NeuronEnsemble:
             for layer, rows in layers.items():
                 if width is None or list(rows) != sorted(set(rows)) or not rows or rows[0] < 0 or rows[-1] >= width:
                     raise ValueError(
-                        f"ensemble: rows of {template.format(layer)} must be ascending, distinct and in [0, {width}); got {shown(list(rows)[:8])}"
+                        f"ensemble: rows of {template.format(layer)} must be ascending, distinct and in [0, {width}); "
+                        f"got {shown(list(rows)[:8])}"
                     )
 
     def _demand_types(self) -> None:
@@ -76,7 +77,8 @@ class NeuronEnsemble:
         _demand(isinstance(self.widths, Mapping), "widths", self.widths, "a mapping of templates to numbers of neurons")
         for template, width in self.widths.items():
             _demand(isinstance(template, str) and _is_index(width), "widths", {template: width}, "a template's number of neurons")
-        _demand(isinstance(self.layers, (tuple, list)) and all(map(_is_index, self.layers)), "layers", self.layers, "a list of layers' numbers")
+        numbers = isinstance(self.layers, (tuple, list)) and all(map(_is_index, self.layers))
+        _demand(numbers, "layers", self.layers, "a list of layers' numbers")
         _demand(self.thresholds is None or isinstance(self.thresholds, Mapping), "thresholds", self.thresholds, "a mapping of templates")
         for template, threshold in (self.thresholds or {}).items():
             _demand(template in self.neurons and _is_finite(threshold), f"thresholds of {shown(template)}", threshold, "a finite number")

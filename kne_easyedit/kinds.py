@@ -24,12 +24,10 @@ _KINDS = {
     r"\w*QuantLinear\w*|GPTQ\w*": ("quantised (GPTQ)", UNQUANTISED),
     r"WQLinear\w*": ("quantised (AWQ)", UNQUANTISED),
     r"HQQLinear\w*": ("quantised (HQQ)", UNQUANTISED),
-    r"EetqLinear|FP8Linear|FbgemmFp8Linear|BitLinear|AutoBitLinear|VptqLinear|VQuantLinear|HiggsLinear|QuantizedLinear|QLinear\w*|QModuleMixin|SpQR\w*": (
-        "quantised",
-        UNQUANTISED,
-    ),
+    r"EetqLinear|FP8Linear|FbgemmFp8Linear|BitLinear|AutoBitLinear|HiggsLinear|SpQR\w*": ("quantised", UNQUANTISED),
+    r"VptqLinear|VQuantLinear|QuantizedLinear|QLinear\w*|QModuleMixin": ("quantised", UNQUANTISED),
     r"DTensor": ("spread over processes (DTensor)", _WHOLE),
-    r"FullyShardedDataParallel|FlatParameter": ("spread over processes (FSDP)", _WHOLE),
+    r"FlatParameter": ("spread over processes (FSDP)", _WHOLE),
 }
 _LIBRARIES = {
     r"torchao\b": ("quantised (torchao)", UNQUANTISED),

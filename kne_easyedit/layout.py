@@ -33,7 +33,7 @@ _ROLES = {
     "gate and input": "gate_up_proj gate_up",
 }
 """What a linear layer of a decoder does -> the names that it has in the families of models."""
-_FUSED = {"query": "query, key, value", "key": "query, key, value", "value": "query, key, value", "gate": "gate and input", "MLP input": "gate and input"}
+_FUSED = {**dict.fromkeys(("query", "key", "value"), "query, key, value"), **dict.fromkeys(("gate", "MLP input"), "gate and input")}
 """Some families have several in one."""
 
 
@@ -117,6 +117,10 @@ def out_features(module: nn.Module) -> int:
     return module.nf if _is_conv1d(module) else module.out_features
 
 
+def _in_features(module: nn.Module) -> int:
+    return module.weight.shape[0] if _is_conv1d(module) else module.in_features
+
+
 def rows(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     """The weight (or a tensor of its shape) as a view ``(out, in)``: writing to it writes to the module."""
     weight = module.weight if weight is None else weight
@@ -183,7 +187,7 @@ def _decoder_stack(model: nn.Module, stacks: set[str]) -> str | None:
 
 def _roles(templates: Mapping[str, nn.Module]) -> dict[str, str | None]:
     """What each linear layer of a decoder layer does: by its widths where they tell it, else by its name."""
-    shapes = {found: (rows(module).shape[-1] if _is_conv1d(module) else module.in_features, out_features(module)) for found, module in templates.items()}
+    shapes = {found: (_in_features(module), out_features(module)) for found, module in templates.items()}
     widths = Counter(width for shape in shapes.values() for width in shape)
     hidden = max(widths, key=widths.get, default=0)  # all of them but the MLP's inner side, and most keys and values
     roles = {}

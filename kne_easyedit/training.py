@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kne_easyedit.batching import IGNORE, Batch, Fact, collate
 from kne_easyedit.divergence import Divergence
-from kne_easyedit.editable import demand_editable, demand_unadapted
+from kne_easyedit.editable import demand_bare, demand_editable
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.layout import device_of, rows
@@ -125,7 +125,7 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: KNEHyperPar
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    demand_unadapted(model)
+    demand_bare(model)
     chosen = _rows_by_module(model, ensemble)
     originals = {name: model.get_submodule(name) for name in chosen}
     demand_editable(model, originals)

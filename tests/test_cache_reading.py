@@ -44,7 +44,13 @@ def stored(cache, target, facts, scores):
 def refuse(monkeypatch, path, number):
     """Reading ``path`` gives the error ``number``, however it is opened."""
     opened, error = Path.open, OSError(number, os.strerror(number), str(path))
-    monkeypatch.setattr(Path, "open", lambda self, *args, **kwargs: (_ for _ in ()).throw(error) if self == path else opened(self, *args, **kwargs))
+
+    def refusing(self, *args, **kwargs):
+        if self == path:
+            raise error
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refusing)
     monkeypatch.setattr(Path, "read_bytes", lambda self: self.open("rb").read())
 
 
@@ -90,7 +96,8 @@ class TestUnreadable:
         damaged = ["--damaged"] if command == "prune" else []
         assert cli.main(["cache", command, *damaged, "--cache-dir", str(tmp_path)]) == (0 if command == "info" else 1)
         out = capsys.readouterr().out
-        wanted = {"info": "1 cannot be read", "verify": f"not checked: score cache: {stored} cannot be read", "prune": f"kept: score cache: {stored}"}
+        unread = f"score cache: {stored} cannot be read"
+        wanted = {"info": "1 cannot be read", "verify": f"not checked: {unread}", "prune": f"kept: {unread}"}
         assert wanted[command] in out and "damaged" not in out
         assert stored.exists()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import GPT2_DOWN, LLAMA_DOWN, ONE_TOKEN, SIZE, fingerprint, make_gpt2, make_llama, tiny_hparams
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from kne_easyedit import localization
@@ -96,11 +97,6 @@ def buffer(model, old):
     old.register_buffer("weight", weight)
 
 
-def inference(model, old):
-    with torch.inference_mode():
-        old.weight = nn.Parameter(old.weight.detach().clone(), requires_grad=False)
-
-
 def offloaded(model, old):
     from accelerate import cpu_offload
 
@@ -163,7 +159,6 @@ SPOILT = {
     "meta": (lambda model, old: old.to("meta"), r"not loaded \(on the meta device\); load the model's weights"),
     "offload": (offloaded, r"offloaded \(accelerate\).*load the model without offload"),
     "offload of one": (offloaded_module, r"offloaded \(accelerate\).*load the model without offload"),
-    "inference": (inference, r"an inference tensor.*outside of torch.inference_mode\(\)"),
     "sharded": (sharded, r"stored as \(0,\) .*load the whole model"),
     "shared": (shared, "shared with model.layers.2.mlp.down_proj.weight, which an edit would change, too; untie them"),
     "own forward": (replaced(of_class(Scaled)), r"Scaled computes with: its output is not x W\^T \+ b"),
@@ -209,17 +204,38 @@ def test_refused_with_an_ensemble_of_ones_own(kind, way, tokenizer, facts, tmp_p
             train_rows(model, facts, ensemble, tiny_hparams())
 
 
-def test_refused_spread_over_processes(tokenizer, untouched, tmp_path):
-    """A weight that is a DTensor, in a process group of one."""
-    distributed = torch.distributed
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    try:
-        model = make_llama()
-        spread(model, model.get_submodule(NAME))
-        with pytest.raises(ValueError, match=rf"{NAME} cannot be edited: .*spread over processes \(DTensor\).*into one process"):
-            apply_kne_to_model(model, tokenizer, [REQUEST], tiny_hparams())
-    finally:
-        distributed.destroy_process_group()
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_refused_spread_over_processes(tokenizer, untouched, alone):
+    model = make_llama()
+    spread(model, model.get_submodule(NAME))
+    with pytest.raises(ValueError, match=rf"{NAME} cannot be edited: .*spread over processes \(DTensor\).*into one process"):
+        apply_kne_to_model(model, tokenizer, [REQUEST], tiny_hparams())
+
+
+WRAPPED = {
+    "FSDP": (
+        lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+        r"spread over processes \(FSDP\).*into one process",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_refused_as_a_whole(kind, tokenizer, untouched, request):
+    """Before a template is looked for: in a wrapper every module has another name."""
+    if kind == "FSDP":
+        request.getfixturevalue("alone")
+    wrap, message = WRAPPED[kind]
+    model = wrap(make_llama())
+    with pytest.raises(ValueError, match=f"model: {type(model).__name__} is {message}"):
+        apply_kne_to_model(model, tokenizer, [REQUEST], tiny_hparams())
 
 
 def test_refused_on_disk(tokenizer, untouched, tmp_path):
@@ -239,19 +255,23 @@ def test_other_layers_do_not_matter(llama, tokenizer):
     assert not torch.equal(llama.get_submodule(LLAMA_DOWN.format(2)).weight, before)
 
 
-@pytest.mark.parametrize(
-    "mend", [lambda m: prune.remove(m, "weight"), nn.utils.remove_weight_norm, lambda m: parametrize.remove_parametrizations(m, "weight")]
-)
-def test_the_way_out_is_one(mend, llama):
+WAYS_OUT = {
+    "prune": (lambda module: prune.random_unstructured(module, "weight", 0.5), lambda module: prune.remove(module, "weight")),
+    "weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+    "parametrize": (parametrizations.weight_norm, lambda module: parametrize.remove_parametrizations(module, "weight")),
+}
+
+
+@pytest.mark.parametrize("kind", WAYS_OUT)
+def test_the_way_out_is_one(kind, llama):
     """Converse: what the message says makes the module editable."""
+    spoil, mend = WAYS_OUT[kind]
     module = llama.get_submodule(NAME)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        spoil = {"remove_weight_norm": nn.utils.weight_norm}.get(mend.__name__)
-        if spoil is None:
-            spoil = parametrizations.weight_norm if "remove_parametrizations" in mend.__code__.co_names else lambda m: prune.random_unstructured(m, "weight", 0.5)
         spoil(module)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=NAME):
         demand_editable(llama, {NAME: module})
     mend(module)
     demand_editable(llama, {NAME: llama.get_submodule(NAME)})
@@ -290,7 +310,8 @@ class TestAdapters:
     def test_an_unmerged_one_is_refused_before_localisation(self, llama, tokenizer, untouched):
         llama.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
         before = fingerprint(llama)
-        with pytest.raises(ValueError, match="LlamaForCausalLM carries a PEFT adapter; merge or unload it.*at model.layers.0.self_attn.q_proj"):
+        message = "LlamaForCausalLM carries a PEFT adapter; merge or unload it.*at model.layers.0.self_attn.q_proj"
+        with pytest.raises(ValueError, match=message):
             apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams())
         assert fingerprint(llama) == before
 

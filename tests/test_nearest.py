@@ -3,9 +3,11 @@
 import pytest
 import torch
 import transformers
-from conftest import LLAMA_DOWN, make_gpt2, make_gptj, make_llama
+from conftest import LLAMA_DOWN, ONE_TOKEN, make_gpt2, make_gptj, make_llama, sharpened, tiny_hparams, weights
 from torch import nn
 
+from kne_easyedit.doctor import examination
+from kne_easyedit.editing import apply_kne_to_model
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.layout import check_template, nearest_templates, resolve_target
@@ -33,7 +35,8 @@ def make_vlm():
         hidden_size=24, intermediate_size=48, num_hidden_layers=5, num_attention_heads=2, image_size=8, patch_size=4, projection_dim=8
     )
     text = transformers.LlamaConfig(**SMALL, intermediate_size=40, num_key_value_heads=1)
-    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=90))
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=90)
+    return transformers.LlavaForConditionalGeneration(config)
 
 
 MADE = {"opt": make_opt, "neox": make_neox, "phi3": make_phi3, "vlm": make_vlm, "llama": make_llama, "gpt2": make_gpt2, "gptj": make_gptj}
@@ -78,6 +81,12 @@ def test_a_vision_tower_is_meant_if_it_is_named():
     assert nearest_templates(model, f"{tower}.{{}}.mlp.down_proj") == [f"{tower}.{{}}.mlp.fc2"]
 
 
+@pytest.mark.parametrize("template", ["model.layers.{}.mlp.down_proj.weight", "transformer.h.{}.mlp.c_proj"])
+def test_the_doctor_hints_the_same_for_other_methods(template):
+    modules = dict(make_opt().named_modules())
+    assert examination._nearest(modules, template) == "; nearest: model.decoder.layers.{}.fc2"
+
+
 def test_names_that_say_nothing_are_compared_as_before(llama):
     assert LLAMA_DOWN in nearest_templates(llama, "model.layers.{}.mlp.down_porj")
     assert nearest_templates(llama, "model.layers.{}.mlp.down_porj", alike=False) == []
@@ -115,3 +124,12 @@ def test_a_packed_weight_does_not_change_the_width(llama):
     module.weight = nn.Parameter(torch.zeros(480, 1))
     assert resolve_target(llama, LLAMA_DOWN).n_neurons == 24
     assert NeuronEnsemble({LLAMA_DOWN: {1: (0,)}}, {LLAMA_DOWN: 24}).targets(llama)
+
+
+def test_a_model_that_sees_is_edited_in_its_language_model(tokenizer):
+    model = sharpened(make_vlm(), torch.float32, 3)
+    before = weights(model)
+    request = {"prompt": ONE_TOKEN[0], "target_new": ONE_TOKEN[1]}
+    apply_kne_to_model(model, tokenizer, [request], tiny_hparams("model.language_model.layers.{}.mlp.down_proj"))
+    changed = {name for name, bits in weights(model).items() if bits != before[name]}
+    assert changed and changed <= {f"model.language_model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
