@@ -112,7 +112,17 @@ def test_what_the_parser_refuses(tiny, capsys, arguments):  # noqa: F811
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", [["localize", "--size", "1"], ["explain", "--size", "1"], ["report", "."]])
+@pytest.mark.parametrize("content", [bytes(range(256)), b"a: [1, 2", b"- 1", b"[" * 5000, b""])
+@pytest.mark.parametrize("command", ["localize", "explain"])
+def test_files_that_hold_no_settings(tiny, capsys, command, content):  # noqa: F811
+    (tiny / "odd.yaml").write_bytes(content)
+    for path in ("odd.yaml", "."):
+        assert kne(command, "--hparams", path, "--size", "1") == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"kne: hparams: {path} ") and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("command", [["localize", "--size", "1"], ["explain", "--size", "1"], ["report", "."], ["data", "fetch"]])
 def test_a_file_in_the_place_of_the_results(tiny, capsys, command):  # noqa: F811
     assert cli.main([*command, "--out", "kne.yaml"]) == 1
     assert "--out: kne.yaml is a file, wanted is a folder" in capsys.readouterr().err

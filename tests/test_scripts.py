@@ -527,7 +527,7 @@ def test_all_behind_the_script_is_the_scripts(work, monkeypatch):
     assert cli.main(["easyedit-run", "--stats-text", "text.txt", "--stats-samples", "7", str(script), *wanted]) == 0
     assert process() == before
     assert (work / "seen").read_text() == " ".join(wanted)
-    assert (statistics.SOURCE.file, statistics.SOURCE.samples) == (Path("text.txt"), 7)
+    assert (statistics.SOURCE.file, statistics.SOURCE.samples) == (Path("text.txt").absolute(), 7)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,8 @@ def load_settings(arguments) -> KNEHyperParams:
 
     Raises as `KNEHyperParams.from_hparams`.
     """
+    if arguments.hparams.exists():
+        read_settings(arguments.hparams)
     hparams = KNEHyperParams.from_hparams(arguments.hparams)
     hparams = with_overrides(hparams, overrides_of(arguments.set), arguments.model, arguments.modules)
     settle(hparams)

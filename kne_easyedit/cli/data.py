@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kne_easyedit.cli.common import demand_folder
+
 
 def add_commands(commands) -> None:
     parser = commands.add_parser("data", help="fetch: the KnowEdit records from their publisher into a local folder")
@@ -16,6 +18,7 @@ def add_commands(commands) -> None:
 def _fetch(arguments) -> int:
     from kne_easyedit.knowedit import fetch
 
+    demand_folder(arguments.out)
     for name, digest, state in fetch(arguments.out):
         print(f"{state:<10} {digest[:16]}  {name}")
     print(f"\nThe records lie in {arguments.out}; tell the benchmark by KNOWEDIT={arguments.out} or knowedit={arguments.out}")
