@@ -180,7 +180,7 @@ def _answer(value, field: str) -> str | None:
 
 def _number_as_text(value):
     """A number as it is written (years lose their quotes on the way through other tools), anything else as it is."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = type(value) is int or type(value) is float and math.isfinite(value)  # True is no answer
     return str(value) if is_number else value
 
 

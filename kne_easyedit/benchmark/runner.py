@@ -158,6 +158,9 @@ class _Runner:
                 raise
             self._complain(chunk, told(method, error), error)
             return []
+        except BaseException:
+            editor.undo()
+            raise
 
     def _complain(self, chunk: Sequence[dict], why: str, error: Exception) -> None:
         """Notes that these records are left out. Raises BadRecord if bad records are not to be skipped."""

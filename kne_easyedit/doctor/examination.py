@@ -43,7 +43,7 @@ from kne_easyedit.layout import count_parameters, resolve_target
 from kne_easyedit.localization import localization_requests
 from kne_easyedit.machine import free_memory
 from kne_easyedit.models import SMOLLM2
-from kne_easyedit.records import load_records
+from kne_easyedit.records import demand_askable, load_records
 
 DATA = "data"
 
@@ -274,7 +274,7 @@ def data_records(data: str, records: int | None, offset: int, tokenizer, model: 
     bad = {int(number): why for text in complaints for number, why in re.findall(r": record (\d+): (.*)", text, re.DOTALL)[:1]}
     for request in requests if tokenizer is not None else ():
         try:
-            _length(request, tokenizer, model)
+            demand_askable(request, tokenizer, model)  # the probes, too
         except ValueError as error:
             bad[request["index"]] = str(error)
     if bad:
