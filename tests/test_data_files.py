@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import fingerprint, make_gpt2, make_llama, make_tokenizer, tiny_hparams, weights
 from methods import settings, tokenizer_for
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from kne_easyedit.batching import chat_prompt, encode, encode_request
 from kne_easyedit.benchmark import Run, run
@@ -126,8 +127,19 @@ class TestAnswers:
 
     def test_a_prompt_that_is_no_beginning_of_prompt_and_answer(self, tokenizer):
         """Without a blank the answer's letters join the last word: cut by the prompt's length, half of them would be lost."""
-        with pytest.raises(ValueError, match="prompt: 'The river is' is tokenised differently.*'xyz'.*separator"):
-            encode(tokenizer, "The river is", "xyz", "")
+        with pytest.raises(ValueError, match="prompt: 'in was i' is tokenised differently.*'nxyz'.*separator"):
+            encode(tokenizer, "in was i", "nxyz", "")
+
+    def test_a_separator_that_joins_the_prompts_last_token_is_no_wrong_cut(self):
+        """A byte-level tokenizer with digits apart makes one token of a line end and the blank before a number."""
+        backend = Tokenizer(models.BPE({"a": 0, "Ċ": 1, "Ġ": 2, "ĊĠ": 3, "1": 4, "b": 5, "ab": 6}, [("Ċ", "Ġ"), ("a", "b")]))
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+        assert tokenizer("a\n")["input_ids"] == [0, 1]
+        fact = encode(tokenizer, "a\n", "11")
+        assert (fact.ids, fact.answer) == ((0, 3, 4, 4), (4, 4))
+        with pytest.raises(ValueError, match="tokenised differently"):
+            encode(tokenizer, "a", "b1", "")
 
     def test_odd_texts_pass_through_a_run(self, tmp_path):
         requests, complaints = load_records(case("odd-text.json"))
