@@ -188,6 +188,14 @@ class TestSeparator:
         with pytest.raises(ValueError, match="separator: .*evaluation-separator.*switches off"):
             run(job_of([to_request({"prompt": "xy", "target_new": "zy"})], tmp_path, {"KNE": tiny_hparams(separator="")}))
 
+    def test_a_run_on_chinese_data_hints_at_it(self, tmp_path, caplog):
+        job = job_of([to_request(FACT)], tmp_path)
+        run(job)
+        assert "separator" not in caplog.text
+        job.requests[0] |= {"prompt": "法国的首都是", "subject": None}
+        run(job)
+        assert "FACTS: its script sets no blanks between words; KNE's setting separator: ''" in caplog.text
+
     def test_an_answer_may_go_on_without_a_blank(self):
         assert begins_with("罗马是意大利的首都", "罗马") and not begins_with("Romeo", "Rome")
 
@@ -459,3 +467,14 @@ class TestStartToken:
         assert chat_prompt(chatting, once) == once == chat_prompt(chatting, "<bos>What is The city ?")
         assert chatting(once)["input_ids"].count(chatting.bos_token_id) == 1
         assert encode_request(chatting, {"prompt": "The city", "target_new": "Rome"}, chat=True).ids.count(chatting.bos_token_id) == 1
+
+
+def test_doctor_looks_at_probes_and_subjects(tmp_path):
+    """What a run would leave out, `kne doctor` names beforehand."""
+    from kne_easyedit.doctor.examination import data_records
+
+    records = [FACT, {**FACT, "locality": {"Own": [{**PROBE, "prompt": "city " * 99}]}}, {k: v for k, v in FACT.items() if k != "subject"}]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    plan = {"KNE": tiny_hparams(), "ROME": settings("ROME")}
+    (finding,) = data_records(str(tmp_path / "data.json"), None, 0, make_tokenizer(), make_llama(), plan)
+    assert "record 1: locality.Own[0].prompt: " in finding.text and "record 2: subject: missing, ROME cannot edit" in finding.text

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -39,7 +40,9 @@ from kne_easyedit.localization import find_ensemble
 from kne_easyedit.machine import PeakMemory, environment, hardware
 from kne_easyedit.paths import atomic_write
 from kne_easyedit.records import BadRecord, data_digest, demand_askable, with_chat_template
-from kne_easyedit.scores import begins_with
+from kne_easyedit.scores import begins_with, without_blanks
+
+logger = logging.getLogger(__name__)
 
 OUTPUT = "easyedit"
 """The folder in a job's own that EasyEdit works in."""
@@ -130,13 +133,13 @@ class _Runner:
 
     def _askable(self, requests: Sequence[dict]) -> list[dict]:
         """The requests that every method can edit and every evaluator ask: told before the first edit is paid for."""
-        in_need = [method for method, hparams in self.job.hparams.items() if hparams.alg_name in BY_SUBJECT]
+        by_subject = [method for method, hparams in self.job.hparams.items() if hparams.alg_name in BY_SUBJECT]
+        if self.job.separator == SEPARATOR and 2 * sum(without_blanks(request["prompt"][-1]) for request in self.job.requests) > len(requests):
+            logger.warning("%s: its script sets no blanks between words; KNE's setting separator: '' joins prompt and answer by none", self.job.data)
         found = []
         for request in requests:
             try:
-                demand_askable(request, self.job.tokenizer, self.job.model, self.job.separator)
-                if in_need and request["subject"] is None:
-                    raise ValueError(f"subject: missing, {', '.join(in_need)} cannot edit without one; add it, or leave out the method")
+                demand_askable(request, self.job.tokenizer, self.job.model, self.job.separator, by_subject)
                 found.append(request)
             except ValueError as error:
                 self._complain([request], str(error), error)
@@ -168,7 +171,8 @@ class _Runner:
         complaint = f"{self.job.data}: record {numbers}: {why}"
         if not self.job.skip_bad:
             raise BadRecord(f"{complaint} (--on-bad-record skip leaves such records out)") from error
-        self.job.complaints.append(complaint)
+        if complaint not in self.job.complaints:  # one Run may be run again
+            self.job.complaints.append(complaint)
 
     def _edit_in_a_row(self, method: str, editor: bridge.MethodEditor) -> None:
         """All records one after the other, without undoing; facts edited earlier are evaluated again on the way.
