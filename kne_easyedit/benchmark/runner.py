@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import re
 import time
 from collections.abc import Sequence
@@ -25,13 +24,12 @@ from kne_easyedit import bridge
 from kne_easyedit._version import __version__
 from kne_easyedit.batching import SEPARATOR
 from kne_easyedit.benchmark.answers import free_answer
-from kne_easyedit.benchmark.faults import is_records_fault, told
+from kne_easyedit.benchmark.faults import askable, complain, is_records_fault, told
 from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.benchmark.store import Lines, alone_in
 from kne_easyedit.benchmark.summary import retention, summarize
 from kne_easyedit.bridge import patches, statistics
-from kne_easyedit.bridge.editing import BY_SUBJECT
 from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.cache import model_digest
 from kne_easyedit.digest import digest
@@ -39,10 +37,8 @@ from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.localization import find_ensemble
 from kne_easyedit.machine import PeakMemory, environment, hardware
 from kne_easyedit.paths import atomic_write
-from kne_easyedit.records import BadRecord, data_digest, demand_askable, with_chat_template
-from kne_easyedit.scores import begins_with, without_blanks
-
-logger = logging.getLogger(__name__)
+from kne_easyedit.records import data_digest, with_chat_template
+from kne_easyedit.scores import begins_with
 
 OUTPUT = "easyedit"
 """The folder in a job's own that EasyEdit works in."""
@@ -72,7 +68,7 @@ class _Runner:
         self.variant = bridge.fluency_variant()
         if job.separator != SEPARATOR and "evaluation-separator" not in patches.applied():
             raise ValueError(f"separator: {job.separator!r} reaches EasyEdit's evaluators by the patch evaluation-separator, which {patches.OFF} switches off")
-        self.requests = self._askable([with_chat_template(r, job.tokenizer) for r in job.requests] if job.chat_template else job.requests)
+        self.requests = askable(job, [with_chat_template(r, job.tokenizer) for r in job.requests] if job.chat_template else job.requests)
         self.records = {request["index"]: record_digest(request) for request in self.requests}
         self.base = base_fingerprint(job, self.weights, self.variant)
         self.device = next(job.model.parameters()).device
@@ -131,22 +127,6 @@ class _Runner:
                     self._keep(line)
         self.bar.update(len(chunk))
 
-    def _askable(self, requests: Sequence[dict]) -> list[dict]:
-        """The requests that every method can edit and every evaluator ask: told before the first edit is paid for."""
-        by_subject = [method for method, hparams in self.job.hparams.items() if hparams.alg_name in BY_SUBJECT]
-        if self.job.separator == SEPARATOR and 2 * sum(without_blanks(request["prompt"][-1]) for request in self.job.requests) > len(requests):
-            logger.warning("%s: its script sets no blanks between words; KNE's setting separator: '' joins prompt and answer by none", self.job.data)
-        found = []
-        for request in requests:
-            try:
-                demand_askable(request, self.job.tokenizer, self.job.model, self.job.separator, by_subject)
-                found.append(request)
-            except ValueError as error:
-                self._complain([request], str(error), error)
-        if not found:
-            raise ValueError(f"records: none of {self.job.data} can be edited; the first complaint: {self.job.complaints[0]}")
-        return found
-
     def _lines_of(self, method: str, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> list[dict]:
         """Edits the chunk and measures it; empty if it is bad and bad ones are skipped. The edit stays."""
         try:
@@ -159,20 +139,11 @@ class _Runner:
             self._demand_unchanged(method, chunk)
             if not is_records_fault(error):
                 raise
-            self._complain(chunk, told(method, error), error)
+            complain(self.job, chunk, told(method, error), error)
             return []
         except BaseException:
             editor.undo()
             raise
-
-    def _complain(self, chunk: Sequence[dict], why: str, error: Exception) -> None:
-        """Notes that these records are left out. Raises BadRecord if bad records are not to be skipped."""
-        numbers = ", ".join(str(request["index"]) for request in chunk)
-        complaint = f"{self.job.data}: record {numbers}: {why}"
-        if not self.job.skip_bad:
-            raise BadRecord(f"{complaint} (--on-bad-record skip leaves such records out)") from error
-        if complaint not in self.job.complaints:  # one Run may be run again
-            self.job.complaints.append(complaint)
 
     def _edit_in_a_row(self, method: str, editor: bridge.MethodEditor) -> None:
         """All records one after the other, without undoing; facts edited earlier are evaluated again on the way.
@@ -209,7 +180,7 @@ class _Runner:
         except Exception as error:
             if not is_records_fault(error):
                 raise
-            self._complain([request], told(method, error), error)
+            complain(self.job, [request], told(method, error), error)
             return None
 
     def _edit_next(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict) -> bool:
@@ -223,7 +194,7 @@ class _Runner:
         except Exception as error:
             if not is_records_fault(error):
                 raise
-            self._complain([request], told(method, error), error)
+            complain(self.job, [request], told(method, error), error)
             if model_digest(self.job.model) != weights:
                 raise RuntimeError(
                     f"{method}: record {request['index']} has failed ({error}) and left the model other than the edits before it had; "
