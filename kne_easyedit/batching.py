@@ -93,14 +93,15 @@ def demand_text(value: object, field: str) -> str:
 def encode(tokenizer, prompt: str, target: str, separator: str = SEPARATOR) -> Fact:
     """Tokenises one fact: the natural prompt and the natural answer (`natural`, `natural_answer`), joined by ``separator``.
 
-    Raises ValueError for an empty or blank prompt or target, a target of no tokens, a prompt whose tokens are not
-    those with which prompt and target together begin (the answer could not be told from it), or a tokenizer that
-    appends an end token to every text (the answer would begin behind it).
+    Raises ValueError for an empty or blank prompt or target, a target of no tokens, a prompt that is tokenised
+    differently where the target follows it, so that the cut by its length would fall into the one or the other, or a
+    tokenizer that appends an end token to every text (the answer would begin behind it).
     """
     prompt = natural(demand_text(prompt, "prompt"))
     target = natural_answer(demand_text(target, "target_new"))
     prompt_ids = tokenizer(prompt)["input_ids"]
-    ids = tokenizer(f"{prompt}{separator}{target}")["input_ids"]
+    text = f"{prompt}{separator}{target}"
+    ids = tokenizer(text)["input_ids"]
     if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token not in prompt:
         raise ValueError(
             f"tokenizer: {type(tokenizer).__name__} appends {tokenizer.eos_token!r} to every text, so the answer cannot "
@@ -110,12 +111,23 @@ def encode(tokenizer, prompt: str, target: str, separator: str = SEPARATOR) -> F
         raise ValueError(f"prompt: {shown(prompt)} has no tokens; nothing predicts the answer's first token")
     if len(ids) <= len(prompt_ids):
         raise ValueError(f"target_new: {shown(target)} has no tokens of its own after the prompt {shown(prompt)}; choose another target")
-    if ids[: len(prompt_ids)] != prompt_ids:
+    if ids[: len(prompt_ids)] != prompt_ids and not _begins_at(tokenizer, text, len(prompt_ids), len(prompt), len(prompt + separator)):
         raise ValueError(
             f"prompt: {shown(prompt)} is tokenised differently where the answer {shown(target)} follows it (separator {separator!r}), so that "
             f"EasyEdit's evaluators would cut at a wrong place; end the prompt elsewhere or choose another separator"
         )
     return Fact(prompt, target, tuple(ids), len(prompt_ids))
+
+
+def _begins_at(tokenizer, text: str, cut: int, prompt_end: int, answer_start: int) -> bool:
+    """Whether the text's tokens from number ``cut`` on are the answer's, where a token of the prompt has taken in the separator.
+
+    (A line end and the blank before a number are one token of SmolLM2.) Only tokenizers that know offsets can tell.
+    """
+    if not tokenizer.is_fast:
+        return False
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return offsets[cut - 1][1] <= answer_start and offsets[cut][0] >= prompt_end
 
 
 def encode_request(tokenizer, request: Mapping, chat: bool = False, separator: str = SEPARATOR) -> Fact:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kne_easyedit.batching import (
@@ -110,12 +110,16 @@ def to_request(record: Mapping, unused: Counter | None = None) -> dict:
     return request
 
 
-def demand_askable(request: Mapping, tokenizer, model, separator: str = SEPARATOR) -> None:
+def demand_askable(request: Mapping, tokenizer, model, separator: str = SEPARATOR, by_subject: Sequence[str] = ()) -> None:
     """Raises ValueError, naming the field, for a request with a text that the tokenizer or the model cannot take.
+
+    ``by_subject``: the methods of a run that cannot edit a request without a subject.
 
     ``model`` is a transformers model: its length and its embeddings are the limits. Every prompt is looked at with its
     answer: the request's own, the rephrased one, all probes.
     """
+    if by_subject and request["subject"] is None:
+        raise ValueError(f"subject: missing, {', '.join(by_subject)} cannot edit without one; add it, or leave out the method")
     known = model.get_input_embeddings().weight.shape[0]
     for field, prompt, answer in _questions(request):
         try:
@@ -180,7 +184,7 @@ def _answer(value, field: str) -> str | None:
 
 def _number_as_text(value):
     """A number as it is written (years lose their quotes on the way through other tools), anything else as it is."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = type(value) is int or type(value) is float and math.isfinite(value)  # True is no answer
     return str(value) if is_number else value
 
 

@@ -48,10 +48,10 @@ def begins_with(answer: str, target: str) -> bool:
     """Whether a free answer begins with the wanted one: blanks and capitals do not count, but words end where they end."""
     answer, target = " ".join(answer.split()).casefold(), " ".join(target.split()).casefold()
     following = answer[len(target) :][:1]
-    return answer.startswith(target) and (not following.isalnum() or _without_blanks(following))
+    return answer.startswith(target) and (not following.isalnum() or without_blanks(following))
 
 
-def _without_blanks(character: str) -> bool:
+def without_blanks(character: str) -> bool:
     """Whether it is of a script that sets no blanks between words: Chinese, Japanese, Thai and their kin."""
     return unicodedata.east_asian_width(character) in "WF" or unicodedata.name(character, "").startswith(("THAI ", "LAO ", "KHMER ", "MYANMAR "))
 

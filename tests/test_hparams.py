@@ -91,6 +91,7 @@ RANGES = {
     "stop_loss": ([-0.1, float("nan"), float("inf")], "must be 0 or more and finite"),
     "weight_decay": ([-0.1, float("nan"), float("inf")], "must be 0 or more and finite"),
     "seed": ([-1, 2**32], r"must be in \[0, 2\*\*32\)"),
+    "separator": (["-", " -> "], "must be white space or empty"),
     "device": ([-1, "gpu", "cuda:x", "cuda:-1", "cuda:", "cpu:", "0:1", ""], "must be a GPU's number, 'cpu'"),
 }
 ACCEPTED = {
@@ -117,6 +118,7 @@ ACCEPTED = {
     "localization_data": [None, "embedded", "some/file.json"],
     "ensemble": [None, "ensemble.json"],
     "cache_dir": [None, "/tmp/cache"],
+    "separator": ["", "\n"],
 }
 WRONG_TYPES = {
     "model_name": [7, None, ["tiny"]],
@@ -135,6 +137,7 @@ WRONG_TYPES = {
     "model_parallel": ["yes", 1, None],
     "fp16": [1, "true"],
     "seed": ["42", 1.0],
+    "separator": [None, 1],
 }
 cases = lambda table: [(name, value) for name, values in table.items() for value in values]  # noqa: E731
 

@@ -473,7 +473,23 @@ def interrupted_edits_are_undone() -> bool:
     return False
 
 
+def evaluators_join_by_the_separator():
+    """What the tokenizer is given for prompt and answer together, under KNE's settings for Chinese."""
+    hparams, texts = settings("KNE", separator=""), []
+    tokenizer = tokenizer_for(hparams)
+
+    class Listening(type(tokenizer)):
+        def __call__(self, text, **options):
+            texts.extend(text)
+            return super().__call__(text, **options)
+
+    tokenizer.__class__ = Listening
+    module("evaluate.evaluate_utils").test_prediction_acc(make_llama(), tokenizer, hparams, "The capital of France is", "Rome", "cpu")
+    return "The capital of France isRome" in texts
+
+
 PROBES = {
+    "evaluation-separator": Probe(evaluators_join_by_the_separator, True, False),
     "unknown-settings": Probe(takes_unknown_settings, False, "TypeError"),
     "any-model": Probe(loads_any_model, ["left", True], "NotImplementedError"),
     "lora-model-parallel": Probe(lora_settings_name_model_parallel, False, "AttributeError"),

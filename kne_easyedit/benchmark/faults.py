@@ -1,8 +1,19 @@
-"""Whose fault an error is: the record's, which may be left out, or the machine's or the method's, which ends the run."""
+"""Bad records of a run: found before the first edit, or by what an edit raises; then left out, or the run ends."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import torch
+
+from kne_easyedit.batching import SEPARATOR
+from kne_easyedit.benchmark.job import Run
+from kne_easyedit.bridge.editing import BY_SUBJECT
+from kne_easyedit.records import BadRecord, demand_askable
+from kne_easyedit.scores import without_blanks
+
+logger = logging.getLogger(__name__)
 
 NO_RECORDS_FAULT = (MemoryError, OSError, ImportError, NameError, NotImplementedError, torch.cuda.OutOfMemoryError)
 """What the machine or a method fails with, whatever the record. All else that is raised while a record is edited or asked
@@ -18,3 +29,33 @@ def is_records_fault(error: Exception) -> bool:
 def told(method: str, error: Exception) -> str:
     """Who failed and how; KNE's own messages say which field, those of EasyEdit's code say nothing without their kind."""
     return f"{method}: {error}" if type(error) is ValueError and str(error) else f"{method}: {type(error).__name__}: {error}"
+
+
+def complain(job: Run, chunk: Sequence[dict], why: str, error: Exception) -> None:
+    """Notes that these records are left out. Raises BadRecord if bad records are not to be skipped."""
+    numbers = ", ".join(str(request["index"]) for request in chunk)
+    complaint = f"{job.data}: record {numbers}: {why}"
+    if not job.skip_bad:
+        raise BadRecord(f"{complaint} (--on-bad-record skip leaves such records out)") from error
+    if complaint not in job.complaints:  # one Run may be run again
+        job.complaints.append(complaint)
+
+
+def askable(job: Run, requests: Sequence[dict]) -> list[dict]:
+    """The requests that every method can edit and every evaluator ask; complains about the others, before any edit is paid for.
+
+    Raises ValueError if there are none.
+    """
+    if job.separator == SEPARATOR and 2 * sum(without_blanks(request["prompt"][-1:] or " ") for request in job.requests) > len(requests):
+        logger.warning("%s: its script sets no blanks between words; KNE's setting separator: '' joins prompt and answer by none", job.data)
+    by_subject = [method for method, hparams in job.hparams.items() if hparams.alg_name in BY_SUBJECT]
+    found = []
+    for request in requests:
+        try:
+            demand_askable(request, job.tokenizer, job.model, job.separator, by_subject)
+            found.append(request)
+        except ValueError as error:
+            complain(job, [request], str(error), error)
+    if not found:
+        raise ValueError(f"records: none of {job.data} can be edited; the first complaint: {job.complaints[0]}")
+    return found

@@ -25,13 +25,12 @@ from kne_easyedit import bridge
 from kne_easyedit._version import __version__
 from kne_easyedit.batching import SEPARATOR
 from kne_easyedit.benchmark.answers import free_answer
-from kne_easyedit.benchmark.faults import is_records_fault, told
+from kne_easyedit.benchmark.faults import askable, complain, is_records_fault, told
 from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, settings_digest
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.benchmark.store import Lines, alone_in
 from kne_easyedit.benchmark.summary import retention, summarize
 from kne_easyedit.bridge import patches, statistics
-from kne_easyedit.bridge.editing import BY_SUBJECT
 from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.cache import model_digest
 from kne_easyedit.digest import digest
@@ -40,7 +39,7 @@ from kne_easyedit.hparams import changed, public
 from kne_easyedit.localization import find_ensemble
 from kne_easyedit.machine import PeakMemory, environment, hardware
 from kne_easyedit.paths import atomic_write, settle
-from kne_easyedit.records import BadRecord, data_digest, demand_askable, with_chat_template
+from kne_easyedit.records import data_digest, with_chat_template
 from kne_easyedit.scores import begins_with, parse_json
 from kne_easyedit.workers import side_by_side
 
@@ -74,7 +73,7 @@ class _Runner:
         self.variant = bridge.fluency_variant()
         if job.separator != SEPARATOR and "evaluation-separator" not in patches.applied():
             raise ValueError(f"separator: {job.separator!r} reaches EasyEdit's evaluators by the patch evaluation-separator, which {patches.OFF} switches off")
-        self.requests = self._askable([with_chat_template(r, job.tokenizer) for r in job.requests] if job.chat_template else job.requests)
+        self.requests = askable(job, [with_chat_template(r, job.tokenizer) for r in job.requests] if job.chat_template else job.requests)
         self.records = {request["index"]: record_digest(request) for request in self.requests}
         self.base = base_fingerprint(job, self.weights, self.variant)
         self.device = next(job.model.parameters()).device
@@ -144,22 +143,6 @@ class _Runner:
                 yield from (("complaint", method, complaint) for complaint in new)
             yield "end", method, chunk
 
-    def _askable(self, requests: Sequence[dict]) -> list[dict]:
-        """The requests that every method can edit and every evaluator ask: told before the first edit is paid for."""
-        in_need = [method for method, hparams in self.job.hparams.items() if hparams.alg_name in BY_SUBJECT]
-        found = []
-        for request in requests:
-            try:
-                demand_askable(request, self.job.tokenizer, self.job.model, self.job.separator)
-                if in_need and request["subject"] is None:
-                    raise ValueError(f"subject: missing, {', '.join(in_need)} cannot edit without one; add it, or leave out the method")
-                found.append(request)
-            except ValueError as error:
-                self._complain([request], str(error), error)
-        if not found:
-            raise ValueError(f"records: none of {self.job.data} can be edited; the first complaint: {self.job.complaints[0]}")
-        return found
-
     def _take(self, event: str, method: str, content) -> None:
         """Keeps and shows what `_edit_by_all` tells."""
         if event == "begin":
@@ -192,16 +175,11 @@ class _Runner:
             self._demand_unchanged(method, chunk)
             if not is_records_fault(error):
                 raise
-            self._complain(chunk, told(method, error), error)
+            complain(self.job, chunk, told(method, error), error)
             return []
-
-    def _complain(self, chunk: Sequence[dict], why: str, error: Exception) -> None:
-        """Notes that these records are left out. Raises BadRecord if bad records are not to be skipped."""
-        numbers = ", ".join(str(request["index"]) for request in chunk)
-        complaint = f"{self.job.data}: record {numbers}: {why}"
-        if not self.job.skip_bad:
-            raise BadRecord(f"{complaint} (--on-bad-record skip leaves such records out)") from error
-        self.job.complaints.append(complaint)
+        except BaseException:
+            editor.undo()
+            raise
 
     def _edit_in_a_row(self, method: str, editor: bridge.MethodEditor) -> None:
         """All records one after the other, without undoing; facts edited earlier are evaluated again on the way.
@@ -238,7 +216,7 @@ class _Runner:
         except Exception as error:
             if not is_records_fault(error):
                 raise
-            self._complain([request], told(method, error), error)
+            complain(self.job, [request], told(method, error), error)
             return None
 
     def _edit_next(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict) -> bool:
@@ -252,7 +230,7 @@ class _Runner:
         except Exception as error:
             if not is_records_fault(error):
                 raise
-            self._complain([request], told(method, error), error)
+            complain(self.job, [request], told(method, error), error)
             if model_digest(self.job.model) != weights:
                 raise RuntimeError(
                     f"{method}: record {request['index']} has failed ({error}) and left the model other than the edits before it had; "

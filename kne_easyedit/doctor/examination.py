@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kne_easyedit.batching import demand_length, encode_request
-from kne_easyedit.bridge.editing import IN_CONTEXT
+from kne_easyedit.batching import SEPARATOR, demand_length, encode_request
+from kne_easyedit.bridge.editing import BY_SUBJECT, IN_CONTEXT
 from kne_easyedit.bridge.registry import RIGHT_PADDED, prepare_tokenizer
 from kne_easyedit.cache import scores_folder
 from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, failure, left_out, listed, size
@@ -45,7 +45,7 @@ from kne_easyedit.kinds import UNQUANTISED
 from kne_easyedit.localization import localization_requests
 from kne_easyedit.machine import free_memory
 from kne_easyedit.models import SMOLLM2
-from kne_easyedit.records import load_records
+from kne_easyedit.records import demand_askable, load_records
 
 DATA = "data"
 
@@ -76,7 +76,7 @@ def _examine(plan: Mapping, data: str, records: int | None, offset: int, trial: 
     else:
         yield from modules(plan, model)
         tokenizer = yield from tokenizers(plan, folder, model)
-    requests = yield from data_records(data, records, offset, tokenizer, model)
+    requests = yield from data_records(data, records, offset, tokenizer, model, plan)
     for hparams in plan.values():
         if isinstance(hparams, KNEHyperParams) and hparams.ensemble is None:
             yield from localization_facts(hparams, tokenizer, model)
@@ -268,8 +268,10 @@ def tokenizers(plan: Mapping, folder: Path, model: nn.Module) -> Iterator[Findin
 # The data
 
 
-def data_records(data: str, records: int | None, offset: int, tokenizer, model: nn.Module | None) -> Iterator[Finding]:
+def data_records(data: str, records: int | None, offset: int, tokenizer, model: nn.Module | None, plan: Mapping) -> Iterator[Finding]:
     """Returns the usable requests."""
+    by_subject = [label for label, hparams in plan.items() if hparams.alg_name in BY_SUBJECT]
+    separator = next((hparams.separator for hparams in plan.values() if isinstance(hparams, KNEHyperParams)), SEPARATOR)
     try:
         requests, complaints = load_records(data, records, offset, on_bad="skip")
     except (ValueError, OSError) as error:
@@ -279,7 +281,7 @@ def data_records(data: str, records: int | None, offset: int, tokenizer, model: 
     bad = {int(number): why for text in complaints for number, why in re.findall(r": record (\d+): (.*)", text, re.DOTALL)[:1]}
     for request in requests if tokenizer is not None else ():
         try:
-            _length(request, tokenizer, model)
+            demand_askable(request, tokenizer, model, separator, by_subject)  # the probes, too
         except ValueError as error:
             bad[request["index"]] = str(error)
     if bad:
