@@ -18,7 +18,7 @@ from kne_easyedit.interrupts import interrupts_held, safe_point
 from kne_easyedit.state import undisturbed
 from kne_easyedit.training import restore, train_rows, write_rows
 
-SIGNALS = int(os.environ.get("KNE_TEST_SIGNALS", "100"))
+SIGNALS = int(os.environ.get("KNE_TEST_SIGNALS", "60"))
 """How many timers go off in each of the two stress tests, single and double; 1000 makes 2,000 (some minutes)."""
 ENSEMBLE = NeuronEnsemble({LLAMA_DOWN: {0: (1, 5), 1: (2, 3)}}, {LLAMA_DOWN: 24})
 REQUEST = {"prompt": ONE_TOKEN[0], "target_new": ONE_TOKEN[1]}
