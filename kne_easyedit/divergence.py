@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from kne_easyedit.batching import pad
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.layout import device_of
-from kne_easyedit.records import load_requests
+from kne_easyedit.records import data_digest, load_requests
 
 
 class Divergence:
@@ -44,7 +43,7 @@ def unrelated_prompts(hparams: KNEHyperParams, edited: Sequence[str]) -> list[st
 
     Raises ValueError if the file has none.
     """
-    known = _prompts(str(hparams.kl_data), Path(str(hparams.kl_data)).stat().st_mtime if Path(str(hparams.kl_data)).is_file() else 0)
+    known = _prompts(str(hparams.kl_data), data_digest(str(hparams.kl_data)))
     chosen = [prompt for prompt in known if prompt not in edited][: hparams.kl_size]
     if not chosen:
         raise ValueError(f"kl_data: {hparams.kl_data!r} holds no prompt beside those that are edited")
@@ -52,5 +51,5 @@ def unrelated_prompts(hparams: KNEHyperParams, edited: Sequence[str]) -> list[st
 
 
 @lru_cache(maxsize=4)
-def _prompts(path: str, changed: float) -> tuple[str, ...]:
+def _prompts(path: str, content: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(request["prompt"] for request in load_requests(path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
@@ -11,16 +12,30 @@ from kne_easyedit.batching import chat_prompt, demand_length, encode_request
 from kne_easyedit.divergence import Divergence, unrelated_prompts
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams, resolve_device
-from kne_easyedit.localization import find_ensemble
-from kne_easyedit.state import undisturbed
+from kne_easyedit.interrupts import interrupts_held
+from kne_easyedit.localization import find_ensemble, inherit
+from kne_easyedit.state import demand_trainable, own_modes, undisturbed
 from kne_easyedit.training import RowEdit, train_rows, write_rows
+
+logger = logging.getLogger(__name__)
+
+NAMED = 5
+"""Facts that a message about a failed edit names; of more it gives the number."""
+
+
+class EditFailed(ValueError):
+    """Training did not reach every answer (``on_failure: raise``); nothing was written."""
 
 
 def compute_edit(
     model: nn.Module, tok, requests: Sequence[Mapping], hparams: KNEHyperParams, ensemble: NeuronEnsemble | None = None
 ) -> RowEdit:
-    """Locates the ensemble (unless given) and trains its rows on ``requests`` together. Changes nothing in the model."""
+    """Locates the ensemble (unless given) and trains its rows on ``requests`` together. Changes nothing in the model.
+
+    Does not judge what it found: `RowEdit.failed` does.
+    """
     hparams.validate()
+    demand_trainable(model)
     resolve_device(hparams.device)
     if not requests:
         raise ValueError("requests: there are none to edit")
@@ -36,9 +51,30 @@ def compute_edit(
     return train_rows(model, facts, ensemble, hparams, divergence)
 
 
+def _shortfall(edit: RowEdit, hparams: KNEHyperParams) -> str | None:
+    """What is to be said of an edit that did not reach all of its facts; None if it did."""
+    failed = edit.failed(hparams.stop_loss)
+    if not failed:
+        return None
+    named = [f"{a.fact.prompt!r} -> {a.fact.target!r} (loss {a.loss:.3f}, probability {a.probability:.2%})" for a in failed[:NAMED]]
+    more = [f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else []
+    return (
+        f"{len(failed)} of {len(edit.answers)} facts not reached after {edit.steps} steps (loss {edit.losses[-1]:.3f}, stop_loss "
+        f"{hparams.stop_loss:g}): {', '.join(named + more)}; do the facts contradict each other? Else raise num_steps or lr, lower "
+        f"stop_loss, or take a larger p"
+    )
+
+
 def _unrelated(tok, hparams: KNEHyperParams, requests: Sequence[Mapping]) -> list[str]:
     prompts = unrelated_prompts(hparams, [request["prompt"] for request in requests])
     return [chat_prompt(tok, prompt) for prompt in prompts] if hparams.use_chat_template else prompts
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    with own_modes(model):  # in inference mode it would be a model that cannot be trained any more
+        copy = deepcopy(model)
+    inherit(copy, model)
+    return copy
 
 
 def apply_kne_to_model(
@@ -77,15 +113,29 @@ def apply_kne_to_model(
     kwargs:
         What else EasyEdit passes to every method (``train_ds``); not used.
 
-    Returns the edited model and the original weights by parameter name (empty if not asked for). After any
-    exception, Ctrl-C included, the model is bit by bit what it was, without hooks, adapters or changed flags.
+    Returns the edited model and the original weights by parameter name (empty if not asked for). Facts that were
+    not reached are named in a warning of the log; under ``on_failure: raise`` EditFailed is raised instead. Raises EditLost
+    if the written model does not have the loss that was trained. torch's modes around the call (autocast, no_grad,
+    inference_mode) do not count.
+
+    After any exception, Ctrl-C included, the model is bit by bit what it was, without hooks, adapters or changed flags:
+    Ctrl-C waits for the end of a fact, a layer, a pass or a step (`interrupts`). This holds where SIGINT has a Python
+    handler; a process that is killed keeps nothing. On Python 3.10 a Ctrl-C in the very microseconds in which the edit is
+    handed over can still lose the originals.
     """
     requests = [requests] if isinstance(requests, Mapping) else list(requests)
-    if copy:
-        model = deepcopy(model)
-    edit = compute_edit(model, tok, requests, hparams, ensemble)
-    if on_trained is not None:
-        on_trained(edit)
+    with interrupts_held():  # Python's own locks do not survive a second Ctrl-C (a `Condition` that waits): hold all of it
+        edit = compute_edit(model, tok, requests, hparams, ensemble)
+        if on_trained is not None:
+            on_trained(edit)
+        shortfall = _shortfall(edit, hparams)
+        if shortfall and hparams.on_failure == "raise":
+            raise EditFailed(f"{shortfall}. Nothing was written (on_failure: raise)")
+        if shortfall:
+            # Logged, not `warnings.warn`: seen in a notebook and in EasyEdit's scripts alike, every time, and by `kne run`, too, which
+            # sends stderr to a file while it edits. Before the edit is handed over: a call after it would be a place for Ctrl-C.
+            logger.warning("%s", shortfall)
+        model = _copied(model) if copy else model
     originals = write_rows(model, edit)
     wanted = return_orig_weights and (keep_original_weight or not legacy_contract)
     return model, originals if wanted else {}

@@ -18,6 +18,7 @@ from kne_easyedit.quadrature import QUADRATURES
 AGGREGATIONS = ("max", "mean")
 SCALES = ("none", "layer")
 INITIALISATIONS = ("zeros", "kaiming")
+ON_FAILURE = ("warn", "raise")
 ENGINES = ("auto", "sweep", "whole")
 EVALUATORS = ("evaluation_type", "api_key")
 """Settings of EasyEdit's evaluators (since 2025), which its scripts set on the hyperparameter object of any method:
@@ -25,6 +26,10 @@ EVALUATORS = ("evaluation_type", "api_key")
 No fields: some versions ask whether the attribute is there, not what it is, so it is there only if it was given."""
 SECRET = ("api_key",)
 """Never shown: not in messages, manifests, summaries or fingerprints."""
+SEVERAL_DEVICES = (
+    "names several GPUs, wanted is one number; to spread a model over them set CUDA_VISIBLE_DEVICES=0,1 (their numbers) in the "
+    "environment, device: 0 and model_parallel: true"
+)
 
 
 @dataclass
@@ -77,6 +82,9 @@ class KNEHyperParams:
     """Optimiser steps at most."""
     stop_loss: float = 0.4
     """Training ends as soon as the batch loss is below; 0 never stops early."""
+    on_failure: str = "warn"
+    """What follows if a fact was not reached (`RowEdit.failed`): ``warn`` (in the log), or ``raise`` (EditFailed, nothing is
+    written)."""
     alpha: float = 1.0
     """Scaling ``alpha / sqrt(n)`` of a layer's ``n`` trained rows (Eq. 11)."""
     weight_decay: float = 0.0
@@ -156,6 +164,7 @@ class KNEHyperParams:
 
     def validate(self) -> None:
         """Raises ValueError for a value of the wrong type or out of range. Called again before every edit."""
+        _demand(not _is_device_list(self.device), "device", self.device, SEVERAL_DEVICES)
         for f, wanted in zip(fields(self), _types(type(self)).values()):
             setattr(self, f.name, _coerced(f.name, getattr(self, f.name), wanted))
         for name in EVALUATORS:
@@ -177,6 +186,7 @@ class KNEHyperParams:
         _demand(self.quadrature in QUADRATURES, "quadrature", self.quadrature, f"must be one of {tuple(QUADRATURES)}")
         _demand(self.attribution_engine in ENGINES, "attribution_engine", self.attribution_engine, f"must be one of {ENGINES}")
         _demand(self.initialization in INITIALISATIONS, "initialization", self.initialization, f"must be one of {INITIALISATIONS}")
+        _demand(self.on_failure in ON_FAILURE, "on_failure", self.on_failure, f"must be one of {ON_FAILURE}")
         for name in ("attribution_steps", "localization_size", "num_steps", "kl_size", "max_length", "batch_size"):
             _demand(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _demand(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")
@@ -238,6 +248,10 @@ def resolve_device(device: int | str):
 def _is_device(device: int | str) -> bool:
     kind, colon, index = str(device).partition(":")
     return kind.isdigit() and not colon or kind in ("cpu", "cuda", "mps") and (not colon or index.isdigit())
+
+
+def _is_device_list(device) -> bool:
+    return isinstance(device, (list, tuple)) and len(device) > 1 or isinstance(device, str) and "," in device
 
 
 def _demand(ok: bool, name: str, value, rule: str) -> None:

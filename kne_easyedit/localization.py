@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from weakref import WeakKeyDictionary
 
@@ -14,26 +15,29 @@ from tqdm import tqdm
 from kne_easyedit.attribution import attribute_facts, rows_in_flight
 from kne_easyedit.batching import Fact, demand_length, encode_request
 from kne_easyedit.cache import ScoreCache
+from kne_easyedit.digest import digest
 from kne_easyedit.editable import demand_editable_by
 from kne_easyedit.ensemble import NeuronEnsemble, aggregate, select_ensemble
 from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.interrupts import safe_point
 from kne_easyedit.layout import Target, resolve_target
 from kne_easyedit.quadrature import QUADRATURES
-from kne_easyedit.records import load_requests
+from kne_easyedit.records import data_digest, load_requests
 from kne_easyedit.replay import ReplayMismatch, UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
 _ENSEMBLES: WeakKeyDictionary[nn.Module, dict[tuple, NeuronEnsemble]] = WeakKeyDictionary()
-"""Loaded model -> settings -> ensemble. By object, not by weights: sequential edits change the weights, but the
-neurons are those that were found in the model as it came."""
+"""Loaded model -> settings and the facts' tokens -> ensemble. By object, not by weights: sequential edits change the weights, but
+the neurons are those that were found in the model as it came."""
 
 
 def find_ensemble(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: KNEHyperParams) -> NeuronEnsemble:
     """The ensemble that ``hparams`` ask for: read from a file, localised on a data file, or on ``requests``.
 
     With ``localization_data`` set it is computed once for each loaded model and then reused, through sequential
-    edits too (`forget` ends that); with neither set it depends on ``requests`` and on the weights as they are.
+    edits too (`forget` ends that), as long as file and tokenizer give the same facts in tokens; with neither set it
+    depends on ``requests`` and on the weights as they are. A file is read anew each time.
 
     It is for an edit: raises ValueError, before anything is computed, for a model or module that cannot be edited
     (`demand_editable_by`). `localize` takes these, too.
@@ -43,20 +47,26 @@ def find_ensemble(model: nn.Module, tokenizer, requests: Sequence[Mapping], hpar
         return NeuronEnsemble.load(hparams.ensemble)
     if hparams.localization_data is None:
         return localize(model, tokenizer, requests, hparams)
+    data = hparams.localization_data
+    facts = list(_requests(data, data_digest(data), hparams.localization_size, hparams.localization_offset))
+    encoded = [encode_request(tokenizer, fact, hparams.use_chat_template, hparams.separator) for fact in facts]  # the tokenizer is what it makes of them
     settings = (
         *hparams.target_modules, *hparams.layers, hparams.p, hparams.attribution_steps, hparams.quadrature, hparams.aggregation, hparams.score_scale,
-        hparams.localization_data, hparams.localization_size, hparams.localization_offset, hparams.use_chat_template,
-        hparams.separator,
+        hparams.localization_size, digest([(fact.ids, fact.prompt_length) for fact in encoded]),
     )  # fmt: skip
     found = _ENSEMBLES.setdefault(model, {})
     if settings not in found:
-        facts = localization_requests(hparams)
         if len(facts) < hparams.localization_size:
             logger.warning(
                 "localization_size: %s wanted, %s holds %s facts", hparams.localization_size, hparams.localization_data, len(facts)
             )
         found[settings] = localize(model, tokenizer, facts, hparams)
     return found[settings]
+
+
+@lru_cache(maxsize=4)
+def _requests(path: str, content: str | None, size: int, offset: int) -> tuple[dict, ...]:
+    return tuple(load_requests(path, size, offset))
 
 
 def localization_requests(hparams: KNEHyperParams) -> list[dict]:
@@ -67,6 +77,11 @@ def localization_requests(hparams: KNEHyperParams) -> list[dict]:
 def forget(model: nn.Module) -> None:
     """Forgets the ensembles found in ``model``: the next edit localises on its weights as they are now."""
     _ENSEMBLES.pop(model, None)
+
+
+def inherit(copy: nn.Module, model: nn.Module) -> None:
+    """``copy`` was copied from ``model``: what was found in ``model`` holds for it as well."""
+    _ENSEMBLES[copy] = dict(_ENSEMBLES.get(model, {}))
 
 
 def localize(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: KNEHyperParams) -> NeuronEnsemble:
@@ -104,6 +119,7 @@ class Localization:
                 rows = self.hparams.chunk_rows or self._rows_in_flight(targets, facts[0])
                 paths = sum(len(target.layers) for target in targets)
                 for batch in batches(facts, paths * self.hparams.attribution_steps, rows):
+                    safe_point()
                     # Another process may have been here since.
                     todo = [fact for fact in batch if any(self.cache.missing(target, fact) for target in targets)]
                     if todo:
@@ -114,6 +130,7 @@ class Localization:
     def scores(self, target: Target, facts: Sequence[Fact] | None = None) -> Iterator[Tensor]:
         """The scores ``(layers, d2)`` of each fact (of all, if not given) in turn; what the cache has lost is computed again."""
         for fact in self.facts if facts is None else facts:
+            safe_point()
             scores = self.cache.get(target, fact)
             yield self._attribute([target], [fact])[0][0] if scores is None else scores
 
@@ -135,6 +152,7 @@ class Localization:
         """What is to be computed: missing layers of each target -> the facts, each once."""
         found: dict[tuple, list[Fact]] = {}
         for fact in distinct(facts):
+            safe_point()
             layers = tuple(self.cache.missing(target, fact) for target in self.targets)
             if any(layers):
                 found.setdefault(layers, []).append(fact)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit.batching import Batch
+from kne_easyedit.interrupts import safe_point
 from kne_easyedit.layout import device_of
 
 ATTENTION_NAME = "kne_shared_prefix"
@@ -189,6 +190,7 @@ class Replay:
 
     def layer(self, index: int, hidden: Tensor, positions: Tensor) -> Tensor:
         """Rows ``hidden`` ``(facts, rows, d)`` at ``positions`` ``(facts, rows)`` through decoder layer ``index``."""
+        safe_point()
         cached = self._cache.layers[index]
         prefix = Prefix(cached.keys, cached.values, positions.to(hidden.device), self.model.config._attn_implementation != "sdpa")
         token = _PREFIX.set(prefix)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit.batching import Fact
+from kne_easyedit.interrupts import safe_point
 from kne_easyedit.layout import Target, device_of
 from kne_easyedit.replay import never_called, unfolded
 
@@ -37,6 +38,7 @@ def _attribute_module(model: nn.Module, name: str, fact: Fact, alphas: Tensor, w
         dtype = torch.promote_types(neurons.dtype, torch.float32)
         per_batch = max(1, chunk_rows // len(ids))
         for nodes, shares in zip(alphas.split(per_batch), weights.split(per_batch)):
+            safe_point()
             points = (neurons * nodes.to(neurons)[:, None]).requires_grad_()
             batch = ids.expand(len(nodes), -1)
             with torch.enable_grad(), _last_output(model, name, batch, lambda own: points):

@@ -340,8 +340,8 @@ class TestAsFound:
         [
             (peft.tuners.lora.LoraModel, "_create_and_replace", 2),
             (training, "_prepare", 2),
-            (training, "answer_loss", 1),
-            (training, "answer_loss", 3),
+            (training, "answer_logits", 1),
+            (training, "answer_logits", 3),
             (torch.autograd, "grad", 2),
             (torch.optim.AdamW, "step", 2),
         ],
@@ -378,7 +378,7 @@ class TestAsFound:
     def test_edits_work_after_an_exception(self, llama, facts, monkeypatch):
         expected = train_rows(llama, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(num_steps=2)).losses
         with monkeypatch.context() as patch:
-            patch.setattr(training, "answer_loss", failing(training.answer_loss, 2, KeyboardInterrupt()))
+            patch.setattr(training, "answer_logits", failing(training.answer_logits, 2, KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
                 train_rows(llama, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(num_steps=2))
         assert train_rows(llama, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(num_steps=2)).losses == expected

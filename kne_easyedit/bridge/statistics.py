@@ -26,6 +26,7 @@ from torch import nn
 from kne_easyedit.batching import pad
 from kne_easyedit.bridge.patches import applied, runtime_patch
 from kne_easyedit.bridge.runtime_patches import forget_moments, module
+from kne_easyedit.interrupts import safe_point
 from kne_easyedit.paths import expanded
 from kne_easyedit.state import undisturbed
 
@@ -87,6 +88,7 @@ class TextSource:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), undisturbed(model):
             torch.manual_seed(self.seed)
             for batch in tqdm(batches, desc="text for second moments", unit="batch"):
+                safe_point()
                 ids = torch.tensor(batch, device=device)
                 out = model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, temperature=1.0, top_p=1.0,
@@ -145,6 +147,7 @@ def second_moments(model: nn.Module, texts: Sequence[Sequence[int]], modules: Se
         handles += [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
         with undisturbed(model):
             for batch in tqdm(list(_batches(sorted(texts, key=len))), desc="second moments", unit="batch"):
+                safe_point()
                 ids, attention = (tensor.to(device) for tensor in pad(batch))
                 mask = attention.bool()
                 body(input_ids=ids, attention_mask=attention, use_cache=False)
