@@ -284,7 +284,8 @@ def text_of(found: dict[str, dict], smollm2: dict[str, dict], data: str | None) 
         parts.append(f"\nPatches applied to this version: {', '.join(applied)}.")
     parts.append("\n## Notes\n")
     parts += [f"- {mark} {reason}" for reason, mark in marks.items()]
-    parts.append("\n## What the patches mend\n\n| patch | fault |\n|---|---|")
+    parts.append(OTHERS)
+    parts.append("## What the patches mend\n\n| patch | fault |\n|---|---|")
     parts += [f"| {name} | {fault} |" for name, fault in next(iter(found.values()))["faults"].items()]
     if smollm2:
         parts.append(SMOLLM2.format(data=Path(data).name))
@@ -309,6 +310,30 @@ bit what it was afterwards (sequential_edit: the edits have stayed), on a tiny r
 thanks to the patches that the note names, each of which alone makes the cell fail when it is missing; "cannot": EasyEdit
 has no such thing, for the reason of the note. `kne doctor` lists the patches of the EasyEdit that you use;
 `KNE_PATCHES_OFF=name,name` switches some off."""
+OTHERS = """
+## Other methods
+
+Methods of the July 2026 tree beside those above, with EasyEdit's own settings (fewer steps, other layers) on a tiny random
+model called "tiny-llama", by `MethodEditor`: edit, evaluate, undo, alone and two in a row (`tests/test_easyedit_methods.py`).
+
+| method | |
+|---|---|
+| MEMIT-FE, R-ROME, EMMET, EAMET, QLoRA | edited and undone bit by bit |
+| AlphaEdit, SPHERE | the same, for models with `llama`, `gpt2-xl` (AlphaEdit: or `qwen`) in their name; refused for others |
+| DPO, WISE | the same, for requests with `target_neg`, `loc_prompt`; refused for others |
+| GRACE | refused without scikit-learn; not run with it |
+| MEND | refused without the file of its trained editor (`archive`); not run with one |
+| IKE | refused: edits prompts, not weights |
+| FT-Api, DeepEdit-Api | refused: edit a model behind an API |
+| MELO, SERAC | refused: put the model into a wrapper, or beside a memory, and give nothing by which that could be undone |
+| ULTRAEDIT | refused: gives no original weights |
+| SimIE | refused: starts every edit from the first weights that it has seen |
+| DINM | refused: wants safety records |
+| DEFER | refused: its edited model cannot answer several prompts at once |
+| PMET | fails in its own code on the tiny model (probabilities that are no numbers); not run elsewhere |
+| CORE | not run: EasyEdit has no settings of it |
+
+"""
 SMOLLM2 = """
 ## On a real model
 

@@ -17,18 +17,20 @@ import numpy
 import torch
 from torch import nn
 
-from kne_easyedit.bridge.registry import NAME, editor_for, is_legacy
+from kne_easyedit.bridge.methods import ORIGINALS_IF_ASKED, SCRIPTS, demand_request, demand_undoable
+from kne_easyedit.bridge.registry import NAME, editor_for, is_legacy, register
 from kne_easyedit.bridge.runtime_patches import module
 from kne_easyedit.bridge.undo import Undo, undone_on_errors
 from kne_easyedit.hparams import changed
 from kne_easyedit.state import seed_generators
 from kne_easyedit.training import RowEdit
 
-IN_CONTEXT = ("IKE", "ICE")
 ONE_FACT = ("KN",)
 """Methods that take the first of several requests and drop the others without a word."""
 BY_SUBJECT = ("ROME", "R-ROME", "MEMIT", "MEMIT-FE", "PMET", "EMMET", "EAMET", "AlphaEdit", "SPHERE", "CORE", "DeepEdit-Api")
 """Methods that look for the subject's tokens in the prompt: they cannot edit a record without a subject."""
+ACCUMULATING = ("AlphaEdit", "SPHERE")
+"""Methods that add every edit to what they keep of those before."""
 _LOSS = re.compile(r"^(?:Batch )?loss ([\d.]+(?:e[+-]?\d+)?)", re.MULTILINE)
 """How EasyEdit's FT, LoRA (``Batch loss 1.2``), ROME and MEMIT (``loss 1.2 = ...``) print a step's loss."""
 
@@ -36,12 +38,12 @@ _LOSS = re.compile(r"^(?:Batch )?loss ([\d.]+(?:e[+-]?\d+)?)", re.MULTILINE)
 class MethodEditor:
     """EasyEdit's editor of one method, driven step by step. ``hparams`` are of that method's class.
 
-    Raises ValueError for a method that does not edit weights.
+    Raises ValueError, with the reason, for a method whose edits could not be undone, or that lacks what it needs.
     """
 
     def __init__(self, hparams, model: nn.Module, tokenizer):
-        if hparams.alg_name in IN_CONTEXT:
-            raise ValueError(f"methods: {hparams.alg_name} edits prompts, not weights; run it by EasyEdit's own scripts (kne easyedit-run)")
+        register()
+        demand_undoable(hparams)
         self.editor = editor_for(hparams, model, tokenizer)
         self.hparams, self.tokenizer = self.editor.hparams, tokenizer
         self.original = model
@@ -72,10 +74,15 @@ class MethodEditor:
 
         What a method of EasyEdit has changed when it fails half-way, it does not tell: compare the model's digest.
         """
+        alg_name = self.hparams.alg_name
+        for request in requests:
+            demand_request(alg_name, request)
         if self._undo:
             self.demand_sequence()
         printed = _Tee(sys.stdout)
-        own = {"on_trained": self._trained} if self.hparams.alg_name == NAME else {}
+        own = {"on_trained": self._trained} if alg_name == NAME else {}
+        if alg_name in ACCUMULATING:
+            own["reset_cache"] = not self._undo  # else it goes by edits that were undone
         self.losses = []
 
         failed: list[Exception] = []
@@ -85,10 +92,10 @@ class MethodEditor:
                 with contextlib.redirect_stdout(printed):
                     edited, originals = self.editor.apply_algo(
                         self.original, self.tokenizer, [dict(request) for request in requests], self.hparams,
-                        copy=False, return_orig_weights=not own, keep_original_weight=is_legacy(), **own,
+                        copy=False, return_orig_weights=alg_name != NAME, keep_original_weight=is_legacy() or alg_name in ORIGINALS_IF_ASKED, **own,
                     )  # fmt: skip
-                if not own and not self._undo.remember(edited, originals):
-                    raise ValueError(f"methods: {self.hparams.alg_name} gives nothing by which its edit could be undone; run it by EasyEdit's own scripts")
+                if alg_name != NAME and not self._undo.remember(edited, originals, alg_name):
+                    raise ValueError(f"methods: {alg_name} gives nothing by which its edit could be undone; {SCRIPTS}")
                 self.losses = self.losses or [float(loss) for loss in _LOSS.findall(printed.getvalue())]
                 self.model = edited
             except Exception as error:

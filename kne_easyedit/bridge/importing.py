@@ -64,6 +64,11 @@ class _PlaceholderType(type):
         raise ImportError(f"{cls.__name__} is not available: {cls._why}")
 
 
+def is_placeholder(value: object) -> bool:
+    """Whether it stands for something that could not be imported; ``_why`` says why."""
+    return isinstance(value, _PlaceholderType)
+
+
 def placeholder(name: str, why: str) -> type:
     """A class that stands for something that could not be imported."""
     return _PlaceholderType(name, (), {"_why": why})

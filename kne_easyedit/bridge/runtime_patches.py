@@ -330,6 +330,7 @@ def remembered_switches(model: torch.nn.Module):
     config = getattr(model, "config", None)
     use_cache, checkpointing = getattr(config, "use_cache", None), getattr(model, "is_gradient_checkpointing", False)
     modules = list(model.modules())
+    training = [module.training for module in modules]
     attributes = [set(vars(module)) for module in modules]
     hooks = [(module._forward_hooks, set(module._forward_hooks)) for module in modules]
 
@@ -346,6 +347,8 @@ def remembered_switches(model: torch.nn.Module):
                 delattr(module, name)
 
         def restore_flags() -> None:
+            for module, flag in zip(modules, training):
+                module.training = flag
             for parameter, flag, without_gradient in flags:
                 parameter.requires_grad = flag
                 if without_gradient:

@@ -16,11 +16,14 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from kne_easyedit.bridge.methods import ORIGINALS_IF_ASKED
 from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.bridge.runtime_patches import remembered_switches
 from kne_easyedit.layout import rows
 from kne_easyedit.training import RowEdit, restore
 
+ONE_LAYER = ("GRACE", "WISE")
+"""Methods that put a layer of their own in the place of one, and what they give for undoing leaves a copy of that one there."""
 EDITS = ("edit", "batch_edit", "edit_requests", "normal_edit", "generate_edit", "edit_dataset")
 """Methods of EasyEdit's editor that edit, as far as a version has them."""
 
@@ -31,6 +34,7 @@ class Undo:
     def __init__(self, model: nn.Module):
         self.model = model
         self._steps: list[Callable[[], None]] = []
+        self._layers = [(module, dict(module._modules)) for module in model.modules()]
 
     def __bool__(self) -> bool:
         return bool(self._steps)
@@ -39,9 +43,12 @@ class Undo:
         """Keeps the rows that KNE is about to write: before they are written, so that no moment is without a way back."""
         self._last(_Rows).keep(edit)
 
-    def remember(self, edited: nn.Module, originals) -> bool:
+    def remember(self, edited: nn.Module, originals, alg_name: str = "") -> bool:
         """Keeps what a method of EasyEdit has given for undoing its edit; each has its own way. False if it gave nothing."""
-        if callable(originals):
+        if alg_name in ONE_LAYER:
+            if not self._steps:
+                self._steps.append(self._layers_back)
+        elif callable(originals):
             self._steps.append(torch.no_grad()(originals))
         elif hasattr(edited, "peft_config"):
             if edited is not self.model:  # else the adapter of an edit before was trained on
@@ -62,6 +69,10 @@ class Undo:
         if not self._steps or type(self._steps[-1]) is not kind:
             self._steps.append(kind(self.model))
         return self._steps[-1]
+
+    def _layers_back(self) -> None:
+        for module, layers in self._layers:
+            module._modules.update(layers)
 
     def _unload(self, adapted: nn.Module) -> None:
         adapted.unload()
@@ -129,7 +140,6 @@ def _safe(method, legacy: bool):
         if not isinstance(self.model, nn.Module) or isinstance(self.apply_algo, _Recorder):  # edit() calls edit_requests()
             return method(self, *args, **kwargs)
         model, apply, put_back = self.model, self.apply_algo, remembered_switches(self.model)
-        training = [(module, module.training) for module in model.modules()]
         recorder = _Recorder(apply, Undo(model), self.alg_name, legacy)
 
         def work():
@@ -140,8 +150,6 @@ def _safe(method, legacy: bool):
             recorder.undo.take_back()
             self.model = model
             put_back()
-            for module, flag in training:
-                module.training = flag
 
         def finish() -> None:
             self.apply_algo = apply
@@ -162,11 +170,13 @@ class _Recorder:
             return self.apply(*args, **{**kwargs, "on_trained": self.undo.remember_rows})
         # Before May 2024 originals were given only to who asked for them, and written back by the editor if it got any.
         asked = not self.legacy or kwargs.get("keep_original_weight")
-        result = self.apply(*args, **(kwargs if asked else {**kwargs, "keep_original_weight": True}))
+        if not asked or self.alg_name in ORIGINALS_IF_ASKED:
+            kwargs = {**kwargs, "keep_original_weight": True}
+        result = self.apply(*args, **kwargs)
         if not (isinstance(result, tuple) and len(result) == 2):  # prompts of in-context editing
             return result
         edited, originals = result
-        self.undo.remember(edited, originals)
+        self.undo.remember(edited, originals, self.alg_name)
         return edited, originals if asked or callable(originals) else {}
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from kne_easyedit.batching import SEPARATOR, demand_length, encode_request
-from kne_easyedit.bridge.editing import BY_SUBJECT, IN_CONTEXT
+from kne_easyedit.bridge.editing import BY_SUBJECT
+from kne_easyedit.bridge.methods import demand_undoable
 from kne_easyedit.bridge.registry import RIGHT_PADDED, prepare_tokenizer
 from kne_easyedit.cache import scores_folder
 from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, failure, left_out, listed, size
@@ -102,8 +103,10 @@ def devices(plan: Mapping) -> Iterator[Finding]:
     """Returns the device of the run, or None."""
     found: dict[torch.device, list[str]] = {}
     for label, hparams in plan.items():
-        if hparams.alg_name in IN_CONTEXT:
-            yield Finding(f"method {label}", FAILURE, f"{hparams.alg_name} edits prompts, not weights", "run it by `kne easyedit-run`")
+        try:
+            demand_undoable(hparams)
+        except ValueError as error:
+            yield failure(f"method {label}", error)
         try:
             device = resolve_device(hparams.device)
             found.setdefault(device if device.index else torch.device(device.type), []).append(label)  # cuda is cuda:0
