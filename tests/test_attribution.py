@@ -31,7 +31,7 @@ from kne_easyedit.quadrature import riemann
 from kne_easyedit.replay import ReplayMismatch, UnsupportedModel
 from kne_easyedit.state import undisturbed
 
-STEPS = 6
+STEPS = 4
 ROLES = ("down", "up", "attn_out", "query")
 Q_PROJ = "model.layers.{}.self_attn.q_proj"
 

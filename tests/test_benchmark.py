@@ -269,6 +269,7 @@ def test_no_edit_pays_for_second_moments(job, monkeypatch, capsys):
     assert run(job)["second_moments"] == {"MEMIT": made}
 
 
+@pytest.mark.usefixtures("no_fluency")
 def test_the_closing_line_names_the_files_that_are_there(job, capsys):
     """A variant's files bear its label."""
     job.hparams = {"KNE-of-a-long-name": job.hparams["KNE"]}
