@@ -24,6 +24,7 @@ from kne_easyedit.layout import Target, resolve_target
 from kne_easyedit.quadrature import QUADRATURES
 from kne_easyedit.records import data_digest, load_requests
 from kne_easyedit.replay import ReplayMismatch, UnsupportedModel
+from kne_easyedit.workers import side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,14 @@ _ENSEMBLES: WeakKeyDictionary[nn.Module, dict[tuple, NeuronEnsemble]] = WeakKeyD
 the neurons are those that were found in the model as it came."""
 
 
-def find_ensemble(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: KNEHyperParams) -> NeuronEnsemble:
+def find_ensemble(
+    model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: KNEHyperParams, workers: int = 1
+) -> NeuronEnsemble:
     """The ensemble that ``hparams`` ask for: read from a file, localised on a data file, or on ``requests``.
 
     With ``localization_data`` set it is computed once for each loaded model and then reused, through sequential
     edits too (`forget` ends that), as long as file and tokenizer give the same facts in tokens; with neither set it
-    depends on ``requests`` and on the weights as they are. A file is read anew each time.
+    depends on ``requests`` and on the weights as they are. A file is read anew each time. ``workers``: as in `localize`.
 
     It is for an edit: raises ValueError, before anything is computed, for a model or module that cannot be edited
     (`demand_editable_by`). `localize` takes these, too.
@@ -60,7 +63,7 @@ def find_ensemble(model: nn.Module, tokenizer, requests: Sequence[Mapping], hpar
             logger.warning(
                 "localization_size: %s wanted, %s holds %s facts", hparams.localization_size, hparams.localization_data, len(facts)
             )
-        found[settings] = localize(model, tokenizer, facts, hparams)
+        found[settings] = localize(model, tokenizer, facts, hparams, workers)
     return found[settings]
 
 
@@ -84,13 +87,17 @@ def inherit(copy: nn.Module, model: nn.Module) -> None:
     _ENSEMBLES[copy] = dict(_ENSEMBLES.get(model, {}))
 
 
-def localize(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: KNEHyperParams) -> NeuronEnsemble:
+def localize(
+    model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: KNEHyperParams, workers: int = 1
+) -> NeuronEnsemble:
     """Eq. 3-7 on ``requests``: attributes each (or reads its scores from the cache), aggregates, selects.
+
+    ``workers``: processes that attribute side by side.
 
     Interrupted at any moment, it resumes where it was: scores are stored as soon as their sweep is done.
     """
     scores = Localization(model, tokenizer, requests, hparams)
-    scores.compute()
+    scores.compute(workers)
     return scores.ensemble()
 
 
@@ -108,24 +115,35 @@ class Localization:
             demand_length(fact, model.config)
         self.cache = ScoreCache(hparams.cache_dir, model, hparams.attribution_steps, hparams.quadrature)
 
-    def compute(self) -> int:
-        """Attributes the facts whose scores are not in the cache, with progress; returns how many these were."""
+    def compute(self, workers: int = 1) -> int:
+        """Attributes the facts whose scores are not in the cache, with progress; returns how many these were.
+
+        ``workers``: processes that do it side by side (`workers.side_by_side`); the scores come through the cache.
+        """
         missing = self._missing(self.facts)
         count = sum(map(len, missing.values()))
         self.cache.demand_space(count, *self.targets)
+        sweeps = [(targets, batch) for layers, facts in missing.items() for targets, batch in self._sweeps(layers, facts)]
         with tqdm(total=count, desc="localise", unit="fact", disable=not count) as progress:
-            for layers, facts in missing.items():
-                targets = [resolve_target(self.model, t.template, some) for t, some in zip(self.targets, layers) if some]
-                rows = self.hparams.chunk_rows or self._rows_in_flight(targets, facts[0])
-                paths = sum(len(target.layers) for target in targets)
-                for batch in batches(facts, paths * self.hparams.attribution_steps, rows):
-                    safe_point()
-                    # Another process may have been here since.
-                    todo = [fact for fact in batch if any(self.cache.missing(target, fact) for target in targets)]
-                    if todo:
-                        self._attribute(targets, todo)
-                    progress.update(len(batch))
+            for done in side_by_side(self._sweep, sweeps, max(1, min(workers, len(sweeps)))):
+                progress.update(done)
         return count
+
+    def _sweeps(self, layers: Sequence[tuple[int, ...]], facts: Sequence[Fact]) -> Iterator[tuple[list[Target], list[Fact]]]:
+        """What is attributed together: targets in their missing layers, and facts."""
+        targets = [resolve_target(self.model, t.template, some) for t, some in zip(self.targets, layers) if some]
+        rows = self.hparams.chunk_rows or self._rows_in_flight(targets, facts[0])
+        points = sum(len(target.layers) for target in targets) * self.hparams.attribution_steps
+        yield from ((targets, batch) for batch in batches(facts, points, rows))
+
+    def _sweep(self, sweep: tuple[list[Target], list[Fact]]) -> Iterator[int]:
+        """Attributes what of a sweep is still missing: another process may have been here since. Yields its number of facts."""
+        safe_point()
+        targets, batch = sweep
+        todo = [fact for fact in batch if any(self.cache.missing(target, fact) for target in targets)]
+        if todo:
+            self._attribute(targets, todo)
+        yield len(batch)
 
     def scores(self, target: Target, facts: Sequence[Fact] | None = None) -> Iterator[Tensor]:
         """The scores ``(layers, d2)`` of each fact (of all, if not given) in turn; what the cache has lost is computed again."""

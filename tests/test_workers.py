@@ -12,11 +12,12 @@ import textwrap
 import psutil
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import FACTS, LLAMA_DOWN, make_llama, make_tokenizer, tiny_hparams
 from methods import records, settings
 
 from kne_easyedit.benchmark import Run, run
 from kne_easyedit.benchmark.store import read_lines
+from kne_easyedit.localization import Localization
 from kne_easyedit.workers import WorkerDied, side_by_side, workers_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -163,3 +164,14 @@ def test_a_killed_process_loses_no_finished_line(tmp_path, monkeypatch):
     run(job(tmp_path, workers=2))
     run(job(tmp_path / "alone"))
     assert comparable(tmp_path) == comparable(tmp_path / "alone")
+
+
+def test_facts_are_localised_side_by_side_to_the_same_bits(tmp_path, tokenizer):
+    requests = [{"prompt": prompt, "target_new": target} for prompt, target in FACTS]
+    found = []
+    for workers in (1, 3):
+        hparams = tiny_hparams(cache_dir=str(tmp_path / str(workers)), chunk_rows=1)
+        scores = Localization(make_llama(), tokenizer, requests, hparams)
+        assert scores.compute(workers) == 3 and scores.compute(workers) == 0
+        found.append(scores.aggregate()[LLAMA_DOWN])
+    assert torch.equal(found[0], found[1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from kne_easyedit import bridge
 from kne_easyedit._version import __version__
 from kne_easyedit.batching import SEPARATOR
 from kne_easyedit.benchmark.answers import free_answer
+from kne_easyedit.benchmark.before import Before, plain, without_outputs
 from kne_easyedit.benchmark.faults import askable, complain, is_records_fault, told
 from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, settings_digest
 from kne_easyedit.benchmark.quiet import easyedit_output
@@ -33,17 +33,14 @@ from kne_easyedit.benchmark.summary import retention, summarize
 from kne_easyedit.bridge import patches, statistics
 from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.cache import model_digest
-from kne_easyedit.digest import digest
 from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import changed, public
 from kne_easyedit.localization import find_ensemble
 from kne_easyedit.machine import PeakMemory, environment, hardware
 from kne_easyedit.paths import atomic_write, settle
 from kne_easyedit.records import data_digest, with_chat_template
-from kne_easyedit.scores import begins_with, parse_json
+from kne_easyedit.scores import begins_with
 from kne_easyedit.workers import side_by_side
-
-logger = logging.getLogger(__name__)
 
 OUTPUT = "easyedit"
 """The folder in a job's own that EasyEdit works in."""
@@ -105,6 +102,7 @@ class _Runner:
     def run(self) -> dict:
         job = self.job
         with easyedit_output(job.folder / OUTPUT) as self.quiet:
+            self.before = Before(job, self.base, self.records, self.quiet)
             editors = {}
             for method, hparams in self.hparams.items():
                 with self.quiet():
@@ -161,7 +159,7 @@ class _Runner:
     def _lines_of(self, method: str, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> Iterator[tuple]:
         """Edits the chunk and measures it; returns its lines, none if it is bad and bad ones are skipped. The edit stays."""
         try:
-            before = [self._before(editor, request) for request in chunk]
+            before = [self.before.of(editor, request) for request in chunk]
             seconds, peak = self._apply(method, editor, [_with_old_answer(editor, r, was) for r, was in zip(chunk, before)])
             seconds /= len(chunk)
             lines = []
@@ -212,7 +210,7 @@ class _Runner:
 
     def _before_or_none(self, method: str, editor: bridge.MethodEditor, request: dict) -> dict | None:
         try:
-            return self._before(editor, request)
+            return self.before.of(editor, request)
         except Exception as error:
             if not is_records_fault(error):
                 raise
@@ -266,27 +264,11 @@ class _Runner:
             seconds = time.perf_counter() - start
         return seconds, peak.bytes if first else None
 
-    def _before(self, editor: bridge.MethodEditor, request: dict) -> dict:
-        """Figures and answer of the unedited model: computed once for all methods that see the tokens alike."""
-        hparams = editor.hparams
-        view = [editor.tokenizer.padding_side, hparams.max_length, hparams.alg_name == "GRACE"]
-        if getattr(hparams, "evaluation_type", None):  # added only then: files of earlier runs keep their names
-            view += [hparams.evaluation_type, bool(getattr(hparams, "api_key", None))]
-        folder = self.job.before_folder or self.job.folder / "before"
-        path = folder / f"{digest([self.base, view, self.records[request['index']]])[:32]}.json"
-        if (known := _known_before(path)) is not None:
-            return known
-        with self.quiet():
-            metrics = editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed)
-        found = {"metrics": _plain(metrics), "answer": free_answer(self.job.model, self.job.tokenizer, request, self.job.separator)}
-        atomic_write(path, json.dumps(found, ensure_ascii=False))
-        return json.loads(json.dumps(found))
-
     def _line(
         self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, answer: str, seconds: float, peak: int | None
     ) -> dict:
         with self.quiet():
-            post = _plain(editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed))
+            post = plain(editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed))
         return {
             **self._head(method, request),
             "data": Path(self.job.data).stem,
@@ -303,12 +285,12 @@ class _Runner:
             "before": was["answer"],
             "after": answer,
             "exact_match": float(begins_with(answer, request["target_new"])),
-            "metrics": {"pre": _without_outputs(was["metrics"]), "post": bridge.compare(was["metrics"], post)},
+            "metrics": {"pre": without_outputs(was["metrics"]), "post": bridge.compare(was["metrics"], post)},
         }
 
     def _retained(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, count: int) -> dict:
         with self.quiet():
-            post = _plain(editor.evaluate(request, generation=False, seed=self.job.seed))
+            post = plain(editor.evaluate(request, generation=False, seed=self.job.seed))
         return {**self._head(method, request), "after": count, "metrics": {"post": bridge.compare(was["metrics"], post)}}
 
     def _head(self, method: str, request: dict) -> dict:
@@ -331,7 +313,7 @@ class _Runner:
         if hparams.ensemble is None and hparams.localization_data is None:
             return {"facts": None, "note": "every edit localises on its own request"}
         start = time.perf_counter()
-        ensemble = self.ensembles[method] = find_ensemble(self.job.model, self.job.tokenizer, [], hparams)
+        ensemble = self.ensembles[method] = find_ensemble(self.job.model, self.job.tokenizer, [], hparams, self.job.workers)
         elapsed = time.perf_counter() - start
         ensemble.save(self.job.folder / f"ensemble{_suffix(method)}.json")
         return {
@@ -417,21 +399,6 @@ class _Runner:
             draw_ensemble(ensemble, self.job.folder / f"ensemble{_suffix(method)}.png", title)
 
 
-def _known_before(path: Path) -> dict | None:
-    """What was measured before the edits of an earlier run; None if there is nothing, or nothing whole: then it is measured again."""
-    if not path.is_file():
-        return None
-    try:
-        found = parse_json(path.read_bytes())
-        if isinstance(found, dict) and isinstance(found.get("metrics"), dict) and isinstance(found.get("answer"), str):
-            return found
-        reason = "holds no figures"
-    except ValueError as error:
-        reason = str(error)
-    logger.warning("%s: %s; the figures before the edit are computed again", path, reason)
-    return None
-
-
 def _suffix(method: str) -> str:
     """KNE's files have plain names; those of its variants are told apart."""
     return "" if method == KNE else f"-{method}"
@@ -442,14 +409,3 @@ def _with_old_answer(editor: bridge.MethodEditor, request: dict, was: dict) -> d
     if editor.hparams.alg_name != "KN" or request["ground_truth"] is not None:
         return request
     return {**request, "ground_truth": re.split(r"[.,;\n]", was["answer"].strip())[0].strip() or was["answer"].strip()}
-
-
-def _plain(metrics: dict) -> dict:
-    """Figures without numpy's types, as JSON gives them back."""
-    return json.loads(json.dumps(metrics, default=float))
-
-
-def _without_outputs(metrics: dict) -> dict:
-    """What the lines keep of an evaluation before the edit: predicted tokens serve the comparison only."""
-    locality = {name: values for name, values in metrics.get("locality", {}).items() if not name.endswith("_output")}
-    return {**metrics, "locality": locality}
