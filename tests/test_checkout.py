@@ -14,8 +14,8 @@ from conftest import CHECKOUT
 pytestmark = pytest.mark.easyedit
 HERE = Path(__file__).parent
 FILES = (
-    "bridge", "benchmark", "compatibility", "doctor", "easyedit_methods", "easyedit_settings", "interrupts", "method_editor", "patches", "scripts",
-    "scores", "statistics",
+    "bridge", "bridge_interrupts", "benchmark", "compatibility", "docs", "doctor", "easyedit_methods", "easyedit_settings", "method_editor",
+    "patches", "scripts", "scores", "statistics",
 )  # fmt: skip
 AGREEMENT = """
 import json, sys

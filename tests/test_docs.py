@@ -38,8 +38,9 @@ def run_block(block: str, namespace: dict) -> None:
             assert promise in printed.getvalue(), f"{ast.unparse(statement)} printed {printed.getvalue()!r}, promised is {promise!r}"
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_blocks_run_as_printed(page, tmp_path, monkeypatch):
+def test_python_blocks_run_as_printed(page, real_folder, tmp_path, monkeypatch):
     """On the real model; blocks of a page build on those before. They run where they may leave files, beside our hparams."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hparams").symlink_to(ROOT / "hparams")
