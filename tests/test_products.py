@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import fingerprint
+from conftest import LLAMA_DOWN, ONE_TOKEN, fingerprint, tiny_hparams
 from rounding import A_MODEL, ONE_SUM, roundings
 from torch.nn import functional
 
-from kne_easyedit import products
+from kne_easyedit import NeuronEnsemble, answer_loss, collate, encode, products, train_rows
 from kne_easyedit.products import fast_products, linear, onednn_is_faster
 
 pytestmark = pytest.mark.skipif(
@@ -88,3 +88,16 @@ def test_a_torch_without_the_entry_is_taken_as_it_is(asked, monkeypatch):
 
     monkeypatch.setattr(products, "_onednn", missing)
     assert asked() is False
+
+
+def test_training_multiplies_by_the_faster_library(chosen, llama, tokenizer):
+    faster, calls = chosen
+    facts = [encode(tokenizer, *ONE_TOKEN)]
+    ensemble = NeuronEnsemble({LLAMA_DOWN: {1: (0, 3, 5), 2: (1, 2)}}, {LLAMA_DOWN: 24}, (0, 1, 2, 3))
+    before = fingerprint(llama)
+    found = train_rows(llama, facts, ensemble, tiny_hparams(num_steps=1, stop_loss=0.0))
+    assert fingerprint(llama) == before and bool(calls) == faster
+    with torch.no_grad():
+        expected = answer_loss(llama, collate(facts)).double()
+    first, second = map(torch.tensor, found.losses)
+    assert roundings(first, expected, torch.float32) < A_MODEL < roundings(second, expected, torch.float32)
