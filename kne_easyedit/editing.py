@@ -28,7 +28,12 @@ class EditFailed(ValueError):
 
 
 def compute_edit(
-    model: nn.Module, tok, requests: Sequence[Mapping], hparams: KNEHyperParams, ensemble: NeuronEnsemble | None = None
+    model: nn.Module,
+    tok,
+    requests: Sequence[Mapping],
+    hparams: KNEHyperParams,
+    ensemble: NeuronEnsemble | None = None,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> RowEdit:
     """Locates the ensemble (unless given) and trains its rows on ``requests`` together. Changes nothing in the model.
 
@@ -48,7 +53,7 @@ def compute_edit(
     if hparams.kl_weight:
         with undisturbed(model):
             divergence = Divergence(model, tok, _unrelated(tok, hparams, requests))
-    return train_rows(model, facts, ensemble, hparams, divergence)
+    return train_rows(model, facts, ensemble, hparams, divergence, on_step)
 
 
 def _shortfall(edit: RowEdit, hparams: KNEHyperParams) -> str | None:
@@ -89,6 +94,7 @@ def apply_kne_to_model(
     ensemble: NeuronEnsemble | None = None,
     legacy_contract: bool = False,
     on_trained: Callable[[RowEdit], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
     **kwargs,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Edits ``model`` so that it gives every request's ``target_new``: EasyEdit's entry point of a method.
@@ -110,6 +116,8 @@ def apply_kne_to_model(
         empty mapping tells the editor to let edits accumulate. The bridge sets it for such versions.
     on_trained:
         Is given the trained rows and their losses before they are written.
+    on_step:
+        Is told each training step's number and the loss before it.
     kwargs:
         What else EasyEdit passes to every method (``train_ds``); not used.
 
@@ -125,7 +133,7 @@ def apply_kne_to_model(
     """
     requests = [requests] if isinstance(requests, Mapping) else list(requests)
     with interrupts_held():  # Python's own locks do not survive a second Ctrl-C (a `Condition` that waits): hold all of it
-        edit = compute_edit(model, tok, requests, hparams, ensemble)
+        edit = compute_edit(model, tok, requests, hparams, ensemble, on_step)
         if on_trained is not None:
             on_trained(edit)
         shortfall = _shortfall(edit, hparams)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -77,12 +77,18 @@ class RowEdit:
 
 
 def train_rows(
-    model: nn.Module, facts: Sequence[Fact], ensemble: NeuronEnsemble, hparams: KNEHyperParams, divergence: Divergence | None = None
+    model: nn.Module,
+    facts: Sequence[Fact],
+    ensemble: NeuronEnsemble,
+    hparams: KNEHyperParams,
+    divergence: Divergence | None = None,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> RowEdit:
     """Trains ``W_kne`` (Eq. 8-11) on ``facts`` in one batch; the model is left exactly as it was.
 
     Stops as soon as the loss is below ``hparams.stop_loss``, after ``hparams.num_steps`` steps at the latest. A
     ``divergence`` is added to what is minimised, times ``hparams.kl_weight``; stopping goes by the answers' loss alone.
+    ``on_step`` is told each step's number and the loss before it.
     Raises FloatingPointError for a loss that is not finite, ValueError for an ensemble of another model.
     """
     batch = collate(facts).to(device_of(model))
@@ -104,6 +110,8 @@ def train_rows(
                     )
                 if losses[-1] < hparams.stop_loss or len(losses) > hparams.num_steps:
                     break
+                if on_step is not None:
+                    on_step(len(losses), losses[-1])
                 if divergence is not None:
                     loss = loss + hparams.kl_weight * divergence.now(model)
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):

@@ -175,3 +175,13 @@ def test_facts_are_localised_side_by_side_to_the_same_bits(tmp_path, tokenizer):
         assert scores.compute(workers) == 3 and scores.compute(workers) == 0
         found.append(scores.aggregate()[LLAMA_DOWN])
     assert torch.equal(found[0], found[1])
+
+
+def test_the_steps_of_a_long_edit_are_shown(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("kne_easyedit.benchmark.runner.tqdm.set_postfix_str", lambda bar, text, refresh=True: shown.append(text))
+    its = job(tmp_path)
+    run(its)
+    line = next(line for line in comparable(tmp_path) if line["method"] == "KNE")
+    steps = [text for text in shown if text.startswith("KNE: France, step ")]
+    assert steps == [f"KNE: France, step {i}, loss {loss:.2f}" for i, loss in enumerate(line["losses"][:-1], start=1)]

@@ -107,6 +107,7 @@ class _Runner:
             for method, hparams in self.hparams.items():
                 with self.quiet():
                     editors[method] = bridge.MethodEditor(hparams, job.model, deepcopy(job.tokenizer))
+                    editors[method].on_step = self._show_step if job.workers == 1 else None  # the bar is of this process
                     editors[method].demand_batch(job.batch_size if job.mode == "batch" else 1)
                     if job.mode == "sequential":
                         editors[method].demand_sequence()
@@ -301,7 +302,12 @@ class _Runner:
         self.done.add((line["index"], line["method"]))
 
     def _show(self, method: str, request: dict) -> None:
-        self.bar.set_postfix_str(f"{method}: {(request['subject'] or request['prompt'])[:24]}")
+        self.doing = f"{method}: {(request['subject'] or request['prompt'])[:24]}"
+        self.bar.set_postfix_str(self.doing)
+
+    def _show_step(self, step: int, loss: float) -> None:
+        self.bar.set_postfix_str(f"{self.doing}, step {step}, loss {loss:.2f}", refresh=False)
+        self.bar.update(0)  # which shows it as often as a bar is shown
 
     def _demand_unchanged(self, method: str, chunk: Sequence[dict]) -> None:
         if model_digest(self.job.model) != self.weights:

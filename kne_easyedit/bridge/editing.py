@@ -11,7 +11,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy
 import torch
@@ -51,6 +51,8 @@ class MethodEditor:
         """What evaluations see: the model, or the adapted model that a method has put around it."""
         self.losses: list[float] = []
         """Losses of the last edit's training, step by step; EasyEdit's methods print theirs. Empty for methods without."""
+        self.on_step: Callable[[int, float], None] | None = None
+        """Is told KNE's training steps and their losses; other methods tell nothing before they end."""
         self.keeps_earlier_edits = False
         """Whether the edits of a sequence stay when a later one fails."""
         self._undo = Undo(model)
@@ -80,7 +82,7 @@ class MethodEditor:
         if self._undo:
             self.demand_sequence()
         printed = _Tee(sys.stdout)
-        own = {"on_trained": self._trained} if alg_name == NAME else {}
+        own = {"on_trained": self._trained, "on_step": self.on_step} if alg_name == NAME else {}
         if alg_name in ACCUMULATING:
             own["reset_cache"] = not self._undo  # else it goes by edits that were undone
         self.losses = []
