@@ -581,7 +581,7 @@ class TestResume:
         assert weighed == (aggregation == "mean"), "a mean weighs it three times, a maximum does not care"
 
     @pytest.mark.parametrize("how", ["deleted", "truncated", "layers"])
-    @pytest.mark.parametrize("lost", [[0], [1, 2], [0, 1, 2]], ids=str)
+    @pytest.mark.parametrize("lost", [pytest.param([0], marks=pytest.mark.slow), [1, 2], pytest.param([0, 1, 2], marks=pytest.mark.slow)], ids=str)
     def test_lost_between_computing_and_aggregating(self, llama, tokenizer, target, tmp_path, attributed, hparams, how, lost):
         intact = localize(llama, tokenizer, REQUESTS, replace(hparams, cache_dir=str(tmp_path / "intact")))
         found = Localization(llama, tokenizer, REQUESTS, hparams)

@@ -139,7 +139,16 @@ def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def per_module(names) -> list:
-    return [pytest.param(name, template, id=f"{name}-{template.split('{}.')[1]}") for name in names for template in templates(name)]
+    """Every module of every family; of families whose layers are built alike, all but two modules are marked slow."""
+    return [
+        pytest.param(name, template, id=f"{name}-{template.split('{}.')[1]}", marks=[] if of_each_kind(name, template) else [pytest.mark.slow])
+        for name in names
+        for template in templates(name)
+    ]
+
+
+def of_each_kind(name: str, template: str) -> bool:
+    return name in ("llama", "gptj", "gpt2", "phi3") or template in two_kinds(name)
 
 
 @pytest.fixture
@@ -372,7 +381,7 @@ class TestSelfCheck:
 
 
 class TestHalfPrecision:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
     @pytest.mark.parametrize("name", [name for name in (*REPLAYED, "mamba", "bloom") if name != "gpt-oss"])
     def test_nearly_the_same_scores_in_float32(self, tokenizer, name, dtype):
         """Not so with routed experts (GPT-OSS): rounding lets a router choose others."""
