@@ -18,6 +18,7 @@ from kne_easyedit.ensemble import NeuronEnsemble
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.kinds import known_kind
 from kne_easyedit.layout import resolve_target, rows
+from kne_easyedit.state import own_modes
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _RECOMPUTED = {
@@ -141,7 +142,7 @@ def _is_product(module: nn.Module) -> bool:
     x = torch.randn(2, weight.shape[1], generator=generator).to(weight)
     bias = torch.zeros((), device=weight.device) if module.bias is None else module.bias.detach()
     try:
-        with torch.no_grad():
+        with own_modes(module), torch.no_grad():  # the caller's autocast would round it
             found = module.forward(x).to(weight.device, precise)
             wanted = x.to(precise) @ weight.to(precise).t() + bias.to(precise)
             terms = x.to(precise).abs() @ weight.to(precise).abs().t() + bias.to(precise).abs()

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from kne_easyedit.errors import RunStopped
 from kne_easyedit.machine import free_memory
 
 Item = TypeVar("Item")
@@ -29,7 +30,7 @@ _NEED = 1.5
 """Memory that a process may take for itself, in sizes of the model: edited weights, their originals, activations."""
 
 
-class WorkerDied(RuntimeError):
+class WorkerDied(RunStopped):
     """A process ended without a word: out of memory, or killed."""
 
 

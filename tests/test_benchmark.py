@@ -330,6 +330,7 @@ def test_a_model_that_is_not_restored_ends_the_run(job, monkeypatch):
         return editor
 
     monkeypatch.setattr(editing, "editor_for", sloppy)
+    job.hparams = {"FT": ft()}
     with pytest.raises(RuntimeError, match="not what it was after record 0"):
         run(job)
 

@@ -15,6 +15,7 @@ import torch
 from conftest import FACTS, LLAMA_DOWN, make_llama, make_tokenizer, tiny_hparams
 from methods import records, settings
 
+from kne_easyedit import cli
 from kne_easyedit.benchmark import Run, run
 from kne_easyedit.benchmark.store import read_lines
 from kne_easyedit.localization import Localization
@@ -185,3 +186,12 @@ def test_the_steps_of_a_long_edit_are_shown(tmp_path, monkeypatch):
     line = next(line for line in comparable(tmp_path) if line["method"] == "KNE")
     steps = [text for text in shown if text.startswith("KNE: France, step ")]
     assert steps == [f"KNE: France, step {i}, loss {loss:.2f}" for i, loss in enumerate(line["losses"][:-1], start=1)]
+
+
+def test_a_run_that_stops_is_one_line_on_the_screen(tmp_path, monkeypatch, capsys):
+    def stopped(arguments):
+        raise WorkerDied("workers: a process ended without a word")
+
+    monkeypatch.setattr("kne_easyedit.cli.run._demo", stopped)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err == "kne: workers: a process ended without a word\n"

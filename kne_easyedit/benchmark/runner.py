@@ -34,6 +34,7 @@ from kne_easyedit.bridge import patches, statistics
 from kne_easyedit.bridge.registry import NAME as KNE
 from kne_easyedit.cache import model_digest
 from kne_easyedit.ensemble import NeuronEnsemble
+from kne_easyedit.errors import RunStopped
 from kne_easyedit.hparams import changed, public
 from kne_easyedit.localization import find_ensemble
 from kne_easyedit.machine import PeakMemory, environment, hardware
@@ -52,7 +53,7 @@ def run(job: Run, *, again: bool = False) -> dict:
     Writes into ``job.folder``: ``results.jsonl``, ``summary.json``, for sequential runs ``retention.jsonl``, and for
     KNE ``ensemble.json`` and ``ensemble.png``. Lines that are there already with the same settings are not computed
     again, unless ``again``; lines of other settings are moved to files of their own, never mixed in and never lost.
-    Raises ValueError for settings that cannot work, RuntimeError if a method has left the model changed.
+    Raises ValueError for settings that cannot work, RunStopped if a method has left the model changed.
     """
     job.validate()
     with alone_in(job.folder):
@@ -221,7 +222,7 @@ class _Runner:
     def _edit_next(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict) -> bool:
         """Edits one more record of a sequence and measures it; False if it is bad and bad ones are skipped.
 
-        Raises RuntimeError if the record has failed and the model is not proved to be as the edits before left it.
+        Raises RunStopped if the record has failed and the model is not proved to be as the edits before left it.
         """
         weights = model_digest(self.job.model) if self.job.skip_bad else None
         try:
@@ -231,7 +232,7 @@ class _Runner:
                 raise
             complain(self.job, [request], told(method, error), error)
             if model_digest(self.job.model) != weights:
-                raise RuntimeError(
+                raise RunStopped(
                     f"{method}: record {request['index']} has failed ({error}) and left the model other than the edits before it had; "
                     f"the sequence ends here, take the record out"
                 ) from error
@@ -312,7 +313,7 @@ class _Runner:
     def _demand_unchanged(self, method: str, chunk: Sequence[dict]) -> None:
         if model_digest(self.job.model) != self.weights:
             numbers = ", ".join(str(request["index"]) for request in chunk[:10])
-            raise RuntimeError(f"{method}: the model is not what it was after record {numbers} was undone; the run ends here")
+            raise RunStopped(f"{method}: the model is not what it was after record {numbers} was undone; the run ends here")
 
     def _localize(self, method: str, hparams) -> dict:
         """Finds KNE's ensemble before the first edit, so that no edit pays for it, and describes it."""

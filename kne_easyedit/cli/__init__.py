@@ -7,6 +7,7 @@ import logging
 import sys
 
 from kne_easyedit.cli import cache, data, doctor, easyedit_run, explain, localize, report, run, summarize
+from kne_easyedit.errors import RunStopped
 from kne_easyedit.machine import keep_large_blocks
 
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return arguments.command(arguments)
-    except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError, RunStopped) as error:
         if arguments.verbose:
             raise
         print(f"kne: {error}", file=sys.stderr)

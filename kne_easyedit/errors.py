@@ -1,0 +1,7 @@
+"""Errors that several modules raise or catch. Standard library only."""
+
+from __future__ import annotations
+
+
+class RunStopped(RuntimeError):
+    """A run that cannot go on, through no fault of its input; the message says why and what to do. What was finished is kept."""
