@@ -17,6 +17,8 @@ DELIMITERS = ",\t;"
 """Of CSV files; the one that gives the header known names is taken."""
 COLUMNS = {"prompt", "text", "src"}
 """Names of the prompt in a header: a CSV file is told by one of them."""
+REWRITE = "requested_rewrite"
+"""What the records of CounterFact and MQuAKE hold in the place of a prompt."""
 FORMATS = "a JSON list of records, JSON Lines (one record a line), or a CSV file whose header names prompt and target_new"
 
 
@@ -48,7 +50,7 @@ def read_records(path: str | Path) -> list:
         if records is None:
             raise ValueError(f"{real}: not a JSON file: {error}; wanted is {FORMATS}") from error
         return records
-    if isinstance(content, dict) and content and "\n" not in text.strip():
+    if isinstance(content, dict) and (COLUMNS | {REWRITE}) & content.keys():
         content = [content]  # JSON Lines of one line
     if not isinstance(content, list) or not content:
         raise ValueError(f"{path}: not a KnowEdit file, wanted is {FORMATS}, found {type(content).__name__}")

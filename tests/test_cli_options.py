@@ -14,6 +14,8 @@ from test_cli import kne, tiny  # noqa: F401  (tiny is a fixture)
 from kne_easyedit import cli
 from kne_easyedit.bars import no_bars
 
+pytestmark = pytest.mark.easyedit
+
 ROOT = Path(__file__).parents[1]
 RUN = ["run", "--data", "records.json", "--methods", "KNE", "--hparams", "kne.yaml", "--out", "out", "--records", "1"]
 UP = "model.layers.{}.mlp.up_proj"
@@ -87,7 +89,7 @@ def test_two_files_with_different_models_are_told_apart(tiny, capsys):  # noqa: 
         (["--methods", "FT", "--hparams", "ft.yaml", "--set", "FT.lrr=1"], "--set FT.lrr: FT has no setting 'lrr'"),
         (["--methods", "FT", "--hparams", "ft.yaml", "--set", "FT.layers=7"], r"--set FT.layers: 7 is a int, wanted is a list"),
         (["--methods", "FT", "--hparams", "ft.yaml", "--set", "FT.layers=[x]"], r"--set FT.layers: \['x'\] is a str, wanted is a int"),
-        (["--methods", "FT", "--hparams", "unknown.yaml"], "hparams: unknown.yaml: .*nonsense|hparams: unknown.yaml"),
+        (["--methods", "FT", "--hparams", "unknown.yaml"], "unknown.yaml: FTHyperParams cannot be made of it: .*num_steps"),
     ],
 )  # fmt: skip
 def test_odd_values_are_one_clear_line(tiny, capsys, arguments, message):  # noqa: F811

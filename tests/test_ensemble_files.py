@@ -1,6 +1,7 @@
 """Files from somebody else: every type is checked, and the message names the file. The scale of the selection is kept."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,4 +163,4 @@ class TestScale:
             f"model_name: tiny\ntarget_modules: ['{LLAMA_DOWN}']\ndevice: cpu\nlocalization_data: facts.json\nlocalization_offset: 7\n"
         )
         assert cli.main(["explain", "--hparams", str(tmp_path / "kne.yaml"), "--size", "2"]) == 1
-        assert asked == [("facts.json", 2, 7)]
+        assert asked == [(str(Path("facts.json").absolute()), 2, 7)]
