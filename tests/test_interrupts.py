@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+import uuid
 
 import pytest
 import torch
@@ -215,56 +216,68 @@ class TestPlaces:
         assert fingerprint(model) == before
 
 
-def attempt(arm, work):
-    """``work()`` under timers: what it returned (None if it did not), and whether KeyboardInterrupt came, at most twice."""
+class Timer:
+    """Sends SIGINT some times after a delay. Its handler raises as Python's own does, while it is armed: late signals end no tests."""
+
+    def __init__(self):
+        self.armed, self.left = False, 0
+
+    def arm(self, delay, times, interval):
+        self.armed, self.left = True, times
+        signal.setitimer(signal.ITIMER_REAL, delay, interval if times > 1 else 0)
+
+    def disarm(self):
+        self.armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def alarm(self, number, frame):
+        self.left -= 1
+        if self.left <= 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.left >= 0:
+            kill()
+
+    def interrupt(self, number, frame):
+        if self.armed:
+            raise KeyboardInterrupt
+
+
+def attempt(timer, delay, times, interval, work):
+    """``work()`` under a timer: what it returned (None if it did not), and whether KeyboardInterrupt came, at most twice."""
     result, hit = None, False
     try:
         try:
             try:
-                arm()
+                timer.arm(delay, times, interval)
                 result = work()
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                timer.disarm()
         except KeyboardInterrupt:
             hit = True
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            timer.disarm()
     except KeyboardInterrupt:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        timer.disarm()
     return result, hit
 
 
 @pytest.fixture
-def timer(sigint):
-    """Sends SIGINT ``times`` times, after ``delay`` and then every ``interval`` seconds."""
-    left = 0
-
-    def alarm(*_):
-        nonlocal left
-        left -= 1
-        if left <= 0:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        if left >= 0:
-            kill()
-
-    def arm(delay, times, interval):
-        nonlocal left
-        left = times
-        signal.setitimer(signal.ITIMER_REAL, delay, interval if times > 1 else 0)
-
-    before = signal.signal(signal.SIGALRM, alarm)
-    yield arm
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+def timer():
+    timer = Timer()
+    handlers = {signal.SIGALRM: timer.alarm, signal.SIGINT: timer.interrupt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield timer
+    timer.disarm()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("times", [1, 2], ids=["single", "double"])
 def test_real_signals_at_random_moments(model, tokenizer, timer, tmp_path, capsys, times):
     """An edit with its localisation (nothing cached), from its first to its last bytecode and a little beyond."""
     settings = dict(num_steps=2, stop_loss=0, attribution_steps=2, chunk_rows=100, kl_weight=0.1, kl_data="embedded", kl_size=1)
-    folders = iter(tmp_path / str(i) for i in range(SIGNALS + 2))
 
     def edit():
-        hparams = tiny_hparams(**settings, cache_dir=str(next(folders)))
+        hparams = tiny_hparams(**settings, cache_dir=str(tmp_path / uuid.uuid4().hex))  # no generator: an interrupt ends it
         return apply_kne_to_model(model, tokenizer, REQUEST, hparams, return_orig_weights=True)[1]
 
     before, rng = everything(model), random.Random(times)
@@ -277,7 +290,7 @@ def test_real_signals_at_random_moments(model, tokenizer, timer, tmp_path, capsy
     interrupted = 0
     for number in range(SIGNALS):
         delay, interval = rng.uniform(1e-5, 1.1 * seconds), rng.choice([1e-5, 1e-4, 1e-3, 1e-2])
-        originals, hit = attempt(lambda: timer(delay, times, interval), edit)
+        originals, hit = attempt(timer, delay, times, interval, edit)
         if originals is not None:
             assert everything(model) == edited, f"signal {number} after {delay:.6f} s"
             restore(model, originals)
