@@ -1,5 +1,5 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Both set up .venv from pinned constraints first.
-# `make test-fast`: neither EasyEdit nor the real model; `make test-slow`: what `make test` leaves out. TESTS="tests/test_x.py"
+# `make test-fast`: neither EasyEdit nor the real model, and no law that is tried on many models, types or processes; `make test-slow`: what `make test` leaves out. TESTS="tests/test_x.py"
 # chooses files, WORKERS=1 the number of processes (one a core, at most eight).
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,7 @@ test: $(READY)
 	$(PYTEST) -m "not slow" $(TESTS)
 
 test-fast: $(READY)
-	$(PYTEST) -m "unit and not slow" $(TESTS)
+	$(PYTEST) -m "unit and not slow and not broad" $(TESTS)
 
 test-slow: $(READY)
 	KNE_TEST_EXAMPLES=many $(PYTEST) -m slow $(TESTS)

@@ -92,8 +92,14 @@ def tier_of(module: Path) -> str:
     return "easyedit" if re.search(r"\b(bridge|benchmark|methods)\b", imports) else "unit"
 
 
+BROAD = ("test_families", "test_written", "test_cache_processes", "test_properties", "test_study", "test_modes", "test_interrupts")
+"""Modules that try the same law on many models, types or processes."""
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
+        if item.path.stem in BROAD:
+            item.add_marker("broad")
         if not any(item.get_closest_marker(tier) for tier in TIERS):
             item.add_marker(tier_of(item.path))
 
