@@ -57,8 +57,8 @@ def no_fluency(job):
 def quick(job, no_fluency, monkeypatch):
     """A run for its files and lines: edits need not succeed, and nothing is drawn."""
     job.hparams["KNE"].num_steps = 3
-    monkeypatch.setattr("kne_easyedit.plots.draw_ensemble", lambda *_args, **_kwargs: None)
-    monkeypatch.setattr("kne_easyedit.plots.draw_retention", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr("kne_easyedit.benchmark.pictures.draw_ensemble", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr("kne_easyedit.benchmark.pictures.draw_retention", lambda *_args, **_kwargs: None)
 
 
 def ft():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def without_outputs(metrics: dict) -> dict:
     """What the lines keep of an evaluation before the edit: predicted tokens serve the comparison only."""
     locality = {name: values for name, values in metrics.get("locality", {}).items() if not name.endswith("_output")}
     return {**metrics, "locality": locality}
+
+
+def with_old_answer(editor: bridge.MethodEditor, request: dict, was: dict) -> dict:
+    """KN attributes the old answer, which some records lack: there it is what the unedited model says, up to the first stop."""
+    if editor.hparams.alg_name != "KN" or request["ground_truth"] is not None:
+        return request
+    return {**request, "ground_truth": re.split(r"[.,;\n]", was["answer"].strip())[0].strip() or was["answer"].strip()}
 
 
 def _view(editor: bridge.MethodEditor) -> list:

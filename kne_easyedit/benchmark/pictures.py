@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from kne_easyedit.benchmark.collect import Collection
 from kne_easyedit.benchmark.figures import QUALITY, is_kne, mean
 from kne_easyedit.benchmark.summary import summarize
-from kne_easyedit.plots import GRID, new_figure, write_figure
+from kne_easyedit.bridge.registry import NAME as KNE
+from kne_easyedit.ensemble import NeuronEnsemble
+from kne_easyedit.plots import GRID, draw_ensemble, draw_retention, new_figure, write_figure
 
 BASELINES = list(zip(("#7a7a7a", "#b5532a", "#c99a2e", "#6b8e23", "#8c6bb1", "#d16ba5", "#4a7ebb", "#2e8b57"), "osv^<>ph"))
 VARIANTS = list(zip(("#0b3c4d", "#1f9fc4", "#5bc0de", "#14708a"), "DX*P"))
@@ -141,3 +144,19 @@ def _plain(axis) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_axisbelow(True)
     axis.grid(color=GRID, linewidth=0.6)
+
+
+def draw_run(summary: Mapping, ensembles: Mapping[str, NeuronEnsemble], folder: Path) -> None:
+    """What one run leaves beside its summary: each KNE variant's ensemble, and of a sequence what was kept."""
+    if summary["mode"] == "sequential":
+        found = {method: figures["retention"] for method, figures in summary["methods"].items()}
+        draw_retention(found, folder / "retention.png", f"{summary['records']} sequential edits, {summary['data']}")
+    for method, ensemble in ensembles.items():
+        share = summary["localization"][method]["parameter_share"]
+        title = f"{ensemble.size} neurons, {share:.2%} of all parameters, found on {ensemble.facts} facts"
+        draw_ensemble(ensemble, folder / f"ensemble{suffix(method)}.png", title)
+
+
+def suffix(method: str) -> str:
+    """KNE's files have plain names; those of its variants are told apart."""
+    return "" if method == KNE else f"-{method}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -24,9 +23,10 @@ from kne_easyedit import bridge
 from kne_easyedit._version import __version__
 from kne_easyedit.batching import SEPARATOR
 from kne_easyedit.benchmark.answers import free_answer
-from kne_easyedit.benchmark.before import Before, plain, without_outputs
+from kne_easyedit.benchmark.before import Before, plain, with_old_answer, without_outputs
 from kne_easyedit.benchmark.faults import askable, complain, is_records_fault, told
 from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, settings_digest
+from kne_easyedit.benchmark.pictures import draw_run, suffix
 from kne_easyedit.benchmark.quiet import easyedit_output
 from kne_easyedit.benchmark.store import Lines, alone_in
 from kne_easyedit.benchmark.summary import retention, summarize
@@ -124,7 +124,7 @@ class _Runner:
                         self._take(*event)
         summary = self._summary()
         atomic_write(job.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        self._draw(summary)
+        draw_run(summary, self.ensembles, job.folder)
         return summary
 
     def _edit_by_all(self, editors: dict[str, bridge.MethodEditor], chunk: Sequence[dict]) -> Iterator[tuple]:
@@ -162,7 +162,7 @@ class _Runner:
         """Edits the chunk and measures it; returns its lines, none if it is bad and bad ones are skipped. The edit stays."""
         try:
             before = [self.before.of(editor, request) for request in chunk]
-            seconds, peak = self._apply(method, editor, [_with_old_answer(editor, r, was) for r, was in zip(chunk, before)])
+            seconds, peak = self._apply(method, editor, [with_old_answer(editor, r, was) for r, was in zip(chunk, before)])
             seconds /= len(chunk)
             lines = []
             for request, was in zip(chunk, before):
@@ -226,7 +226,7 @@ class _Runner:
         """
         weights = model_digest(self.job.model) if self.job.skip_bad else None
         try:
-            seconds, peak = self._apply(method, editor, [_with_old_answer(editor, request, was)])
+            seconds, peak = self._apply(method, editor, [with_old_answer(editor, request, was)])
         except Exception as error:
             if not is_records_fault(error):
                 raise
@@ -322,7 +322,7 @@ class _Runner:
         start = time.perf_counter()
         ensemble = self.ensembles[method] = find_ensemble(self.job.model, self.job.tokenizer, [], hparams, self.job.workers)
         elapsed = time.perf_counter() - start
-        ensemble.save(self.job.folder / f"ensemble{_suffix(method)}.json")
+        ensemble.save(self.job.folder / f"ensemble{suffix(method)}.json")
         return {
             "facts": ensemble.facts,
             "seconds": elapsed,
@@ -392,27 +392,3 @@ class _Runner:
             "localization": self.localization,
             "methods": methods,
         }
-
-    def _draw(self, summary: dict) -> None:
-        from kne_easyedit.plots import draw_ensemble, draw_retention
-
-        if self.job.mode == "sequential":
-            found = {method: figures["retention"] for method, figures in summary["methods"].items()}
-            draw_retention(found, self.job.folder / "retention.png", f"{summary['records']} sequential edits, {self.job.data}")
-
-        for method, ensemble in self.ensembles.items():
-            share = self.localization[method]["parameter_share"]
-            title = f"{ensemble.size} neurons, {share:.2%} of all parameters, found on {ensemble.facts} facts"
-            draw_ensemble(ensemble, self.job.folder / f"ensemble{_suffix(method)}.png", title)
-
-
-def _suffix(method: str) -> str:
-    """KNE's files have plain names; those of its variants are told apart."""
-    return "" if method == KNE else f"-{method}"
-
-
-def _with_old_answer(editor: bridge.MethodEditor, request: dict, was: dict) -> dict:
-    """KN attributes the old answer, which some records lack: there it is what the unedited model says, up to the first stop."""
-    if editor.hparams.alg_name != "KN" or request["ground_truth"] is not None:
-        return request
-    return {**request, "ground_truth": re.split(r"[.,;\n]", was["answer"].strip())[0].strip() or was["answer"].strip()}

@@ -220,7 +220,7 @@ def _steps(hparams: dict[str, object], records: int, data: str, out: Path) -> li
     """What the run is going to do, and how long it may take: seconds are SmolLM2's on two CPU cores (docs/performance.md)."""
     facts = {m: h.localization_size for m, h in hparams.items() if h.alg_name == "KNE" and h.ensemble is None and h.localization_data is not None}
     steps = [f"load {next(iter(hparams.values())).model_name} (SmolLM2: converted at first use, about 20 s; a large model: minutes)"]
-    steps += [f"{method}: localise on {n} facts, those in the cache apart (SmolLM2 on 2 CPU cores: about 1.3 s each)" for method, n in facts.items()]
+    steps += [f"{method}: localise on {n} facts, those in the cache apart (SmolLM2 on 2 CPU cores: 1 to 4 s each)" for method, n in facts.items()]
     steps.append(f"edit and evaluate {records} records of {data} by {', '.join(hparams)} (there about 10 to 60 s for a record and method)")
     steps.append(f"write tables and pictures to {out}; interrupted, the same command goes on where it stopped")
     return [f"step {i} of {len(steps)}: {step}" for i, step in enumerate(steps, start=1)]
