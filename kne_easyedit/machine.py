@@ -125,6 +125,11 @@ def _status(name: str) -> int:
     return int(lines[name].split()[0]) * 1024
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hardware() -> dict[str, object]:
     """The machine as people would name it: processor, cores, memory, GPUs."""
     import psutil
@@ -138,7 +143,7 @@ def hardware() -> dict[str, object]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return {
         "processor": processor,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": gpus,
@@ -158,7 +163,7 @@ def environment(model) -> dict[str, object]:
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cores(),
         "device": str(next(model.parameters()).device),
         "dtype": str(next(model.parameters()).dtype),
     }

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from kne_easyedit.errors import RunStopped
-from kne_easyedit.machine import free_memory
+from kne_easyedit.machine import cores, free_memory
 
 Item = TypeVar("Item")
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
@@ -32,11 +32,6 @@ _NEED = 1.5
 
 class WorkerDied(RunStopped):
     """A process ended without a word: out of memory, or killed."""
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def workers_for(model: nn.Module, tasks: int) -> int:
