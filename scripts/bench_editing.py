@@ -28,16 +28,19 @@ import torch
 from torch import nn
 
 from kne_easyedit import KNEHyperParams, compute_edit, restore
-from kne_easyedit.batching import collate, encode_request
+from kne_easyedit._util.machine import available_cores, environment, hardware, keep_large_blocks
+from kne_easyedit._util.workers import run_parallel
 from kne_easyedit.cli.common import shipped
-from kne_easyedit.layout import device_of
-from kne_easyedit.localization import find_ensemble
-from kne_easyedit.machine import environment, hardware, keep_large_blocks
-from kne_easyedit.models import load_model
-from kne_easyedit.records import load_requests
-from kne_easyedit.state import undisturbed
-from kne_easyedit.training import ADAPTER, answer_loss, row_adapter, train_rows, write_rows
-from kne_easyedit.workers import cores, side_by_side
+from kne_easyedit.editing.adapter import ADAPTER, row_adapter
+from kne_easyedit.editing.objectives import answer_loss
+from kne_easyedit.editing.row_edit import write_rows
+from kne_easyedit.editing.row_training import train_rows
+from kne_easyedit.facts.encoding import collate, encode_request
+from kne_easyedit.facts.records import load_requests
+from kne_easyedit.localization.localizer import find_ensemble
+from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.loading import load_model
+from kne_easyedit.models.state import preserve_state
 
 
 def main() -> None:
@@ -46,7 +49,9 @@ def main() -> None:
     parser.add_argument("--data", default="embedded")
     parser.add_argument("--records", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--busy", type=int, default=0, help="workers: other processes that take all that they get (default %(default)s)")
+    parser.add_argument(
+        "--busy", type=int, default=0, help="workers: other processes that take all that they get (default %(default)s)"
+    )
     parser.add_argument("what", choices=("step", "profile", "methods", "workers", "memory"))
     arguments = parser.parse_args()
     if arguments.what == "memory":
@@ -55,13 +60,17 @@ def main() -> None:
     keep_large_blocks()
     hparams = KNEHyperParams.from_hparams(arguments.hparams)
     model, tokenizer = load_model(hparams)
-    requests = load_requests(arguments.data, arguments.records, 0 if arguments.data != "embedded" else hparams.localization_size)
+    requests = load_requests(
+        arguments.data, arguments.records, 0 if arguments.data != "embedded" else hparams.localization_size
+    )
     print(f"{hparams.model_name}, {len(requests)} facts of {arguments.data}; {environment(model)}; {hardware()}")
     find_ensemble(model, tokenizer, requests, hparams)
     if arguments.what == "workers":
         workers(model, tokenizer, requests, hparams, arguments.repeats, arguments.busy)
         return
-    {"step": step, "profile": profile, "methods": methods}[arguments.what](model, tokenizer, requests, hparams, arguments.repeats)
+    {"step": step, "profile": profile, "methods": methods}[arguments.what](
+        model, tokenizer, requests, hparams, arguments.repeats
+    )
 
 
 def step(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int) -> None:
@@ -78,7 +87,7 @@ def step(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHype
                 loss = nn.functional.cross_entropy(out.logits[:, :-1][answers].float(), batch.labels[:, 1:][answers])
                 torch.autograd.grad(loss, embedded)
 
-        with undisturbed(model):
+        with preserve_state(model):
             times: dict[str, list[float]] = {"KNE": [], "plain": []}
             for _ in range(repeats + 1):
                 times["plain"].append(timed(plain))
@@ -98,7 +107,9 @@ def step(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHype
                     times["KNE"].append(median(timed(trained) for _ in range(3)))
         kne, without = (median(values[1:]) for values in (times["KNE"], times["plain"]))
         ratios.append(kne / without)
-        print(f"{batch.input_ids.shape[1]:>3} tokens: KNE {1000 * kne:6.1f} ms, plain {1000 * without:6.1f} ms, ratio {ratios[-1]:.2f}")
+        print(
+            f"{batch.input_ids.shape[1]:>3} tokens: KNE {1000 * kne:6.1f} ms, plain {1000 * without:6.1f} ms, ratio {ratios[-1]:.2f}"
+        )
     print(f"median ratio {median(ratios):.2f}")
 
 
@@ -128,7 +139,9 @@ def methods(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEH
     """Seconds an edit of three methods, on the same facts, taking turns."""
     from kne_easyedit import bridge
 
-    settings = {"KNE": hparams} | {m: bridge.load_method(m, shipped() / m / f"{arguments_model(hparams)}.yaml") for m in ("FT", "AdaLoRA")}
+    settings = {"KNE": hparams} | {
+        m: bridge.load_method(m, shipped() / m / f"{arguments_model(hparams)}.yaml") for m in ("FT", "AdaLoRA")
+    }
     found: dict[str, list[float]] = {method: [] for method in settings}
     steps: dict[str, list[int]] = {method: [] for method in settings}
     here = Path.cwd()
@@ -146,21 +159,31 @@ def methods(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEH
         finally:
             os.chdir(here)
     for method, values in found.items():
-        print(f"{method:<8} {median(values):6.2f} s an edit, {median(steps[method]):.0f} losses computed; {median(values) / median(found['KNE']):5.2f} of KNE's time")
+        print(
+            f"{method:<8} {median(values):6.2f} s an edit, {median(steps[method]):.0f} losses computed; {median(values) / median(found['KNE']):5.2f} of KNE's time"
+        )
 
 
-def workers(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int, busy: int) -> None:
+def workers(
+    model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int, busy: int
+) -> None:
     """Ten training steps and fifty tokens of text a fact: how many facts a minute by one process and by one a core."""
     ensemble, work = find_ensemble(model, tokenizer, requests, hparams), replace(hparams, num_steps=10, stop_loss=0.0)
 
     def of_one_fact(request: dict):
         train_rows(model, [encode_request(tokenizer, request)], ensemble, work)
         tokens = tokenizer(request["prompt"], return_tensors="pt")
-        model.generate(**tokens, min_new_tokens=50, max_new_tokens=50, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        model.generate(
+            **tokens, min_new_tokens=50, max_new_tokens=50, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
         yield request["prompt"]
 
-    arrangements = {"1 process, all threads": (1, cores()), "1 process, 1 thread": (1, 1), f"{cores()} processes, 1 thread each": (cores(), 1)}
-    facts = (list(requests) * cores())[: 2 * cores()]
+    arrangements = {
+        "1 process, all threads": (1, available_cores()),
+        "1 process, 1 thread": (1, 1),
+        f"{available_cores()} processes, 1 thread each": (available_cores(), 1),
+    }
+    facts = (list(requests) * available_cores())[: 2 * available_cores()]
     found: dict[str, list[float]] = {name: [] for name in arrangements}
     with contextlib.ExitStack() as others:
         for _ in range(busy):
@@ -169,9 +192,11 @@ def workers(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEH
         for _ in range(repeats):
             for name, (processes, threads) in arrangements.items():
                 torch.set_num_threads(threads)
-                found[name].append(timed(lambda: list(side_by_side(of_one_fact, facts, processes))))
+                found[name].append(timed(lambda: list(run_parallel(of_one_fact, facts, processes))))
     for name, seconds in found.items():
-        print(f"{name:<28} {60 * len(facts) / median(seconds):6.1f} facts a minute, with {busy} other processes on {cores()} cores")
+        print(
+            f"{name:<28} {60 * len(facts) / median(seconds):6.1f} facts a minute, with {busy} other processes on {available_cores()} cores"
+        )
 
 
 def memory() -> None:
@@ -180,12 +205,20 @@ def memory() -> None:
 
     from kne_easyedit.doctor import memory_needed
 
-    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000)
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    )
     for name, bf16 in (("float32", False), ("bfloat16", True)):
-        hparams = KNEHyperParams(model_name="llama-2-7b", target_modules=["model.layers.{}.mlp.down_proj"], bf16=bf16, device="cpu")
+        hparams = KNEHyperParams(
+            model_name="llama-2-7b", target_modules=["model.layers.{}.mlp.down_proj"], bf16=bf16, device="cpu"
+        )
         needed = memory_needed(config, hparams)
         above = sum(size for purpose, size in needed.items() if purpose != "weights")
-        print(f"{name}: {above / 2**30:.2f} GiB above the weights (" + ", ".join(f"{p} {s / 2**30:.2f}" for p, s in needed.items()) + ")")
+        print(
+            f"{name}: {above / 2**30:.2f} GiB above the weights ("
+            + ", ".join(f"{p} {s / 2**30:.2f}" for p, s in needed.items())
+            + ")"
+        )
 
 
 def arguments_model(hparams: KNEHyperParams) -> str:

@@ -1,6 +1,6 @@
 """How far EasyEdit's fluency differs between its two ways of splitting words, on the same generated texts.
 
-    NLTK_DATA=folder_with_punkt_tab python scripts/bench_fluency.py --data test_cf.json --records 40
+NLTK_DATA=folder_with_punkt_tab python scripts/bench_fluency.py --data test_cf.json --records 40
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from tqdm import tqdm
 
 from kne_easyedit import KNEHyperParams, bridge
 from kne_easyedit.bridge.fluency import NO_PUNKT, PUNKT
-from kne_easyedit.bridge.runtime_patches import module
+from kne_easyedit.bridge.importing import module
 from kne_easyedit.cli.common import shipped
-from kne_easyedit.models import load_model
-from kne_easyedit.records import load_requests
+from kne_easyedit.facts.records import load_requests
+from kne_easyedit.models.loading import load_model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="embedded", help="KnowEdit file whose prompts are continued (default %(default)s)")
+    parser.add_argument(
+        "--data", default="embedded", help="KnowEdit file whose prompts are continued (default %(default)s)"
+    )
     parser.add_argument("--records", type=int, default=40)
     parser.add_argument("--seed", type=int, default=42)
     arguments = parser.parse_args()
@@ -46,7 +48,9 @@ def main() -> None:
     differences = [a - b for a, b in zip(found[NO_PUNKT], found[PUNKT])]
     for variant, values in found.items():
         print(f"{variant:<14} {statistics.fmean(values):.2f}")
-    print(f"{NO_PUNKT} - {PUNKT}: mean {statistics.fmean(differences):+.2f}, from {min(differences):+.2f} to {max(differences):+.2f}, {len(differences)} texts")
+    print(
+        f"{NO_PUNKT} - {PUNKT}: mean {statistics.fmean(differences):+.2f}, from {min(differences):+.2f} to {max(differences):+.2f}, {len(differences)} texts"
+    )
 
 
 if __name__ == "__main__":

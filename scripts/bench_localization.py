@@ -31,24 +31,34 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from reference import literal_attribution_of_ids  # noqa: E402
 
-from kne_easyedit.attribution import attribute_facts, rows_in_flight  # noqa: E402
-from kne_easyedit.batching import Fact, encode, encode_request  # noqa: E402
-from kne_easyedit.ensemble import aggregate, select_ensemble  # noqa: E402
+from kne_easyedit._util.files import atomic_write  # noqa: E402
+from kne_easyedit._util.machine import environment, keep_large_blocks  # noqa: E402
+from kne_easyedit.attribution.engine import attribute_facts, rows_in_flight  # noqa: E402
+from kne_easyedit.attribution.quadrature import gauss_legendre, riemann  # noqa: E402
+from kne_easyedit.facts.encoding import Fact, encode, encode_request  # noqa: E402
+from kne_easyedit.facts.records import load_requests  # noqa: E402
 from kne_easyedit.hparams import KNEHyperParams  # noqa: E402
-from kne_easyedit.layout import Target, is_linear, resolve_target, rows  # noqa: E402
-from kne_easyedit.machine import environment, keep_large_blocks  # noqa: E402
-from kne_easyedit.models import load_model  # noqa: E402
-from kne_easyedit.paths import atomic_write  # noqa: E402
-from kne_easyedit.products import linear  # noqa: E402
-from kne_easyedit.quadrature import gauss_legendre, riemann  # noqa: E402
-from kne_easyedit.records import load_requests  # noqa: E402
+from kne_easyedit.localization.ensemble import select_ensemble
+from kne_easyedit.localization.selection import aggregate
+from kne_easyedit.models.fast_linear import linear  # noqa: E402
+from kne_easyedit.models.loading import load_model  # noqa: E402
+from kne_easyedit.models.targets import Target, is_linear, resolve_target, rows  # noqa: E402
 
 PROMPT, ANSWER = "The name of the country in which Leonardo da Vinci was born is", "the Kingdom of Denmark"
 ARCHITECTURES = {  # as published; heads of keys equal heads of queries in all but the last
-    "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000),
-    "llama2-13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000),
+    "llama2-7b": dict(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    ),
+    "llama2-13b": dict(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000
+    ),
     "smollm2-135m": dict(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
     ),
 }
 
@@ -66,7 +76,11 @@ def main() -> None:
     one.add_argument("--size", type=int, default=3, help="facts of --data")
     one.add_argument("--literal-layers", type=int, default=3, help="layers timed literally, spread over the model")
     one.add_argument("--repeats", type=int, default=3)
-    one.add_argument("--kn", action="store_true", help="EasyEdit's KnowledgeNeurons.get_scores_for_layer, too (both on mlp.gate_proj)")
+    one.add_argument(
+        "--kn",
+        action="store_true",
+        help="EasyEdit's KnowledgeNeurons.get_scores_for_layer, too (both on mlp.gate_proj)",
+    )
     one.set_defaults(command=single)
     grow = commands.add_parser("scaling")
     grow.add_argument("--repeats", type=int, default=3)
@@ -78,12 +92,20 @@ def main() -> None:
         sub.add_argument("--size", type=int, default=20)
         sub.set_defaults(command=command)
         if command is precision:
-            sub.add_argument("--types", nargs="+", default=["bfloat16", "float16"], choices=("bfloat16", "float16"), help="float16 is slow on CPUs")
+            sub.add_argument(
+                "--types",
+                nargs="+",
+                default=["bfloat16", "float16"],
+                choices=("bfloat16", "float16"),
+                help="float16 is slow on CPUs",
+            )
     big = commands.add_parser("random")
     big.add_argument("--architecture", choices=ARCHITECTURES, default="llama2-7b")
     big.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     big.add_argument("--device", default="cuda")
-    big.add_argument("--data", required=True, help="KnowEdit file; tokenised by SmolLM2's tokenizer, ids modulo the vocabulary")
+    big.add_argument(
+        "--data", required=True, help="KnowEdit file; tokenised by SmolLM2's tokenizer, ids modulo the vocabulary"
+    )
     big.add_argument("--size", type=int, default=200)
     big.add_argument("--steps", type=int, default=20)
     big.add_argument("--literal-layers", type=int, default=3)
@@ -108,7 +130,9 @@ def single(options) -> dict:
     steps, layers = hparams.attribution_steps, spread(target.layers, options.literal_layers)
     results = []
     for fact in facts:
-        print(f"{fact.prompt} -> {fact.target}: {fact.prompt_length} + {len(fact.answer)} tokens, {len(target.layers)} layers, m = {steps}")
+        print(
+            f"{fact.prompt} -> {fact.target}: {fact.prompt_length} + {len(fact.answer)} tokens, {len(target.layers)} layers, m = {steps}"
+        )
         sweep = lambda: attribute_facts(model, [target], [fact], steps)[0][0]  # noqa: B023, E731
         sweep()  # warm up
         times: dict[str, list[float]] = {"sweep": [], "literal": [], "kn": []}
@@ -119,7 +143,9 @@ def single(options) -> dict:
             times["sweep"].append(seconds)
             products["torch"].append(product_rate(model, functional.linear))
             products["fastest"].append(product_rate(model, linear))
-            seconds, expected = timed(lambda: literal_attribution_of_ids(model, fact.ids, fact.prompt_length, target.template, steps, [layer]))  # noqa: B023
+            seconds, expected = timed(
+                lambda: literal_attribution_of_ids(model, fact.ids, fact.prompt_length, target.template, steps, [layer])
+            )  # noqa: B023
             times["literal"].append(seconds)
             if options.kn:
                 times["kn"].append(timed(lambda: easyedit_kn(model, tokenizer, fact, layer, steps))[0])  # noqa: B023
@@ -128,21 +154,39 @@ def single(options) -> dict:
             print("  layer", layer, {way: round(found[-1], 2) for way, found in times.items() if found}, flush=True)
         needed, n = multiplications(model, target, [fact], steps), len(target.layers)
         # Lower layers cost the literal way more: the mean over the spread, of each layer's median over the repeats.
-        per_layer = {way: mean(median(found[k :: len(layers)]) for k in range(len(layers))) * n for way, found in times.items() if found}
+        per_layer = {
+            way: mean(median(found[k :: len(layers)]) for k in range(len(layers))) * n
+            for way, found in times.items()
+            if found
+        }
         seconds = median(times["sweep"])
         result = {
-            "module": target.template, "prompt_tokens": fact.prompt_length, "answer_tokens": len(fact.answer), "layers": n, "steps": steps,
-            "sweep_seconds": seconds, "literal_seconds": per_layer["literal"], "ratio": per_layer["literal"] / seconds,
-            "relative_difference": difference / largest, "largest_score": largest, "multiplications": needed,
-            "sweep_rate": needed / seconds, "product_rate": median(products["torch"]), "fastest_product_rate": median(products["fastest"]),
-        }  # fmt: skip
+            "module": target.template,
+            "prompt_tokens": fact.prompt_length,
+            "answer_tokens": len(fact.answer),
+            "layers": n,
+            "steps": steps,
+            "sweep_seconds": seconds,
+            "literal_seconds": per_layer["literal"],
+            "ratio": per_layer["literal"] / seconds,
+            "relative_difference": difference / largest,
+            "largest_score": largest,
+            "multiplications": needed,
+            "sweep_rate": needed / seconds,
+            "product_rate": median(products["torch"]),
+            "fastest_product_rate": median(products["fastest"]),
+        }
         if options.kn:
             result |= {"kn_seconds": per_layer["kn"], "kn_ratio": per_layer["kn"] / seconds}
         results.append(result)
         print(
             f"sweep              {seconds:10.2f} s a fact\n"
             f"literal, scaled    {result['literal_seconds']:10.2f} s a fact: ratio {result['ratio']:.1f}\n"
-            + (f"EasyEdit's KN      {result['kn_seconds']:10.2f} s a fact, scaled: ratio {result['kn_ratio']:.1f}\n" if options.kn else "")
+            + (
+                f"EasyEdit's KN      {result['kn_seconds']:10.2f} s a fact, scaled: ratio {result['kn_ratio']:.1f}\n"
+                if options.kn
+                else ""
+            )
             + f"largest difference {difference / largest:10.1e} of the largest score ({largest:.3f})\n"
             f"rate               {result['sweep_rate'] / 1e9:10.1f} G multiplications/s of the {needed / 1e9:.0f} G that are needed\n"
             f"one large product  {result['product_rate'] / 1e9:10.1f} G/s by torch: {result['sweep_rate'] / result['product_rate']:.0%}; "
@@ -173,7 +217,13 @@ def scaling(options) -> dict | None:
         series[name] = []
         for value in values:
             point = json.dumps({**USUAL, name: value})
-            command = [sys.executable, __file__, "--hparams", str(options.hparams), *(["--module", options.module] if options.module else [])]
+            command = [
+                sys.executable,
+                __file__,
+                "--hparams",
+                str(options.hparams),
+                *(["--module", options.module] if options.module else []),
+            ]
             command += ["scaling", "--repeats", str(options.repeats), "--point", point]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -183,8 +233,9 @@ def scaling(options) -> dict | None:
             print(
                 f"{name:>16} {value:>4}: {found['seconds']:7.2f} s {found['multiplications'] / 1e9:8.0f} G needed, "
                 f"{found['multiplications'] / found['seconds'] / 1e9:6.1f} G/s ({found['share']:4.0%} of the fastest product), "
-                f"{found['peak'] / 2**20:7.0f} MiB above the weights", flush=True,
-            )  # fmt: skip
+                f"{found['peak'] / 2**20:7.0f} MiB above the weights",
+                flush=True,
+            )
     if options.out:
         draw_scaling(series, options.out / "scaling.png")
     return {"usual": USUAL, "series": series}
@@ -223,7 +274,13 @@ def draw_scaling(series: dict, path: Path) -> None:
         values = [p["value"] for p in points]
         scale = median(p["seconds"] / p["multiplications"] for p in points)
         above.plot(values, [p["seconds"] for p in points], "o-", color="#1f6f8b", label="measured")
-        above.plot(values, [p["multiplications"] * scale for p in points], ":", color="#222222", label="multiplications x constant")
+        above.plot(
+            values,
+            [p["multiplications"] * scale for p in points],
+            ":",
+            color="#222222",
+            label="multiplications x constant",
+        )
         below.plot(values, [p["peak"] / 2**20 for p in points], "o-", color="#b5532a")
         above.set(title=name, ylim=(0, None))
         below.set(xlabel=name, ylim=(0, None))
@@ -247,15 +304,31 @@ def quadrature(options) -> dict:
     exact = [attribute_facts(model, [target], [fact], 64, quadrature=gauss_legendre)[0][0] for fact in facts]
     chosen = select_ensemble(aggregate(exact)[0], hparams.p, target_module=target.template)
     found = {}
-    for name, rule, many in (("riemann", riemann, (5, 10, 20, 40)), ("gauss-legendre", gauss_legendre, (2, 3, 4, 5, 6, 8, 10))):
+    for name, rule, many in (
+        ("riemann", riemann, (5, 10, 20, 40)),
+        ("gauss-legendre", gauss_legendre, (2, 3, 4, 5, 6, 8, 10)),
+    ):
         for steps in many:
             scores = [attribute_facts(model, [target], [fact], steps, quadrature=rule)[0][0] for fact in facts]
             errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(scores, exact)]
             ensemble = select_ensemble(aggregate(scores)[0], hparams.p, target_module=target.template)
-            found[f"{name} {steps}"] = {"median_error": median(errors), "largest_error": max(errors), "overlap": ensemble.overlap(chosen)}
-            print(f"{name:>15} m = {steps:>2}: error {median(errors):.1e} of the largest score (worst fact {max(errors):.1e}), "
-                  f"{ensemble.overlap(chosen):.1%} of the integral's ensemble", flush=True)  # fmt: skip
-    return {"model": str(hparams.model_name), "data": options.data, "facts": len(facts), "sums": found, "environment": environment(model)}
+            found[f"{name} {steps}"] = {
+                "median_error": median(errors),
+                "largest_error": max(errors),
+                "overlap": ensemble.overlap(chosen),
+            }
+            print(
+                f"{name:>15} m = {steps:>2}: error {median(errors):.1e} of the largest score (worst fact {max(errors):.1e}), "
+                f"{ensemble.overlap(chosen):.1%} of the integral's ensemble",
+                flush=True,
+            )
+    return {
+        "model": str(hparams.model_name),
+        "data": options.data,
+        "facts": len(facts),
+        "sums": found,
+        "environment": environment(model),
+    }
 
 
 def precision(options) -> dict:
@@ -268,29 +341,50 @@ def precision(options) -> dict:
         model.to(dtype)
         target = resolve_target(model, options.module or hparams.target_modules[0], hparams.layers)
         facts = [encode_request(tokenizer, request) for request in requests]
-        return [attribute_facts(model, [target], [fact], hparams.attribution_steps)[0][0] for fact in facts], target, hparams, model
+        return (
+            [attribute_facts(model, [target], [fact], hparams.attribution_steps)[0][0] for fact in facts],
+            target,
+            hparams,
+            model,
+        )
 
     exact, target, hparams, model = scores_in(torch.float32)
     found = {}
     for dtype in options.types:
         scores = scores_in(getattr(torch, dtype))[0]
         single = [overlap(a, b, hparams.p) for a, b in zip(scores, exact)]
-        ensembles = [select_ensemble(aggregate(some)[0], hparams.p, target_module=target.template) for some in (scores, exact)]
-        correlation = median(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) for a, b in zip(scores, exact))
+        ensembles = [
+            select_ensemble(aggregate(some)[0], hparams.p, target_module=target.template) for some in (scores, exact)
+        ]
+        correlation = median(
+            float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) for a, b in zip(scores, exact)
+        )
         found[dtype] = {
-            "scores_dtype": str(scores[0].dtype), "ensemble_overlap": ensembles[0].overlap(ensembles[1]),
-            "fact_overlap_median": median(single), "fact_overlap_least": min(single), "correlation_median": correlation,
-        }  # fmt: skip
-        print(f"{dtype}: the ensemble of {len(requests)} facts shares {ensembles[0].overlap(ensembles[1]):.1%} of its neurons with float32's; "
-              f"single facts {median(single):.1%} (least {min(single):.1%}); correlation {correlation:.4f}", flush=True)  # fmt: skip
-    return {"model": str(hparams.model_name), "data": options.data, "facts": len(requests), "types": found, "environment": environment(model)}
+            "scores_dtype": str(scores[0].dtype),
+            "ensemble_overlap": ensembles[0].overlap(ensembles[1]),
+            "fact_overlap_median": median(single),
+            "fact_overlap_least": min(single),
+            "correlation_median": correlation,
+        }
+        print(
+            f"{dtype}: the ensemble of {len(requests)} facts shares {ensembles[0].overlap(ensembles[1]):.1%} of its neurons with float32's; "
+            f"single facts {median(single):.1%} (least {min(single):.1%}); correlation {correlation:.4f}",
+            flush=True,
+        )
+    return {
+        "model": str(hparams.model_name),
+        "data": options.data,
+        "facts": len(requests),
+        "types": found,
+        "environment": environment(model),
+    }
 
 
 def random_weights(options) -> dict:
     """Many real facts on a published architecture with random weights: time in all, memory above the weights, ratio."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kne_easyedit.localization import batches
+    from kne_easyedit.localization.localizer import batches
 
     if options.device == "cpu":
         keep_large_blocks()
@@ -323,17 +417,33 @@ def random_weights(options) -> dict:
     layers = spread(target.layers, options.literal_layers)
     alone = median(timed(lambda: attribute_facts(model, [target], [fact], options.steps))[0] for _ in range(3))
     literal = mean(
-        timed(lambda: literal_attribution_of_ids(model, fact.ids, fact.prompt_length, target.template, options.steps, [layer]))[0]  # noqa: B023
+        timed(
+            lambda: literal_attribution_of_ids(
+                model, fact.ids, fact.prompt_length, target.template, options.steps, [layer]
+            )
+        )[0]  # noqa: B023
         for layer in layers
     ) * len(target.layers)
     needed = multiplications(model, target, facts, options.steps)
     figures = {
-        "architecture": options.architecture, "dtype": options.dtype, "module": target.template, "facts": len(facts), "steps": options.steps,
-        "seconds": seconds, "bytes_above_weights": memory, "rows_in_flight": in_flight, "multiplications": needed,
-        "rate": needed / seconds, "product_rate": product_rate(model, linear, 8192 if cuda else 2048),
-        "fact_tokens": [fact.prompt_length, len(fact.answer)], "sweep_alone_seconds": alone, "literal_seconds": literal,
-        "ratio_alone": literal / alone, "ratio_batched": literal / (seconds / len(facts)), "environment": environment(model),
-    }  # fmt: skip
+        "architecture": options.architecture,
+        "dtype": options.dtype,
+        "module": target.template,
+        "facts": len(facts),
+        "steps": options.steps,
+        "seconds": seconds,
+        "bytes_above_weights": memory,
+        "rows_in_flight": in_flight,
+        "multiplications": needed,
+        "rate": needed / seconds,
+        "product_rate": product_rate(model, linear, 8192 if cuda else 2048),
+        "fact_tokens": [fact.prompt_length, len(fact.answer)],
+        "sweep_alone_seconds": alone,
+        "literal_seconds": literal,
+        "ratio_alone": literal / alone,
+        "ratio_batched": literal / (seconds / len(facts)),
+        "environment": environment(model),
+    }
     print(
         f"{options.architecture}, {options.dtype}, {len(facts)} facts: {seconds:.1f} s in all ({seconds / len(facts):.2f} s a fact), "
         f"{memory / 2**30:.1f} GiB above the weights, {in_flight} rows in flight\n"
@@ -363,7 +473,9 @@ def multiplications(model, target: Target, facts: Sequence[Fact], steps: int) ->
     layers = model.get_submodule(target.layers_path)
     tokens = sum(len(fact.answer) for fact in facts)
     points, ends = (steps - 1) * tokens, tokens
-    passing = [sum(own < i for own in target.layers) * points + ends * (i > target.layers[0]) for i in range(len(layers))]
+    passing = [
+        sum(own < i for own in target.layers) * points + ends * (i > target.layers[0]) for i in range(len(layers))
+    ]
     width = [sum(m.weight.numel() for m in layer.modules() if is_linear(m)) for layer in layers]
     head = rows(model.get_output_embeddings()).numel()
     return 2 * (sum(n * w for n, w in zip(passing, width)) + (len(target.layers) * points + ends) * head)

@@ -44,13 +44,24 @@ def tiny_model():
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "<unk>", *WORDS, *SUBJECTS, *TARGETS, ".", ","])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="<s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="<s>", unk_token="<unk>"
+    )
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, bos_token_id=1, eos_token_id=1, pad_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
@@ -64,7 +75,14 @@ def settings(label: str, stats: Path, tiny: bool):
     if not tiny:
         return hparams
     hparams.model_name = "tiny-model"
-    smaller = {"num_steps": 3, "v_num_grad_steps": 3, "v_loss_layer": 3, "mom2_n_samples": 7, "attribution_steps": 2, "localization_data": None}
+    smaller = {
+        "num_steps": 3,
+        "v_num_grad_steps": 3,
+        "v_loss_layer": 3,
+        "mom2_n_samples": 7,
+        "attribution_steps": 2,
+        "localization_data": None,
+    }
     for name, value in smaller.items():
         if hasattr(hparams, name):
             setattr(hparams, name, value)
@@ -76,7 +94,7 @@ def settings(label: str, stats: Path, tiny: bool):
 def limit(label: str, mode: str) -> str | None:
     """Why this EasyEdit cannot do it, whatever is patched; None if it can."""
     from kne_easyedit import bridge
-    from kne_easyedit.bridge.registry import METHODS as LABELS
+    from kne_easyedit.bridge.methods import METHODS as LABELS
 
     editor = bridge.register().BaseEditor
     alg_name = LABELS[label].alg_name if label in LABELS else label
@@ -88,7 +106,11 @@ def limit(label: str, mode: str) -> str | None:
     if name != "sequential_edit" and not hasattr(editor, name):
         return f"this version has no {name}"
     if name in ("batch_edit", "normal_edit") and not _batchable(alg_name):
-        return "KN edits the first of several facts" if alg_name == "KN" else f"EasyEdit counts {alg_name} among the singleton methods"
+        return (
+            "KN edits the first of several facts"
+            if alg_name == "KN"
+            else f"EasyEdit counts {alg_name} among the singleton methods"
+        )
     if name == "normal_edit" and alg_name == "MEMIT":
         return "normal_edit passes no subject, MEMIT needs one"
     if name == "normal_edit" and alg_name == "LoRA":
@@ -103,8 +125,8 @@ def limit(label: str, mode: str) -> str | None:
 
 
 def _batchable(alg_name: str) -> bool:
-    from kne_easyedit.bridge.editing import ONE_FACT
-    from kne_easyedit.bridge.runtime_patches import module
+    from kne_easyedit.bridge.importing import module
+    from kne_easyedit.bridge.methods import ONE_FACT
 
     return alg_name not in ONE_FACT and module("editors.batch_editor").BatchEditor.is_batchable_method(alg_name)
 
@@ -113,23 +135,36 @@ def _source(function) -> str:
     import inspect
 
     text = inspect.getsource(function)
-    return text + inspect.getsource(inspect.getmodule(function).restore_after_edit) if "restore_after_edit" in text else text
+    return (
+        text + inspect.getsource(inspect.getmodule(function).restore_after_edit)
+        if "restore_after_edit" in text
+        else text
+    )
 
 
 def requests(count: int) -> dict[str, list]:
     """Facts in the form that `edit` takes."""
     subjects, targets = SUBJECTS[:count], [TARGETS[i % len(TARGETS)] for i in range(count)]
-    probes = {"reasoning": {"prompt": [["The river of Land1 is"] for _ in subjects], "ground_truth": [["Town1"] for _ in subjects]}}
+    probes = {
+        "reasoning": {
+            "prompt": [["The river of Land1 is"] for _ in subjects],
+            "ground_truth": [["Town1"] for _ in subjects],
+        }
+    }
     return {
-        "prompts": [f"The capital of {subject} is" for subject in subjects], "target_new": targets, "ground_truth": list(targets[::-1]),
-        "subject": subjects, "portability_inputs": probes, "locality_inputs": json.loads(json.dumps(probes)),
-    }  # fmt: skip
+        "prompts": [f"The capital of {subject} is" for subject in subjects],
+        "target_new": targets,
+        "ground_truth": list(targets[::-1]),
+        "subject": subjects,
+        "portability_inputs": probes,
+        "locality_inputs": json.loads(json.dumps(probes)),
+    }
 
 
 def attempt(label: str, mode: str, stats: Path, model=None, tokenizer=None, facts: dict | None = None) -> None:
     """Runs one cell. Raises whatever fails, or AssertionError if the model is not as the mode should leave it."""
     from kne_easyedit import bridge
-    from kne_easyedit.cache import model_digest
+    from kne_easyedit.models.fingerprint import model_digest
 
     tiny = model is None
     if tiny:
@@ -147,7 +182,9 @@ def attempt(label: str, mode: str, stats: Path, model=None, tokenizer=None, fact
     elif name == "batch_edit":
         editor.hparams.batch_size = size
         plain = {key: facts[key] for key in ("prompts", "target_new", "ground_truth", "subject")}
-        metrics, edited, _ = editor.batch_edit(**plain, verbose=False, **({"keep_original_weight": True} if legacy else {}))
+        metrics, edited, _ = editor.batch_edit(
+            **plain, verbose=False, **({"keep_original_weight": True} if legacy else {})
+        )
     elif name == "normal_edit":
         _, edited, _ = editor.normal_edit(prompts=facts["prompts"], target_new=facts["target_new"])
         metrics = [None] * count
@@ -155,17 +192,26 @@ def attempt(label: str, mode: str, stats: Path, model=None, tokenizer=None, fact
         keys = ("prompt", "target_new", "ground_truth", "subject")
         columns = zip(facts["prompts"], facts["target_new"], facts["ground_truth"], facts["subject"])
         rows = [{**dict(zip(keys, row)), "portability": {}, "locality": {}} for row in columns]
-        metrics, edited, _ = editor.edit_requests(rows, verbose=False, **({"keep_original_weight": True} if legacy else {}))
+        metrics, edited, _ = editor.edit_requests(
+            rows, verbose=False, **({"keep_original_weight": True} if legacy else {})
+        )
     assert len(metrics) == count, f"{len(metrics)} metrics for {count} facts"
-    changed = model_digest(model) != before or hasattr(model, "peft_config") or hasattr(edited, "peft_config") and name == "sequential_edit"
-    assert changed == (name == "sequential_edit"), "the edits have not stayed" if not changed else "the model is not what it was"
+    changed = (
+        model_digest(model) != before
+        or hasattr(model, "peft_config")
+        or hasattr(edited, "peft_config")
+        and name == "sequential_edit"
+    )
+    assert changed == (name == "sequential_edit"), (
+        "the edits have not stayed" if not changed else "the model is not what it was"
+    )
 
 
 def cells(methods: list[str]) -> Iterator[dict]:
     """Every cell of this process's EasyEdit on the tiny model."""
     import torch
 
-    from kne_easyedit.bridge import statistics
+    from kne_easyedit.bridge import second_moments as statistics
 
     torch.set_num_threads(1)
     statistics.configure(samples=8, length=6)
@@ -173,7 +219,12 @@ def cells(methods: list[str]) -> Iterator[dict]:
         for label in methods:
             for mode in MODES:
                 cannot = limit(label, mode)
-                yield {"method": label, "mode": mode, "cannot": cannot, "error": None if cannot else _error(label, mode, Path(stats))}
+                yield {
+                    "method": label,
+                    "mode": mode,
+                    "cannot": cannot,
+                    "error": None if cannot else _error(label, mode, Path(stats)),
+                }
 
 
 def smollm2_cells(data: str, methods: list[str], size: int = 3) -> Iterator[dict]:
@@ -181,20 +232,41 @@ def smollm2_cells(data: str, methods: list[str], size: int = 3) -> Iterator[dict
     import dataclasses
 
     from kne_easyedit.benchmark import Run, run
-    from kne_easyedit.models import load_model
-    from kne_easyedit.records import load_requests
+    from kne_easyedit.facts.records import load_requests
+    from kne_easyedit.models.loading import load_model
 
-    hparams = {label: settings(label, Path("stats").resolve(), False) for label in methods if limit(label, "edit") is None}
+    hparams = {
+        label: settings(label, Path("stats").resolve(), False) for label in methods if limit(label, "edit") is None
+    }
     model, tokenizer = load_model(next(iter(hparams.values())))
     found = load_requests(data, size)
     for mode, batch in (("single", 1), ("sequential", 1), ("batch", size)):
-        able = {label: dataclasses.replace(h) for label, h in hparams.items() if mode == "single" or label in ("KNE", "FT")}
+        able = {
+            label: dataclasses.replace(h) for label, h in hparams.items() if mode == "single" or label in ("KNE", "FT")
+        }
         if not able:
             continue
-        summary = run(Run(model, tokenizer, found, able, data, Path(mode), mode=mode, batch_size=batch, before_folder=Path("before")))
+        summary = run(
+            Run(
+                model,
+                tokenizer,
+                found,
+                able,
+                data,
+                Path(mode),
+                mode=mode,
+                batch_size=batch,
+                before_folder=Path("before"),
+            )
+        )
         for method, figures in summary["methods"].items():
             names = ("edit_success", "portability", "locality", "fluency", "seconds_per_edit")
-            yield {"method": method, "mode": mode, **{name: figures[name] for name in names}, "retention": figures.get("retention")}
+            yield {
+                "method": method,
+                "mode": mode,
+                **{name: figures[name] for name in names},
+                "retention": figures.get("retention"),
+            }
 
 
 def _error(label: str, mode: str, stats: Path) -> str | None:
@@ -228,8 +300,17 @@ def kept_file(keep: Path, home: str, off: str, methods: list[str], smollm2: bool
 
 def _in_process(home: str, off: str, methods: list[str], smollm2: str | None) -> dict:
     environment = {k: v for k, v in os.environ.items() if k not in ("EASYEDIT_HOME", "KNE_PATCHES_OFF")}
-    environment |= {"KNE_PATCHES_OFF": off, **({} if home == "pypi" else {"EASYEDIT_HOME": str(Path(home).expanduser().resolve())})}
-    command = [sys.executable, str(Path(__file__).resolve()), "--cells", *methods, *(["--smollm2", str(Path(smollm2).resolve())] if smollm2 else [])]
+    environment |= {
+        "KNE_PATCHES_OFF": off,
+        **({} if home == "pypi" else {"EASYEDIT_HOME": str(Path(home).expanduser().resolve())}),
+    }
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--cells",
+        *methods,
+        *(["--smollm2", str(Path(smollm2).resolve())] if smollm2 else []),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     lines = [line.removeprefix(SENTINEL) for line in result.stdout.splitlines() if line.startswith(SENTINEL)]
@@ -246,13 +327,20 @@ def version(home: str, methods: list[str], keep: Path) -> dict:
 
     whole = in_process(home, "", methods, keep)
     found = {(c["method"], c["mode"]): {**c, "needs": []} for c in whole["cells"]}
-    for patch in tqdm([p for p, state in whole["patches"].items() if state == "applied"], desc=f"{home}: one patch less", unit="patch"):
+    for patch in tqdm(
+        [p for p, state in whole["patches"].items() if state == "applied"], desc=f"{home}: one patch less", unit="patch"
+    ):
         less = in_process(home, patch, methods, keep)
         failing = {(c["method"], c["mode"]) for c in less["cells"] if c["error"]} if "cells" in less else set(found)
         for key, cell in found.items():
             if key in failing and not cell["error"] and not cell["cannot"]:
                 cell["needs"].append(patch)
-    return {"easyedit": whole["easyedit"], "patches": whole["patches"], "faults": whole["faults"], "cells": list(found.values())}
+    return {
+        "easyedit": whole["easyedit"],
+        "patches": whole["patches"],
+        "faults": whole["faults"],
+        "cells": list(found.values()),
+    }
 
 
 def text_of(found: dict[str, dict], smollm2: dict[str, dict], data: str | None) -> str:
@@ -265,7 +353,11 @@ def text_of(found: dict[str, dict], smollm2: dict[str, dict], data: str | None) 
     parts = [HEAD]
     for home, of_version in found.items():
         easyedit = of_version["easyedit"]
-        name = "PyPI release 0.0.1.dev0 (October 2023)" if home == "pypi" else f"checkout of {easyedit['version'][:10]} ({of_version.get('date', '')})"
+        name = (
+            "PyPI release 0.0.1.dev0 (October 2023)"
+            if home == "pypi"
+            else f"checkout of {easyedit['version'][:10]} ({of_version.get('date', '')})"
+        )
         parts.append(f"\n## {name}\n")
         parts.append("| mode | " + " | ".join(METHODS) + " |\n|---|" + "---|" * len(METHODS))
         table = {(c["method"], c["mode"]): c for c in of_version["cells"]}
@@ -278,7 +370,9 @@ def text_of(found: dict[str, dict], smollm2: dict[str, dict], data: str | None) 
                 elif cell["error"]:
                     row.append(f"**fails** {note(cell['error'])}")
                 else:
-                    row.append("works" + (f" with {note('patches ' + ', '.join(cell['needs']))}" if cell["needs"] else ""))
+                    row.append(
+                        "works" + (f" with {note('patches ' + ', '.join(cell['needs']))}" if cell["needs"] else "")
+                    )
             parts.append(f"| {mode} | " + " | ".join(row) + " |")
         applied = [name for name, state in of_version["patches"].items() if state == "applied"]
         parts.append(f"\nPatches applied to this version: {', '.join(applied)}.")
@@ -289,11 +383,18 @@ def text_of(found: dict[str, dict], smollm2: dict[str, dict], data: str | None) 
     parts += [f"| {name} | {fault} |" for name, fault in next(iter(found.values()))["faults"].items()]
     if smollm2:
         parts.append(SMOLLM2.format(data=Path(data).name))
-        parts.append("| EasyEdit | mode | method | edit success | portability | locality | fluency | seconds an edit |\n|---|---|---|---|---|---|---|---|")
+        parts.append(
+            "| EasyEdit | mode | method | edit success | portability | locality | fluency | seconds an edit |\n|---|---|---|---|---|---|---|---|"
+        )
         for home, rows in smollm2.items():
             for row in rows.get("cells", ()):
-                figures = " | ".join("-" if row[n] is None else f"{row[n]:.2f}" for n in ("edit_success", "portability", "locality", "fluency"))
-                parts.append(f"| {_short(home, found)} | {row['mode']} | {row['method']} | {figures} | {row['seconds_per_edit']:.1f} |")
+                figures = " | ".join(
+                    "-" if row[n] is None else f"{row[n]:.2f}"
+                    for n in ("edit_success", "portability", "locality", "fluency")
+                )
+                parts.append(
+                    f"| {_short(home, found)} | {row['mode']} | {row['method']} | {figures} | {row['seconds_per_edit']:.1f} |"
+                )
             if "failed" in rows:
                 parts.append(f"| {_short(home, found)} | | | failed: {rows['failed']} | | | | |")
     return "\n".join(parts) + "\n"
@@ -314,7 +415,7 @@ OTHERS = """
 ## Other methods
 
 Methods of the July 2026 tree beside those above, with EasyEdit's own settings (fewer steps, other layers) on a tiny random
-model called "tiny-llama", by `MethodEditor`: edit, evaluate, undo, alone and two in a row (`tests/test_easyedit_methods.py`).
+model called "tiny-llama", by `MethodEditor`: edit, evaluate, undo, alone and two in a row (`tests/bridge/test_easyedit_methods.py`).
 
 | method | |
 |---|---|
@@ -346,12 +447,29 @@ the shipped file has had 1000 since). Methods of which a version has no row were
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--easyedit", nargs="+", metavar="FOLDER", help="checkouts, and 'pypi' for the installed release")
+    parser.add_argument(
+        "--easyedit", nargs="+", metavar="FOLDER", help="checkouts, and 'pypi' for the installed release"
+    )
     parser.add_argument("--dates", nargs="*", default=[], help="a date for each checkout, for the headings")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--smollm2", metavar="DATA", help="KnowEdit file: also edit 3 of its records of SmolLM2 (half an hour a version)")
-    parser.add_argument("--smollm2-methods", nargs="+", default=list(METHODS), choices=METHODS, help="only these on SmolLM2 (default: all)")
-    parser.add_argument("--keep", type=Path, default=Path("outputs/compatibility"), help="folder of what is done: an interrupted run goes on from there")
+    parser.add_argument(
+        "--smollm2",
+        metavar="DATA",
+        help="KnowEdit file: also edit 3 of its records of SmolLM2 (half an hour a version)",
+    )
+    parser.add_argument(
+        "--smollm2-methods",
+        nargs="+",
+        default=list(METHODS),
+        choices=METHODS,
+        help="only these on SmolLM2 (default: all)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=Path("outputs/compatibility"),
+        help="folder of what is done: an interrupted run goes on from there",
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/compatibility.md"))
     parser.add_argument("--cells", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -363,7 +481,9 @@ def main() -> None:
         found = list(smollm2_cells(arguments.smollm2, arguments.cells) if arguments.smollm2 else cells(arguments.cells))
         states = {patch.name: patch.state for patch in patches.report()}
         faults = {patch.name: patch.fault for patch in patches.report()}
-        print(SENTINEL + json.dumps({"easyedit": bridge.describe(), "patches": states, "faults": faults, "cells": found}))
+        print(
+            SENTINEL + json.dumps({"easyedit": bridge.describe(), "patches": states, "faults": faults, "cells": found})
+        )
         return
     found = {}
     dates = dict(zip([home for home in arguments.easyedit if home != "pypi"], arguments.dates))
@@ -372,7 +492,9 @@ def main() -> None:
     real = {}
     for home in arguments.easyedit if arguments.smollm2 else ():
         whole = kept_file(arguments.keep, home, "", list(METHODS), True).is_file()  # done with all methods before
-        real[home] = in_process(home, "", list(METHODS) if whole else arguments.smollm2_methods, arguments.keep, arguments.smollm2)
+        real[home] = in_process(
+            home, "", list(METHODS) if whole else arguments.smollm2_methods, arguments.keep, arguments.smollm2
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text_of(found, real, arguments.smollm2), encoding="utf-8")
     print(f"Written to {arguments.out}")

@@ -12,9 +12,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from kne_easyedit._util.machine import keep_large_blocks
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.machine import keep_large_blocks
-from kne_easyedit.study import localize_job
+from kne_easyedit.localization.output import localize_job
 
 
 @hydra.main(version_base="1.3", config_path="../hparams", config_name="localize")

@@ -12,10 +12,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from kne_easyedit._util.machine import keep_large_blocks
 from kne_easyedit.benchmark import run
 from kne_easyedit.benchmark.config import job_of
-from kne_easyedit.machine import keep_large_blocks
-from kne_easyedit.report import print_report
+from kne_easyedit.benchmark.console import print_report
 
 HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
 
@@ -23,7 +23,9 @@ HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
 @hydra.main(version_base="1.3", config_path="../hparams", config_name="benchmark")
 def main(config: DictConfig) -> None:
     keep_large_blocks()
-    os.chdir(HydraConfig.get().runtime.cwd)  # relative paths mean where the command was given, whatever hydra.job.chdir and the launcher do
+    os.chdir(
+        HydraConfig.get().runtime.cwd
+    )  # relative paths mean where the command was given, whatever hydra.job.chdir and the launcher do
     job = job_of(OmegaConf.to_container(config, resolve=True), HPARAMS)
     print_report(run(job), job.folder)
 

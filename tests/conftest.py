@@ -29,11 +29,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kne_easyedit import smollm2 as real_model
-from kne_easyedit.batching import encode
+from kne_easyedit._util.files import cache_home
+from kne_easyedit.facts.encoding import encode
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.layout import resolve_target
-from kne_easyedit.paths import cache_home
+from kne_easyedit.models import smollm2 as real_model
+from kne_easyedit.models.targets import resolve_target
 
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 WORDS = (
@@ -59,6 +59,11 @@ CHECKOUT = os.environ.get("EASYEDIT_HOME") or os.environ.get("KNE_TEST_HOME") or
 """The user's checkout of EasyEdit: test_checkout.py runs on it. This process tests the installed release, for one
 process imports one EasyEdit."""
 
+HERE = str(Path(__file__).parent)
+if HERE not in os.environ.get("PYTHONPATH", "").split(
+    os.pathsep
+):  # processes that tests start find conftest and its kin, too
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH"))))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads; a name that is none is then refused at once
 
 THREADS = int(os.environ.get("KNE_TEST_THREADS") or 1)
@@ -92,7 +97,15 @@ def tier_of(module: Path) -> str:
     return "easyedit" if re.search(r"\b(bridge|benchmark|methods)\b", imports) else "unit"
 
 
-BROAD = ("test_families", "test_written", "test_cache_processes", "test_properties", "test_study", "test_modes", "test_interrupts")
+BROAD = (
+    "test_families",
+    "test_written",
+    "test_score_cache_processes",
+    "test_properties",
+    "test_stability",
+    "test_modes",
+    "test_interrupts",
+)
 """Modules that try the same law on many models, types or processes."""
 
 
@@ -128,7 +141,9 @@ def real_folder() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(real_folder):
     """The model in float32 and its tokenizer, loaded once a worker. Tests leave it as it was."""
-    return AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(real_folder)
+    return AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
+        real_folder
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -200,27 +215,53 @@ def sharpened(model: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
 
 def make_llama(dtype=torch.float32, seed=10, **changes) -> LlamaForCausalLM:
     config = dict(
-        vocab_size=len(make_tokenizer()), hidden_size=SIZE["hidden"], intermediate_size=SIZE["inner"],
-        num_hidden_layers=SIZE["layers"], num_attention_heads=SIZE["heads"], num_key_value_heads=2,
-        max_position_embeddings=64, tie_word_embeddings=True, attn_implementation="sdpa", pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(make_tokenizer()),
+        hidden_size=SIZE["hidden"],
+        intermediate_size=SIZE["inner"],
+        num_hidden_layers=SIZE["layers"],
+        num_attention_heads=SIZE["heads"],
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        pad_token_id=0,
+        eos_token_id=1,
+    )
     return sharpened(LlamaForCausalLM(LlamaConfig(**{**config, **changes})), dtype, seed)
 
 
 def make_gptj(dtype=torch.float32, seed=289, **changes) -> GPTJForCausalLM:
     config = dict(
-        vocab_size=len(make_tokenizer()), n_embd=SIZE["hidden"], n_inner=SIZE["inner"], n_layer=SIZE["layers"],
-        n_head=SIZE["heads"], n_positions=64, rotary_dim=4, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1,
-        pad_token_id=0, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(make_tokenizer()),
+        n_embd=SIZE["hidden"],
+        n_inner=SIZE["inner"],
+        n_layer=SIZE["layers"],
+        n_head=SIZE["heads"],
+        n_positions=64,
+        rotary_dim=4,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attn_pdrop=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     return sharpened(GPTJForCausalLM(GPTJConfig(**{**config, **changes})), dtype, seed)
 
 
 def make_gpt2(dtype=torch.float32, seed=0, **changes) -> GPT2LMHeadModel:
     config = dict(
-        vocab_size=len(make_tokenizer()), n_embd=SIZE["hidden"], n_inner=SIZE["inner"], n_layer=SIZE["layers"],
-        n_head=SIZE["heads"], n_positions=64, attn_implementation="sdpa", pad_token_id=0, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(make_tokenizer()),
+        n_embd=SIZE["hidden"],
+        n_inner=SIZE["inner"],
+        n_layer=SIZE["layers"],
+        n_head=SIZE["heads"],
+        n_positions=64,
+        attn_implementation="sdpa",
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     return sharpened(GPT2LMHeadModel(GPT2Config(**{**config, **changes})), dtype, seed)
 
 
@@ -288,7 +329,9 @@ def llama64(double_precision) -> LlamaForCausalLM:
 
 def tiny_hparams(template: str = LLAMA_DOWN, **changes) -> KNEHyperParams:
     """Settings under which the tiny models learn a fact within a second."""
-    settings = dict(model_name="tiny", target_modules=[template], device="cpu", p=0.2, attribution_steps=4, lr=5e-2, stop_loss=0.05)
+    settings = dict(
+        model_name="tiny", target_modules=[template], device="cpu", p=0.2, attribution_steps=4, lr=5e-2, stop_loss=0.05
+    )
     return KNEHyperParams(**{**settings, **changes})
 
 

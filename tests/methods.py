@@ -21,11 +21,16 @@ TINY = {
     "AdaLoRA": {"num_steps": 6, "lr": 0.2},
     "ROME": {"layers": [1], "v_loss_layer": 3, "v_num_grad_steps": 8, "v_lr": 2.0, "clamp_norm_factor": 50},
     "MEMIT": {
-        "layers": [1, 2], "v_loss_layer": 3, "v_num_grad_steps": 8, "v_lr": 2.0, "clamp_norm_factor": 50, "mom2_update_weight": 0.01,
+        "layers": [1, 2],
+        "v_loss_layer": 3,
+        "v_num_grad_steps": 8,
+        "v_lr": 2.0,
+        "clamp_norm_factor": 50,
+        "mom2_update_weight": 0.01,
         "mom2_n_samples": 7,
     },
     "KN": {"p": 0.1, "adaptive_threshold": 0.5, "steps": 2},
-}  # fmt: skip
+}
 
 
 def settings(label: str, **changes):
@@ -55,9 +60,14 @@ def records() -> list[dict]:
             "target_new": new,
             "ground_truth": old,
             "subject": subject,
-            "portability": {"Reasoning": {"prompt": [f"The river that flows through {new} is"], "ground_truth": ["the Tiber ."]}},
+            "portability": {
+                "Reasoning": {"prompt": [f"The river that flows through {new} is"], "ground_truth": ["the Tiber ."]}
+            },
             "locality": {
-                "Relation": {"prompt": [f"The language spoken in {subject} is"], "ground_truth": ["Latin and the mother"]},
+                "Relation": {
+                    "prompt": [f"The language spoken in {subject} is"],
+                    "ground_truth": ["Latin and the mother"],
+                },
                 "Neighbor": {
                     "prompt": ["The capital of Italy is", "The river that"],
                     "ground_truth": ["Rome .", "flows through the city of"],
@@ -78,5 +88,8 @@ def edit_inputs(requests: list[dict]) -> dict:
         for section in ("portability", "locality")
     }
     names = {"prompts": "prompt", "target_new": "target_new", "ground_truth": "ground_truth", "subject": "subject"}
-    texts = {name: [request[key] for request in requests] for name, key in {**names, "rephrase_prompts": "rephrase_prompt"}.items()}
+    texts = {
+        name: [request[key] for request in requests]
+        for name, key in {**names, "rephrase_prompts": "rephrase_prompt"}.items()
+    }
     return {**texts, **probes, "verbose": False}

@@ -13,17 +13,16 @@ from conftest import CHECKOUT
 
 pytestmark = pytest.mark.easyedit
 HERE = Path(__file__).parent
-FILES = (
-    "bridge", "bridge_interrupts", "benchmark", "compatibility", "docs", "doctor", "easyedit_methods", "easyedit_settings", "method_editor",
-    "patches", "scripts", "scores", "statistics",
-)  # fmt: skip
+FILES = ("bridge", "benchmark", "doctor", "scripts", "test_docs.py", "test_metrics.py")
+"""Folders and files whose tests touch EasyEdit."""
 AGREEMENT = """
 import json, sys
+sys.path.insert(0, "benchmark")
 from pathlib import Path
-from test_benchmark import RECORDS, record
+from test_runner import RECORDS, record
 from conftest import make_llama, make_tokenizer, tiny_hparams
 from kne_easyedit.benchmark import Run, run
-from kne_easyedit.records import to_request
+from kne_easyedit.facts.records import to_request
 requests = [{**to_request(r), "index": i} for i, r in enumerate([*RECORDS, record("Peru", "Marie")])]
 job = Run(make_llama(), make_tokenizer(), requests, {"KNE": tiny_hparams()}, "RECORDS", Path(sys.argv[1]))
 run(job)
@@ -32,29 +31,40 @@ print(json.dumps([[line["metrics"]["post"][k] for k in ("rewrite_acc", "portabil
 """
 
 
-def demand_checkout() -> str:
+def require_checkout() -> str:
     if CHECKOUT is None:
         pytest.skip("EASYEDIT_HOME IS NOT SET: THE CURRENT EASYEDIT WAS NOT TESTED, only its PyPI release")
     return CHECKOUT
 
 
 def test_everything_of_easyedit_on_the_named_checkout():
-    environment = {**os.environ, "EASYEDIT_HOME": demand_checkout(), "KNE_TEST_CHECKOUT": "1"}
-    files = [HERE / f"test_{name}.py" for name in FILES]
+    environment = {**os.environ, "EASYEDIT_HOME": require_checkout(), "KNE_TEST_CHECKOUT": "1"}
+    files = [HERE / name for name in FILES]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], env=environment, capture_output=True, text=True, cwd=HERE.parent
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
 
 
 def test_kne_edits_alike_through_both_versions(tmp_path):
     """Edit success, portability and locality of the same records are equal, figure by figure."""
-    demand_checkout()
+    require_checkout()
     found = []
     for name, home in (("release", {}), ("checkout", {"EASYEDIT_HOME": CHECKOUT, "KNE_TEST_CHECKOUT": "1"})):
-        environment = {k: v for k, v in os.environ.items() if k != "EASYEDIT_HOME"} | {"KNE_CACHE": str(tmp_path / "cache"), **home}
+        environment = {k: v for k, v in os.environ.items() if k != "EASYEDIT_HOME"} | {
+            "KNE_CACHE": str(tmp_path / "cache"),
+            **home,
+        }
         result = subprocess.run(
-            [sys.executable, "-c", AGREEMENT, tmp_path / name], env=environment, capture_output=True, text=True, cwd=HERE
+            [sys.executable, "-c", AGREEMENT, tmp_path / name],
+            env=environment,
+            capture_output=True,
+            text=True,
+            cwd=HERE,
         )
         assert result.returncode == 0, result.stderr[-3000:]
         found.append(json.loads(result.stdout.splitlines()[-1]))

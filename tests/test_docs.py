@@ -13,7 +13,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from kne_easyedit import cli
-from kne_easyedit.knowedit import FILES
+from kne_easyedit.facts.download import FILES
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
@@ -33,9 +33,15 @@ def run_block(block: str, namespace: dict) -> None:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(ast.Module([statement], []), "<block>", "exec"), namespace)
-        promises = [found[1].strip() for line in lines[statement.lineno - 1 : statement.end_lineno] if (found := PROMISE.search(line))]
+        promises = [
+            found[1].strip()
+            for line in lines[statement.lineno - 1 : statement.end_lineno]
+            if (found := PROMISE.search(line))
+        ]
         for promise in promises:
-            assert promise in printed.getvalue(), f"{ast.unparse(statement)} printed {printed.getvalue()!r}, promised is {promise!r}"
+            assert promise in printed.getvalue(), (
+                f"{ast.unparse(statement)} printed {printed.getvalue()!r}, promised is {promise!r}"
+            )
 
 
 @pytest.mark.model
@@ -50,7 +56,11 @@ def test_python_blocks_run_as_printed(page, real_folder, tmp_path, monkeypatch):
 
 
 def test_python_blocks_promise_something():
-    promising = [page for page in PAGES if any(PROMISE.search(line) for block in blocks(page, "python") for line in block.splitlines())]
+    promising = [
+        page
+        for page in PAGES
+        if any(PROMISE.search(line) for block in blocks(page, "python") for line in block.splitlines())
+    ]
     assert {"README.md", "docs/easyedit.md"} <= set(promising)
 
 
@@ -66,11 +76,15 @@ def commands(page: str) -> list[str]:
     for language in ("", "bash", "sh", "console"):
         for block in blocks(page, language):
             joined = re.sub(r"\\\n\s*", " ", block)
-            found += [line for line in (re.sub(r"(^|\s)#.*$", "", line).strip() for line in joined.splitlines()) if line]
+            found += [
+                line for line in (re.sub(r"(^|\s)#.*$", "", line).strip() for line in joined.splitlines()) if line
+            ]
     return found
 
 
-OURS = sorted({(page, command) for page in PAGES for command in commands(page) if re.match(r"([A-Z_]+=\S+ )*kne ", command)})
+OURS = sorted(
+    {(page, command) for page in PAGES for command in commands(page) if re.match(r"([A-Z_]+=\S+ )*kne ", command)}
+)
 
 
 @pytest.mark.parametrize("page, command", OURS)
@@ -103,8 +117,15 @@ def test_files_that_readme_names_are_there(page, command):
 def test_commands_of_one_block_write_into_folders_of_their_own():
     for page in PAGES:
         for block in blocks(page, ""):
-            runs = [line for line in re.sub(r"\\\n\s*", " ", block).splitlines() if line.startswith(("kne run", "kne localize", "kne explain"))]
-            folders = [re.search(r"--out (\S+)", line)[1] if "--out " in line else f"outputs/{line.split()[1]}" for line in runs]
+            runs = [
+                line
+                for line in re.sub(r"\\\n\s*", " ", block).splitlines()
+                if line.startswith(("kne run", "kne localize", "kne explain"))
+            ]
+            folders = [
+                re.search(r"--out (\S+)", line)[1] if "--out " in line else f"outputs/{line.split()[1]}"
+                for line in runs
+            ]
             assert len(folders) == len(set(folders)), f"{page}: {runs}"
 
 

@@ -8,7 +8,8 @@ import torch
 import yaml
 from conftest import LLAMA_DOWN
 
-from kne_easyedit.hparams import KNEHyperParams, resolve_device
+from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.models.devices import resolve_device
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "hparams" / "KNE").glob("*.yaml"))
 MINIMAL = {"model_name": "tiny", "target_modules": [LLAMA_DOWN]}
@@ -27,8 +28,15 @@ def write(tmp_path, text, name="settings.yaml"):
 class TestShipped:
     def test_all_are_there(self):
         assert {path.stem for path in SHIPPED} >= {
-            "smollm2-135m", "llama-7b", "llama2-7b-chat", "llama3-8b", "gpt-j-6B", "gpt2-xl", "mistral-7b", "qwen2.5-7b",
-        }  # fmt: skip
+            "smollm2-135m",
+            "llama-7b",
+            "llama2-7b-chat",
+            "llama3-8b",
+            "gpt-j-6B",
+            "gpt2-xl",
+            "mistral-7b",
+            "qwen2.5-7b",
+        }
 
     @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
     def test_loads(self, path):
@@ -53,13 +61,33 @@ class TestShipped:
 class TestDefaults:
     def test_are_those_of_the_research_fork_but_for_the_start(self):
         hparams = build()
-        assert (hparams.p, hparams.attribution_steps, hparams.aggregation, hparams.localization_size) == (0.04, 20, "max", 200)
-        assert (hparams.lr, hparams.num_steps, hparams.stop_loss, hparams.alpha, hparams.weight_decay) == (5e-3, 100, 0.4, 1, 0)
+        assert (hparams.p, hparams.attribution_steps, hparams.aggregation, hparams.localization_size) == (
+            0.04,
+            20,
+            "max",
+            200,
+        )
+        assert (hparams.lr, hparams.num_steps, hparams.stop_loss, hparams.alpha, hparams.weight_decay) == (
+            5e-3,
+            100,
+            0.4,
+            1,
+            0,
+        )
         assert hparams.initialization == "zeros"
 
     def test_easyedits_own_fields_are_there(self):
         names = {field.name for field in dataclasses.fields(KNEHyperParams)}
-        assert names >= {"alg_name", "model_name", "device", "model_parallel", "max_length", "batch_size", "fp16", "bf16"}
+        assert names >= {
+            "alg_name",
+            "model_name",
+            "device",
+            "model_parallel",
+            "max_length",
+            "batch_size",
+            "fp16",
+            "bf16",
+        }
 
     def test_lists_are_not_shared(self):
         build().layers.append(3)
@@ -163,7 +191,9 @@ class TestValidation:
             build(**{name: value})
         assert repr(value) in str(caught.value)
 
-    @pytest.mark.parametrize(("name", "value"), [("layers", [0, "1"]), ("layers", [1.0]), ("target_modules", [LLAMA_DOWN, 3])])
+    @pytest.mark.parametrize(
+        ("name", "value"), [("layers", [0, "1"]), ("layers", [1.0]), ("target_modules", [LLAMA_DOWN, 3])]
+    )
     def test_wrong_type_within_a_list(self, name, value):
         with pytest.raises(ValueError, match=rf"^{name}\[\d\]: .* is a (str|float|int), wanted is"):
             build(**{name: value})
@@ -203,7 +233,9 @@ class TestCoercion:
 
     def test_tuples_and_paths(self, tmp_path):
         hparams = build(layers=(1, 2), target_modules=(LLAMA_DOWN,), cache_dir=tmp_path)
-        assert hparams.layers == [1, 2] and hparams.target_modules == [LLAMA_DOWN] and hparams.cache_dir == str(tmp_path)
+        assert (
+            hparams.layers == [1, 2] and hparams.target_modules == [LLAMA_DOWN] and hparams.cache_dir == str(tmp_path)
+        )
 
     def test_a_name_that_carries_a_model_is_kept(self):
         """EasyEdit unpacks a str subclass as (model, tokenizer): it must not become a plain str."""
@@ -217,9 +249,15 @@ class TestCoercion:
 
 class TestNames:
     @pytest.mark.parametrize(
-        ("key", "near"), [("learning_steps", "attribution_steps"), ("num_step", "num_steps"), ("stoploss", "stop_loss"),
-                          ("target_module", "target_modules"), ("initialisation", "initialization")],
-    )  # fmt: skip
+        ("key", "near"),
+        [
+            ("learning_steps", "attribution_steps"),
+            ("num_step", "num_steps"),
+            ("stoploss", "stop_loss"),
+            ("target_module", "target_modules"),
+            ("initialisation", "initialization"),
+        ],
+    )
     def test_unknown_with_the_nearest(self, key, near):
         with pytest.raises(ValueError, match=f"unknown setting '{key}'") as caught:
             build(**{key: 1})
@@ -284,7 +322,9 @@ class TestFile:
 
 
 class TestDevice:
-    @pytest.mark.parametrize(("device", "wanted"), [("cpu", "cpu"), (1, "cuda:1"), ("1", "cuda:1"), ("cuda:0", "cuda:0"), ("cuda", "cuda")])
+    @pytest.mark.parametrize(
+        ("device", "wanted"), [("cpu", "cpu"), (1, "cuda:1"), ("1", "cuda:1"), ("cuda:0", "cuda:0"), ("cuda", "cuda")]
+    )
     def test_resolved(self, monkeypatch, device, wanted):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -48,7 +48,7 @@ def test_the_type_of_a_computation_counts_not_that_of_its_result():
         ("from kne_easyedit import apply_kne_to_model, bridge\n", "easyedit"),
         ("def f():\n    from kne_easyedit.bridge import statistics\n", "easyedit"),
         ("from methods import settings\n", "easyedit"),
-        ("from kne_easyedit.smollm2 import smollm2_path\n", "model"),
+        ("from kne_easyedit.models.smollm2 import smollm2_path\n", "model"),
         ("from kne_easyedit import bridge\npytestmark = pytest.mark.unit\n", "unit"),
         ('"""About the bridge: from kne_easyedit import bridge"""\n', "unit"),
     ],
@@ -60,16 +60,27 @@ def test_a_modules_imports_say_what_it_needs(tmp_path, source, tier):
 
 
 def test_every_tier_has_modules():
-    assert {tier_of(path) for path in HERE.glob("test_*.py")} == set(TIERS)
+    assert {tier_of(path) for path in HERE.rglob("test_*.py")} == set(TIERS)
 
 
 def pytest_on(folder: Path, source: str, *options: str) -> subprocess.CompletedProcess:
     """A session of its own on one file, under this suite's conftest."""
     (folder / "test_it.py").write_text(source)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, ROOT)))}
-    settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder), "-p", "conftest", "-p", "no:cacheprovider"]
+    settings = [
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "--rootdir",
+        str(folder),
+        "-p",
+        "conftest",
+        "-p",
+        "no:cacheprovider",
+    ]
     command = [sys.executable, "-m", "pytest", "-q", *settings]
-    return subprocess.run([*command, *options, str(folder)], cwd=folder, env=environment, capture_output=True, text=True, timeout=HANGS)
+    return subprocess.run(
+        [*command, *options, str(folder)], cwd=folder, env=environment, capture_output=True, text=True, timeout=HANGS
+    )
 
 
 @pytest.mark.slow
@@ -79,12 +90,14 @@ def test_a_unit_test_that_imports_easyedit_or_converts_the_model_fails_and_says_
     def test_import():
         sys.modules["easyeditor"] = types.ModuleType("easyeditor")
     def test_model():
-        __import__("kne_easyedit.smollm2").smollm2.convert_smollm2(None, None)
+        __import__("kne_easyedit.models.smollm2").smollm2.convert_smollm2(None, None)
     def test_neither():
         assert "easyeditor" in sys.modules
     """
     done = pytest_on(tmp_path, "\n".join(line[4:] for line in source.splitlines()))
-    assert "pytest.mark.easyedit` into the module" in done.stdout and "pytest.mark.model` into the module" in done.stdout
+    assert (
+        "pytest.mark.easyedit` into the module" in done.stdout and "pytest.mark.model` into the module" in done.stdout
+    )
     assert re.search(r"1 failed, 2 passed, 1 error", done.stdout), done.stdout[-3000:]
 
 

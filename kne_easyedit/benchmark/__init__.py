@@ -1,4 +1,7 @@
-"""Edit records with several methods through EasyEdit, and keep everything that was measured."""
+"""Records edited with several methods through EasyEdit, every figure kept (`store`), and reports made of them.
+
+What runs, keeps, sums up or shows a comparison may enter. Nothing here knows how a method works.
+"""
 
 from kne_easyedit.benchmark.job import MODES, Run
 from kne_easyedit.benchmark.runner import run

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from kne_easyedit.batching import SEPARATOR
+from kne_easyedit.facts.encoding import SEPARATOR
 
 SHOWN = 12
 """Tokens of an answer at least: enough to read it."""

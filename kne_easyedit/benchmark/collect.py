@@ -7,11 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kne_easyedit.benchmark.checks import check_line, check_manifest
+from kne_easyedit._util.files import parse_json
+from kne_easyedit.benchmark.schema import check_line, check_manifest
 from kne_easyedit.benchmark.store import read_lines
-from kne_easyedit.scores import parse_json
 
-NAMES = {"test_cf": "counterfact", "train_cf": "counterfact (train)", "ZsRE-test-all": "zsre", "recent_test": "recent", "recent_train": "recent (train)"}
+NAMES = {
+    "test_cf": "counterfact",
+    "train_cf": "counterfact (train)",
+    "ZsRE-test-all": "zsre",
+    "recent_test": "recent",
+    "recent_train": "recent (train)",
+}
 """KnowEdit's files as people call the data sets."""
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\n]+/)+([^/\n]+)")
 
@@ -45,7 +51,9 @@ class Collection:
         """Baselines in the paper's order, KNE and its variants last."""
         known = ["FT", "FT-M", "FT-L", "LoRA", "AdaLoRA", "KN", "ROME", "MEMIT"]
         found = dict.fromkeys(line["method"] for line in self.lines)
-        return sorted(found, key=lambda name: (name.startswith("KNE"), known.index(name) if name in known else len(known), name))
+        return sorted(
+            found, key=lambda name: (name.startswith("KNE"), known.index(name) if name in known else len(known), name)
+        )
 
 
 def collect(paths: Iterable[str | Path]) -> Collection:
@@ -66,10 +74,10 @@ def collect(paths: Iterable[str | Path]) -> Collection:
                 raise ValueError(f"{file}: line {number}: {error}") from error
             line = _with_whole_characters({**line, "data": data_name(line.get("data") or "")})
             group, seed = (line["data"], line["method"]), line.get("seed")
-            _demand_same(known, (*group, "mode"), line.get("mode"), file)
-            _demand_same(known, (*group, "fingerprint", seed), line["fingerprint"], file)
+            _require_same(known, (*group, "mode"), line.get("mode"), file)
+            _require_same(known, (*group, "fingerprint", seed), line["fingerprint"], file)
             if "settings" in line:  # lines of old do not have it: they show by their mode only what seeds differ in
-                _demand_same(known, (*group, "settings"), line["settings"], file)
+                _require_same(known, (*group, "settings"), line["settings"], file)
             merged[(*group, seed, line["index"], line["record"])] = line
     if not merged:
         raise ValueError(f"results: there are none in {', '.join(map(str, paths))}")
@@ -87,12 +95,14 @@ def seeds_of(lines: Iterable[Mapping]) -> int:
     return len({line.get("seed") for line in lines})
 
 
-def _demand_same(known: dict, what: tuple, value, file: Path) -> None:
+def _require_same(known: dict, what: tuple, value, file: Path) -> None:
     first, where = known.setdefault(what, (value, file))
     if first != value:
         data, method, kind, *_ = what
         how = f"in different modes ({first} and {value})" if kind == "mode" else "under different settings"
-        raise ValueError(f"{where} and {file}: {method} on {data} {how}; report them apart, or give each a label of its own (method.label)")
+        raise ValueError(
+            f"{where} and {file}: {method} on {data} {how}; report them apart, or give each a label of its own (method.label)"
+        )
 
 
 def _manifest(file: Path) -> dict:
@@ -102,7 +112,9 @@ def _manifest(file: Path) -> dict:
         return _with_whole_characters(_without_folders(manifest))
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else "is nested too deeply"
-        raise ValueError(f"{file}: {reason}; wanted is what `kne run` writes (without the file the report says less)") from error
+        raise ValueError(
+            f"{file}: {reason}; wanted is what `kne run` writes (without the file the report says less)"
+        ) from error
 
 
 def _with_whole_characters(value):

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kne_easyedit import bridge
-from kne_easyedit.benchmark.checks import demand_name
+from kne_easyedit._util.digest import digest
+from kne_easyedit._util.settings import EVALUATORS, replace_settings
 from kne_easyedit.benchmark.job import Run
-from kne_easyedit.bridge import statistics
-from kne_easyedit.bridge.registry import NAME as KNE
-from kne_easyedit.digest import digest
-from kne_easyedit.hparams import EVALUATORS, changed
-from kne_easyedit.models import load_model
-from kne_easyedit.records import load_records, load_requests
+from kne_easyedit.benchmark.schema import require_name
+from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge.methods import NAME as KNE
+from kne_easyedit.facts.records import load_records, load_requests
+from kne_easyedit.models.loading import load_model
 
 
 def job_folder(settings: Mapping) -> Path:
@@ -25,7 +25,7 @@ def job_folder(settings: Mapping) -> Path:
     i, n = shard_of(settings["shard"])
     model, data, method = settings["model"]["file"], settings["data"]["name"], settings["method"]["label"]
     for field, name in (("model.file", model), ("data.name", data), ("method.label", method)):
-        demand_name(field, name)
+        require_name(field, name)
     name = f"{method}-{digest(distinguishing(settings))[:8]}"
     return Path(settings["out"]) / model / data / name / f"seed-{settings['seed']}" / f"shard-{i}-of-{n}"
 
@@ -63,7 +63,9 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
     method, data, evaluation = settings["method"], settings["data"], settings["evaluation"]
     path = hparams_folder / method["hparams"] / f"{settings['model']['file']}.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"method.hparams: {path} does not exist; {method['hparams']} has no file for {settings['model']['file']}")
+        raise FileNotFoundError(
+            f"method.hparams: {path} does not exist; {method['hparams']} has no file for {settings['model']['file']}"
+        )
     hparams = bridge.load_method(method["hparams"], path)
     overrides = {**settings["model"]["settings"], **method["settings"]}
     known = vars(hparams)
@@ -72,35 +74,69 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
             raise ValueError(f"method.settings: {method['hparams']} has no setting {name!r}; it has {', '.join(known)}")
     if hparams.alg_name == KNE:
         localization = data["localization"]
-        found = {"localization_data": localization["file"], "localization_size": localization["size"], "localization_offset": localization["offset"]}
+        found = {
+            "localization_data": localization["file"],
+            "localization_size": localization["size"],
+            "localization_offset": localization["offset"],
+        }
         overrides = {**found, **overrides}
-    hparams = changed(hparams, **overrides)
+    hparams = replace_settings(hparams, **overrides)
     i, n = shard_of(settings["shard"])
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
     statistics.configure(**settings["statistics"])
-    moment_prompts = None
-    if statistics.needs_moments(hparams):
+    second_moment_prompts = None
+    if statistics.needs_second_moments(hparams):
         # Text for second moments is sampled after facts that are not edited: dense in it, the edited subjects would resist.
         apart = data["localization"]
-        moment_prompts = [request["prompt"] for request in load_requests(apart["file"], apart["size"], apart["offset"])]
+        second_moment_prompts = [
+            request["prompt"] for request in load_requests(apart["file"], apart["size"], apart["offset"])
+        ]
     model, tokenizer = load_model(hparams)
     return Run(
-        model, tokenizer, requests[i::n], {method["label"]: hparams}, str(data["file"]), folder,
-        seed=settings["seed"], skip_bad=settings["on_bad_record"] == "skip", complaints=complaints,
-        before_folder=Path(settings["out"]) / "before", moment_prompts=moment_prompts,
-        others=other_folders(folder), **evaluation,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        requests[i::n],
+        {method["label"]: hparams},
+        str(data["file"]),
+        folder,
+        seed=settings["seed"],
+        skip_bad=settings["on_bad_record"] == "skip",
+        complaints=complaints,
+        before_folder=Path(settings["out"]) / "before",
+        second_moment_prompts=second_moment_prompts,
+        others=other_folders(folder),
+        **evaluation,
+    )
 
 
 def _check(settings: Mapping) -> None:
     """Raises ValueError, naming the setting, for a value of the wrong type: an override takes anything."""
     kinds = {
-        "seed": int, "shard": str, "on_bad_record": str, "out": str, "data.name": str, "data.file": str, "data.offset": int, "data.records": int | None,
-        "data.localization.file": str, "data.localization.offset": int, "data.localization.size": int, "method.label": str, "method.hparams": str,
-        "method.settings": dict, "model.file": str, "model.settings": dict, "evaluation.mode": str, "evaluation.batch_size": int,
-        "evaluation.retention_every": int, "evaluation.chat_template": bool, "evaluation.fluency": bool, "statistics.file": str | None,
-        "statistics.samples": int, "statistics.length": int,
-    }  # fmt: skip
+        "seed": int,
+        "shard": str,
+        "on_bad_record": str,
+        "out": str,
+        "data.name": str,
+        "data.file": str,
+        "data.offset": int,
+        "data.records": int | None,
+        "data.localization.file": str,
+        "data.localization.offset": int,
+        "data.localization.size": int,
+        "method.label": str,
+        "method.hparams": str,
+        "method.settings": dict,
+        "model.file": str,
+        "model.settings": dict,
+        "evaluation.mode": str,
+        "evaluation.batch_size": int,
+        "evaluation.retention_every": int,
+        "evaluation.chat_template": bool,
+        "evaluation.fluency": bool,
+        "statistics.file": str | None,
+        "statistics.samples": int,
+        "statistics.length": int,
+    }
     for name, kind in kinds.items():
         value: object = settings
         for part in name.split("."):
@@ -108,7 +144,9 @@ def _check(settings: Mapping) -> None:
                 raise ValueError(f"{name}: missing in the configuration")
             value = value[part]
         if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-            raise ValueError(f"{name}: {value!r} is a {type(value).__name__}, wanted is {getattr(kind, '__name__', kind)}")
+            raise ValueError(
+                f"{name}: {value!r} is a {type(value).__name__}, wanted is {getattr(kind, '__name__', kind)}"
+            )
     if settings["data"]["records"] is not None and settings["data"]["records"] < 1:
         raise ValueError(f"data.records: {settings['data']['records']} must be at least 1, or null for all")
     if settings["data"]["localization"]["size"] < 1:

@@ -1,100 +1,210 @@
-"""The numbers of a report: means, intervals, and differences of KNE to the other methods over the same records."""
+"""The pictures of a report. A method has one colour and one marker in all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from statistics import fmean
+from collections.abc import Mapping
+from pathlib import Path
 
-from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
-from kne_easyedit.benchmark.intervals import Interval, interval, paired
+from kne_easyedit._util.plotting import GRID, new_figure, write_figure
+from kne_easyedit.benchmark.collect import Collection
 from kne_easyedit.benchmark.summary import summarize
-from kne_easyedit.scores import begins_with, by_category, summarize_metrics
+from kne_easyedit.benchmark.tables import QUALITY, is_kne, mean
+from kne_easyedit.bridge.methods import NAME as KNE
+from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.localization.figures import draw_ensemble
 
-SECTIONS = ("portability", "locality")
-"""The figures that are means over categories."""
-QUALITY = ("edit_success", "exact_match", "portability", "locality", "fluency")
-SHORT = {"edit_success": "ES", "exact_match": "EM", "portability": "PORT", "locality": "LOC", "fluency": "FLU"}
-
-
-def figures(found: Collection) -> dict:
-    """All numbers of the report: data set -> method -> figures, intervals, and each KNE variant's lead over it."""
-    result: dict = {}
-    for data in found.data_sets:
-        result[data] = {"no edit": summarize(unedited(found, data))}
-        for method in found.methods:
-            if lines := found.of(data, method):
-                result[data][method] = {
-                    **summarize(lines),
-                    "records": records_of(lines),
-                    "seeds": seeds_of(lines),
-                    "categories": {section: {name: fmean(its) for name, its in found_in.items()} for section, found_in in categories(lines).items()},
-                    "intervals": {name: _plain(mean(lines, name)) for name in QUALITY},
-                    "lead_of": {ours: {name: _plain(lead(found, data, ours, method, name)) for name in QUALITY} for ours in rivals(found, data, method)},
-                }
-    return result
+BASELINES = list(
+    zip(("#7a7a7a", "#b5532a", "#c99a2e", "#6b8e23", "#8c6bb1", "#d16ba5", "#4a7ebb", "#2e8b57"), "osv^<>ph")
+)
+VARIANTS = list(zip(("#0b3c4d", "#1f9fc4", "#5bc0de", "#14708a"), "DX*P"))
+"""KNE and its variants: shades of one colour."""
 
 
-def categories(lines: Sequence[Mapping]) -> dict[str, dict[str, list[float]]]:
-    """Section (portability, locality) -> category -> one figure a line that has it."""
-    return {section: by_category([line["metrics"] for line in lines], section) for section in SECTIONS}
+def draw_all(found: Collection, folder: Path) -> dict[str, str]:
+    """Draws into ``folder``; returns the captions by file name."""
+    looks = _looks(found.methods)
+    drawn = {}
+    for name, caption, draw in (
+        ("intervals.png", "Mean and 95 % interval of every method.", _intervals),
+        (
+            "tradeoff.png",
+            "Edit success, portability and locality against each other: the upper right corner is the best.",
+            _tradeoff,
+        ),
+        (
+            "time.png",
+            "Seconds to compute and write one edit (logarithmic): median, and the middle 90 % of the records; evaluation, localisation and second moments apart.",
+            _time,
+        ),
+        (
+            "losses.png",
+            "Loss over the training steps of an edit, median over records; of KNE the middle half is shaded. What is added to the loss differs from method to method.",
+            _losses,
+        ),
+    ):
+        figure = draw(found, looks)
+        if figure is not None:
+            write_figure(figure, folder / name, "")
+            drawn[name] = caption
+    return drawn
 
 
-def category_records(lines: Sequence[Mapping], section: str) -> dict[str, int]:
-    """Category of a section -> how many records have it."""
-    found: dict[str, set[str]] = {}
-    for line in lines:
-        for name in by_category([line["metrics"]], section):
-            found.setdefault(name, set()).add(line["record"])
-    return {name: len(records) for name, records in found.items()}
+def _looks(methods: list[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every method."""
+    groups = ([m for m in methods if not is_kne(m)], BASELINES), ([m for m in methods if is_kne(m)], VARIANTS)
+    return {m: looks[i % len(looks)] for group, looks in groups for i, m in enumerate(group)}
 
 
-def unedited(found: Collection, data: str) -> list[dict]:
-    """Lines of the model before any edit, over the records of all methods. They have no locality: it is measured against them."""
-    once = {line["record"]: line for line in found.lines if line["data"] == data}
-    return [
-        {"metrics": {"post": line["metrics"].get("pre") or {}}, "exact_match": float(begins_with(line.get("before") or "", line.get("target_new") or ""))}
-        for line in once.values()
-    ]
+def _intervals(found: Collection, looks: dict[str, tuple[str, str]]):
+    """Data sets by figures; in each panel one line a method."""
+    data_sets, metrics = found.data_sets, [name for name in QUALITY if name != "fluency"]
+    figure = new_figure(figsize=(12, len(data_sets) * (0.26 * len(looks) + 0.9)), layout="constrained")
+    axes = figure.subplots(len(data_sets), len(metrics), squeeze=False, sharey=True)
+    for data, row in zip(data_sets, axes):
+        for name, axis in zip(metrics, row):
+            for place, (method, (colour, marker)) in enumerate(looks.items()):
+                if value := mean(found.of(data, method), name):
+                    axis.plot(
+                        (value.low, value.high), (place, place), color=colour, linewidth=2.5 if is_kne(method) else 1.5
+                    )
+                    axis.plot(value.mean, place, marker, color=colour, markersize=7)
+            axis.set(xlim=(-3, 103), title=f"{data}: {name.replace('_', ' ')}")
+            axis.title.set_fontsize(10)
+            axis.set_yticks(range(len(looks)), looks)
+            axis.set_ylim(len(looks) - 0.5, -0.5)
+            _plain(axis)
+    return figure
 
 
-def baselines_mean(found: Collection, data: str, name: str) -> float | None:
-    """The mean of a figure over the methods that are not KNE; None for fewer than two."""
-    values = [summarize(lines)[name] for method in found.methods if not is_kne(method) and (lines := found.of(data, method))]
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if len(values) > 1 else None
+def _tradeoff(found: Collection, looks: dict[str, tuple[str, str]]):
+    data_sets = found.data_sets
+    figure = new_figure(figsize=(12, 4 * len(data_sets) + 0.5), layout="constrained")
+    axes = figure.subplots(len(data_sets), 3, squeeze=False)
+    pairs = (("edit_success", "locality"), ("edit_success", "portability"), ("portability", "locality"))
+    handles = {}
+    for data, row in zip(data_sets, axes):
+        for axis, (x, y) in zip(row, pairs):
+            for method, (colour, marker) in looks.items():
+                figures = summarize(found.of(data, method))
+                if figures[x] is not None and figures[y] is not None:
+                    (handles[method],) = axis.plot(
+                        figures[x],
+                        figures[y],
+                        marker,
+                        color=colour,
+                        markersize=11 if is_kne(method) else 9,
+                        linestyle="none",
+                    )
+            axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), title=data)
+            axis.margins(0.12)
+            _plain(axis)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=9, frameon=False)
+    return figure
 
 
-def per_record(lines: Sequence[Mapping], name: str) -> dict[tuple, float]:
-    """A figure of every line that has it, in percent (fluency: entropy x 100), by record, its number and seed."""
-    values = {}
-    for line in lines:
-        value = 100 * line["exact_match"] if name == "exact_match" and "exact_match" in line else summarize_metrics([line["metrics"]]).get(name)
-        if value is not None:
-            values[line["record"], line["index"], line.get("seed")] = value
-    return values
+def _time(found: Collection, looks: dict[str, tuple[str, str]]):
+    import numpy
+
+    times = {m: [line["seconds"] for line in found.lines if line["method"] == m and line.get("seconds")] for m in looks}
+    times = {m: values for m, values in times.items() if values}
+    if not times:
+        return None
+    figure = new_figure(figsize=(9, 0.4 * len(times) + 1), layout="constrained")
+    axis = figure.subplots()
+    for place, (method, values) in enumerate(times.items()):
+        low, middle, high = numpy.percentile(values, (5, 50, 95))
+        colour, marker = looks[method]
+        axis.plot((low, high), (place, place), color=colour, linewidth=2.5)
+        axis.plot(middle, place, marker, color=colour, markersize=9)
+        axis.annotate(
+            f"{middle:.1f} s", (middle, place), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8
+        )
+    axis.set(xscale="log", xlabel="seconds an edit")
+    axis.set_yticks(range(len(times)), times)
+    axis.set_ylim(len(times) - 0.5, -0.7)
+    axis.margins(x=0.1)
+    _plain_ticks(axis.xaxis)
+    _plain(axis)
+    return figure
 
 
-def mean(lines: Sequence[Mapping], name: str) -> Interval | None:
-    """The mean of a figure over the records that have it, with its interval; None if there are none."""
-    values = per_record(lines, name)
-    return interval(list(values.values()), [record for record, *_ in values])
+def _losses(found: Collection, looks: dict[str, tuple[str, str]]):
+    import numpy
+
+    figure = new_figure(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    drawn = {}
+    for method, (colour, _) in looks.items():
+        runs = [
+            line["losses"] for line in found.lines if line["method"] == method and len(line.get("losses") or []) > 1
+        ]
+        if not runs:
+            continue
+        length = max(map(len, runs))
+        # An edit that has stopped keeps its last loss, or the median would be that of the hard records only.
+        table = numpy.array([[*run, *[run[-1]] * (length - len(run))] for run in runs])
+        low, middle, high = numpy.percentile(table, (25, 50, 75), axis=0)
+        (drawn[method],) = axis.plot(middle, color=colour, linewidth=2.5 if is_kne(method) else 1.5)
+        if is_kne(method):
+            axis.fill_between(range(length), low, high, color=colour, alpha=0.15, linewidth=0)
+    if not drawn:
+        return None
+    axis.set(xlabel="step", ylabel="loss", yscale="log")
+    axis.legend(drawn.values(), drawn, frameon=False, ncols=3)
+    _plain_ticks(axis.yaxis)
+    _plain(axis)
+    return figure
 
 
-def is_kne(method: str) -> bool:
-    """Whether a label is KNE's or that of a variant of it."""
-    return method == "KNE" or method.startswith("KNE-")
+def _plain_ticks(axis) -> None:
+    """Figures as they are on a logarithmic axis, not powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.7)))
 
 
-def rivals(found: Collection, data: str, method: str) -> list[str]:
-    """KNE and its variants that have lines of this data set, the method itself apart."""
-    return [ours for ours in found.methods if is_kne(ours) and ours != method and found.of(data, ours)]
+def _plain(axis) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_axisbelow(True)
+    axis.grid(color=GRID, linewidth=0.6)
 
 
-def lead(found: Collection, data: str, ours: str, method: str, name: str) -> Interval | None:
-    """The figure of ``ours`` minus that of ``method``, over the records that both have; None if there are none."""
-    return paired(per_record(found.of(data, ours), name), per_record(found.of(data, method), name), lambda key: key[0])
+def draw_run(summary: Mapping, ensembles: Mapping[str, NeuronEnsemble], folder: Path) -> None:
+    """What one run leaves beside its summary: each KNE variant's ensemble, and of a sequence what was kept."""
+    if summary["mode"] == "sequential":
+        found = {method: figures["retention"] for method, figures in summary["methods"].items()}
+        draw_retention(found, folder / "retention.png", f"{summary['records']} sequential edits, {summary['data']}")
+    for method, ensemble in ensembles.items():
+        share = summary["localization"][method]["parameter_share"]
+        title = f"{ensemble.size} neurons, {share:.2%} of all parameters, found on {ensemble.facts} facts"
+        draw_ensemble(ensemble, folder / f"ensemble{suffix(method)}.png", title)
 
 
-def _plain(value: Interval | None) -> dict | None:
-    return None if value is None else asdict(value)
+def suffix(method: str) -> str:
+    """KNE's files have plain names; those of its variants are told apart."""
+    return "" if method == KNE else f"-{method}"
+
+
+def draw_retention(found: dict[str, list[dict]], path: str | Path, title: str = "") -> None:
+    """What a sequence of edits leaves of earlier ones: figures over the number of edits, one line a method, as PNG.
+
+    ``found``: method -> entries with ``edits`` and the figures, as `benchmark.summary.retention` gives them.
+    """
+    names = ("edit_success", "portability", "locality")
+    figure = new_figure(figsize=(11, 3.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), sharey=True), names):
+        for method, stops in found.items():
+            points = [(stop["edits"], stop[name]) for stop in stops if stop[name] is not None]
+            if points:
+                axis.plot(*zip(*points), "o-", markersize=4, label=method)
+        axis.set(xlabel="edits made", title=name.replace("_", " "), ylim=(-3, 103))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color=GRID, linewidth=0.6)
+    figure.axes[0].set_ylabel("percent, over all facts edited so far")
+    figure.axes[0].legend(frameon=False)
+    write_figure(figure, path, title)

@@ -40,23 +40,39 @@ def interval(values: Sequence[float], records: Sequence[Hashable] | None = None,
         samples, statistic = (numpy.array([fmean(its) for its in clusters.values()]),), numpy.mean
         constant = numpy.ptp(samples[0]) == 0
     else:
-        samples, statistic = tuple(numpy.array([f(its) for its in clusters.values()], dtype=float) for f in (sum, len)), _ratio
+        samples, statistic = (
+            tuple(numpy.array([f(its) for its in clusters.values()], dtype=float) for f in (sum, len)),
+            _ratio,
+        )
         constant = numpy.ptp(numpy.asarray(values, dtype=float)) == 0
     if len(clusters) == 1 or constant:
         return Interval(mean, mean, mean, len(clusters))
     try:
         from scipy.stats import bootstrap
     except ImportError as error:
-        raise ImportError("report: intervals need scipy of 1.15 or later: pip install 'kne_easyedit[report]'") from error
+        raise ImportError(
+            "report: intervals need scipy of 1.15 or later: pip install 'kne_easyedit[report]'"
+        ) from error
 
     found = bootstrap(
-        samples, statistic, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", rng=numpy.random.default_rng(seed),
-        vectorized=True, paired=len(samples) > 1,
-    ).confidence_interval  # fmt: skip
+        samples,
+        statistic,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=numpy.random.default_rng(seed),
+        vectorized=True,
+        paired=len(samples) > 1,
+    ).confidence_interval
     return Interval(mean, float(found.low), float(found.high), len(clusters))
 
 
-def paired(ours: Mapping[Key, float], theirs: Mapping[Key, float], record_of: Callable[[Key], Hashable] | None = None, seed: int = 0) -> Interval | None:
+def paired(
+    ours: Mapping[Key, float],
+    theirs: Mapping[Key, float],
+    record_of: Callable[[Key], Hashable] | None = None,
+    seed: int = 0,
+) -> Interval | None:
     """The mean difference over what both have, with its interval: what they share cancels out.
 
     ``record_of`` says of which record a key is (None: each key stands for its own), as in `interval`.

@@ -9,15 +9,16 @@ from pathlib import Path
 from torch import nn
 
 from kne_easyedit import bridge
-from kne_easyedit.batching import SEPARATOR
-from kne_easyedit.benchmark.checks import demand_name
-from kne_easyedit.bridge import patches, statistics
-from kne_easyedit.digest import digest
-from kne_easyedit.ensemble import NeuronEnsemble
-from kne_easyedit.hparams import public
-from kne_easyedit.machine import environment
-from kne_easyedit.paths import expanded, path_settings
-from kne_easyedit.records import data_digest
+from kne_easyedit._util.digest import digest
+from kne_easyedit._util.files import expand_path
+from kne_easyedit._util.machine import environment
+from kne_easyedit._util.settings import path_settings, public_settings
+from kne_easyedit.benchmark.schema import require_name
+from kne_easyedit.bridge import patches
+from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.facts.encoding import SEPARATOR
+from kne_easyedit.facts.readers import data_digest
+from kne_easyedit.localization.ensemble import NeuronEnsemble
 
 MODES = ("single", "sequential", "batch")
 _WITHOUT_EFFECT = {"stats_dir", "cache_dir", "chunk_rows", "localization_data", "ensemble"}
@@ -47,7 +48,7 @@ class Run:
     skip_bad: bool = False
     before_folder: Path | None = None
     """Where evaluations of the unedited model are kept and looked up; None: in ``folder``. Several runs may share it."""
-    moment_prompts: Sequence[str] | None = None
+    second_moment_prompts: Sequence[str] | None = None
     """Prompts that text for second moments (MEMIT) is sampled after; None: those of ``requests``."""
     workers: int = 1
     """Processes that edit and evaluate side by side (modes single and batch), each on its share of the processors."""
@@ -68,31 +69,48 @@ class Run:
         if self.mode not in MODES:
             raise ValueError(f"mode: {self.mode!r} must be one of {', '.join(MODES)}")
         if self.batch_size < 1 or self.batch_size > 1 and self.mode != "batch":
-            raise ValueError(f"batch_size: {self.batch_size} with mode {self.mode}; several facts an edit need mode batch, and at least 1")
+            raise ValueError(
+                f"batch_size: {self.batch_size} with mode {self.mode}; several facts an edit need mode batch, and at least 1"
+            )
         if self.retention_every < 1:
             raise ValueError(f"retention_every: {self.retention_every} must be at least 1")
         if self.workers < 1 or self.workers > 1 and self.mode == "sequential":
-            raise ValueError(f"workers: {self.workers} with mode {self.mode}; a sequence is one process's work, and at least 1 is needed")
+            raise ValueError(
+                f"workers: {self.workers} with mode {self.mode}; a sequence is one process's work, and at least 1 is needed"
+            )
         if not self.requests:
-            raise ValueError("records: there are none" + (f" that can be edited; the first complaint: {self.complaints[0]}" if self.complaints else ""))
+            raise ValueError(
+                "records: there are none"
+                + (f" that can be edited; the first complaint: {self.complaints[0]}" if self.complaints else "")
+            )
         if not self.hparams:
             raise ValueError("methods: there are none")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: {self.seed} must be in [0, 2**32)")
         for method in self.hparams:
-            demand_name("method.label", method)
+            require_name("method.label", method)
         for method, hparams in self.hparams.items():
             if getattr(hparams, "use_chat_template", False) and not self.chat_template:
-                raise ValueError(f"use_chat_template: {method}'s hparams ask for it, the run does not; ask for it there (--chat-template): all methods share it")
+                raise ValueError(
+                    f"use_chat_template: {method}'s hparams ask for it, the run does not; ask for it there (--chat-template): all methods share it"
+                )
         for method, hparams in self.hparams.items():
             found = getattr(hparams, "separator", SEPARATOR)
             if found != self.separator:
-                why = "all variants of KNE in a run share it" if hparams.alg_name == "KNE" else "EasyEdit's own methods join by a blank; run KNE alone"
-                raise ValueError(f"separator: {method} joins prompt and answer by {found!r}, KNE by {self.separator!r}; {why}")
+                why = (
+                    "all variants of KNE in a run share it"
+                    if hparams.alg_name == "KNE"
+                    else "EasyEdit's own methods join by a blank; run KNE alone"
+                )
+                raise ValueError(
+                    f"separator: {method} joins prompt and answer by {found!r}, KNE by {self.separator!r}; {why}"
+                )
         if self.mode != "batch":
             for method, hparams in self.hparams.items():
                 if hparams.alg_name == "KNE" and hparams.batch_size != 1:
-                    raise ValueError(f"batch_size: {method}'s hparams say {hparams.batch_size}; mode {self.mode} edits one fact at a time, set it to 1")
+                    raise ValueError(
+                        f"batch_size: {method}'s hparams say {hparams.batch_size}; mode {self.mode} edits one fact at a time, set it to 1"
+                    )
 
 
 def record_digest(request: Mapping) -> str:
@@ -112,14 +130,14 @@ def base_fingerprint(job: Run, weights: str, variant: str) -> list:
 def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | None) -> str:
     """Everything that a method's results depend on, the single record apart. Files count by what they hold."""
     hparams = job.hparams[method]
-    settings = {name: str(value) for name, value in public(hparams).items() if name not in _WITHOUT_EFFECT}
+    settings = {name: str(value) for name, value in public_settings(hparams).items() if name not in _WITHOUT_EFFECT}
     settings |= {name: _content(value) for name, value in path_settings(hparams).items() if name in settings}
     parts = [base, method, settings, job.mode]
     if hparams.alg_name == "KNE":
         parts.append(None if ensemble is None else digest(ensemble.members()))
-    if statistics.needs_moments(hparams):
+    if statistics.needs_second_moments(hparams):
         parts.append(statistics.SOURCE.digest())
-        if own := statistics.own_files(job.model, hparams, expanded(hparams.stats_dir)):
+        if own := statistics.own_files(job.model, hparams, expand_path(hparams.stats_dir)):
             parts.append([data_digest(file) for file in own])
     if job.mode != "single":  # there a result depends on the other records, too
         parts += [job.batch_size, job.retention_every, [record_digest(request) for request in job.requests]]
@@ -134,4 +152,4 @@ def settings_digest(job: Run, method: str, weights: str, variant: str, ensemble:
 
 def _content(path: str) -> str:
     """What stands for a file: its content; for a folder, or a file that is not there yet, its name."""
-    return data_digest(expanded(path)) or expanded(path).name
+    return data_digest(expand_path(path)) or expand_path(path).name

@@ -8,10 +8,10 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from kne_easyedit._util.files import atomic_write
 from kne_easyedit.benchmark import collect
-from kne_easyedit.benchmark.figures import figures
-from kne_easyedit.benchmark.text import report_text
-from kne_easyedit.paths import atomic_write
+from kne_easyedit.benchmark.markdown_report import report_text
+from kne_easyedit.benchmark.tables import figures
 
 
 def publish(found: collect.Collection, folder: Path, title: str = "KnowEdit comparison") -> Path:
@@ -19,7 +19,7 @@ def publish(found: collect.Collection, folder: Path, title: str = "KnowEdit comp
 
     Returns the page's path.
     """
-    from kne_easyedit.benchmark.pictures import draw_all
+    from kne_easyedit.benchmark.figures import draw_all
 
     pictures = draw_all(found, folder)
     text = report_text(found, title, pictures)

@@ -20,28 +20,30 @@ import torch
 from tqdm import tqdm
 
 from kne_easyedit import bridge
+from kne_easyedit._util.errors import RunStopped
+from kne_easyedit._util.files import atomic_write
+from kne_easyedit._util.machine import PeakMemory, environment, hardware
+from kne_easyedit._util.settings import public_settings, replace_settings, resolve_paths
+from kne_easyedit._util.workers import run_parallel
 from kne_easyedit._version import __version__
-from kne_easyedit.batching import SEPARATOR
 from kne_easyedit.benchmark.answers import free_answer
-from kne_easyedit.benchmark.before import Before, plain, with_old_answer, without_outputs
-from kne_easyedit.benchmark.faults import askable, complain, is_records_fault, told
+from kne_easyedit.benchmark.bad_records import describe_error, is_record_error, report_bad_record, usable_records
+from kne_easyedit.benchmark.figures import draw_run, suffix
 from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, settings_digest
-from kne_easyedit.benchmark.pictures import draw_run, suffix
-from kne_easyedit.benchmark.quiet import easyedit_output
-from kne_easyedit.benchmark.store import Lines, alone_in
+from kne_easyedit.benchmark.store import Lines, exclusive_lock
 from kne_easyedit.benchmark.summary import retention, summarize
-from kne_easyedit.bridge import patches, statistics
-from kne_easyedit.bridge.registry import NAME as KNE
-from kne_easyedit.cache import model_digest
-from kne_easyedit.ensemble import NeuronEnsemble
-from kne_easyedit.errors import RunStopped
-from kne_easyedit.hparams import changed, public
-from kne_easyedit.localization import find_ensemble
-from kne_easyedit.machine import PeakMemory, environment, hardware
-from kne_easyedit.paths import atomic_write, settle
-from kne_easyedit.records import data_digest, with_chat_template
-from kne_easyedit.scores import begins_with
-from kne_easyedit.workers import side_by_side
+from kne_easyedit.benchmark.unedited import UneditedEvaluations, plain, with_old_answer, without_outputs
+from kne_easyedit.bridge import patches
+from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge.methods import NAME as KNE
+from kne_easyedit.bridge.output import easyedit_output
+from kne_easyedit.facts.encoding import SEPARATOR
+from kne_easyedit.facts.readers import data_digest
+from kne_easyedit.facts.records import with_chat_template
+from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.localization.localizer import find_ensemble
+from kne_easyedit.metrics import begins_with
+from kne_easyedit.models.fingerprint import model_digest
 
 OUTPUT = "easyedit"
 """The folder in a job's own that EasyEdit works in."""
@@ -56,7 +58,7 @@ def run(job: Run, *, again: bool = False) -> dict:
     Raises ValueError for settings that cannot work, RunStopped if a method has left the model changed.
     """
     job.validate()
-    with alone_in(job.folder):
+    with exclusive_lock(job.folder):
         return _Runner(job, again).run()
 
 
@@ -64,14 +66,22 @@ class _Runner:
     def __init__(self, job: Run, again: bool):
         self.job = job
         bridge.register()
-        prompts = job.moment_prompts if job.moment_prompts is not None else [request["prompt"] for request in job.requests]
+        prompts = (
+            job.second_moment_prompts
+            if job.second_moment_prompts is not None
+            else [request["prompt"] for request in job.requests]
+        )
         statistics.configure(prompts=tuple(prompts))
         self.weights = model_digest(job.model)
         self.model_name = str(next(iter(job.hparams.values())).model_name)
         self.variant = bridge.fluency_variant()
         if job.separator != SEPARATOR and "evaluation-separator" not in patches.applied():
-            raise ValueError(f"separator: {job.separator!r} reaches EasyEdit's evaluators by the patch evaluation-separator, which {patches.OFF} switches off")
-        self.requests = askable(job, [with_chat_template(r, job.tokenizer) for r in job.requests] if job.chat_template else job.requests)
+            raise ValueError(
+                f"separator: {job.separator!r} reaches EasyEdit's evaluators by the patch evaluation-separator, which {patches.OFF} switches off"
+            )
+        self.requests = usable_records(
+            job, [with_chat_template(r, job.tokenizer) for r in job.requests] if job.chat_template else job.requests
+        )
         self.records = {request["index"]: record_digest(request) for request in self.requests}
         self.base = base_fingerprint(job, self.weights, self.variant)
         self.device = next(job.model.parameters()).device
@@ -79,21 +89,34 @@ class _Runner:
         self.ensembles: dict[str, NeuronEnsemble] = {}
         # Copies: what a run decides for its methods is not the caller's business.
         self.hparams = {
-            method: changed(hparams, use_chat_template=job.chat_template) if hparams.alg_name == KNE else deepcopy(hparams)
+            method: replace_settings(hparams, use_chat_template=job.chat_template)
+            if hparams.alg_name == KNE
+            else deepcopy(hparams)
             for method, hparams in job.hparams.items()
         }
         for hparams in self.hparams.values():
-            settle(hparams)  # before EasyEdit works in a folder of the job's
-        self.localization = {method: self._localize(method, hparams) for method, hparams in self.hparams.items() if hparams.alg_name == KNE}
-        self.fingerprints = {method: fingerprint(job, method, self.base, self.ensembles.get(method)) for method in job.hparams}
+            resolve_paths(hparams)  # before EasyEdit works in a folder of the job's
+        self.localization = {
+            method: self._localize(method, hparams)
+            for method, hparams in self.hparams.items()
+            if hparams.alg_name == KNE
+        }
+        self.fingerprints = {
+            method: fingerprint(job, method, self.base, self.ensembles.get(method)) for method in job.hparams
+        }
 
-        self.settings = {method: settings_digest(job, method, self.weights, self.variant, self.ensembles.get(method)) for method in job.hparams}
+        self.settings = {
+            method: settings_digest(job, method, self.weights, self.variant, self.ensembles.get(method))
+            for method in job.hparams
+        }
 
         def own(line: dict) -> bool:
             method, index = line.get("method"), line.get("index")
             if again or not isinstance(method, str) or not isinstance(index, int):
                 return False
-            return self.fingerprints.get(method) == line.get("fingerprint") and self.records.get(index) == line.get("record")
+            return self.fingerprints.get(method) == line.get("fingerprint") and self.records.get(index) == line.get(
+                "record"
+            )
 
         self.results = Lines(job.folder / "results.jsonl", own, others=job.others)
         self.retained = Lines(job.folder / "retention.jsonl", own, key=("method", "index", "after"), others=job.others)
@@ -103,24 +126,35 @@ class _Runner:
     def run(self) -> dict:
         job = self.job
         with easyedit_output(job.folder / OUTPUT) as self.quiet:
-            self.before = Before(job, self.base, self.records, self.quiet)
+            self.before = UneditedEvaluations(job, self.base, self.records, self.quiet)
             editors = {}
             for method, hparams in self.hparams.items():
                 with self.quiet():
                     editors[method] = bridge.MethodEditor(hparams, job.model, deepcopy(job.tokenizer))
-                    editors[method].on_step = self._show_step if job.workers == 1 else None  # the bar is of this process
-                    editors[method].demand_batch(job.batch_size if job.mode == "batch" else 1)
+                    editors[method].on_step = (
+                        self._show_step if job.workers == 1 else None
+                    )  # the bar is of this process
+                    editors[method].require_batch(job.batch_size if job.mode == "batch" else 1)
                     if job.mode == "sequential":
-                        editors[method].demand_sequence()
-            self.moments = {method: self._moments(editor) for method, editor in editors.items() if statistics.needs_moments(editor.hparams)}
+                        editors[method].require_sequence()
+            self.moments = {
+                method: self._moments(editor)
+                for method, editor in editors.items()
+                if statistics.needs_second_moments(editor.hparams)
+            }
             self._write_manifest(editors)
             with tqdm(total=len(self.requests) * len(editors), desc="edit", unit="edit") as self.bar:
                 if job.mode == "sequential":
                     for method, editor in editors.items():
                         self._edit_in_a_row(method, editor)
                 else:
-                    chunks = [self.requests[start : start + job.batch_size] for start in range(0, len(self.requests), job.batch_size)]
-                    for event in side_by_side(partial(self._edit_by_all, editors), chunks, min(job.workers, len(chunks))):
+                    chunks = [
+                        self.requests[start : start + job.batch_size]
+                        for start in range(0, len(self.requests), job.batch_size)
+                    ]
+                    for event in run_parallel(
+                        partial(self._edit_by_all, editors), chunks, min(job.workers, len(chunks))
+                    ):
                         self._take(*event)
         summary = self._summary()
         atomic_write(job.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
@@ -136,7 +170,7 @@ class _Runner:
                 lines = yield from self._lines_of(method, editor, chunk)
                 with self.quiet():
                     editor.undo()
-                self._demand_unchanged(method, chunk)
+                self._require_unchanged(method, chunk)
                 yield from (("line", method, line) for line in lines if (line["index"], method) not in self.done)
                 new = self.job.complaints[known:]
                 del self.job.complaints[known:]
@@ -162,20 +196,26 @@ class _Runner:
         """Edits the chunk and measures it; returns its lines, none if it is bad and bad ones are skipped. The edit stays."""
         try:
             before = [self.before.of(editor, request) for request in chunk]
-            seconds, peak = self._apply(method, editor, [with_old_answer(editor, r, was) for r, was in zip(chunk, before)])
+            seconds, peak = self._apply(
+                method, editor, [with_old_answer(editor, r, was) for r, was in zip(chunk, before)]
+            )
             seconds /= len(chunk)
             lines = []
             for request, was in zip(chunk, before):
                 answer = free_answer(editor.model, self.job.tokenizer, request, self.job.separator)
-                yield "answer", method, (request["index"], request["prompt"], answer)  # before the evaluation, which takes longer
+                yield (
+                    "answer",
+                    method,
+                    (request["index"], request["prompt"], answer),
+                )  # before the evaluation, which takes longer
                 lines.append(self._line(method, editor, request, was, answer, seconds, peak))
             return lines
         except Exception as error:
             editor.undo()
-            self._demand_unchanged(method, chunk)
-            if not is_records_fault(error):
+            self._require_unchanged(method, chunk)
+            if not is_record_error(error):
                 raise
-            complain(self.job, chunk, told(method, error), error)
+            report_bad_record(self.job, chunk, describe_error(method, error), error)
             return []
         except BaseException:
             editor.undo()
@@ -208,15 +248,15 @@ class _Runner:
         finally:
             with self.quiet():
                 editor.undo()
-        self._demand_unchanged(method, self.requests)
+        self._require_unchanged(method, self.requests)
 
     def _before_or_none(self, method: str, editor: bridge.MethodEditor, request: dict) -> dict | None:
         try:
             return self.before.of(editor, request)
         except Exception as error:
-            if not is_records_fault(error):
+            if not is_record_error(error):
                 raise
-            complain(self.job, [request], told(method, error), error)
+            report_bad_record(self.job, [request], describe_error(method, error), error)
             return None
 
     def _edit_next(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict) -> bool:
@@ -228,9 +268,9 @@ class _Runner:
         try:
             seconds, peak = self._apply(method, editor, [with_old_answer(editor, request, was)])
         except Exception as error:
-            if not is_records_fault(error):
+            if not is_record_error(error):
                 raise
-            complain(self.job, [request], told(method, error), error)
+            report_bad_record(self.job, [request], describe_error(method, error), error)
             if model_digest(self.job.model) != weights:
                 raise RunStopped(
                     f"{method}: record {request['index']} has failed ({error}) and left the model other than the edits before it had; "
@@ -243,7 +283,9 @@ class _Runner:
             self._keep(self._line(method, editor, request, was, answer, seconds, peak))
         return True
 
-    def _ask_again(self, method: str, editor: bridge.MethodEditor, edited: Sequence[tuple[dict, dict]], again: set[tuple]) -> None:
+    def _ask_again(
+        self, method: str, editor: bridge.MethodEditor, edited: Sequence[tuple[dict, dict]], again: set[tuple]
+    ) -> None:
         """Evaluates all facts that were edited so far; ``again`` holds what was asked already, as (edits, index)."""
         for request, was in edited:
             if (len(edited), request["index"]) not in again:
@@ -267,7 +309,14 @@ class _Runner:
         return seconds, peak.bytes if first else None
 
     def _line(
-        self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, answer: str, seconds: float, peak: int | None
+        self,
+        method: str,
+        editor: bridge.MethodEditor,
+        request: dict,
+        was: dict,
+        answer: str,
+        seconds: float,
+        peak: int | None,
     ) -> dict:
         with self.quiet():
             post = plain(editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed))
@@ -293,10 +342,20 @@ class _Runner:
     def _retained(self, method: str, editor: bridge.MethodEditor, request: dict, was: dict, count: int) -> dict:
         with self.quiet():
             post = plain(editor.evaluate(request, generation=False, seed=self.job.seed))
-        return {**self._head(method, request), "after": count, "metrics": {"post": bridge.compare(was["metrics"], post)}}
+        return {
+            **self._head(method, request),
+            "after": count,
+            "metrics": {"post": bridge.compare(was["metrics"], post)},
+        }
 
     def _head(self, method: str, request: dict) -> dict:
-        return {"fingerprint": self.fingerprints[method], "settings": self.settings[method], "method": method, "index": request["index"], "record": self.records[request["index"]]}
+        return {
+            "fingerprint": self.fingerprints[method],
+            "settings": self.settings[method],
+            "method": method,
+            "index": request["index"],
+            "record": self.records[request["index"]],
+        }
 
     def _keep(self, line: dict) -> None:
         self.results.append(line)
@@ -310,17 +369,21 @@ class _Runner:
         self.bar.set_postfix_str(f"{self.doing}, step {step}, loss {loss:.2f}", refresh=False)
         self.bar.update(0)  # which shows it as often as a bar is shown
 
-    def _demand_unchanged(self, method: str, chunk: Sequence[dict]) -> None:
+    def _require_unchanged(self, method: str, chunk: Sequence[dict]) -> None:
         if model_digest(self.job.model) != self.weights:
             numbers = ", ".join(str(request["index"]) for request in chunk[:10])
-            raise RunStopped(f"{method}: the model is not what it was after record {numbers} was undone; the run ends here")
+            raise RunStopped(
+                f"{method}: the model is not what it was after record {numbers} was undone; the run ends here"
+            )
 
     def _localize(self, method: str, hparams) -> dict:
         """Finds KNE's ensemble before the first edit, so that no edit pays for it, and describes it."""
         if hparams.ensemble is None and hparams.localization_data is None:
             return {"facts": None, "note": "every edit localises on its own request"}
         start = time.perf_counter()
-        ensemble = self.ensembles[method] = find_ensemble(self.job.model, self.job.tokenizer, [], hparams, self.job.workers)
+        ensemble = self.ensembles[method] = find_ensemble(
+            self.job.model, self.job.tokenizer, [], hparams, self.job.workers
+        )
         elapsed = time.perf_counter() - start
         ensemble.save(self.job.folder / f"ensemble{suffix(method)}.json")
         return {
@@ -329,7 +392,9 @@ class _Runner:
             "seconds_per_fact": ensemble.seconds / ensemble.facts if ensemble.seconds is not None else None,
             "neurons": ensemble.size,
             "parameter_share": ensemble.parameter_share(self.job.model),
-            "neurons_per_layer": {t: {str(layer): n for layer, n in found.items()} for t, found in ensemble.counts().items()},
+            "neurons_per_layer": {
+                t: {str(layer): n for layer, n in found.items()} for t, found in ensemble.counts().items()
+            },
         }
 
     def _moments(self, editor: bridge.MethodEditor) -> dict:
@@ -338,7 +403,10 @@ class _Runner:
 
     def _write_manifest(self, editors: dict[str, bridge.MethodEditor]) -> None:
         """What was run where, before anything is edited: a run that dies leaves it, too."""
-        atomic_write(self.job.folder / "manifest.json", json.dumps(self._manifest(editors), indent=1, ensure_ascii=False, default=str) + "\n")
+        atomic_write(
+            self.job.folder / "manifest.json",
+            json.dumps(self._manifest(editors), indent=1, ensure_ascii=False, default=str) + "\n",
+        )
 
     def _manifest(self, editors: dict[str, bridge.MethodEditor]) -> dict:
         job = self.job
@@ -348,7 +416,10 @@ class _Runner:
             "model": {"name": self.model_name, "sha256": self.weights},
             "data": {"name": job.data, "sha256": data_digest(job.data), "records": list(self.records.items())},
             "easyedit": {**bridge.describe(), "patches": patches.applied()},
-            "methods": {m: {k: v for k, v in public(e.hparams).items() if k != "model_name"} for m, e in editors.items()},
+            "methods": {
+                m: {k: v for k, v in public_settings(e.hparams).items() if k != "model_name"}
+                for m, e in editors.items()
+            },
             "padding": {method: editor.tokenizer.padding_side for method, editor in editors.items()},
             "seed": job.seed,
             "mode": job.mode,
@@ -374,7 +445,10 @@ class _Runner:
 
         methods = {method: summarize(of(self.results, method)) for method in job.hparams}
         if job.mode == "sequential":
-            methods = {method: {**figures, "retention": retention(of(self.retained, method))} for method, figures in methods.items()}
+            methods = {
+                method: {**figures, "retention": retention(of(self.retained, method))}
+                for method, figures in methods.items()
+            }
         return {
             "model": {"name": self.model_name, "sha256": self.weights},
             "data": job.data,

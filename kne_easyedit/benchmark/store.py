@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kne_easyedit.paths import atomic_write
-from kne_easyedit.scores import parse_json
+from kne_easyedit._util.files import atomic_write, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,13 @@ class Lines:
     file of its own, too; only half a line at the end, as a kill leaves it, goes.
     """
 
-    def __init__(self, path: Path, keep: Callable[[dict], bool], key: Sequence[str] = ("method", "index"), others: Iterable[Path] = ()):
+    def __init__(
+        self,
+        path: Path,
+        keep: Callable[[dict], bool],
+        key: Sequence[str] = ("method", "index"),
+        others: Iterable[Path] = (),
+    ):
         self.path = path
         pieces = list(_pieces(path))
         found = [piece.line for piece in pieces if piece.line is not None]
@@ -35,7 +40,12 @@ class Lines:
             name = _free_name(path, "unreadable")
             atomic_write(name, b"\n".join(unreadable) + b"\n")
             logger.warning("%s: %s lines that cannot be read moved to %s", path, len(unreadable), name.name)
-        elsewhere = [line for folder in others for file in [*_aside(folder / path.name), folder / path.name] for line in _objects(file)]
+        elsewhere = [
+            line
+            for folder in others
+            for file in [*_aside(folder / path.name), folder / path.name]
+            for line in _objects(file)
+        ]
         aside = [line for file in _aside(path) for line in _objects(file)]
         own = [line for line in (*elsewhere, *aside, *found) if keep(line)]
         self.lines = list({tuple(line.get(name) for name in key): line for line in own}.values())  # the latest of each
@@ -66,7 +76,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
         if piece.line is not None:
             yield piece.number, piece.line
         elif piece.torn:
-            logger.warning("%s: line %s is torn: the run was killed, the same command puts it right", path, piece.number)
+            logger.warning(
+                "%s: line %s is torn: the run was killed, the same command puts it right", path, piece.number
+            )
         else:
             raise ValueError(f"{path}: line {piece.number}: {piece.fault}")
 
@@ -109,7 +121,7 @@ def _objects(path: Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Holds ``folder`` for this process. Raises ValueError if another run writes into it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -121,7 +133,9 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"{folder}: another run is writing into it; wait for it, or choose another folder") from error
+            raise ValueError(
+                f"{folder}: another run is writing into it; wait for it, or choose another folder"
+            ) from error
         yield
 
 

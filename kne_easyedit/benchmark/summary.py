@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean, median
 
-from kne_easyedit.scores import summarize_metrics
+from kne_easyedit.metrics import summarize_metrics
 
 METRICS = {
     "edit_success": "share of the new answer's tokens that the edited model predicts, the right ones before it given",
@@ -29,7 +29,9 @@ def summarize(lines: Sequence[dict]) -> dict[str, float | None]:
     return {
         **figures,
         "exact_match": None if exact is None else 100 * exact,
-        "seconds_per_edit": median(seconds) if seconds else None,  # a first edit warms up, a machine may pause: not the mean
+        "seconds_per_edit": median(seconds)
+        if seconds
+        else None,  # a first edit warms up, a machine may pause: not the mean
         "peak_bytes": max(peaks, default=None),
     }
 

@@ -1,19 +1,15 @@
-"""All that knows EasyEdit. ``import kne_easyedit`` does not import it."""
+"""All that knows EasyEdit: its import, its patches, its methods (`methods`), its editors driven step by step.
 
-from kne_easyedit.bridge import fluency, loading, runtime_patches, script_patches, statistics, undo  # noqa: F401  (they define patches)
-from kne_easyedit.bridge.editing import MethodEditor, compare
+What names a module, a class or a fault of EasyEdit may enter. ``import kne_easyedit`` does not import this room.
+"""
+
+from kne_easyedit.bridge import fluency, loading_patches, runtime_patches, script_patches, second_moments, undo  # noqa: F401  (they define patches)
 from kne_easyedit.bridge.fluency import fluency_variant
-from kne_easyedit.bridge.importing import EasyEditNotFound, describe, load, locate
-from kne_easyedit.bridge.registry import (
-    METHODS,
-    LoadedModel,
-    demand_method,
-    editor_for,
-    is_legacy,
-    load_method,
-    prepare_tokenizer,
-    register,
-)
+from kne_easyedit.bridge.importing import EasyEditNotFound, describe, is_legacy, load, locate
+from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
+from kne_easyedit.bridge.method_editor import MethodEditor, compare
+from kne_easyedit.bridge.methods import METHODS
+from kne_easyedit.bridge.registry import editor_for, load_method, register, require_method
 
 __all__ = [
     "METHODS",
@@ -21,7 +17,7 @@ __all__ = [
     "LoadedModel",
     "MethodEditor",
     "compare",
-    "demand_method",
+    "require_method",
     "describe",
     "editor_for",
     "fluency_variant",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from types import ModuleType
 
+from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.patches import runtime_patch
-from kne_easyedit.bridge.runtime_patches import module
 
 PUNKT, NO_PUNKT = "punkt", "preserve_line"
 
@@ -34,7 +34,9 @@ def fluency_variant() -> str:
     if isinstance(tokenize, functools.partial):
         return NO_PUNKT
     if not _has_punkt():
-        raise RuntimeError("fluency: nltk's punkt data is missing and the patch fluency-without-punkt is switched off; get it by nltk.download('punkt_tab')")
+        raise RuntimeError(
+            "fluency: nltk's punkt data is missing and the patch fluency-without-punkt is switched off; get it by nltk.download('punkt_tab')"
+        )
     return PUNKT
 
 

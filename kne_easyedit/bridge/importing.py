@@ -16,6 +16,7 @@ import ast
 import builtins
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import random
@@ -97,10 +98,14 @@ def load() -> ModuleType:
     known = sys.modules.get(PACKAGE)
     if known is not None:
         if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            raise RuntimeError(f"{PACKAGE} was imported before kne_easyedit.bridge; import the bridge first, it makes EasyEdit importable")
+            raise RuntimeError(
+                f"{PACKAGE} was imported before kne_easyedit.bridge; import the bridge first, it makes EasyEdit importable"
+            )
         loaded = Path(known.__file__).parents[1].resolve()
         if loaded != root.resolve():
-            raise RuntimeError(f"EasyEdit of {loaded} is in use, {root} is wanted; start a new process to change {HOME}")
+            raise RuntimeError(
+                f"EasyEdit of {loaded} is in use, {root} is wanted; start a new process to change {HOME}"
+            )
         return known
     finder = _Finder(root)
     sys.meta_path.insert(0, finder)
@@ -232,3 +237,16 @@ def _why_missing(module: ModuleType, name: str) -> str:
         return ""
     except ImportError as error:
         return f"{module.__name__} {getattr(module, '__version__', '')} has no {name!r} ({error})"
+
+
+def is_legacy(editor: type | None = None) -> bool:
+    """Whether this EasyEdit (or the class of its ``editor``, while it is imported) is older than May 2024.
+
+    There ``edit`` takes ``keep_original_weight``, and False lets edits accumulate.
+    """
+    return "keep_original_weight" in inspect.signature((editor or load().BaseEditor).edit).parameters
+
+
+def module(name: str) -> ModuleType:
+    """A module of EasyEdit. Not by attribute: easyeditor.util, for one, is another module after the package's import."""
+    return importlib.import_module(f"easyeditor.{name}")

@@ -80,7 +80,10 @@ def switched_off() -> set[str]:
     for name in names:
         if name not in _PATCHES:
             near = difflib.get_close_matches(name, _PATCHES, n=1, cutoff=0.3)
-            raise ValueError(f"{OFF}: {name!r} is no patch; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_PATCHES)}"))
+            raise ValueError(
+                f"{OFF}: {name!r} is no patch; "
+                + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_PATCHES)}")
+            )
     return names
 
 

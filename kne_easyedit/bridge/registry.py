@@ -5,49 +5,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import inspect
 import re
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
 import yaml
 from torch import nn
 
-from kne_easyedit.bridge.importing import load
-from kne_easyedit.bridge.runtime_patches import module
-from kne_easyedit.editing import apply_kne_to_model
-from kne_easyedit.hparams import KNEHyperParams, changed
-
-NAME = "KNE"
-RIGHT_PADDED = ("ROME", "MEMIT", "EMMET", "EAMET", "R-ROME", "AlphaEdit", "CORE", "SPHERE")
-"""Methods for which EasyEdit sets right padding; all others get left padding."""
-
-
-class LoadedModel(str):
-    """A model's name that carries the loaded model: what EasyEdit takes in the place of ``model_name``.
-
-    Its editor loads only what is exactly a ``str``; anything else it unpacks as ``model, tokenizer``. The
-    evaluators ask for text methods only. So one model serves all methods, under any name.
-    """
-
-    model: nn.Module
-    tokenizer: object
-
-    def __new__(cls, name: str, model: nn.Module, tokenizer) -> LoadedModel:
-        self = super().__new__(cls, name)
-        self.model, self.tokenizer = model, tokenizer
-        return self
-
-    def __iter__(self):
-        return iter((self.model, self.tokenizer))
-
-    def __deepcopy__(self, memo) -> str:
-        return str.__str__(self)  # results and settings are copied; the model never should be
-
-    def __reduce__(self):
-        return str, (str.__str__(self),)
+from kne_easyedit._util.settings import replace_settings
+from kne_easyedit.bridge.importing import is_legacy, load, module
+from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
+from kne_easyedit.bridge.methods import METHODS, NAME, ONLY, Method
+from kne_easyedit.editing.edit import apply_kne_to_model
+from kne_easyedit.hparams import KNEHyperParams
 
 
 def register() -> ModuleType:
@@ -61,7 +32,9 @@ def register() -> ModuleType:
     if known is not None and getattr(known, "func", known) is not apply_kne_to_model:
         raise ValueError(f"EasyEdit: ALG_DICT[{NAME!r}] is {known!r} already; remove it, or do not register this one")
     if known is None:
-        methods[NAME] = functools.partial(apply_kne_to_model, legacy_contract=True) if is_legacy() else apply_kne_to_model
+        methods[NAME] = (
+            functools.partial(apply_kne_to_model, legacy_contract=True) if is_legacy() else apply_kne_to_model
+        )
     easyeditor.KNEHyperParams = KNEHyperParams
     easyeditor.apply_kne_to_model = apply_kne_to_model
     batch_editor = module("editors.batch_editor").BatchEditor
@@ -69,14 +42,6 @@ def register() -> ModuleType:
         original = batch_editor.is_batchable_method
         batch_editor.is_batchable_method = staticmethod(lambda alg_name: alg_name == NAME or original(alg_name))
     return easyeditor
-
-
-def is_legacy(editor: type | None = None) -> bool:
-    """Whether this EasyEdit (or the class of its ``editor``, while it is imported) is older than May 2024.
-
-    There ``edit`` takes ``keep_original_weight``, and False lets edits accumulate.
-    """
-    return "keep_original_weight" in inspect.signature((editor or load().BaseEditor).edit).parameters
 
 
 def editor_for(hparams, model: nn.Module, tokenizer):
@@ -88,37 +53,7 @@ def editor_for(hparams, model: nn.Module, tokenizer):
     easyeditor = register()
     prepare_tokenizer(tokenizer, hparams.alg_name)
     carrier = LoadedModel(str(hparams.model_name), model, tokenizer)
-    return easyeditor.BaseEditor.from_hparams(changed(hparams, model_name=carrier))
-
-
-def prepare_tokenizer(tokenizer, alg_name: str) -> None:
-    """Padding as EasyEdit sets it when it loads a model for this method."""
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
-    tokenizer.padding_side = "right" if alg_name in RIGHT_PADDED else "left"
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method as people name it: one of EasyEdit's, maybe with settings that make it what it is called."""
-
-    label: str
-    alg_name: str
-    settings: dict = field(default_factory=dict)
-
-
-METHODS = {
-    method.label: method
-    for method in (
-        Method("FT-M", "FT", {"objective_optimization": "target_new"}),
-        Method("FT-L", "FT", {"objective_optimization": "prompt_last"}),
-        Method("LoRA", "LoRA", {"lora_type": "lora"}),
-        Method("AdaLoRA", "LoRA", {"lora_type": "adalora"}),
-    )
-}
-"""Labels that are not simply EasyEdit's names."""
-ONLY = {"objective_optimization": "prompt_last", "lora_type": "adalora"}
-"""What a version does whose class does not know the setting (the release of 2023)."""
+    return easyeditor.BaseEditor.from_hparams(replace_settings(hparams, model_name=carrier))
 
 
 def load_method(method: str, path: str | Path):
@@ -128,19 +63,23 @@ def load_method(method: str, path: str | Path):
     that this version's class does not know are dropped with a warning: versions differ, files are shared.
     Raises ValueError for an unknown method, a file of another method, or one that this version cannot do.
     """
-    kind = demand_method(method)
+    kind = require_method(method)
     if kind is KNEHyperParams:
         return KNEHyperParams.from_hparams(path)
     wanted = METHODS.get(method, Method(method, method))
     config = _read(Path(path))
     if not isinstance(config, dict) or config.get("alg_name") != wanted.alg_name:
-        raise ValueError(f"{path}: alg_name is {config.get('alg_name') if isinstance(config, dict) else None!r}, wanted is {wanted.alg_name!r}")
+        raise ValueError(
+            f"{path}: alg_name is {config.get('alg_name') if isinstance(config, dict) else None!r}, wanted is {wanted.alg_name!r}"
+        )
     fields = {f.name for f in dataclasses.fields(kind)}
     for name, value in wanted.settings.items():
         if config.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {config[name]!r}, but {method} is {name}: {value}")
         if name not in fields and ONLY[name] != value:
-            raise ValueError(f"methods: this EasyEdit's {wanted.alg_name} knows {ONLY[name]} only, not {method} ({name}: {value})")
+            raise ValueError(
+                f"methods: this EasyEdit's {wanted.alg_name} knows {ONLY[name]} only, not {method} ({name}: {value})"
+            )
         config[name] = value
     return _built(kind, config, path)
 
@@ -167,7 +106,7 @@ def _built(kind: type, config: dict, path: str | Path):
             raise ValueError(f"{path}: {kind.__name__} cannot be made of it: {type(error).__name__}: {said}") from error
 
 
-def demand_method(method: str) -> type:
+def require_method(method: str) -> type:
     """The hyperparameter class of a method. Raises ValueError, with the nearest names, if EasyEdit has no such method."""
     easyeditor = register()
     known = module("util.alg_dict").ALG_DICT
@@ -183,6 +122,8 @@ def demand_method(method: str) -> type:
 
 def _class_of(easyeditor: ModuleType, name: str) -> type | None:
     """EasyEdit spells its classes ``ROMEHyperParams``, ``R_ROMEHyperParams``, ``SERACHparams``, ``GraceHyperParams``."""
-    plain = {re.sub(r"[^a-z]", "", key.lower()): value for key, value in vars(easyeditor).items() if isinstance(value, type)}
+    plain = {
+        re.sub(r"[^a-z]", "", key.lower()): value for key, value in vars(easyeditor).items() if isinstance(value, type)
+    }
     letters = re.sub(r"[^a-z]", "", name.lower())
     return plain.get(f"{letters}hyperparams") or plain.get(f"{letters}hparams")

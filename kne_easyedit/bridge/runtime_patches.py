@@ -7,7 +7,6 @@ import contextvars
 import dataclasses
 import difflib
 import functools
-import importlib
 import inspect
 import logging
 import math
@@ -17,8 +16,9 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
+from kne_easyedit._util.settings import EVALUATORS, replace_settings
+from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.patches import runtime_patch
-from kne_easyedit.hparams import EVALUATORS, changed
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +28,20 @@ TEMPLATE_SEED = 42
 """Seed of the context templates that ROME, MEMIT and their kin sample from the model."""
 
 
-def module(name: str) -> ModuleType:
-    """A module of EasyEdit. Not by attribute: easyeditor.util, for one, is another module after the package's import."""
-    return importlib.import_module(f"easyeditor.{name}")
-
-
 def hyperparameter_classes(easyeditor: ModuleType) -> list[type]:
     """EasyEdit's hyperparameter classes, as far as they are reachable from the package."""
-    own = [v for v in vars(easyeditor).values() if isinstance(v, type) and dataclasses.is_dataclass(v) and hasattr(v, "from_hparams")]
+    own = [
+        v
+        for v in vars(easyeditor).values()
+        if isinstance(v, type) and dataclasses.is_dataclass(v) and hasattr(v, "from_hparams")
+    ]
     return [kind for kind in dict.fromkeys(own) if kind.__module__.startswith("easyeditor.")]
 
 
-@runtime_patch("unknown-settings", "a hyperparameter file of another version fails on a setting that this version's class does not know: TypeError")
+@runtime_patch(
+    "unknown-settings",
+    "a hyperparameter file of another version fails on a setting that this version's class does not know: TypeError",
+)
 def _drop_unknown_settings(easyeditor: ModuleType) -> bool:
     for kind in hyperparameter_classes(easyeditor):
         _tolerant(kind)
@@ -66,10 +68,12 @@ def _tolerant(kind: type) -> None:
     kind.__init__ = init
 
 
-@runtime_patch("any-model", "a model whose name holds no known word ('llama', 'gpt', ...) is refused: NotImplementedError")
+@runtime_patch(
+    "any-model", "a model whose name holds no known word ('llama', 'gpt', ...) is refused: NotImplementedError"
+)
 def _load_any_model(easyeditor: ModuleType) -> bool:
-    from kne_easyedit.bridge.registry import LoadedModel, prepare_tokenizer
-    from kne_easyedit.models import load_model
+    from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
+    from kne_easyedit.models.loading import load_model
 
     editor = easyeditor.BaseEditor
     original = editor.__init__
@@ -83,13 +87,16 @@ def _load_any_model(easyeditor: ModuleType) -> bool:
                 raise
             model, tokenizer = load_model(hparams)
             prepare_tokenizer(tokenizer, hparams.alg_name)
-            original(self, changed(hparams, model_name=LoadedModel(hparams.model_name, model, tokenizer)))
+            original(self, replace_settings(hparams, model_name=LoadedModel(hparams.model_name, model, tokenizer)))
 
     editor.__init__ = init
     return True
 
 
-@runtime_patch("lora-model-parallel", "LoRA: the hyperparameter class lacks model_parallel, which the editor reads: AttributeError (2023)")
+@runtime_patch(
+    "lora-model-parallel",
+    "LoRA: the hyperparameter class lacks model_parallel, which the editor reads: AttributeError (2023)",
+)
 def _lora_model_parallel(easyeditor: ModuleType) -> bool:
     kind = easyeditor.LoRAHyperParams
     if hasattr(kind, "model_parallel") or any(f.name == "model_parallel" for f in dataclasses.fields(kind)):
@@ -124,7 +131,9 @@ def _adalora_total_step(easyeditor: ModuleType) -> bool:
     return True
 
 
-@runtime_patch("adapter-dropout", "LoRA, AdaLoRA: edits are evaluated with the adapter's dropout on: figures are random")
+@runtime_patch(
+    "adapter-dropout", "LoRA, AdaLoRA: edits are evaluated with the adapter's dropout on: figures are random"
+)
 def _adapter_dropout(easyeditor: ModuleType) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -167,7 +176,10 @@ def _tied_head(easyeditor: ModuleType) -> bool:
     return True
 
 
-@runtime_patch("layer-outputs", "MEMIT: layers are expected to return tuples, current transformers returns tensors: IndexError (before 2026)")
+@runtime_patch(
+    "layer-outputs",
+    "MEMIT: layers are expected to return tuples, current transformers returns tensors: IndexError (before 2026)",
+)
 def _layer_outputs(easyeditor: ModuleType) -> bool:
     nethook = module("util.nethook")
     if hasattr(nethook, "get_hidden_state"):
@@ -204,7 +216,9 @@ class _AsTuple:
         return getattr(self._trace, name)
 
 
-@runtime_patch("kn-model-names", "KN: the kind of model is guessed from its name: ValueError for names without a known word")
+@runtime_patch(
+    "kn-model-names", "KN: the kind of model is guessed from its name: ValueError for names without a known word"
+)
 def _kn_model_names(easyeditor: ModuleType) -> bool:
     kn = module("models.kn.kn_main")
     original = kn.model_type
@@ -223,7 +237,10 @@ def _kn_model_names(easyeditor: ModuleType) -> bool:
     return True
 
 
-@runtime_patch("name-keyed-caches", "ROME, MEMIT and kin keep second moments and context templates by the model's name, and sample templates unseeded")
+@runtime_patch(
+    "name-keyed-caches",
+    "ROME, MEMIT and kin keep second moments and context templates by the model's name, and sample templates unseeded",
+)
 def _name_keyed_caches(easyeditor: ModuleType) -> bool:
     last: list[weakref.ref] = []
 
@@ -231,7 +248,7 @@ def _name_keyed_caches(easyeditor: ModuleType) -> bool:
         if last and last[0]() is model:
             return
         last[:] = [weakref.ref(model)]
-        forget_moments()
+        forget_second_moments()
         for holder in _cache_holders():
             if hasattr(holder, "CONTEXT_TEMPLATES_CACHE"):
                 holder.CONTEXT_TEMPLATES_CACHE = None
@@ -246,7 +263,7 @@ def _name_keyed_caches(easyeditor: ModuleType) -> bool:
     return bool(holders)
 
 
-def forget_moments() -> None:
+def forget_second_moments() -> None:
     """Empties what EasyEdit's methods remember of second moments, by the model's name alone."""
     for holder in _cache_holders():
         for cache in ("COV_CACHE", "inv_mom2_cache"):
@@ -255,7 +272,11 @@ def forget_moments() -> None:
 
 def _cache_holders() -> list[ModuleType]:
     modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("easyeditor.models.")]
-    return [m for m in modules if any(hasattr(m, cache) for cache in ("CONTEXT_TEMPLATES_CACHE", "COV_CACHE", "inv_mom2_cache"))]
+    return [
+        m
+        for m in modules
+        if any(hasattr(m, cache) for cache in ("CONTEXT_TEMPLATES_CACHE", "COV_CACHE", "inv_mom2_cache"))
+    ]
 
 
 def _seeded(function, prepare):
@@ -280,11 +301,18 @@ def _first(function, prepare):
     return prepared
 
 
-@runtime_patch("model-switches", "FT, ROME, MEMIT, LoRA leave gradients, requires_grad, use_cache, checkpointing, hooks and attributes in the model")
+@runtime_patch(
+    "model-switches",
+    "FT, ROME, MEMIT, LoRA leave gradients, requires_grad, use_cache, checkpointing, hooks and attributes in the model",
+)
 def _model_switches(easyeditor: ModuleType) -> bool:
     methods = module("util.alg_dict").ALG_DICT
     for name, apply in list(methods.items()):
-        if inspect.isfunction(apply) and not isinstance(apply, functools.partial) and apply.__module__.startswith("easyeditor."):
+        if (
+            inspect.isfunction(apply)
+            and not isinstance(apply, functools.partial)
+            and apply.__module__.startswith("easyeditor.")
+        ):
             methods[name] = _tidy(apply)
     return True
 

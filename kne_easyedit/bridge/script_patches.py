@@ -12,19 +12,20 @@ from types import ModuleType
 
 from torch import nn
 
+from kne_easyedit._util.digest import digest
+from kne_easyedit._util.files import atomic_write
 from kne_easyedit.bridge.fluency import fluency_variant
+from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.patches import runtime_patch
-from kne_easyedit.bridge.runtime_patches import module
-from kne_easyedit.cache import model_digest
-from kne_easyedit.digest import digest
-from kne_easyedit.paths import atomic_write
+from kne_easyedit.models.fingerprint import model_digest
 
 SHOWN = 3
 """Bad records that a message shows in full; it lists all their numbers."""
 
 
 @runtime_patch(
-    "subject-in-prompt", "a subject that does not stand in its prompt is an AssertionError: None, which does not say which record it is"
+    "subject-in-prompt",
+    "a subject that does not stand in its prompt is an AssertionError: None, which does not say which record it is",
 )
 def _subject_in_prompt(easyeditor: ModuleType) -> bool:
     editors = module("editors.editor")
@@ -38,14 +39,14 @@ def _subject_in_prompt(easyeditor: ModuleType) -> bool:
         given = signature.bind(*args, **kwargs).arguments
         subjects = given.get("kwargs", {}).get("subject")
         if subjects is not None:
-            _demand_subjects(subjects, given["prompts"])
+            _require_subjects(subjects, given["prompts"])
         return original(*args, **kwargs)
 
     owner._prepare_requests = prepare_requests
     return True
 
 
-def _demand_subjects(subjects: str | Sequence[str], prompts: str | Sequence[str]) -> None:
+def _require_subjects(subjects: str | Sequence[str], prompts: str | Sequence[str]) -> None:
     subjects, prompts = ([value] if isinstance(value, str) else value for value in (subjects, prompts))
     if len(subjects) != len(prompts):
         raise ValueError(f"subject: {len(subjects)} for {len(prompts)} prompts; each record needs one")
@@ -81,7 +82,10 @@ def bad_records_left_out(easyeditor: ModuleType) -> Iterator[None]:
         bad = [i for i, record in enumerate(self._data) if not subject_in_prompt(record["subject"], record["prompt"])]
         self._data = [record for i, record in enumerate(self._data) if i not in set(bad)]
         if bad:
-            print(f"{data_dir}: {len(bad)} records left out, their subject is not in their prompt: {', '.join(map(str, bad))}", flush=True)
+            print(
+                f"{data_dir}: {len(bad)} records left out, their subject is not in their prompt: {', '.join(map(str, bad))}",
+                flush=True,
+            )
 
     kind.__init__ = init
     try:
@@ -96,7 +100,9 @@ def bad_records_left_out(easyeditor: ModuleType) -> Iterator[None]:
 )
 def _pre_edit_file(easyeditor: ModuleType) -> bool:
     editor = easyeditor.BaseEditor
-    if "pre_file" not in inspect.getsource(module("editors.editor")):  # the release of 2023 never reads or writes such a file
+    if "pre_file" not in inspect.getsource(
+        module("editors.editor")
+    ):  # the release of 2023 never reads or writes such a file
         return False
     original = editor.edit
     signature = inspect.signature(original)
@@ -131,8 +137,15 @@ def _pre_edit_file(easyeditor: ModuleType) -> bool:
 
 
 _EVALUATED = (
-    "prompts", "target_new", "ground_truth", "subject", "rephrase_prompts", "locality_inputs", "portability_inputs", "eval_metric",
-)  # fmt: skip
+    "prompts",
+    "target_new",
+    "ground_truth",
+    "subject",
+    "rephrase_prompts",
+    "locality_inputs",
+    "portability_inputs",
+    "eval_metric",
+)
 """Arguments of ``edit`` on which figures before the edit depend; ``test_generation`` does by the fluency variant."""
 _OWN_EVALUATION = ("IKE", "GRACE")
 """Methods that EasyEdit evaluates in a way of their own, before the edit, too."""

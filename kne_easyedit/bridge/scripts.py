@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
 
-from kne_easyedit.bridge import statistics
+from kne_easyedit.bridge import second_moments as statistics
 from kne_easyedit.bridge.importing import script_builtins
-from kne_easyedit.bridge.registry import METHODS, demand_method, load_method, register
+from kne_easyedit.bridge.methods import METHODS
+from kne_easyedit.bridge.registry import load_method, register, require_method
 from kne_easyedit.bridge.script_patches import bad_records_left_out
-from kne_easyedit.scores import read_results, summarize_metrics, table
-from kne_easyedit.state import generators_kept, seed_generators
+from kne_easyedit.metrics import read_results, summarize_metrics, table
+from kne_easyedit.models.state import preserve_rng, seed_generators
 
 METHOD_OPTION = "--editing_method"
 HPARAMS_OPTIONS = ("--hparams_dir", "--hparams_path")
@@ -50,11 +51,13 @@ def run_script(path: str | Path, arguments: list[str], *, skip_bad: bool = False
     tree = changes.visit(tree)
     _check(path, tree, changes, arguments)
     if skip_bad and "KnowEditDataset" not in _names(tree):
-        raise ValueError(f"--skip-bad: {path.name} reads its records by itself, not by a KnowEditDataset; correct its data instead")
+        raise ValueError(
+            f"--skip-bad: {path.name} reads its records by itself, not by a KnowEditDataset; correct its data instead"
+        )
     easyeditor = register()
     code = compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)
     left_out = bad_records_left_out(easyeditor) if skip_bad else contextlib.nullcontext()
-    with left_out, _prompts_for_moments(easyeditor), generators_kept(), _as_main(path, arguments) as namespace:
+    with left_out, _prompts_for_moments(easyeditor), preserve_rng(), _as_main(path, arguments) as namespace:
         seed_generators(SEED)
         try:
             exec(code, namespace)  # noqa: S102  (a file of the user's choice, as python itself would)
@@ -92,13 +95,17 @@ def _parse(path: Path) -> ast.Module:
         return ast.parse(path.read_bytes(), str(path))
     except (SyntaxError, ValueError) as error:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        raise ValueError(f"script {path}{where}: not Python ({error.args[0]}); give one of EasyEdit's examples/run_*.py") from error
+        raise ValueError(
+            f"script {path}{where}: not Python ({error.args[0]}); give one of EasyEdit's examples/run_*.py"
+        ) from error
 
 
 def _check(path: Path, tree: ast.Module, changes: _Opened, arguments: list[str]) -> None:
     """All that can be said before the script runs."""
     if METHOD_OPTION not in _constants(tree):
-        others = sorted(p.name for p in path.parent.glob("*.py") if METHOD_OPTION in p.read_text(encoding="utf-8", errors="ignore"))
+        others = sorted(
+            p.name for p in path.parent.glob("*.py") if METHOD_OPTION in p.read_text(encoding="utf-8", errors="ignore")
+        )
         raise ValueError(
             f"script {path.name} takes no {METHOD_OPTION}, so no method can be put in; "
             + (f"beside it, these do: {', '.join(others)}" if others else "run it by python itself")
@@ -106,16 +113,22 @@ def _check(path: Path, tree: ast.Module, changes: _Opened, arguments: list[str])
     method = _option(METHOD_OPTION, arguments)
     # Names that the script knows are its own business: 'ICE' and 'PROMPT' are no methods of EasyEdit, but branches there.
     if method is not None and not {method, method.lower()} & changes.known:
-        demand_method(method)
+        require_method(method)
         if changes.known and not changes.places:
             known = ", ".join(sorted(changes.known))
-            raise ValueError(f"script {path.name} has code of its own for each of {known}, and no place for {method}; choose one of them")
+            raise ValueError(
+                f"script {path.name} has code of its own for each of {known}, and no place for {method}; choose one of them"
+            )
     for option in HPARAMS_OPTIONS:
         file = _option(option, arguments)
         if file is not None and not any(Path(name).is_file() for name in (file, f"{file}.yaml")):
             folder = Path(file).parent
             near = difflib.get_close_matches(Path(file).name, [p.name for p in folder.glob("*.yaml")], n=2, cutoff=0.3)
-            hint = f"did you mean {' or '.join(str(folder / name) for name in near)}?" if near else f"relative paths start at {Path.cwd()}"
+            hint = (
+                f"did you mean {' or '.join(str(folder / name) for name in near)}?"
+                if near
+                else f"relative paths start at {Path.cwd()}"
+            )
             raise ValueError(f"{option}: {file} does not exist, with or without .yaml; {hint}")
 
 
@@ -150,7 +163,9 @@ class _Opened(ast.NodeTransformer):
         """How many places take any method, once the script has been visited."""
         comparisons = [node for node in nodes if isinstance(node, ast.Compare) and _method(node.left) is not None]
         self.known: set[str] = {text for node in comparisons for text in _constants(node)}
-        self.known |= {text for node in tables.values() for key in node.value.keys if key is not None for text in _constants(key)}
+        self.known |= {
+            text for node in tables.values() for key in node.value.keys if key is not None for text in _constants(key)
+        }
         """The names that the script itself compares the method with, or has in its tables."""
 
     def visit_If(self, node: ast.If):
@@ -204,7 +219,9 @@ def _assigned(node: ast.If) -> str | None:
     names = set()
     for branch in chain:
         match branch.body:
-            case [ast.Assign(targets=[ast.Name(id=name)], value=value)] if _is_class(value) and _compares_method(branch.test):
+            case [ast.Assign(targets=[ast.Name(id=name)], value=value)] if _is_class(value) and _compares_method(
+                branch.test
+            ):
                 names.add(name)
             case _:
                 return None
@@ -222,7 +239,9 @@ def _compares_method(test: ast.expr) -> bool:
 
 
 def _is_class(node: ast.AST) -> bool:
-    return isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node).lower().endswith(("hyperparams", "hparams"))
+    return isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node).lower().endswith(
+        ("hyperparams", "hparams")
+    )
 
 
 def _is_table(node: ast.stmt) -> bool:
@@ -237,7 +256,9 @@ def _looked_up(node: ast.AST) -> str | None:
     match node:
         case ast.Subscript(value=ast.Name(id=name), slice=key) if _method(key) is not None:
             return name
-        case ast.Compare(left=left, ops=[ast.In() | ast.NotIn()], comparators=[ast.Name(id=name)]) if _method(left) is not None:
+        case ast.Compare(left=left, ops=[ast.In() | ast.NotIn()], comparators=[ast.Name(id=name)]) if (
+            _method(left) is not None
+        ):
             return name
     return None
 
@@ -266,7 +287,7 @@ class _Labelled:
 
 def hyperparameters(method: str) -> type | _Labelled:
     """The hyperparameter class of a method, as the registry has it. Raises ValueError for an unknown one."""
-    kind = demand_method(method)
+    kind = require_method(method)
     return _Labelled(method) if method in METHODS and METHODS[method].alg_name != method else kind
 
 
@@ -323,16 +344,22 @@ def _exit_code(end: SystemExit) -> int:
 
 def _explain(path: Path, error: Exception) -> None:
     """Says what a script's exception means: nothing lost, or a ScriptError with the script's line."""
-    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
+    frames = [
+        (frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)
+    ]
     results = _closing_evaluation([frame for frame, _ in frames])
     if results is not None:
         figures = summarize_metrics([record["metrics"] for record in read_results(results)])
-        print(f"{path.name}: the results are complete in {results}; only the script's own closing eval() failed ({_one_line(error)}).")
+        print(
+            f"{path.name}: the results are complete in {results}; only the script's own closing eval() failed ({_one_line(error)})."
+        )
         print(f"The figures are:\n\n{table({results.name: figures})}")
         return
     line = frames[-1][1]
     source = linecache.getline(str(path), line).strip()
-    message = f"{path.name}, line {line}: {_one_line(error) if str(error).strip() else f'{type(error).__name__}: {source}'}"
+    message = (
+        f"{path.name}, line {line}: {_one_line(error) if str(error).strip() else f'{type(error).__name__}: {source}'}"
+    )
     if isinstance(error, AssertionError) and "pre_edit" in source:
         message += "; the file of figures before the edit (pre_file) is of other records: delete it or move it away"
     raise ScriptError(message) from error

@@ -81,7 +81,10 @@ class _GenerationMask(_Counting):
 
     def visit_Subscript(self, node: ast.Subscript):
         match node:
-            case ast.Subscript(value=ast.Name(id="attention_mask"), slice=ast.Tuple(elts=[ast.Slice(lower=None, upper=None) as rows, ast.Name(id=chunk)])):
+            case ast.Subscript(
+                value=ast.Name(id="attention_mask"),
+                slice=ast.Tuple(elts=[ast.Slice(lower=None, upper=None) as rows, ast.Name(id=chunk)]),
+            ):
                 stop = ast.Attribute(ast.Name(chunk, ast.Load()), "stop", ast.Load())
                 columns = ast.Tuple([rows, ast.Slice(None, stop, None)], ast.Load())
                 return self.replaced(node, ast.Subscript(node.value, columns, ast.Load()))
@@ -94,11 +97,17 @@ class _LastToken(_Counting):
     def visit_BinOp(self, node: ast.BinOp):
         match node:
             case ast.BinOp(
-                left=ast.Call(func=ast.Attribute(value=ast.Subscript(slice=ast.Constant(value="attention_mask")) as mask, attr="sum")),
+                left=ast.Call(
+                    func=ast.Attribute(
+                        value=ast.Subscript(slice=ast.Constant(value="attention_mask")) as mask, attr="sum"
+                    )
+                ),
                 op=ast.Sub(),
                 right=ast.Constant(value=1),
             ):
-                return self.replaced(node, ast.parse(f"{ast.unparse(mask)}.cumsum(dim=1).argmax(dim=1)", mode="eval").body)
+                return self.replaced(
+                    node, ast.parse(f"{ast.unparse(mask)}.cumsum(dim=1).argmax(dim=1)", mode="eval").body
+                )
         return self.generic_visit(node)
 
 
@@ -110,8 +119,12 @@ class _Separator(_Counting):
 
     def visit_BinOp(self, node: ast.BinOp):
         match node:
-            case ast.BinOp(left=ast.BinOp(left=prompt, op=ast.Add(), right=ast.Constant(value=" ")), op=ast.Add(), right=target):
-                separator = _call("getattr", ast.Name("hparams", ast.Load()), ast.Constant("separator"), ast.Constant(" "))
+            case ast.BinOp(
+                left=ast.BinOp(left=prompt, op=ast.Add(), right=ast.Constant(value=" ")), op=ast.Add(), right=target
+            ):
+                separator = _call(
+                    "getattr", ast.Name("hparams", ast.Load()), ast.Constant("separator"), ast.Constant(" ")
+                )
                 return self.replaced(node, ast.BinOp(ast.BinOp(prompt, ast.Add(), separator), ast.Add(), target))
         return self.generic_visit(node)
 
@@ -129,7 +142,11 @@ class _Rename(ast.NodeTransformer):
 
 
 for patch in (
-    SourcePatch("device-names", "devices are written as cuda:N, so that nothing runs on a CPU (before 2026)", transformer=_DeviceNames),
+    SourcePatch(
+        "device-names",
+        "devices are written as cuda:N, so that nothing runs on a CPU (before 2026)",
+        transformer=_DeviceNames,
+    ),
     SourcePatch(
         "adapter-removal",
         "LoRA: after each edit peft_config is deleted, which current PEFT has done already: AttributeError (before 2026)",

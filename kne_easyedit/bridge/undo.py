@@ -19,8 +19,8 @@ from torch import nn
 from kne_easyedit.bridge.methods import ORIGINALS_IF_ASKED
 from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.bridge.runtime_patches import remembered_switches
-from kne_easyedit.layout import rows
-from kne_easyedit.training import RowEdit, restore
+from kne_easyedit.editing.row_edit import RowEdit, restore
+from kne_easyedit.models.targets import rows
 
 ONE_LAYER = ("GRACE", "WISE")
 """Methods that put a layer of their own in the place of one, and what they give for undoing leaves a copy of that one there."""
@@ -122,9 +122,12 @@ class _Rows:
 # After any error
 
 
-@runtime_patch("interrupted-edits", "an error while an edit is evaluated, Ctrl-C too, leaves the edit in the model: its originals are lost")
+@runtime_patch(
+    "interrupted-edits",
+    "an error while an edit is evaluated, Ctrl-C too, leaves the edit in the model: its originals are lost",
+)
 def _interrupted_edits(easyeditor: ModuleType) -> bool:
-    from kne_easyedit.bridge.registry import is_legacy
+    from kne_easyedit.bridge.importing import is_legacy
 
     editor = easyeditor.BaseEditor
     legacy = is_legacy(editor)
@@ -137,7 +140,9 @@ def _interrupted_edits(easyeditor: ModuleType) -> bool:
 def _safe(method, legacy: bool):
     @functools.wraps(method)
     def safe(self, *args, **kwargs):
-        if not isinstance(self.model, nn.Module) or isinstance(self.apply_algo, _Recorder):  # edit() calls edit_requests()
+        if not isinstance(self.model, nn.Module) or isinstance(
+            self.apply_algo, _Recorder
+        ):  # edit() calls edit_requests()
             return method(self, *args, **kwargs)
         model, apply, put_back = self.model, self.apply_algo, remembered_switches(self.model)
         recorder = _Recorder(apply, Undo(model), self.alg_name, legacy)

@@ -1,4 +1,7 @@
-"""The command ``kne``."""
+"""The command ``kne``: one file a command, and `common` for what they share.
+
+Arguments and printed lines may enter; the work is done by the rooms below.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import argparse
 import logging
 import sys
 
+from kne_easyedit._util.errors import RunStopped
+from kne_easyedit._util.machine import keep_large_blocks
 from kne_easyedit.cli import cache, data, doctor, easyedit_run, explain, localize, report, run, summarize
-from kne_easyedit.errors import RunStopped
-from kne_easyedit.machine import keep_large_blocks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +22,9 @@ def main(argv: list[str] | None = None) -> int:
         if not _is_text(given):
             parser.error(f"{given.encode('utf-8', 'backslashreplace').decode()!r} is no UTF-8 text")
     keep_large_blocks()
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s"
+    )
     try:
         return arguments.command(arguments)
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError, RunStopped) as error:
@@ -41,7 +46,9 @@ def _is_text(argument: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kne", description="KNE (Knowledge Neuronal Ensemble) model editing on EasyEdit.")
+    parser = argparse.ArgumentParser(
+        prog="kne", description="KNE (Knowledge Neuronal Ensemble) model editing on EasyEdit."
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="more messages, full tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (run, doctor, easyedit_run, summarize, report, localize, explain, cache, data):

@@ -19,19 +19,30 @@ def add_commands(commands) -> None:
         ("prune", _prune, "remove entries"),
     ):
         action = actions.add_parser(name, help=text)
-        action.add_argument("--cache-dir", type=Path, help="folder of the cache (default: KNE_CACHE or the user's cache folder)")
+        action.add_argument(
+            "--cache-dir", type=Path, help="folder of the cache (default: KNE_CACHE or the user's cache folder)"
+        )
         action.set_defaults(command=function)
         if name == "prune":
             which = action.add_mutually_exclusive_group(required=True)
-            which.add_argument("--damaged", action="store_true", help="entries that `verify` complains about, and torn files of killed processes")
+            which.add_argument(
+                "--damaged",
+                action="store_true",
+                help="entries that `verify` complains about, and torn files of killed processes",
+            )
             which.add_argument("--older-than", type=positive, metavar="DAYS", help="entries written more than DAYS ago")
-            which.add_argument("--model", type=_digest, metavar="DIGEST", help="all entries of one model, by the digest that `info` shows")
+            which.add_argument(
+                "--model",
+                type=_digest,
+                metavar="DIGEST",
+                help="all entries of one model, by the digest that `info` shows",
+            )
             which.add_argument("--all", action="store_true", help="all entries")
             action.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
 
 def _info(arguments) -> int:
-    from kne_easyedit.cache import DamagedEntry, read_entry, scores_folder
+    from kne_easyedit.attribution.score_cache import DamagedEntry, read_entry, scores_folder
 
     found = defaultdict(lambda: [0, 0])
     names, damaged, unreadable = {}, 0, 0
@@ -39,7 +50,10 @@ def _info(arguments) -> int:
         try:
             entry = read_entry(path)
             names[path.parent.name] = entry.model_name
-            kind = (path.parent.name, f"{entry.template}, {entry.quadrature}, m = {entry.steps}, {len(entry.layers)} layers")
+            kind = (
+                path.parent.name,
+                f"{entry.template}, {entry.quadrature}, m = {entry.steps}, {len(entry.layers)} layers",
+            )
         except DamagedEntry:
             damaged += 1
             kind = (path.parent.name, "damaged, or of another version")
@@ -54,9 +68,13 @@ def _info(arguments) -> int:
     for digest in sorted({digest for digest, _ in found}):
         print(f"\nmodel {digest}  {names.get(digest, 'unknown')}")
         for (_, kind), (entries, size) in sorted(item for item in found.items() if item[0][0] == digest):
-            print(f"  {entries:>6} {'entry  ' if entries == 1 else 'entries'} {_bytes(size):>10}  ({_bytes(size / entries)} each)  {kind}")
+            print(
+                f"  {entries:>6} {'entry  ' if entries == 1 else 'entries'} {_bytes(size):>10}  ({_bytes(size / entries)} each)  {kind}"
+            )
     entries, size = (sum(values) for values in zip(*found.values())) if found else (0, 0)
-    complaints = (f"; {damaged} damaged: kne cache prune --damaged" if damaged else "") + (f"; {unreadable} cannot be read" if unreadable else "")
+    complaints = (f"; {damaged} damaged: kne cache prune --damaged" if damaged else "") + (
+        f"; {unreadable} cannot be read" if unreadable else ""
+    )
     print(f"\n{entries} entries, {_bytes(size)} in all{complaints}")
     return 0
 
@@ -64,7 +82,7 @@ def _info(arguments) -> int:
 def _verify(arguments) -> int:
     from tqdm import tqdm
 
-    from kne_easyedit.cache import DamagedEntry, entry_files, read_entry
+    from kne_easyedit.attribution.score_cache import DamagedEntry, entry_files, read_entry
 
     paths, complaints = list(entry_files(arguments.cache_dir)), []
     for path in tqdm(paths, desc="verify", unit="entry", disable=not paths):
@@ -83,11 +101,13 @@ def _verify(arguments) -> int:
 
 
 def _prune(arguments) -> int:
-    from kne_easyedit.cache import DamagedEntry, read_entry, remove_damaged, scores_folder, torn_files
+    from kne_easyedit.attribution.score_cache import DamagedEntry, read_entry, remove_damaged, scores_folder, torn_files
 
     oldest = time.time() - 86400 * (arguments.older_than or 0)
     if arguments.model and not list(scores_folder(arguments.cache_dir).glob(f"{arguments.model}*/")):
-        raise ValueError(f"--model {arguments.model!r}: no such model in {scores_folder(arguments.cache_dir)}; `kne cache info` lists them")
+        raise ValueError(
+            f"--model {arguments.model!r}: no such model in {scores_folder(arguments.cache_dir)}; `kne cache info` lists them"
+        )
     removed = freed = unreadable = 0
     for path, size in _sizes(arguments.cache_dir):
         if arguments.damaged:
@@ -102,7 +122,12 @@ def _prune(arguments) -> int:
                 unreadable += 1
                 print(f"kept: {error.strerror}")
             continue
-        if arguments.older_than and path.stat().st_mtime > oldest or arguments.model and not path.parent.name.startswith(arguments.model):
+        if (
+            arguments.older_than
+            and path.stat().st_mtime > oldest
+            or arguments.model
+            and not path.parent.name.startswith(arguments.model)
+        ):
             continue
         removed, freed = removed + 1, freed + size
         if not arguments.dry_run:
@@ -115,12 +140,14 @@ def _prune(arguments) -> int:
         for folder in scores_folder(arguments.cache_dir).glob("*/"):
             if not any(folder.iterdir()):
                 folder.rmdir()
-    print(f"{removed} entries, {_bytes(freed)}, {'would be ' if arguments.dry_run else ''}removed from {scores_folder(arguments.cache_dir)}")
+    print(
+        f"{removed} entries, {_bytes(freed)}, {'would be ' if arguments.dry_run else ''}removed from {scores_folder(arguments.cache_dir)}"
+    )
     return 1 if unreadable else 0
 
 
 def _sizes(folder: Path | None):
-    from kne_easyedit.cache import entry_files
+    from kne_easyedit.attribution.score_cache import entry_files
 
     for path in entry_files(folder):
         yield path, path.stat().st_size
@@ -128,7 +155,9 @@ def _sizes(folder: Path | None):
 
 def _digest(text: str) -> str:
     if len(text) < 4 or not set(text) <= set("0123456789abcdef"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no digest: at least 4 of the hexadecimal digits that `kne cache info` shows")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no digest: at least 4 of the hexadecimal digits that `kne cache info` shows"
+        )
     return text
 
 

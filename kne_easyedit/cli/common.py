@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from kne_easyedit._util.settings import resolve_paths
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.paths import settle
 
 SHIPPED = "smollm2-135m"
 
@@ -43,7 +43,9 @@ def read_settings(path: Path) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"hparams: {path} is not a YAML file: {_first_line(error)}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"hparams: {path} holds a {type(config).__name__}, wanted are settings (a mapping of names to values)")
+        raise ValueError(
+            f"hparams: {path} holds a {type(config).__name__}, wanted are settings (a mapping of names to values)"
+        )
     return config
 
 
@@ -57,7 +59,11 @@ def positive(text: str) -> int:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which model and which of its modules, under which settings."""
     parser.add_argument(
-        "--hparams", type=Path, default=shipped() / "KNE" / f"{SHIPPED}.yaml", metavar="FILE", help="KNE's YAML (default: the shipped one for SmolLM2)"
+        "--hparams",
+        type=Path,
+        default=shipped() / "KNE" / f"{SHIPPED}.yaml",
+        metavar="FILE",
+        help="KNE's YAML (default: the shipped one for SmolLM2)",
     )
     add_overrides(parser, "overrides any other setting, e.g. p=0.02 layers=[4,5,6] device=cpu")
 
@@ -65,7 +71,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def add_overrides(parser: argparse.ArgumentParser, help_of_set: str) -> None:
     """``--model``, ``--modules`` and ``--set``, alike in every command that has settings."""
     parser.add_argument("--model", help="path or hub name; overrides model_name")
-    parser.add_argument("--modules", nargs="+", metavar="TEMPLATE", help="overrides KNE's target_modules, e.g. 'model.layers.{}.mlp.up_proj'")
+    parser.add_argument(
+        "--modules",
+        nargs="+",
+        metavar="TEMPLATE",
+        help="overrides KNE's target_modules, e.g. 'model.layers.{}.mlp.up_proj'",
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=help_of_set)
 
 
@@ -79,13 +90,21 @@ def overrides_of(settings: Sequence[str]) -> dict[str, object]:
         try:
             overrides[name.strip()] = yaml.safe_load(value)
         except (yaml.YAMLError, RecursionError) as error:
-            raise ValueError(f"--set {setting!r}: {value!r} is no value that YAML can read: {_first_line(error)}") from error
+            raise ValueError(
+                f"--set {setting!r}: {value!r} is no value that YAML can read: {_first_line(error)}"
+            ) from error
     return overrides
 
 
-def with_overrides(hparams: KNEHyperParams, overrides: Mapping[str, object], model: str | None, modules: Sequence[str] | None) -> KNEHyperParams:
+def with_overrides(
+    hparams: KNEHyperParams, overrides: Mapping[str, object], model: str | None, modules: Sequence[str] | None
+) -> KNEHyperParams:
     """KNE's settings as `overrides_of` and the other arguments change them. Raises ValueError that names the option."""
-    given = {**overrides, **({"model_name": model} if model else {}), **({"target_modules": list(modules)} if modules else {})}
+    given = {
+        **overrides,
+        **({"model_name": model} if model else {}),
+        **({"target_modules": list(modules)} if modules else {}),
+    }
     if not given:
         return hparams
     try:
@@ -103,11 +122,11 @@ def load_settings(arguments) -> KNEHyperParams:
         read_settings(arguments.hparams)
     hparams = KNEHyperParams.from_hparams(arguments.hparams)
     hparams = with_overrides(hparams, overrides_of(arguments.set), arguments.model, arguments.modules)
-    settle(hparams)
+    resolve_paths(hparams)
     return hparams
 
 
-def demand_folder(path: Path, option: str = "--out") -> None:
+def require_folder(path: Path, option: str = "--out") -> None:
     """Raises ValueError, naming the option, if a folder of results cannot be where it is asked for."""
     for part in (path, *path.parents):
         if part.exists():

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kne_easyedit.cli.common import demand_folder
+from kne_easyedit.cli.common import require_folder
 
 
 def add_commands(commands) -> None:
     parser = commands.add_parser("data", help="fetch: the KnowEdit records from their publisher into a local folder")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     fetch = actions.add_parser("fetch", help="download what is not there yet, and check every file's digest")
-    fetch.add_argument("--out", type=Path, default=Path("data/KnowEdit"), help="folder of the records (default %(default)s)")
+    fetch.add_argument(
+        "--out", type=Path, default=Path("data/KnowEdit"), help="folder of the records (default %(default)s)"
+    )
     fetch.set_defaults(command=_fetch)
 
 
 def _fetch(arguments) -> int:
-    from kne_easyedit.knowedit import fetch
+    from kne_easyedit.facts.download import fetch
 
-    demand_folder(arguments.out)
+    require_folder(arguments.out)
     for name, digest, state in fetch(arguments.out):
         print(f"{state:<10} {digest[:16]}  {name}")
-    print(f"\nThe records lie in {arguments.out}; tell the benchmark by KNOWEDIT={arguments.out} or knowedit={arguments.out}")
+    print(
+        f"\nThe records lie in {arguments.out}; tell the benchmark by KNOWEDIT={arguments.out} or knowedit={arguments.out}"
+    )
     return 0

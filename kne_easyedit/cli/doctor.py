@@ -10,7 +10,9 @@ MARKS = {"ok": "ok", "warning": "warning", "failure": "FAILURE"}
 
 
 def add_commands(commands) -> None:
-    parser = commands.add_parser("doctor", help="check a planned run before it starts: software, model, data, memory, time")
+    parser = commands.add_parser(
+        "doctor", help="check a planned run before it starts: software, model, data, memory, time"
+    )
     parser.add_argument(
         "--hparams",
         nargs="+",
@@ -22,7 +24,9 @@ def add_commands(commands) -> None:
     parser.add_argument("--data", default="embedded", help="KnowEdit file, or 'embedded' (default %(default)s)")
     parser.add_argument("--records", type=positive, help="number of records (default: all)")
     parser.add_argument("--offset", type=int, default=0, help="first record (default %(default)s)")
-    parser.add_argument("--no-trial", action="store_true", help="do not load the model: no edit is tried, no time is estimated")
+    parser.add_argument(
+        "--no-trial", action="store_true", help="do not load the model: no edit is tried, no time is estimated"
+    )
     parser.set_defaults(command=_doctor)
 
 
@@ -36,7 +40,11 @@ def _doctor(arguments) -> int:
     trial = not arguments.no_trial and not failed
     for finding in examine(plan, arguments.data, arguments.records, arguments.offset, trial):
         _print(finding, failed)
-    print(f"\n{len(failed)} {'failure' if len(failed) == 1 else 'failures'}: {', '.join(failed)}" if failed else "\nThe run can succeed.")
+    print(
+        f"\n{len(failed)} {'failure' if len(failed) == 1 else 'failures'}: {', '.join(failed)}"
+        if failed
+        else "\nThe run can succeed."
+    )
     return 1 if failed else 0
 
 

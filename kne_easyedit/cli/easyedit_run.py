@@ -17,10 +17,15 @@ def add_commands(commands) -> None:
         allow_abbrev=False,  # an option of the script must never pass for half an option of ours
     )
     parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out records of a KnowEditDataset whose subject is not in their prompt"
+        "--skip-bad",
+        action="store_true",
+        help="leave out records of a KnowEditDataset whose subject is not in their prompt",
     )
     parser.add_argument(
-        "--stats-text", type=Path, metavar="FILE", help="text for MEMIT's second moments, one text a line (default: sampled)"
+        "--stats-text",
+        type=Path,
+        metavar="FILE",
+        help="text for MEMIT's second moments, one text a line (default: sampled)",
     )
     parser.add_argument("--stats-samples", type=positive, metavar="N", help="number of texts to sample for them")
     parser.add_argument("script", metavar="SCRIPT", type=Path, help="e.g. EasyEdit/examples/run_knowedit_llama2.py")
@@ -34,7 +39,7 @@ def add_commands(commands) -> None:
 
 
 def _easyedit_run(arguments) -> int:
-    from kne_easyedit.bridge import statistics
+    from kne_easyedit.bridge import second_moments as statistics
     from kne_easyedit.bridge.scripts import run_script
 
     given = {"file": arguments.stats_text, "samples": arguments.stats_samples}

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kne_easyedit.cli.common import add_settings, demand_folder, load_settings, positive
+from kne_easyedit.cli.common import add_settings, load_settings, positive, require_folder
 
 SIZE = 20
 
 
 def add_commands(commands) -> None:
-    parser = commands.add_parser("explain", help="which layers and neurons stand for a fact, and which other facts share them")
+    parser = commands.add_parser(
+        "explain", help="which layers and neurons stand for a fact, and which other facts share them"
+    )
     add_settings(parser)
     parser.add_argument("--prompt", help="a fact of your own, compared with those of --data")
     parser.add_argument("--target", help="its answer")
-    parser.add_argument("--data", help="KnowEdit file or 'embedded' (default: localization_data, unless --prompt is given)")
+    parser.add_argument(
+        "--data", help="KnowEdit file or 'embedded' (default: localization_data, unless --prompt is given)"
+    )
     parser.add_argument("--size", type=positive, default=SIZE, help="number of facts of --data (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/explain"), help="folder of the results (default %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/explain"), help="folder of the results (default %(default)s)"
+    )
     parser.set_defaults(command=_explain)
 
 
 def _explain(arguments) -> int:
-    from kne_easyedit.explain import explain, print_explanation, save_explanation
-    from kne_easyedit.models import load_model
-    from kne_easyedit.records import load_requests
+    from kne_easyedit.facts.records import load_requests
+    from kne_easyedit.localization.explain import explain
+    from kne_easyedit.localization.output import print_explanation, save_explanation
+    from kne_easyedit.models.loading import load_model
 
-    demand_folder(arguments.out)
+    require_folder(arguments.out)
     hparams = load_settings(arguments)
     if (arguments.prompt is None) != (arguments.target is None):
         raise ValueError("--prompt and --target belong together: a fact has both")

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kne_easyedit.cli.common import demand_folder
+from kne_easyedit.cli.common import require_folder
 
 
 def add_commands(commands) -> None:
-    parser = commands.add_parser("report", help="Markdown and a self-contained HTML page from results: tables, intervals, pictures, answers")
-    parser.add_argument("results", nargs="+", type=Path, metavar="DIR", help="folders (searched for results.jsonl) or results.jsonl files")
+    parser = commands.add_parser(
+        "report", help="Markdown and a self-contained HTML page from results: tables, intervals, pictures, answers"
+    )
+    parser.add_argument(
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="folders (searched for results.jsonl) or results.jsonl files",
+    )
     parser.add_argument("--out", type=Path, help="folder of the report (default: 'report' in the first DIR)")
     parser.add_argument("--title", default="KnowEdit comparison", help="default %(default)s")
     parser.set_defaults(command=_report)
@@ -21,7 +29,7 @@ def _report(arguments) -> int:
 
     first = arguments.results[0]
     out = arguments.out or (first if first.is_dir() else first.parent) / "report"
-    demand_folder(out)
+    require_folder(out)
     page = publish(collect(arguments.results), out, arguments.title)
     print(f"Written to {out}: {page.name}, report.md, report.json, manifests.json and the pictures")
     return 0

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kne_easyedit.cli.common import SHIPPED, add_overrides, demand_folder, method_of, overrides_of, positive, shipped, with_overrides
+from kne_easyedit.cli.common import (
+    SHIPPED,
+    add_overrides,
+    method_of,
+    overrides_of,
+    positive,
+    require_folder,
+    shipped,
+    with_overrides,
+)
 
 DEMO_RECORDS = 8
 SHOWN = 3
@@ -16,7 +25,9 @@ def add_commands(commands) -> None:
     demo = commands.add_parser("demo", help="localise on packaged facts, edit others with KNE and FT, show the table")
     demo.add_argument("--records", type=positive, default=DEMO_RECORDS, help="facts to edit (default %(default)s)")
     _add_workers(demo)
-    demo.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder of the results (default %(default)s)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("outputs/demo"), help="folder of the results (default %(default)s)"
+    )
     demo.set_defaults(command=_demo)
 
     job = commands.add_parser("run", help="the same on a KnowEdit file and with hyperparameters of your own")
@@ -24,7 +35,9 @@ def add_commands(commands) -> None:
     job.add_argument("--records", type=positive, default=None, help="number of records (default: all)")
     job.add_argument("--offset", type=int, default=0, help="first record (default %(default)s)")
     job.add_argument(
-        "--methods", default="KNE,FT", help="comma-separated: EasyEdit's names, KNE, and FT-M, FT-L, LoRA, AdaLoRA (default %(default)s)"
+        "--methods",
+        default="KNE,FT",
+        help="comma-separated: EasyEdit's names, KNE, and FT-M, FT-L, LoRA, AdaLoRA (default %(default)s)",
     )
     job.add_argument(
         "--mode",
@@ -33,10 +46,24 @@ def add_commands(commands) -> None:
         help="single: each edit is undone before the next; sequential: edits stay, earlier facts are asked again; batch (default %(default)s)",
     )
     job.add_argument("--batch-size", type=positive, default=1, help="facts an edit in mode batch (default %(default)s)")
-    job.add_argument("--retention-every", type=positive, default=10, help="mode sequential: ask earlier facts again every so many edits (default 10)")
-    job.add_argument("--chat-template", action="store_true", help="every prompt in the model's chat template, at edit and evaluation")
-    job.add_argument("--stats-text", type=Path, metavar="FILE", help="text for MEMIT's second moments, one text a line (default: sampled from the model)")
-    job.add_argument("--stats-samples", type=positive, default=512, help="how many texts are sampled for them (default %(default)s)")
+    job.add_argument(
+        "--retention-every",
+        type=positive,
+        default=10,
+        help="mode sequential: ask earlier facts again every so many edits (default 10)",
+    )
+    job.add_argument(
+        "--chat-template", action="store_true", help="every prompt in the model's chat template, at edit and evaluation"
+    )
+    job.add_argument(
+        "--stats-text",
+        type=Path,
+        metavar="FILE",
+        help="text for MEMIT's second moments, one text a line (default: sampled from the model)",
+    )
+    job.add_argument(
+        "--stats-samples", type=positive, default=512, help="how many texts are sampled for them (default %(default)s)"
+    )
     job.add_argument(
         "--hparams",
         nargs="*",
@@ -45,30 +72,41 @@ def add_commands(commands) -> None:
         metavar="FILE",
         help="YAML files, told apart by their folder's name (FT-L, AdaLoRA, ...) or alg_name (default: the shipped ones for SmolLM2)",
     )
-    add_overrides(job, "overrides any other setting of KNE's, e.g. p=0.02, or of another method: FT.lr=1e-4, AdaLoRA.rank=4")
+    add_overrides(
+        job, "overrides any other setting of KNE's, e.g. p=0.02, or of another method: FT.lr=1e-4, AdaLoRA.rank=4"
+    )
     job.add_argument("--localization-data", help="overrides the setting of KNE's file")
     job.add_argument("--localization-size", type=positive, help="overrides the setting of KNE's file")
     job.add_argument(
-        "--on-bad-record", choices=("fail", "skip"), default="fail", help="default %(default)s; skipped ones are listed at the end"
+        "--on-bad-record",
+        choices=("fail", "skip"),
+        default="fail",
+        help="default %(default)s; skipped ones are listed at the end",
     )
     job.add_argument("--seed", type=int, default=42, help="default %(default)s")
     _add_workers(job)
     job.add_argument("--again", action="store_true", help="repeat a run that is finished")
-    job.add_argument("--out", type=Path, default=Path("outputs/run"), help="folder of the results (default %(default)s)")
+    job.add_argument(
+        "--out", type=Path, default=Path("outputs/run"), help="folder of the results (default %(default)s)"
+    )
     job.set_defaults(command=_run)
 
 
 def _add_workers(parser) -> None:
     parser.add_argument(
-        "--workers", type=positive, help="processes that edit side by side (default: one a CPU core as far as memory goes; on a GPU and in a sequence 1)"
+        "--workers",
+        type=positive,
+        help="processes that edit side by side (default: one a CPU core as far as memory goes; on a GPU and in a sequence 1)",
     )
 
 
 def _demo(arguments) -> int:
-    demand_folder(arguments.out)
+    require_folder(arguments.out)
     hparams, _ = _load_all(["KNE", "FT"], [])
     requests, _ = _load_records("embedded", arguments.records, hparams["KNE"].localization_size)
-    return _execute(hparams, requests, "embedded", arguments.out, again=True, workers=arguments.workers, show=arguments.records)
+    return _execute(
+        hparams, requests, "embedded", arguments.out, again=True, workers=arguments.workers, show=arguments.records
+    )
 
 
 def _run(arguments) -> int:
@@ -77,23 +115,35 @@ def _run(arguments) -> int:
         raise ValueError(f"methods: {arguments.methods!r} names none")
     if twice := {name for name in methods if methods.count(name) > 1}:
         raise ValueError(f"methods: {min(twice)} is named twice; one run has each method once")
-    demand_folder(arguments.out)
+    require_folder(arguments.out)
     overrides = overrides_of(arguments.set)
     model = overrides.pop("model_name", None) if arguments.model is None else arguments.model
     if model is not None and (not isinstance(model, str) or not model.strip()):
         raise ValueError(f"--model: {model!r} names no model")
     hparams, borrowed = _load_all(methods, arguments.hparams, model)
     _override(hparams, overrides, arguments)
-    from kne_easyedit.bridge import statistics
+    from kne_easyedit.bridge import second_moments as statistics
 
     skip = arguments.on_bad_record == "skip"
     requests, complaints = _load_records(arguments.data, arguments.records, arguments.offset, arguments.on_bad_record)
     statistics.configure(file=arguments.stats_text, samples=arguments.stats_samples)
     return _execute(
-        hparams, requests, arguments.data, arguments.out, borrowed=borrowed, again=arguments.again, seed=arguments.seed, skip_bad=skip,
-        complaints=complaints, mode=arguments.mode, batch_size=arguments.batch_size, retention_every=arguments.retention_every,
-        chat_template=arguments.chat_template, workers=arguments.workers, show=SHOWN,
-    )  # fmt: skip
+        hparams,
+        requests,
+        arguments.data,
+        arguments.out,
+        borrowed=borrowed,
+        again=arguments.again,
+        seed=arguments.seed,
+        skip_bad=skip,
+        complaints=complaints,
+        mode=arguments.mode,
+        batch_size=arguments.batch_size,
+        retention_every=arguments.retention_every,
+        chat_template=arguments.chat_template,
+        workers=arguments.workers,
+        show=SHOWN,
+    )
 
 
 def _override(hparams: dict[str, object], overrides: dict[str, object], arguments) -> None:
@@ -115,7 +165,9 @@ def _override(hparams: dict[str, object], overrides: dict[str, object], argument
                 its.device = hparams["KNE"].device
     elif kne.keys() - {"localization_data", "localization_size"} or arguments.modules:
         option = "--modules" if arguments.modules else f"--set {min(kne)}"
-        raise ValueError(f"{option}: is a setting of KNE's, which is none of the methods {', '.join(hparams)}; of another one say e.g. FT.lr=1e-4")
+        raise ValueError(
+            f"{option}: is a setting of KNE's, which is none of the methods {', '.join(hparams)}; of another one say e.g. FT.lr=1e-4"
+        )
     for method, settings in others.items():
         known = vars(hparams[method])
         for name, value in settings.items():
@@ -145,7 +197,9 @@ def _is_number(value) -> bool:
         return False
 
 
-def _load_all(methods: list[str], paths: list[Path], model: str | None = None) -> tuple[dict[str, object], dict[str, Path]]:
+def _load_all(
+    methods: list[str], paths: list[Path], model: str | None = None
+) -> tuple[dict[str, object], dict[str, Path]]:
     """Method -> hyperparameters, from the given files or the shipped ones; and the shipped files that serve another model than their own.
 
     The model is ``model``, or the one that the given files name: then the shipped files of the other methods take it (and
@@ -165,7 +219,7 @@ def _load_all(methods: list[str], paths: list[Path], model: str | None = None) -
     files = {method: given.get(method, shipped() / method / f"{SHIPPED}.yaml") for method in methods}
     loaded = {}
     for method, path in files.items():
-        bridge.demand_method(method)
+        bridge.require_method(method)
         if not path.is_file():
             raise FileNotFoundError(f"hparams: no file is shipped for {method}; give one with --hparams")
         try:
@@ -176,7 +230,9 @@ def _load_all(methods: list[str], paths: list[Path], model: str | None = None) -
         named = {str(loaded[method].model_name): path for method, path in given.items()}
         if len(named) > 1:
             shown = "; ".join(f"{path} has {name}" for name, path in named.items())
-            raise ValueError(f"model_name: the files name different models ({shown}); one run has one model: change a file, or give --model")
+            raise ValueError(
+                f"model_name: the files name different models ({shown}); one run has one model: change a file, or give --model"
+            )
         model = next(iter(named), None)
     borrowed = {}
     for method, hparams in loaded.items():
@@ -190,16 +246,23 @@ def _load_all(methods: list[str], paths: list[Path], model: str | None = None) -
 
 
 def _load_records(data: str, size: int | None, offset: int, on_bad: str = "fail"):
-    from kne_easyedit.records import load_records
+    from kne_easyedit.facts.records import load_records
 
     return load_records(data, size, offset, on_bad=on_bad)
 
 
-def _execute(hparams: dict[str, object], requests: list[dict], data: str, out: Path, borrowed: dict[str, Path] | None = None, **options) -> int:
+def _execute(
+    hparams: dict[str, object],
+    requests: list[dict],
+    data: str,
+    out: Path,
+    borrowed: dict[str, Path] | None = None,
+    **options,
+) -> int:
+    from kne_easyedit._util.workers import workers_for
     from kne_easyedit.benchmark import Run, run
-    from kne_easyedit.workers import workers_for
-    from kne_easyedit.models import load_model
-    from kne_easyedit.report import print_report
+    from kne_easyedit.benchmark.console import print_report
+    from kne_easyedit.models.loading import load_model
 
     again = options.pop("again")
     loads = hparams.get("KNE") or next(iter(hparams.values()))  # other methods' settings say nothing of half precision
@@ -207,7 +270,7 @@ def _execute(hparams: dict[str, object], requests: list[dict], data: str, out: P
         print(step, flush=True)
     model, tokenizer = load_model(loads)
     for method, file in (borrowed or {}).items():
-        _demand_modules(method, hparams[method], file, model)
+        _require_modules(method, hparams[method], file, model)
     if options["workers"] is None:
         edits = -(-len(requests) // options.get("batch_size", 1))
         options["workers"] = 1 if options.get("mode") == "sequential" else workers_for(model, edits)
@@ -218,15 +281,26 @@ def _execute(hparams: dict[str, object], requests: list[dict], data: str, out: P
 
 def _steps(hparams: dict[str, object], records: int, data: str, out: Path) -> list[str]:
     """What the run is going to do, and how long it may take: seconds are SmolLM2's on two CPU cores (docs/performance.md)."""
-    facts = {m: h.localization_size for m, h in hparams.items() if h.alg_name == "KNE" and h.ensemble is None and h.localization_data is not None}
-    steps = [f"load {next(iter(hparams.values())).model_name} (SmolLM2: converted at first use, about 20 s; a large model: minutes)"]
-    steps += [f"{method}: localise on {n} facts, those in the cache apart (SmolLM2 on 2 CPU cores: 1 to 4 s each)" for method, n in facts.items()]
-    steps.append(f"edit and evaluate {records} records of {data} by {', '.join(hparams)} (there about 10 to 60 s for a record and method)")
+    facts = {
+        m: h.localization_size
+        for m, h in hparams.items()
+        if h.alg_name == "KNE" and h.ensemble is None and h.localization_data is not None
+    }
+    steps = [
+        f"load {next(iter(hparams.values())).model_name} (SmolLM2: converted at first use, about 20 s; a large model: minutes)"
+    ]
+    steps += [
+        f"{method}: localise on {n} facts, those in the cache apart (SmolLM2 on 2 CPU cores: 1 to 4 s each)"
+        for method, n in facts.items()
+    ]
+    steps.append(
+        f"edit and evaluate {records} records of {data} by {', '.join(hparams)} (there about 10 to 60 s for a record and method)"
+    )
     steps.append(f"write tables and pictures to {out}; interrupted, the same command goes on where it stopped")
     return [f"step {i} of {len(steps)}: {step}" for i, step in enumerate(steps, start=1)]
 
 
-def _demand_modules(method: str, hparams, file: Path, model) -> None:
+def _require_modules(method: str, hparams, file: Path, model) -> None:
     """Raises ValueError if a shipped file, made for another model, names layers or modules that this one lacks."""
     from kne_easyedit.doctor.examination import modules
     from kne_easyedit.doctor.findings import OK

@@ -6,7 +6,9 @@ from pathlib import Path
 
 
 def add_commands(commands) -> None:
-    parser = commands.add_parser("summarize", help="one table of results: of EasyEdit's scripts (JSON), and of ours (folders or results.jsonl)")
+    parser = commands.add_parser(
+        "summarize", help="one table of results: of EasyEdit's scripts (JSON), and of ours (folders or results.jsonl)"
+    )
     parser.add_argument(
         "files",
         nargs="+",
@@ -18,17 +20,25 @@ def add_commands(commands) -> None:
 
 
 def _summarize(arguments) -> int:
-    from kne_easyedit.scores import read_results, summarize_metrics, table
+    from kne_easyedit.metrics import read_results, summarize_metrics, table
 
     paths = list(dict.fromkeys(arguments.files))
     ours = [path for path in paths if path.is_dir() or path.suffix == ".jsonl"]
-    rows = {str(path): summarize_metrics([record["metrics"] for record in read_results(path)]) for path in paths if path not in ours}
+    rows = {
+        str(path): summarize_metrics([record["metrics"] for record in read_results(path)])
+        for path in paths
+        if path not in ours
+    }
     if ours:
         from kne_easyedit.benchmark.collect import collect, records_of
         from kne_easyedit.benchmark.summary import summarize
 
         found = collect(ours)
         for data in found.data_sets:
-            rows |= {f"{data}: {method}": {**summarize(lines), "records": records_of(lines)} for method in found.methods if (lines := found.of(data, method))}
+            rows |= {
+                f"{data}: {method}": {**summarize(lines), "records": records_of(lines)}
+                for method in found.methods
+                if (lines := found.of(data, method))
+            }
     print(table(rows))
     return 0

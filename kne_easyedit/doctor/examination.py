@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kne_easyedit.batching import SEPARATOR, demand_length, encode_request
-from kne_easyedit.bridge.editing import BY_SUBJECT
-from kne_easyedit.bridge.methods import demand_undoable
-from kne_easyedit.bridge.registry import RIGHT_PADDED, prepare_tokenizer
-from kne_easyedit.cache import scores_folder
+from kne_easyedit._util.machine import free_memory
+from kne_easyedit.attribution.score_cache import scores_folder
+from kne_easyedit.bridge.loaded_model import prepare_tokenizer
+from kne_easyedit.bridge.methods import BY_SUBJECT, RIGHT_PADDED, require_undoable
 from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, failure, left_out, listed, size
 from kne_easyedit.doctor.memory import (
     FORMULAE,
@@ -38,20 +37,23 @@ from kne_easyedit.doctor.memory import (
 )
 from kne_easyedit.doctor.surroundings import easyedit, packages
 from kne_easyedit.doctor.trial import try_out
-from kne_easyedit.editable import stored_quantised
-from kne_easyedit.ensemble import NeuronEnsemble
-from kne_easyedit.hparams import KNEHyperParams, resolve_device
-from kne_easyedit.layout import count_parameters, nearest_templates, resolve_target
-from kne_easyedit.kinds import UNQUANTISED
-from kne_easyedit.localization import localization_requests
-from kne_easyedit.machine import free_memory
-from kne_easyedit.models import SMOLLM2
-from kne_easyedit.records import demand_askable, load_records
+from kne_easyedit.facts.encoding import SEPARATOR, encode_request, require_length
+from kne_easyedit.facts.records import load_records, require_evaluable
+from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.localization.localizer import localization_requests
+from kne_easyedit.models.devices import resolve_device
+from kne_easyedit.models.editable import stored_quantisation
+from kne_easyedit.models.layer_kinds import UNQUANTISED
+from kne_easyedit.models.loading import SMOLLM2
+from kne_easyedit.models.targets import count_parameters, nearest_templates, resolve_target
 
 DATA = "data"
 
 
-def examine(plan: Mapping[str, object], data: str, records: int | None = None, offset: int = 0, trial: bool = True) -> Iterator[Finding]:
+def examine(
+    plan: Mapping[str, object], data: str, records: int | None = None, offset: int = 0, trial: bool = True
+) -> Iterator[Finding]:
     """What is to be said about a run of ``plan`` (label of a method -> its hyperparameters) on records of ``data``.
 
     The trial is left out if anything has failed that it needs; bad records do not stop it as long as good ones are left.
@@ -63,7 +65,9 @@ def examine(plan: Mapping[str, object], data: str, records: int | None = None, o
         yield finding
 
 
-def _examine(plan: Mapping, data: str, records: int | None, offset: int, trial: bool, failed: Sequence[str]) -> Iterator[Finding]:
+def _examine(
+    plan: Mapping, data: str, records: int | None, offset: int, trial: bool, failed: Sequence[str]
+) -> Iterator[Finding]:
     yield from packages()
     yield from easyedit()
     device = folder = model = tokenizer = None
@@ -104,7 +108,7 @@ def devices(plan: Mapping) -> Iterator[Finding]:
     found: dict[torch.device, list[str]] = {}
     for label, hparams in plan.items():
         try:
-            demand_undoable(hparams)
+            require_undoable(hparams)
         except ValueError as error:
             yield failure(f"method {label}", error)
         try:
@@ -115,11 +119,18 @@ def devices(plan: Mapping) -> Iterator[Finding]:
     types = {label: str(loaded_type(hparams)).removeprefix("torch.") for label, hparams in plan.items()}
     first = next(iter(types.values()))
     if set(types.values()) != {first}:
-        text = f"fp16, bf16: the files ask for different types ({listed(types)}), and the model is loaded once, in {first}"
+        text = (
+            f"fp16, bf16: the files ask for different types ({listed(types)}), and the model is loaded once, in {first}"
+        )
         yield Finding("type", WARNING, text)
     if len(found) > 1:
         names = "; ".join(f"{device} for {', '.join(labels)}" for device, labels in found.items())
-        yield Finding("device", FAILURE, f"device: the files name different ones: {names}", "name one in all files: one run has one model")
+        yield Finding(
+            "device",
+            FAILURE,
+            f"device: the files name different ones: {names}",
+            "name one in all files: one run has one model",
+        )
         return None
     for device in found:
         gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
@@ -148,17 +159,21 @@ def architecture(folder: Path) -> Iterator[Finding]:
 
     try:
         model = without_weights(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        _demand_weights(folder)
+        _require_weights(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         yield failure("model", f"model_name: {folder}: {error}")
         return None
-    yield Finding("model", OK, f"{type(model).__name__} with {depth(model)} layers and {count_parameters(model):,} parameters in {folder}")
+    yield Finding(
+        "model",
+        OK,
+        f"{type(model).__name__} with {depth(model)} layers and {count_parameters(model):,} parameters in {folder}",
+    )
     return model
 
 
 def _local_folder(name: str) -> Path:
     if name == SMOLLM2:
-        from kne_easyedit.smollm2 import smollm2_path
+        from kne_easyedit.models.smollm2 import smollm2_path
 
         return smollm2_path()
     if Path(name).is_dir():
@@ -169,15 +184,19 @@ def _local_folder(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError) as error:
         from_hub = f"get it by `hf download {name}`, or " if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) else ""
-        raise ValueError(f"model_name: {name!r} is not on this machine; {from_hub}set model_name to a folder that has it") from error
+        raise ValueError(
+            f"model_name: {name!r} is not on this machine; {from_hub}set model_name to a folder that has it"
+        ) from error
 
 
-def _demand_weights(folder: Path) -> None:
+def _require_weights(folder: Path) -> None:
     """Raises ValueError for a folder that lacks weights: a download may have been broken off."""
     for index in folder.glob("*.index.json"):
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if missing := sorted(file for file in files if not (folder / file).is_file()):
-            raise ValueError(f"of {len(files)} files of weights {len(missing)} are missing ({missing[0]}, ...); get the whole model")
+            raise ValueError(
+                f"of {len(files)} files of weights {len(missing)} are missing ({missing[0]}, ...); get the whole model"
+            )
     if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
         raise ValueError("there are no weights (*.safetensors, *.bin); get the whole model")
 
@@ -187,10 +206,19 @@ def modules(plan: Mapping, model: nn.Module) -> Iterator[Finding]:
     for label, hparams in plan.items():
         name, faults = f"modules of {label}", list(_module_faults(model, hparams))
         yield from (failure(name, fault) for fault in faults)
-        if not faults and isinstance(hparams, KNEHyperParams) and (stored := stored_quantised(model)):
-            yield Finding(name, WARNING, f"the model's files are quantised ({stored}); rows of quantised layers cannot be edited", UNQUANTISED)
+        if not faults and isinstance(hparams, KNEHyperParams) and (stored := stored_quantisation(model)):
+            yield Finding(
+                name,
+                WARNING,
+                f"the model's files are quantised ({stored}); rows of quantised layers cannot be edited",
+                UNQUANTISED,
+            )
         elif not faults:
-            named = getattr(hparams, "target_modules", None) or getattr(hparams, "rewrite_module_tmp", None) or "those of the method"
+            named = (
+                getattr(hparams, "target_modules", None)
+                or getattr(hparams, "rewrite_module_tmp", None)
+                or "those of the method"
+            )
             layers = f"layers {hparams.layers}" if getattr(hparams, "layers", None) else "all layers"
             yield Finding(name, OK, f"{named if isinstance(named, str) else ', '.join(named)} in {layers}")
 
@@ -255,8 +283,14 @@ def tokenizers(plan: Mapping, folder: Path, model: nn.Module) -> Iterator[Findin
         sides.setdefault(prepared.padding_side, []).append(label)
     pad, largest, known = prepared.pad_token_id, max(tokenizer.get_vocab().values()), vocabulary(model)
     if pad is None or pad >= known:
-        fault = "has neither a pad token nor an end token" if pad is None else f"has pad token {pad}, the model knows those below {known}"
-        yield Finding(name, FAILURE, f"tokenizer: {fault}", f"set another pad_token in {folder / 'tokenizer_config.json'}")
+        fault = (
+            "has neither a pad token nor an end token"
+            if pad is None
+            else f"has pad token {pad}, the model knows those below {known}"
+        )
+        yield Finding(
+            name, FAILURE, f"tokenizer: {fault}", f"set another pad_token in {folder / 'tokenizer_config.json'}"
+        )
         return None
     if largest >= known:
         text = f"tokenizer: has tokens up to {largest}, the model knows those below {known}; records that use such tokens are bad"
@@ -271,7 +305,9 @@ def tokenizers(plan: Mapping, folder: Path, model: nn.Module) -> Iterator[Findin
 # The data
 
 
-def data_records(data: str, records: int | None, offset: int, tokenizer, model: nn.Module | None, plan: Mapping) -> Iterator[Finding]:
+def data_records(
+    data: str, records: int | None, offset: int, tokenizer, model: nn.Module | None, plan: Mapping
+) -> Iterator[Finding]:
     """Returns the usable requests."""
     by_subject = [label for label, hparams in plan.items() if hparams.alg_name in BY_SUBJECT]
     separator = next((hparams.separator for hparams in plan.values() if isinstance(hparams, KNEHyperParams)), SEPARATOR)
@@ -281,18 +317,26 @@ def data_records(data: str, records: int | None, offset: int, tokenizer, model: 
         yield failure(DATA, error)
         return []
     total = len(requests) + len(complaints)
-    bad = {int(number): why for text in complaints for number, why in re.findall(r": record (\d+): (.*)", text, re.DOTALL)[:1]}
+    bad = {
+        int(number): why
+        for text in complaints
+        for number, why in re.findall(r": record (\d+): (.*)", text, re.DOTALL)[:1]
+    }
     for request in requests if tokenizer is not None else ():
         try:
-            demand_askable(request, tokenizer, model, separator, by_subject)  # the probes, too
+            require_evaluable(request, tokenizer, model, separator, by_subject)  # the probes, too
         except ValueError as error:
             bad[request["index"]] = str(error)
     if bad:
         text = f"{len(bad)} of {total} records of {data} cannot be used: {', '.join(map(str, sorted(bad)))}"
         reasons = [f"record {index}: {bad[index]}" for index in sorted(bad)]
-        yield Finding(DATA, FAILURE, "\n".join([text, *reasons]), "mend them, or leave them out by `kne run --on-bad-record skip`")
+        yield Finding(
+            DATA, FAILURE, "\n".join([text, *reasons]), "mend them, or leave them out by `kne run --on-bad-record skip`"
+        )
     elif records is not None and total < records:
-        yield Finding(DATA, WARNING, f"{records} records wanted, {data} has {total} from number {offset} on, all of them sound")
+        yield Finding(
+            DATA, WARNING, f"{records} records wanted, {data} has {total} from number {offset} on, all of them sound"
+        )
     else:
         yield Finding(DATA, OK, f"{total} records of {data}, all of them sound")
     return [request for request in requests if request["index"] not in bad]
@@ -301,9 +345,11 @@ def data_records(data: str, records: int | None, offset: int, tokenizer, model: 
 def _length(request: Mapping, tokenizer, model: nn.Module) -> int:
     """Tokens of prompt and answer. Raises ValueError for a fact that the model or its tokenizer cannot take."""
     fact = encode_request(tokenizer, request)
-    demand_length(fact, model.config)
+    require_length(fact, model.config)
     if max(fact.ids) >= vocabulary(model):
-        raise ValueError(f"tokenizer: token {max(fact.ids)} of {request['prompt']!r}, the model knows those below {vocabulary(model)}")
+        raise ValueError(
+            f"tokenizer: token {max(fact.ids)} of {request['prompt']!r}, the model knows those below {vocabulary(model)}"
+        )
     return len(fact.ids)
 
 
@@ -321,7 +367,11 @@ def localization_facts(hparams: KNEHyperParams, tokenizer, model: nn.Module | No
     except (ValueError, OSError) as error:
         yield failure(name, error)
         return
-    yield Finding(name, OK if len(facts) == wanted else WARNING, f"{len(facts)} usable facts of {data} (localization_size: {wanted})")
+    yield Finding(
+        name,
+        OK if len(facts) == wanted else WARNING,
+        f"{len(facts)} usable facts of {data} (localization_size: {wanted})",
+    )
 
 
 def cache(hparams: KNEHyperParams, model: nn.Module | None, records: int) -> Iterator[Finding]:
@@ -333,11 +383,17 @@ def cache(hparams: KNEHyperParams, model: nn.Module | None, records: int) -> Ite
         with tempfile.TemporaryFile(dir=there):
             free = shutil.disk_usage(there).free
     except OSError as error:
-        yield Finding("cache", FAILURE, f"cache_dir: {folder} cannot be written ({there}: {error.strerror or error})", way_out)
+        yield Finding(
+            "cache", FAILURE, f"cache_dir: {folder} cannot be written ({there}: {error.strerror or error})", way_out
+        )
         return
     text, needed = f"{folder} can be written, {size(free)} free", 0
     try:
-        targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules] if model is not None else []
+        targets = (
+            [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
+            if model is not None
+            else []
+        )
         facts = records if hparams.localization_data is None else hparams.localization_size
         needed = facts * sum(4 * len(target.layers) * target.n_neurons + 4096 for target in targets)
         text += f", {size(needed)} needed at most ({facts} facts)" if targets else ""
@@ -349,12 +405,18 @@ def cache(hparams: KNEHyperParams, model: nn.Module | None, records: int) -> Ite
 # The machine
 
 
-def memory(plan: Mapping, model: nn.Module, device: torch.device, tokenizer, requests: Sequence[Mapping]) -> Iterator[Finding]:
+def memory(
+    plan: Mapping, model: nn.Module, device: torch.device, tokenizer, requests: Sequence[Mapping]
+) -> Iterator[Finding]:
     """What each method needs, against what is free now."""
     parallel = device.type == "cuda" and any(getattr(hparams, "model_parallel", False) for hparams in plan.values())
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if parallel else []
     free = sum(map(free_memory, gpus or [device]))
-    tokens = max((_length(request, tokenizer, model) for request in requests), default=TOKENS) if tokenizer is not None else TOKENS
+    tokens = (
+        max((_length(request, tokenizer, model) for request in requests), default=TOKENS)
+        if tokenizer is not None
+        else TOKENS
+    )
     for label, hparams in plan.items():
         name = f"memory of {label}"
         try:
@@ -362,15 +424,28 @@ def memory(plan: Mapping, model: nn.Module, device: torch.device, tokenizer, req
         except (ValueError, OSError):
             yield left_out(name, "its modules are not there")
             continue
-        total, parts = sum(needed.values()), listed({purpose: size(number) for purpose, number in needed.items() if number})
+        total, parts = (
+            sum(needed.values()),
+            listed({purpose: size(number) for purpose, number in needed.items() if number}),
+        )
         text = f"{size(total)} needed, {size(free)} free on {'all GPUs' if gpus else device} ({parts})"
         if total > free:
-            yield Finding(name, FAILURE, text, "free some, take another device or model_parallel, set bf16 or fp16, or edit fewer layers")
+            yield Finding(
+                name,
+                FAILURE,
+                text,
+                "free some, take another device or model_parallel, set bf16 or fp16, or edit fewer layers",
+            )
         elif hparams.alg_name not in FORMULAE:
             yield Finding(name, WARNING, f"{text}; what {hparams.alg_name} needs beside these only a trial can show")
         else:
             yield Finding(name, OK, text)
     if device.type == "cuda":
-        needed, free = loaded_type(next(iter(plan.values()))).itemsize * count_parameters(model), free_memory(torch.device("cpu"))
+        needed, free = (
+            loaded_type(next(iter(plan.values()))).itemsize * count_parameters(model),
+            free_memory(torch.device("cpu")),
+        )
         text = f"{size(needed)} needed to load the model before it moves to {device}, {size(free)} free"
-        yield Finding("memory of the machine", FAILURE if needed > free else OK, text, "free some" if needed > free else "")
+        yield Finding(
+            "memory of the machine", FAILURE if needed > free else OK, text, "free some" if needed > free else ""
+        )

@@ -13,10 +13,10 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from kne_easyedit.ensemble import NeuronEnsemble
+from kne_easyedit.attribution.sweep import HEAD_ROWS
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.layout import Target, count_parameters, out_features, resolve_target
-from kne_easyedit.sweep import HEAD_ROWS
+from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.models.targets import Target, count_parameters, out_features, resolve_target
 
 TOKENS = 64
 """Tokens of prompt and answer where the data are not known."""
@@ -39,7 +39,8 @@ def memory_needed(config_or_model, hparams, tokens: int = TOKENS) -> dict[str, i
         "weights": item * count_parameters(model),
         **own,
         # Every layer keeps its states for the backward pass; logits have copies, their softmax and gradients in float32.
-        "activations (estimated)": texts * (depth(model) * _state_bytes(model, item) + 4 * _PRECISE * vocabulary(model)),
+        "activations (estimated)": texts
+        * (depth(model) * _state_bytes(model, item) + 4 * _PRECISE * vocabulary(model)),
     }
 
 
@@ -75,7 +76,9 @@ def _kne_rows(model: nn.Module, hparams: KNEHyperParams) -> list[tuple[Target, i
 
 
 def _ft(model: nn.Module, hparams, item: int) -> dict[str, int]:
-    names = {name for layer in hparams.layers for name in fine_tuned(model, at_layer(hparams.rewrite_module_tmp, layer))}
+    names = {
+        name for layer in hparams.layers for name in fine_tuned(model, at_layer(hparams.rewrite_module_tmp, layer))
+    }
     matrices = item * sum(model.get_parameter(name).numel() for name in names)
     return {"originals": matrices, "gradients": matrices, "Adam's moments": 2 * matrices, "differences": matrices}
 
@@ -154,7 +157,13 @@ def without_weights(config) -> nn.Module:
 
 def loaded_type(hparams) -> torch.dtype:
     """The type in which `models.load_model` loads the model."""
-    return torch.bfloat16 if getattr(hparams, "bf16", False) else torch.float16 if getattr(hparams, "fp16", False) else torch.float32
+    return (
+        torch.bfloat16
+        if getattr(hparams, "bf16", False)
+        else torch.float16
+        if getattr(hparams, "fp16", False)
+        else torch.float32
+    )
 
 
 def depth(model: nn.Module) -> int:
@@ -190,7 +199,9 @@ def adapted(model: nn.Module, hparams) -> list[nn.Module]:
             return wanted == "all-linear" and "lm_head" not in name or re.fullmatch(wanted, name) is not None
         return any(f".{name}".endswith(f".{end}") for end in wanted)
 
-    linear = ((name, m) for name, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.ndim == 2)
+    linear = (
+        (name, m) for name, m in model.named_modules() if getattr(m, "weight", None) is not None and m.weight.ndim == 2
+    )
     return [m for name, m in linear if matches(name) and (not layers or any(layer in name for layer in layers))]
 
 

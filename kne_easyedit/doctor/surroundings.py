@@ -16,7 +16,12 @@ def packages() -> Iterator[Finding]:
     try:
         wanted = requires("kne_easyedit") or []
     except PackageNotFoundError:
-        yield Finding("packages", WARNING, "kne_easyedit is not installed: nothing says which versions it needs", "pip install -e .")
+        yield Finding(
+            "packages",
+            WARNING,
+            "kne_easyedit is not installed: nothing says which versions it needs",
+            "pip install -e .",
+        )
         return
     from packaging.requirements import Requirement
 
@@ -30,10 +35,20 @@ def packages() -> Iterator[Finding]:
             installed = version(name)
         except PackageNotFoundError:
             # Whether this plan needs what only some methods need, the trial shows.
-            yield Finding("packages", WARNING if extra else FAILURE, f"{name} is not installed", f"pip install '{name}{supported}'")
+            yield Finding(
+                "packages",
+                WARNING if extra else FAILURE,
+                f"{name} is not installed",
+                f"pip install '{name}{supported}'",
+            )
             continue
         if not supported.contains(installed, prereleases=True):
-            yield Finding("packages", FAILURE, f"{name} {installed} is not supported, {supported} is", f"pip install '{name}{supported}'")
+            yield Finding(
+                "packages",
+                FAILURE,
+                f"{name} {installed} is not supported, {supported} is",
+                f"pip install '{name}{supported}'",
+            )
         elif supported:
             found.append(f"{name} {installed} ({supported})")
     yield Finding("packages", OK, ", ".join(found))

@@ -18,14 +18,14 @@ from statistics import fmean
 from torch import nn
 
 from kne_easyedit import bridge
-from kne_easyedit.benchmark.quiet import easyedit_output
-from kne_easyedit.cache import model_digest
+from kne_easyedit._util.settings import replace_settings
+from kne_easyedit.bridge.output import easyedit_output
 from kne_easyedit.doctor.findings import FAILURE, OK, Finding, duration, left_out, listed
-from kne_easyedit.editable import demand_editable_by
-from kne_easyedit.hparams import KNEHyperParams, changed
-from kne_easyedit.localization import Localization, distinct, localization_requests
-from kne_easyedit.models import load_model
-from kne_easyedit.state import generators_kept
+from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.localization.localizer import Localization, localization_requests, require_editable_by, unique_facts
+from kne_easyedit.models.fingerprint import model_digest
+from kne_easyedit.models.loading import load_model
+from kne_easyedit.models.state import preserve_rng
 
 RECORDS = 2
 """Records to edit, and facts to localise."""
@@ -59,11 +59,11 @@ def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) 
     each edit. The scores that are computed here stay in the cache, where the run finds them; nothing else stays.
     """
     plan = {label: _anywhere(hparams) for label, hparams in plan.items()}
-    with tempfile.TemporaryDirectory() as scratch, easyedit_output(Path(scratch)) as quiet, generators_kept():
+    with tempfile.TemporaryDirectory() as scratch, easyedit_output(Path(scratch)) as quiet, preserve_rng():
         scratch = Path(scratch)
         try:
             with _logged(quiet, scratch):
-                model, tokenizer = load_model(changed(next(iter(plan.values())), model_name=str(folder)))
+                model, tokenizer = load_model(replace_settings(next(iter(plan.values())), model_name=str(folder)))
                 weights = model_digest(model)
         except Exception as error:  # noqa: BLE001  (of torch, transformers, safetensors)
             yield _broken("trial", error, scratch)
@@ -81,7 +81,11 @@ def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) 
             except Exception as error:  # noqa: BLE001  (EasyEdit's methods raise whatever they come across)
                 yield _broken(f"trial of {label}", error, scratch)
                 if model_digest(model) != weights:
-                    yield Finding(f"trial of {label}", FAILURE, "the model is not bit by bit what it was, so that the trial ends here")
+                    yield Finding(
+                        f"trial of {label}",
+                        FAILURE,
+                        "the model is not bit by bit what it was, so that the trial ends here",
+                    )
                     return
             else:
                 yield Finding(f"trial of {label}", OK, _summary(times[label]))
@@ -91,15 +95,17 @@ def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) 
             yield left_out("estimate", "a trial has failed")
 
 
-def _localised(model, tokenizer, hparams: KNEHyperParams, requests: Sequence[dict], scratch: Path) -> tuple[KNEHyperParams, Finding, float]:
+def _localised(
+    model, tokenizer, hparams: KNEHyperParams, requests: Sequence[dict], scratch: Path
+) -> tuple[KNEHyperParams, Finding, float]:
     """Localises on a few facts: settings with the ensemble of these, and the seconds that all others will take.
 
     Facts that are not in the cache go first; the ensemble has as many rows as that of all facts, only others.
     """
-    demand_editable_by(model, hparams)
+    require_editable_by(model, hparams)
     facts = requests if hparams.localization_data is None else localization_requests(hparams)
     found = Localization(model, tokenizer, facts, hparams)
-    facts = distinct(found.facts)
+    facts = unique_facts(found.facts)
     missing = [fact for fact in facts if any(found.cache.missing(target, fact) for target in found.targets)]
     found.facts = (missing or facts)[:RECORDS]
     start = time.perf_counter()
@@ -110,13 +116,17 @@ def _localised(model, tokenizer, hparams: KNEHyperParams, requests: Sequence[dic
     text = f"{len(facts) - len(missing)} of {len(facts)} facts are in the cache"
     if tried:
         text += f", {tried} more since now: {duration(each)} each"
-    return changed(hparams, ensemble=str(file)), Finding("localisation", OK, text), each * (len(missing) - tried)
+    return (
+        replace_settings(hparams, ensemble=str(file)),
+        Finding("localisation", OK, text),
+        each * (len(missing) - tried),
+    )
 
 
 def _tried(model: nn.Module, tokenizer, hparams, requests: Sequence[dict], weights: str) -> Times:
     """Raises what the method raises, and RuntimeError if the model has changed when an edit is undone."""
     editor = bridge.MethodEditor(deepcopy(hparams), model, deepcopy(tokenizer))
-    editor.demand_batch(1)
+    editor.require_batch(1)
     evaluate, times = partial(editor.evaluate, generation=True, seed=SEED), Times()
     for request in requests:
         _time(times.before, evaluate, request)
@@ -179,4 +189,4 @@ def _anywhere(hparams):
         value = getattr(hparams, name)
         if isinstance(value, str) and (name == "cache_dir" or os.sep in value and Path(value).exists()):
             paths[name] = str(Path(value).expanduser().absolute())
-    return changed(hparams, **paths)
+    return replace_settings(hparams, **paths)

@@ -1,0 +1,181 @@
+"""The machine: what it is, how much memory is free, and how the allocator keeps it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_LARGEST = 2**31 - 1
+_VECTOR = 64
+"""Bytes of the widest vectors (AVX-512), and of a cache line."""
+
+
+def keep_large_blocks() -> bool:
+    """Tells glibc to keep freed memory for the process instead of returning it; whether it took effect.
+
+    On a CPU a sixth of a sweep's time would go into mapping large blocks afresh.
+    For programs of their own (the command line, the benchmarks), never at import: it changes the whole process.
+    Elsewhere than on glibc nothing happens.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return all(libc.mallopt(option, _LARGEST) == 1 for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+
+
+def align_weights(model) -> int:
+    """Moves weights on the CPU to addresses that suit its vectors, bit by bit the same; returns how many it moved.
+
+    A file that is mapped leaves them where it has them; products with such weights take a tenth longer.
+    """
+    moved = [p for p in model.parameters() if p.device.type == "cpu" and p.data_ptr() % _VECTOR]
+    for parameter in moved:
+        parameter.data = parameter.data.clone()
+    return len(moved)
+
+
+def free_memory(device) -> int:
+    """Bytes that are free on a torch device: on a GPU with what torch holds in reserve, elsewhere in the machine.
+
+    A container or a SLURM job may take less than the machine has: the limits of its control groups count.
+    """
+    import torch
+
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil
+
+    return min(
+        [psutil.virtual_memory().available, *_left_by_control_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))]
+    )
+
+
+def _left_by_control_groups(membership: Path, root: Path) -> list[int]:
+    """Bytes that each memory limit above this process leaves it (Linux; both versions of control groups).
+
+    Pages of files that can be dropped at any time count as free, as they do for the whole machine.
+    """
+    left = []
+    for line in membership.read_text().splitlines() if membership.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, usage, dropped = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, usage, dropped = (
+                root / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (
+            group,
+            *group.parents[: len(group.parts) - len(top.parts)],
+        ):  # up to the root, which is a container's own
+            try:
+                most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+                counts = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # not there, or not for this process to see
+                continue
+            if most.isdigit():
+                left.append(max(0, int(most) - used + int(counts.get(dropped, 0))))
+    return left
+
+
+class PeakMemory:
+    """Memory that a block of work takes at its worst, above what was taken when it began: ``with PeakMemory(device) as peak``.
+
+    ``peak.bytes``: on a GPU what torch allocated there; on Linux the process's resident size, for which memory that
+    the allocator keeps is first given back; None elsewhere.
+    """
+
+    def __init__(self, device):
+        self.device, self.bytes = device, None
+
+    def __enter__(self) -> PeakMemory:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            self._before = _fresh_resident_size()
+        return self
+
+    def __exit__(self, *_) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        elif self._before is not None:
+            self.bytes = max(0, _status("VmHWM") - self._before)
+
+
+def _fresh_resident_size() -> int | None:
+    """The resident size of this process, its peak counted from now on; None where that is unknown."""
+    gc.collect()
+    try:
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def available_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware() -> dict[str, object]:
+    """The machine as people would name it: processor, cores, memory, GPUs."""
+    import psutil
+    import torch
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return {
+        "processor": processor,
+        "cpus": available_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": gpus,
+        "platform": platform.platform(),
+    }
+
+
+def environment(model) -> dict[str, object]:
+    """Versions and machine: what a figure depends on beside the settings."""
+    import peft
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "platform": platform.platform(),
+        "cpus": available_cores(),
+        "device": str(next(model.parameters()).device),
+        "dtype": str(next(model.parameters()).dtype),
+    }

@@ -1,0 +1,278 @@
+"""Attributions on disk: one safetensors file a fact and module type, named by a digest of all that the scores depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from kne_easyedit._util.digest import digest
+from kne_easyedit._util.files import atomic_write, cache_home
+from kne_easyedit._util.messages import shorten
+from kne_easyedit.facts.encoding import Fact
+from kne_easyedit.models.fingerprint import model_digest
+from kne_easyedit.models.targets import Target
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "kne-scores-2"
+"""Part of every key: raised when the same inputs would give other scores."""
+LARGEST = 2**30
+"""Bytes of an entry at most: ten times what the largest models need."""
+
+
+def scores_folder(folder: str | Path | None = None) -> Path:
+    """Where the scores of all models lie: in ``folder``, or in the user's cache."""
+    return (Path(folder).expanduser() if folder else cache_home()) / "scores"
+
+
+class ScoreCache:
+    """The scores of one model by one sum (``steps`` and ``quadrature``).
+
+    Safe to fill by several processes at once. A damaged entry counts as missing; one that cannot be read (no
+    permission, too many open files) is left alone and raises OSError. An entry holds the layers that
+    were attributed so far: any subset of facts and layers is served, in any order, under any N, p and aggregation.
+    """
+
+    def __init__(self, folder: str | Path | None, model: nn.Module, steps: int = 20, quadrature: str = "riemann"):
+        self.model_digest = model_digest(model)
+        self.model_name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
+        self.steps, self.quadrature = steps, quadrature
+        self.score_bytes = 8 if any(p.dtype is torch.float64 for p in model.parameters()) else 4
+        self.folder = scores_folder(folder) / self.model_digest[:16]
+
+    def path(self, target: Target, fact: Fact) -> Path:
+        """Where the scores of ``fact`` are. Token ids stand for both the fact and the tokenizer."""
+        return self.folder / f"{digest(self._key(target, fact))}.safetensors"
+
+    def get(self, target: Target, fact: Fact) -> Tensor | None:
+        """The scores ``(layers, d2)``, or None if a layer of ``target`` is missing."""
+        entry = self._read(target, fact)
+        if entry is None or not set(target.layers) <= set(entry.layers):
+            return None
+        return entry.scores[[entry.layers.index(i) for i in target.layers]]
+
+    def missing(self, target: Target, fact: Fact) -> tuple[int, ...]:
+        """The layers of ``target`` that are not there for ``fact``. Reads the entry: a damaged one is missing."""
+        entry = self._read(target, fact)
+        return tuple(i for i in target.layers if entry is None or i not in entry.layers)
+
+    def seconds(self, target: Target, fact: Fact) -> float:
+        """How long the stored scores of ``fact`` took to compute, in seconds, on the machine that did it; 0 if there are none."""
+        entry = self._read(target, fact)
+        return 0.0 if entry is None else entry.seconds
+
+    def put(self, target: Target, fact: Fact, scores: Tensor, seconds: float = 0.0) -> None:
+        """Stores scores, complete or not at all; layers that an entry has already stay in it.
+
+        Raises OSError (with the way out) if the folder cannot take them.
+        """
+        by_layer = {}
+        before = self._read(target, fact)
+        if before is not None and not set(before.layers) <= set(target.layers):
+            by_layer, seconds = dict(zip(before.layers, before.scores)), seconds + before.seconds
+        by_layer |= dict(zip(target.layers, scores, strict=True))
+        layers = sorted(by_layer)
+        metadata = {
+            "key": json.dumps(self._key(target, fact)),
+            "layers": json.dumps(layers),
+            "model": self.model_digest,
+            "model_name": self.model_name,
+            "prompt": fact.prompt,
+            "target": fact.target,
+            "seconds": f"{seconds:.4f}",
+        }
+        merged = torch.stack([by_layer[i] for i in layers]).contiguous()
+        try:
+            atomic_write(
+                self.path(target, fact), save({"scores": merged}, {**metadata, "sha256": _bits(merged, metadata)})
+            )
+        except OSError as error:
+            raise _unusable(self.folder, error) from error
+
+    def require_space(self, facts: int, *targets: Target) -> None:
+        """Raises OSError before anything is computed if ``facts`` more would not fit, or the folder cannot be made."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise _unusable(self.folder, error) from error
+        needed = facts * sum(self.score_bytes * len(target.layers) * target.n_neurons + 4096 for target in targets)
+        if needed > free:
+            full = OSError(errno.ENOSPC, f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")
+            raise _unusable(self.folder, full) from full
+
+    def _read(self, target: Target, fact: Fact) -> Entry | None:
+        path = self.path(target, fact)
+        try:
+            entry = read_entry(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except DamagedEntry as error:
+            return self._removed(path, error)
+        if entry.scores.shape[1] != target.n_neurons:
+            return self._removed(
+                path, DamagedEntry(f"{path}: its scores have shape {tuple(entry.scores.shape)}", entry.file)
+            )
+        return entry
+
+    def _removed(self, path: Path, error: DamagedEntry) -> None:
+        logger.warning("score cache: damaged (%s); it is computed again", error)
+        try:
+            remove_damaged(path, error)
+        except OSError as failed:
+            raise _unusable(self.folder, failed) from failed
+
+    def _key(self, target: Target, fact: Fact) -> list:
+        return [FORMAT, target.template, self.quadrature, self.steps, list(fact.ids), fact.prompt_length]
+
+
+class DamagedEntry(ValueError):
+    """A file of the score cache that is not what was once written; the message says which and why."""
+
+    def __init__(self, message: str, file: os.stat_result):
+        super().__init__(message)
+        self.file = file
+        """What was read: another process may have put a sound file in its place since."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the score cache."""
+
+    scores: Tensor
+    """``(layers, d2)``"""
+    layers: list[int]
+    template: str
+    quadrature: str
+    steps: int
+    model: str
+    """Digest of the model."""
+    model_name: str
+    prompt: str
+    target: str
+    seconds: float
+    file: os.stat_result
+    """The file that was read."""
+
+
+def read_entry(path: Path) -> Entry:
+    """Reads and checks one file: every bit of scores and metadata, and that it lies where it belongs.
+
+    Raises DamagedEntry for what was read and is wrong, FileNotFoundError, or OSError (with the way out) for what
+    could not be read: that says nothing about the entry.
+    """
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            content = (
+                file.read() if found.st_size <= LARGEST else b""
+            )  # not mapped: what was checked must not change with the file
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        _require(found.st_size <= LARGEST, f"{found.st_size} bytes are more than any entry has")
+        scores = load(content)["scores"]
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        _require(scores.dtype in (torch.float32, torch.float64), f"its scores are of type {scores.dtype}")
+        key = json.loads(metadata["key"])
+        _require(isinstance(key, list) and len(key) == 6, "its key is no key")
+        _require(key[0] == FORMAT, f"it was written by another version ({shorten(key[0])})")
+        _require(metadata.pop("sha256", None) == _bits(scores, metadata), "its digest does not match")
+        layers, seconds = json.loads(metadata["layers"]), float(metadata["seconds"])
+        _require(
+            path.stem == digest(key) and metadata["model"].startswith(path.parent.name),
+            "it is of another fact or model",
+        )
+        # Somebody else can write a digest that matches.
+        _, template, quadrature, steps, _, _ = key
+        _require(
+            isinstance(layers, list) and all(type(i) is int and i >= 0 for i in layers),
+            f"layers: {shorten(layers)} are no layers",
+        )
+        _require(layers == sorted(set(layers)), f"layers: {shorten(layers)} are not ascending and distinct")
+        _require(isinstance(template, str) and isinstance(quadrature, str) and type(steps) is int, "its key is no key")
+        _require(0 <= seconds < math.inf, f"seconds: {shorten(metadata['seconds'])} is no duration")
+        sound = scores.ndim == 2 and len(scores) == len(layers) and bool(scores.isfinite().all())
+        _require(sound, f"its scores have shape {tuple(scores.shape)} or are not finite")
+        return Entry(
+            scores,
+            layers,
+            template,
+            quadrature,
+            steps,
+            metadata["model"],
+            metadata["model_name"],
+            metadata["prompt"],
+            metadata["target"],
+            seconds,
+            found,
+        )
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedEntry(f"{path}: {error}", found) from error
+    except RecursionError as error:
+        raise DamagedEntry(f"{path}: lists in lists, too deep", found) from error
+
+
+def remove_damaged(path: Path, error: DamagedEntry) -> bool:
+    """Removes what ``error`` speaks of, unless another file has taken its place by now; returns whether it was removed."""
+    with contextlib.suppress(FileNotFoundError):
+        now, then = path.stat(), error.file
+        if (now.st_ino, now.st_size, now.st_mtime_ns) == (then.st_ino, then.st_size, then.st_mtime_ns):
+            path.unlink()
+            return True
+    return False
+
+
+def entry_files(folder: str | Path | None = None) -> Iterator[Path]:
+    """The files of all entries of all models, sorted."""
+    yield from sorted(scores_folder(folder).glob("*/*.safetensors"))
+
+
+def torn_files(folder: str | Path | None = None) -> Iterator[Path]:
+    """What processes that were killed while writing left behind: hidden files, an hour old at least."""
+    yield from (
+        path for path in sorted(scores_folder(folder).glob("*/.*.tmp")) if time.time() - path.stat().st_mtime > 3600
+    )
+
+
+def _bits(scores: Tensor, metadata: dict[str, str]) -> str:
+    return hashlib.sha256(
+        scores.contiguous().numpy().tobytes() + json.dumps(metadata, sort_keys=True).encode()
+    ).hexdigest()
+
+
+def _require(ok: bool, complaint: str) -> None:
+    if not ok:
+        raise ValueError(complaint)
+
+
+def _unreadable(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"score cache: {path} cannot be read ({error.strerror or error}); it is left as it is: mend that (permissions, open files, the "
+        f"disk) and try again, or set cache_dir or KNE_CACHE to another folder",
+    )
+
+
+def _unusable(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"score cache: {folder} cannot be written ({error.strerror or error}); free some space, or set cache_dir or KNE_CACHE",
+    )

@@ -1,0 +1,72 @@
+"""Bad records of a run: found before the first edit, or by what an edit raises; then left out, or the run ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from kne_easyedit.benchmark.job import Run
+from kne_easyedit.bridge.methods import BY_SUBJECT
+from kne_easyedit.facts.encoding import SEPARATOR
+from kne_easyedit.facts.records import BadRecord, require_evaluable
+from kne_easyedit.metrics import is_unspaced_script
+
+logger = logging.getLogger(__name__)
+
+NO_RECORDS_FAULT = (MemoryError, OSError, ImportError, NameError, NotImplementedError, torch.cuda.OutOfMemoryError)
+"""What the machine or a method fails with, whatever the record. All else that is raised while a record is edited or asked
+(EasyEdit's code knows no exceptions of its own: IndexError, KeyError, TypeError, RuntimeError, ...) is the record's."""
+
+
+def is_record_error(error: Exception) -> bool:
+    """Whether another record might do better. torch tells of full memory on a CPU by a RuntimeError."""
+    out_of_memory = isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("out of memory", "not enough memory")
+    )
+    return not isinstance(error, NO_RECORDS_FAULT) and not out_of_memory
+
+
+def describe_error(method: str, error: Exception) -> str:
+    """Who failed and how; KNE's own messages say which field, those of EasyEdit's code say nothing without their kind."""
+    return (
+        f"{method}: {error}"
+        if type(error) is ValueError and str(error)
+        else f"{method}: {type(error).__name__}: {error}"
+    )
+
+
+def report_bad_record(job: Run, chunk: Sequence[dict], why: str, error: Exception) -> None:
+    """Notes that these records are left out. Raises BadRecord if bad records are not to be skipped."""
+    numbers = ", ".join(str(request["index"]) for request in chunk)
+    complaint = f"{job.data}: record {numbers}: {why}"
+    if not job.skip_bad:
+        raise BadRecord(f"{complaint} (--on-bad-record skip leaves such records out)") from error
+    if complaint not in job.complaints:  # one Run may be run again
+        job.complaints.append(complaint)
+
+
+def usable_records(job: Run, requests: Sequence[dict]) -> list[dict]:
+    """The requests that every method can edit and every evaluator ask; complains about the others, before any edit is paid for.
+
+    Raises ValueError if there are none.
+    """
+    if job.separator == SEPARATOR and 2 * sum(
+        is_unspaced_script(request["prompt"][-1:] or " ") for request in job.requests
+    ) > len(requests):
+        logger.warning(
+            "%s: its script sets no blanks between words; KNE's setting separator: '' joins prompt and answer by none",
+            job.data,
+        )
+    by_subject = [method for method, hparams in job.hparams.items() if hparams.alg_name in BY_SUBJECT]
+    found = []
+    for request in requests:
+        try:
+            require_evaluable(request, job.tokenizer, job.model, job.separator, by_subject)
+            found.append(request)
+        except ValueError as error:
+            report_bad_record(job, [request], str(error), error)
+    if not found:
+        raise ValueError(f"records: none of {job.data} can be edited; the first complaint: {job.complaints[0]}")
+    return found

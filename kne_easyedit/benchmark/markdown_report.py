@@ -1,0 +1,388 @@
+"""The report of a comparison as Markdown."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+
+from kne_easyedit.benchmark.collect import Collection, data_name, records_of, seeds_of
+from kne_easyedit.benchmark.intervals import Interval
+from kne_easyedit.benchmark.summary import METRICS, summarize
+from kne_easyedit.benchmark.tables import (
+    QUALITY,
+    SECTIONS,
+    SHORT,
+    baselines_mean,
+    categories,
+    category_records,
+    is_kne,
+    lead,
+    mean,
+    unedited,
+)
+
+COUNTS = "records (PORT, LOC)"
+"""Not every record has probes of what follows from the edit, or of what must stay."""
+PAPER = ("edit_success", "portability", "locality", "fluency")
+"""The columns of the paper's tables."""
+_MARKS = re.compile(r"[\\`*\[\]|<>#!~$]|(?<!\w)_|_(?!\w)")
+_NUMBER = re.compile(r"(\*\*|<u>)?([+-]?\d|-$)")
+
+
+def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> str:
+    """The report as Markdown. ``pictures``: captions by file name.
+
+    Whatever comes from a file or the caller (labels, names, prompts, answers, settings, versions) goes through `literal`.
+    """
+
+    def shown(*names: str) -> list[str]:
+        return [f"![{pictures[name]}]({name})\n\n*{pictures[name]}*" for name in names if name in pictures]
+
+    parts = [f"# {literal(title)}", _setting(found)]
+    parts += [
+        "## Results in the paper's layout",
+        "Means over records, in percent; fluency is n-gram entropy x 100. Best **bold**, second <u>underlined</u>."
+        " *No edit* is the model before, *baselines* the mean of the methods that are not KNE; both stand apart. A row *records*"
+        " stands where methods have different numbers of them.",
+    ]
+    parts.append(_layout(found))
+    parts += [
+        "What the rows mean:",
+        "\n".join(f"- **{SHORT[name]}**, {name.replace('_', ' ')}: {METRICS[name]}." for name in QUALITY),
+    ]
+    parts += shown("tradeoff.png")
+    parts += [
+        "## How sure the means are",
+        "Mean and 95 % bootstrap interval over records (10,000 resamples); a record under several seeds is drawn with all of them.",
+        *shown("intervals.png"),
+        _table_of_intervals(found),
+    ]
+    parts += [
+        "## Portability and locality by category",
+        "Means over the records that have the category, in percent, and how many these are (of the method with the most).",
+        _by_category(found),
+    ]
+    for ours in filter(is_kne, found.methods):
+        rows = _table_of_leads(found, ours)
+        if len(rows) > 1:
+            label = literal(ours)
+            parts += [
+                f"## {label} against each method",
+                f"{label} minus the method over the same records, with the 95 % interval; **bold** where the interval leaves out 0.",
+            ]
+            parts.append(markdown(rows))
+    parts += ["## Cost", _costs(found)]
+    parts += shown("time.png", "losses.png")
+    parts += ["## Some answers before and after", _answers(found)]
+    parts += ["## The paper's own figures", _paper(found)]
+    parts += ["## What was run", _what_was_run(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _setting(found: Collection) -> str:
+    manifests = found.manifests
+    if not manifests:
+        return "No manifest stands beside the results: model, versions and machine are unknown."
+
+    def every(get: Callable[[Mapping], object]) -> str:
+        return ", ".join(dict.fromkeys(literal(get(manifest)) for manifest in manifests))
+
+    counts = ", ".join(
+        f"{literal(data)}: {records_of(line for line in found.lines if line['data'] == data)}"
+        for data in found.data_sets
+    )
+    return (
+        f"Model {every(lambda m: m['model']['name'])} ({every(lambda m: m['environment']['dtype'])}); records {counts}; "
+        f"mode {every(lambda m: m['mode'])}; seed {every(lambda m: m.get('seed'))}; EasyEdit {every(lambda m: m['easyedit']['version'][:10])} "
+        f"({every(lambda m: m['easyedit']['kind'])}); fluency variant {every(lambda m: m['fluency_variant'])}; "
+        f"chat template {every(lambda m: 'used' if m['chat_template'] else 'not used')}; "
+        f"machine {every(lambda m: m['machine']['processor'])}, {every(lambda m: m['machine']['cpus'])} CPUs (torch's threads: {every(lambda m: m['machine']['threads'])})"
+        + (
+            f", {every(lambda m: ', '.join(map(str, m['machine']['gpus'])))}"
+            if any(m["machine"]["gpus"] for m in manifests)
+            else ""
+        )
+        + "."
+    )
+
+
+def _layout(found: Collection) -> str:
+    """Rows: data sets and metrics; columns: methods."""
+    rows = [["data", "metric", "*no edit*", "*baselines*", *_labels(found)]]
+    for data in found.data_sets:
+        summaries = {method: summarize(lines) for method in found.methods if (lines := found.of(data, method))}
+        before = summarize(unedited(found, data))
+        for i, name in enumerate(QUALITY):
+            apart = [_number(value, "{:.2f}") for value in (before[name], baselines_mean(found, data, name))]
+            values = [summaries[m][name] if m in summaries else None for m in found.methods]
+            rows.append([literal(data) if i == 0 else "", SHORT[name], *apart, *_ranked(values)])
+        records = {
+            method: _times(records_of(lines), seeds_of(lines))
+            for method in summaries
+            if (lines := found.of(data, method))
+        }
+        if len(set(records.values())) > 1:  # means over different records: the reader must see it beside them
+            rows.append(["", "records", "-", "-", *(str(records.get(method, "-")) for method in found.methods)])
+    return markdown(rows)
+
+
+def _ranked(values: Sequence[float | None]) -> list[str]:
+    """Best bold, second underlined; equal figures (as printed) rank alike."""
+    printed = [None if value is None else round(value, 2) for value in values]
+    order = sorted({value for value in printed if value is not None}, reverse=True)
+    marks = {order[0]: "**{}**"} if order else {}
+    if len(order) > 1:
+        marks[order[1]] = "<u>{}</u>"
+    return ["-" if value is None else marks.get(value, "{}").format(f"{value:.2f}") for value in printed]
+
+
+def _table_of_intervals(found: Collection) -> str:
+    rows = [["data", "method", *(SHORT[name] for name in QUALITY), COUNTS]]
+    for data in found.data_sets:
+        for method in found.methods:
+            if lines := found.of(data, method):
+                means = [mean(lines, name) for name in QUALITY]
+                rows.append(
+                    [literal(data), literal(method), *map(_with_interval, means), _counts(means, seeds_of(lines))]
+                )
+    return markdown(rows)
+
+
+def _counts(values: Sequence[Interval | None], seeds: int) -> str:
+    of = {name: value.records if value else 0 for name, value in zip(QUALITY, values)}
+    return _times(f"{of['edit_success']} ({of['portability']}, {of['locality']})", seeds)
+
+
+def _times(records: object, seeds: int) -> str:
+    """How many records, and under how many seeds if there are several."""
+    return str(records) if seeds == 1 else f"{records} x {seeds} seeds"
+
+
+def _by_category(found: Collection) -> str:
+    rows = [["data", "figure", "category", "records", "*no edit*", *_labels(found)]]
+    for data in found.data_sets:
+        of_method = {method: categories(found.of(data, method)) for method in found.methods}
+        before = categories(unedited(found, data))
+        for section in SECTIONS:
+            counts = [category_records(found.of(data, method), section) for method in found.methods]
+            for name in sorted({name for sections in of_method.values() for name in sections[section]}):
+                values = [of_method[method][section].get(name, []) for method in found.methods]
+                apart = _number(fmean(before[section][name]) if name in before[section] else None, "{:.2f}")
+                most = str(max(count.get(name, 0) for count in counts))
+                rows.append(
+                    [
+                        literal(data),
+                        SHORT[section],
+                        literal(name.replace("_", " ")),
+                        most,
+                        apart,
+                        *_ranked([fmean(its) if its else None for its in values]),
+                    ]
+                )
+    return markdown(rows)
+
+
+def _table_of_leads(found: Collection, ours: str) -> list[list[str]]:
+    rows = [["data", f"{literal(ours)} minus", *(SHORT[name] for name in QUALITY), COUNTS]]
+    for data in found.data_sets:
+        for method in found.methods:
+            if method != ours and found.of(data, method) and found.of(data, ours):
+                leads = [lead(found, data, ours, method, name) for name in QUALITY]
+                seeds = len(
+                    {line.get("seed") for line in found.of(data, method)}
+                    & {line.get("seed") for line in found.of(data, ours)}
+                )
+                rows.append(
+                    [
+                        literal(data),
+                        literal(method),
+                        *(_with_interval(value, sign=True) for value in leads),
+                        _counts(leads, seeds),
+                    ]
+                )
+    return rows
+
+
+def _with_interval(value: Interval | None, sign: bool = False) -> str:
+    if value is None:
+        return "-"
+    text = (
+        f"{value.mean:+.1f} [{value.low:+.1f}, {value.high:+.1f}]"
+        if sign
+        else f"{value.mean:.1f} [{value.low:.1f}, {value.high:.1f}]"
+    )
+    return f"**{text}**" if sign and (value.low > 0 or value.high < 0) else text
+
+
+def _costs(found: Collection) -> str:
+    rows = [
+        [
+            "data",
+            "method",
+            "seconds an edit (median)",
+            "training steps",
+            "peak memory above what was held",
+            "seconds before (once)",
+            "the same, an edit",
+        ]
+    ]
+    before = {key: seconds for manifest in found.manifests for key, seconds in _seconds_before(manifest).items()}
+    for data in found.data_sets:
+        for method in found.methods:
+            if not (lines := found.of(data, method)):
+                continue
+            summary = summarize(lines)
+            steps = [len(line["losses"]) for line in lines if line.get("losses")]
+            once = before.get((data, method))
+            rows.append(
+                [
+                    literal(data),
+                    literal(method),
+                    _number(summary["seconds_per_edit"], "{:.2f}"),
+                    _number(sum(steps) / len(steps) if steps else None, "{:.1f}"),
+                    _number(summary["peak_bytes"], "{:.0f} MiB", 2**20),
+                    _number(once, "{:.0f}"),
+                    _number(once, "{:.2f}", len(lines)),
+                ]
+            )
+    text = (
+        "Time to compute and write one edit, evaluation apart. KNE's localisation and MEMIT's second moments are made once for a model,"
+        " before the first edit: they are counted apart, here also spread over the records."
+    )
+    return f"{text}\n\n{markdown(rows)}"
+
+
+def _seconds_before(manifest: Mapping) -> dict[tuple[str, str], float | None]:
+    """(data set, method) -> seconds of what is made once: localisation, second moments."""
+    data = data_name(Path(manifest["data"]["name"]).stem)
+    found = {(data, method): its["seconds"] for method, its in manifest["second_moments"].items()}
+    for method, its in manifest["localization"].items():
+        found[data, method] = its["seconds_per_fact"] * its["facts"] if its.get("seconds_per_fact") else None
+    return found
+
+
+def _answers(found: Collection, examples: int = 3) -> str:
+    rows = [["data", "prompt", "new answer", "before", *_labels(found)]]
+    for data in found.data_sets:
+        by_record: dict[str, dict[str, dict]] = {}
+        for line in found.lines:
+            if line["data"] == data and "after" in line:
+                by_record.setdefault(line["record"], {})[line["method"]] = line
+        for lines in list(by_record.values())[:examples]:
+            one = next(iter(lines.values()))
+            after = [_quoted(lines[m]["after"]) if m in lines else "-" for m in found.methods]
+            rows.append(
+                [
+                    literal(data),
+                    _quoted(one.get("prompt"), 90),
+                    _quoted(one.get("target_new")),
+                    _quoted(one.get("before")),
+                    *after,
+                ]
+            )
+    return markdown(rows)
+
+
+def _paper(found: Collection) -> str:
+    paper = json.loads(files("kne_easyedit.benchmark").joinpath("paper.json").read_text(encoding="utf-8"))
+    ours = {Path(str(manifest["model"]["name"])).name.lower() for manifest in found.manifests}
+    parts = []
+    for model, of_model in ((name, content) for name, content in paper.items() if isinstance(content, dict)):
+        same = model.lower() in ours
+        columns = list(dict.fromkeys(method for of_data in of_model.values() for method in of_data))
+        rows = [["data", "metric", *columns, *(["our KNE"] if same else [])]]
+        for data, of_data in of_model.items():
+            lines = found.of(data, "KNE") if same else []
+            mine = summarize(lines) if lines else {}
+            for i, name in enumerate(PAPER):
+                quoted = [f"{of_data[m][i]:.2f}" if m in of_data else "-" for m in columns]
+                rows.append(
+                    [
+                        data if i == 0 else "",
+                        SHORT[name],
+                        *quoted,
+                        *([_number(mine.get(name), "{:.2f}")] if same else []),
+                    ]
+                )
+        where = (
+            "the model of this report; records, versions and metrics may still differ"
+            if same
+            else "**another model and other records than above: not to be compared**"
+        )
+        parts.append(f"{model} ({paper['source']}; {where}):\n\n{markdown(rows)}")
+    return "\n\n".join(parts)
+
+
+def _what_was_run(found: Collection) -> str:
+    if not found.manifests:
+        return "-"
+    rows = [["data", "method", "settings", "fingerprint"]]
+    for manifest in found.manifests:
+        for method, settings in manifest["methods"].items():
+            shown = {
+                k: v
+                for k, v in settings.items()
+                if k not in ("alg_name", "device", "model_parallel") and v not in (None, [], "")
+            }
+            text = ", ".join(f"{k} {v}" for k, v in shown.items())
+            rows.append(
+                [
+                    literal(Path(manifest["data"]["name"]).name),
+                    literal(method),
+                    literal(text),
+                    literal(manifest["fingerprints"].get(method, "-")),
+                ]
+            )
+    first = manifest_line(found.manifests[0])
+    moments = dict.fromkeys(
+        its["source"] for manifest in found.manifests for its in manifest["second_moments"].values()
+    )
+    if moments:
+        first += f" Second moments: {'; '.join(map(literal, moments))}."
+    unique = [rows[0], *dict.fromkeys(map(tuple, rows[1:]))]
+    return f"{first}\n\n{markdown(unique)}"
+
+
+def manifest_line(manifest: Mapping) -> str:
+    environment = manifest["environment"]
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "transformers", "peft"))
+    return literal(
+        f"kne_easyedit {manifest['kne_easyedit']}; {versions}; EasyEdit {manifest['easyedit']['version']}, patches "
+        f"{', '.join(map(str, manifest['easyedit']['patches']))}; weights sha256 {manifest['model']['sha256'][:16]}."
+    )
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a Markdown table; the first one is its head, columns of numbers stand to the right."""
+    head, *body = rows
+    right = [bool(body) and all(_NUMBER.match(row[i]) for row in body) for i in range(len(head))]
+    rule = "".join("---:|" if numeric else "---|" for numeric in right)
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + rule, *("| " + " | ".join(row) + " |" for row in body)])
+
+
+def literal(value: object, length: int | None = None) -> str:
+    """Any value as one line of text that Markdown and HTML show as it stands: no markup, no link, no picture, no formula.
+
+    ``length``: what is longer is cut. An underscore within a word is none of Markdown's marks, and stays.
+    """
+    line = "".join(c if c.isprintable() else " " for c in " ".join(str(value).split()))
+    cut = line if length is None or len(line) <= length else line[: length - 1] + "…"
+    return html.escape(_MARKS.sub(r"\\\g<0>", cut), quote=False).replace("\\&lt;", "&lt;").replace("\\&gt;", "&gt;")
+
+
+def _quoted(text: str | None, length: int = 40) -> str:
+    """The beginning of a prompt or an answer."""
+    return literal(text or "", length) or "(nothing)"
+
+
+def _labels(found: Collection) -> list[str]:
+    return [literal(method) for method in found.methods]
+
+
+def _number(value: float | None, form: str, unit: float = 1) -> str:
+    return "-" if value is None else form.format(value / unit)

@@ -1,1 +1,0 @@
-"""Data packaged with the project: `facts.json`, facts in the schema of KnowEdit."""

@@ -1,0 +1,101 @@
+"""Eq. 8-11: train the ensemble's rows, jointly over all layers, until the model gives the new answers.
+
+``W[M, :] + (alpha / sqrt(n)) * W_kne`` is a rank-stabilised LoRA: ``(alpha / sqrt(r)) * B A`` with ``r = n``,
+``A = W_kne`` and ``B`` the fixed 0/1 matrix that selects the rows ``M``. So PEFT's own LoRA layers do it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kne_easyedit._util.interrupts import safe_point
+from kne_easyedit.editing.adapter import ADAPTER, _rows_by_module, row_adapter
+from kne_easyedit.editing.objectives import Divergence, _cross_entropy, answer_logits
+from kne_easyedit.editing.row_edit import Answer, RowEdit
+from kne_easyedit.editing.settings import EditSettings
+from kne_easyedit.facts.encoding import Fact, collate
+from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.fast_linear import fast_linear
+from kne_easyedit.models.state import preserve_state
+
+PATIENCE = 5.0
+"""Seconds after which training shows its progress."""
+
+
+def train_rows(
+    model: nn.Module,
+    facts: Sequence[Fact],
+    ensemble: NeuronEnsemble,
+    hparams: EditSettings,
+    divergence: Divergence | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> RowEdit:
+    """Trains ``W_kne`` (Eq. 8-11) on ``facts`` in one batch; the model is left exactly as it was.
+
+    Stops as soon as the loss is below ``hparams.stop_loss``, after ``hparams.num_steps`` steps at the latest. A
+    ``divergence`` is added to what is minimised, times ``hparams.kl_weight``; stopping goes by the answers' loss alone.
+    ``on_step`` is told each step's number and the loss before it.
+    Raises FloatingPointError for a loss that is not finite, ValueError for an ensemble of another model.
+    """
+    batch = collate(facts).to(device_of(model))
+    chosen = _rows_by_module(model, ensemble)
+    with (
+        preserve_state(model),
+        row_adapter(model, ensemble, hparams) as trained,
+        fast_linear(model),
+        _progress(hparams.num_steps) as progress,
+    ):
+        parameters = [layer.lora_A[ADAPTER].weight for layer in trained.values()]
+        optimizer = torch.optim.AdamW(parameters, lr=hparams.lr, weight_decay=hparams.weight_decay)
+        losses: list[float] = []
+        with torch.enable_grad():
+            while True:
+                safe_point()
+                logits, labels = answer_logits(model, batch)
+                loss = _cross_entropy(logits, labels)
+                losses.append(loss.item())
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(
+                        f"training: the loss is {losses[-1]} at step {len(losses) - 1}; lower lr (it is {hparams.lr}), "
+                        f"or load the model in float32 or bfloat16"
+                    )
+                if losses[-1] < hparams.stop_loss or len(losses) > hparams.num_steps:
+                    break
+                if on_step is not None:
+                    on_step(len(losses), losses[-1])
+                if divergence is not None:
+                    loss = loss + hparams.kl_weight * divergence.now(model)
+                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+                    parameter.grad = gradient
+                optimizer.step()
+                progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+                progress.update()
+        deltas = {
+            name: (chosen[name], (layer.lora_A[ADAPTER].weight * layer.scaling[ADAPTER]).detach())
+            for name, layer in trained.items()
+        }
+        answers = _answers(facts, logits.detach(), labels)
+    return RowEdit(deltas, tuple(losses), answers)
+
+
+def _answers(facts: Sequence[Fact], logits: Tensor, labels: Tensor) -> tuple[Answer, ...]:
+    lengths = [len(fact.answer) for fact in facts]
+    losses = _cross_entropy(logits, labels, "none").split(lengths)
+    best = (logits.argmax(-1) == labels).split(lengths)
+    return tuple(
+        Answer(fact, own.mean().item(), math.exp(-own.sum().item()), bool(same.all()))
+        for fact, own, same in zip(facts, losses, best)
+    )
+
+
+def _progress(steps: int) -> tqdm:
+    """The bar of a long training: on a terminal only (``disable=None``), so that logs stay clean, and gone when it is done."""
+    disable = True if os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None
+    return tqdm(total=steps, desc="train", unit="step", delay=PATIENCE, leave=False, disable=disable)

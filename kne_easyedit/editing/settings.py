@@ -1,0 +1,27 @@
+"""What an edit reads of a hyperparameter object; `kne_easyedit.hparams.KNEHyperParams` is one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kne_easyedit.localization.settings import LocalizationSettings
+
+
+class EditSettings(LocalizationSettings, Protocol):
+    """The settings of Eq. 8-11, beside those of localising: meanings in `KNEHyperParams`."""
+
+    lr: float
+    num_steps: int
+    stop_loss: float
+    on_failure: str
+    alpha: float
+    weight_decay: float
+    initialization: str
+    kl_weight: float
+    kl_data: str | None
+    kl_size: int
+    seed: int
+    device: int | str
+
+    def validate(self) -> None:
+        """Raises ValueError for a value of the wrong type or out of range."""

@@ -1,0 +1,221 @@
+"""From facts to token ids, label masks and padded batches: the only place that calls a tokenizer.
+
+Prompt and target are joined by the separator alone (a blank, if nothing else is set): both have no blanks of their
+own where they meet. The target's tokens are those beyond the length of the prompt tokenised alone. This is the rule of
+EasyEdit's evaluators, so that what is scored is what is trained; where it would split wrongly, the fact is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kne_easyedit._util.messages import shorten
+
+IGNORE = -100
+"""Label of a position that does not count in the loss (the convention of torch's cross-entropy)."""
+
+SEPARATOR = " "
+"""What stands between prompt and target, if nothing else is set. Scripts without blanks between words want none."""
+BLANKS = " \t\u00a0\u3000"
+"""What a prompt does not end in. Line ends may stay: a template of one's own may want them."""
+
+_MARK = "\u2402"
+"""A character that no template holds."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A tokenised fact."""
+
+    prompt: str
+    target: str
+    ids: tuple[int, ...]
+    """Tokens of prompt and target together."""
+    prompt_length: int
+    """Number of tokens of the prompt."""
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """Tokens ``y_1..y_s`` of the target."""
+        return self.ids[self.prompt_length :]
+
+    @property
+    def positions(self) -> range:
+        """The positions that predict ``y_1..y_s``: the last prompt token and all answer tokens but the last."""
+        return range(self.prompt_length - 1, len(self.ids) - 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded facts: tensors of shape ``(facts, longest)``."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    """The answer's token ids where they stand in ``input_ids``, ``IGNORE`` elsewhere."""
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+
+def natural(prompt: str) -> str:
+    """The prompt without blanks at its end: the separator joins it to the answer."""
+    return prompt.rstrip(BLANKS)
+
+
+def natural_answer(text: str) -> str:
+    """The answer without white space at its ends: what is trained, and what is asked."""
+    return text.strip()
+
+
+def require_text(value: object, field: str) -> str:
+    """``value``, if it is a text that can be tokenised. Raises ValueError, naming ``field``, otherwise."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{field}: {shorten(value)} is not a text with at least one visible character")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{field}: {shorten(value)} has half a surrogate pair at place {error.start}, which is no character; "
+            f"write the whole character (json.dumps and UTF-8 do)"
+        ) from error
+    return value
+
+
+def encode(tokenizer, prompt: str, target: str, separator: str = SEPARATOR) -> Fact:
+    """Tokenises one fact: the natural prompt and the natural answer (`natural`, `natural_answer`), joined by ``separator``.
+
+    Raises ValueError for an empty or blank prompt or target, a target of no tokens, a prompt that is tokenised
+    differently where the target follows it, so that the cut by its length would fall into the one or the other, or a
+    tokenizer that appends an end token to every text (the answer would begin behind it).
+    """
+    prompt = natural(require_text(prompt, "prompt"))
+    target = natural_answer(require_text(target, "target_new"))
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    text = f"{prompt}{separator}{target}"
+    ids = tokenizer(text)["input_ids"]
+    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token not in prompt:
+        raise ValueError(
+            f"tokenizer: {type(tokenizer).__name__} appends {tokenizer.eos_token!r} to every text, so the answer cannot "
+            f"follow the prompt; load it with add_eos_token=False"
+        )
+    if not prompt_ids:
+        raise ValueError(f"prompt: {shorten(prompt)} has no tokens; nothing predicts the answer's first token")
+    if len(ids) <= len(prompt_ids):
+        raise ValueError(
+            f"target_new: {shorten(target)} has no tokens of its own after the prompt {shorten(prompt)}; choose another target"
+        )
+    if ids[: len(prompt_ids)] != prompt_ids and not _begins_at(
+        tokenizer, text, len(prompt_ids), len(prompt), len(prompt + separator)
+    ):
+        raise ValueError(
+            f"prompt: {shorten(prompt)} is tokenised differently where the answer {shorten(target)} follows it (separator {separator!r}), so that "
+            f"EasyEdit's evaluators would cut at a wrong place; end the prompt elsewhere or choose another separator"
+        )
+    return Fact(prompt, target, tuple(ids), len(prompt_ids))
+
+
+def _begins_at(tokenizer, text: str, cut: int, prompt_end: int, answer_start: int) -> bool:
+    """Whether the text's tokens from number ``cut`` on are the answer's, where a token of the prompt has taken in the separator.
+
+    (A line end and the blank before a number are one token of SmolLM2.) Only tokenizers that know offsets can tell.
+    """
+    if not tokenizer.is_fast:
+        return False
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return offsets[cut - 1][1] <= answer_start and offsets[cut][0] >= prompt_end
+
+
+def encode_request(tokenizer, request: Mapping, chat: bool = False, separator: str = SEPARATOR) -> Fact:
+    """Tokenises an EasyEdit request (``prompt``, ``target_new``, maybe ``subject``), checking it first.
+
+    ``chat``: the prompt in the tokenizer's chat template, see `chat_prompt`.
+    """
+    check_request(request)
+    prompt = chat_prompt(tokenizer, request["prompt"]) if chat else request["prompt"]
+    return encode(tokenizer, prompt, request["target_new"], separator)
+
+
+def chat_prompt(tokenizer, prompt: str) -> str:
+    """The prompt as a user's message in the tokenizer's chat template, up to where the answer begins.
+
+    A prompt that is in it already stays as it is. Where the tokenizer adds its start token itself, the template's is
+    left out, so that whoever tokenises the text (training, EasyEdit's evaluators, free answers) has it once.
+    Raises ValueError for a tokenizer without a template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"use_chat_template: {type(tokenizer).__name__} of this model has no chat template; leave the setting out"
+        )
+    start = tokenizer.bos_token if _adds_start(tokenizer) else ""
+
+    def rendered(text: str) -> str:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+        return natural(text).removeprefix(start)
+
+    before, _, after = rendered(_MARK).partition(_MARK)
+    given = prompt.removeprefix(start)
+    return given if given.startswith(before) and given.endswith(after) else rendered(natural(prompt))
+
+
+def _adds_start(tokenizer) -> bool:
+    """Whether the tokenizer itself begins every text with its start token."""
+    start = tokenizer.bos_token_id
+    return start is not None and tokenizer("a")["input_ids"][:1] == [start]
+
+
+def require_length(fact: Fact, config) -> None:
+    """Raises ValueError for a fact longer than the model (its ``config.max_position_embeddings``) can take."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and len(fact.ids) > limit:
+        raise ValueError(
+            f"prompt: {fact.prompt[:40]!r}... has {len(fact.ids)} tokens with its target, the model takes {limit}"
+        )
+
+
+def check_request(request: Mapping) -> None:
+    """Raises ValueError (naming field and value) for a request that cannot be edited."""
+    for field in ("prompt", "target_new"):
+        require_text(request.get(field), f"request.{field}")
+    subject = request.get("subject")
+    if subject is None:
+        return
+    if not isinstance(subject, str) or not subject.strip():
+        raise ValueError(
+            f"request.subject: {shorten(subject)} is not a text with at least one visible character; leave 'subject' out if there is none"
+        )
+    if require_text(subject, "request.subject") not in request["prompt"]:
+        raise ValueError(
+            f"request.subject: {shorten(subject)} does not stand in the prompt {shorten(request['prompt'])}; EasyEdit demands it "
+            f"(spell it as in the prompt, or leave 'subject' out)"
+        )
+
+
+def collate(facts: Sequence[Fact], pad_id: int = 0, padding_side: str = "right") -> Batch:
+    """Pads facts to one batch. The mask, not the pad token, decides what counts: a pad id may be any id."""
+    input_ids, attention_mask = pad([fact.ids for fact in facts], pad_id, padding_side)
+    labels = torch.full_like(input_ids, IGNORE)
+    for i, fact in enumerate(facts):
+        start = input_ids.shape[1] - len(fact.ids) if padding_side == "left" else 0
+        labels[i, start + fact.prompt_length : start + len(fact.ids)] = torch.tensor(fact.answer)
+    return Batch(input_ids, attention_mask, labels)
+
+
+def pad(
+    texts: Sequence[Sequence[int]], pad_id: int = 0, padding_side: str = "right"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of texts as one tensor ``(texts, width)``, and the mask (1: a token, 0: padding) of the same shape."""
+    width = max(map(len, texts))
+    input_ids = torch.full((len(texts), width), pad_id)
+    attention_mask = torch.zeros((len(texts), width), dtype=torch.long)
+    for i, ids in enumerate(texts):
+        where = slice(width - len(ids), width) if padding_side == "left" else slice(len(ids))
+        input_ids[i, where] = torch.tensor(ids)
+        attention_mask[i, where] = 1
+    return input_ids, attention_mask

@@ -1,0 +1,115 @@
+"""Data files as people keep them: JSON, JSON Lines, CSV, each told by its content. What a record means is told in `schemas`."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+EMBEDDED = "embedded"
+"""Stands for the packaged facts wherever a data file is named."""
+DELIMITERS = ",\t;"
+"""Of CSV files; the one that gives the header known names is taken."""
+COLUMNS = {"prompt", "text", "src"}
+"""Names of the prompt in a header: a CSV file is told by one of them."""
+REWRITE = "requested_rewrite"
+"""What the records of CounterFact and MQuAKE hold in the place of a prompt."""
+FORMATS = (
+    "a JSON list of records, JSON Lines (one record a line), or a CSV file whose header names prompt and target_new"
+)
+
+
+class Unreadable(str):
+    """Stands in the place of a record that cannot be read; the text says where in the file, and why."""
+
+
+def read_records(path: str | Path) -> list:
+    """The records of a data file as they stand in it, in order; ``~`` and environment variables in the path are expanded.
+
+    The packaged facts are ``embedded``. A line of JSON Lines or CSV that cannot be read is an `Unreadable`. Raises
+    FileNotFoundError, or ValueError, naming the file, for what is no data file.
+    """
+    if str(path) == EMBEDDED:
+        return json.loads(_embedded().read_text(encoding="utf-8"))
+    real = _real(path)
+    if not real.is_file():
+        raise FileNotFoundError(
+            f"data file {real} does not exist; KnowEdit is published as zjunlp/KnowEdit, {EMBEDDED!r} needs no file"
+        )
+    try:
+        text = real.read_text(encoding="utf-8-sig")  # with a byte order mark or without
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{real}: not a JSON file: {error}; save it as UTF-8") from error
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{real}: not a JSON file of records: it is nested too deeply") from error
+    except ValueError as error:  # JSONDecodeError, and numbers of thousands of digits
+        records = _json_lines(text) if text.lstrip().startswith("{") else _csv(text)
+        if records is None:
+            raise ValueError(f"{real}: not a JSON file: {error}; wanted is {FORMATS}") from error
+        return records
+    if isinstance(content, dict) and (COLUMNS | {REWRITE}) & content.keys():
+        content = [content]  # JSON Lines of one line
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path}: not a KnowEdit file, wanted is {FORMATS}, found {type(content).__name__}")
+    return content
+
+
+def data_digest(path: str | Path) -> str | None:
+    """SHA-256 of a data file; None for what is no file."""
+    real = _embedded() if str(path) == EMBEDDED else _real(path)
+    return hashlib.sha256(real.read_bytes()).hexdigest() if real.is_file() else None
+
+
+def _embedded():
+    return files("kne_easyedit.facts").joinpath("facts.json")
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.expandvars(str(path))).expanduser()
+
+
+def _json_lines(text: str) -> list | None:
+    """The records; None if no line holds one. Lines end with a line feed: U+2028 and its kin may stand in a text."""
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            records.append(Unreadable(f"line {number}: no JSON ({error})"))
+    return records if any(isinstance(record, dict) for record in records) else None
+
+
+def _csv(text: str) -> list | None:
+    """The records, keyed by the header's names; empty cells are left out. None if there is no such header."""
+    text = text.lstrip("\r\n")
+    for delimiter in DELIMITERS:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        try:
+            names = [name.strip() for name in next(rows, [])]
+        except csv.Error:
+            continue
+        if len(names) > 1 and COLUMNS & set(names):
+            return list(_rows(rows, names))
+    return None
+
+
+def _rows(rows, names: list[str]) -> Iterator[dict | Unreadable]:
+    try:
+        for cells in rows:
+            if len(cells) == len(names):
+                yield {name: cell for name, cell in zip(names, cells) if name and cell.strip()}
+            elif cells:
+                yield Unreadable(
+                    f"line {rows.line_num}: {len(cells)} cells, the header has {len(names)}; quote cells that hold the delimiter"
+                )
+    except csv.Error as error:  # an open quote takes in all that follows
+        yield Unreadable(f"line {rows.line_num}: no CSV ({error})")

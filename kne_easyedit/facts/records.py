@@ -1,0 +1,236 @@
+"""Records of data files, checked, as EasyEdit requests. `readers` reads the files, `schemas` tells what their fields mean."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from kne_easyedit._util.messages import shorten
+from kne_easyedit.facts.encoding import (
+    SEPARATOR,
+    chat_prompt,
+    check_request,
+    encode,
+    natural,
+    natural_answer,
+    require_length,
+    require_text,
+)
+from kne_easyedit.facts.readers import EMBEDDED, Unreadable, data_digest, read_records
+from kne_easyedit.facts.schemas import schema_of
+
+__all__ = [
+    "EMBEDDED",
+    "BadRecord",
+    "data_digest",
+    "require_evaluable",
+    "load_records",
+    "load_requests",
+    "read_records",
+    "to_request",
+    "with_chat_template",
+]
+
+logger = logging.getLogger(__name__)
+
+CATEGORIES = {
+    "portability": ("Subject_Aliasing", "Reasoning", "Logical_Generalization"),
+    "locality": ("Relation_Specificity", "Forgetfulness"),
+}
+"""KnowEdit's categories, which come first and in this order; a record's own follow in theirs."""
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; the message says which, which field and why."""
+
+
+def load_records(
+    path: str | Path, size: int | None = None, offset: int = 0, *, on_bad: str = "fail"
+) -> tuple[list[dict], list[str]]:
+    """Reads a data file (see `readers.read_records`, `schemas.SCHEMAS`), or the packaged facts (``embedded``), as requests with an ``index``.
+
+    ``on_bad`` is ``fail`` (the first bad record raises BadRecord) or ``skip``. Returns the requests and the
+    complaints about skipped records. What else records hold is not used, and a warning names it.
+    ``size`` and ``offset`` count records of the file, bad ones included.
+    Raises FileNotFoundError, or ValueError for a file that is no list of records.
+    """
+    requests, complaints, unused = _load(path, size, offset, on_bad)
+    if unused:
+        logger.warning(
+            "%s: left out, for nothing asks it: %s",
+            path,
+            ", ".join(f"{what} ({number} times)" for what, number in unused.items()),
+        )
+    return requests, complaints
+
+
+def load_requests(path: str | Path, size: int | None = None, offset: int = 0) -> list[dict]:
+    """The usable ones among ``size`` records of a file, from number ``offset`` on: what localisation needs. A warning names the others."""
+    requests, complaints, _ = _load(path, size, offset, "skip")
+    if complaints:
+        logger.warning(
+            "%s of the records wanted of %s cannot be used; the first: %s", len(complaints), path, complaints[0]
+        )
+    return requests
+
+
+def _load(path: str | Path, size: int | None, offset: int, on_bad: str) -> tuple[list[dict], list[str], Counter]:
+    if on_bad not in ("fail", "skip"):
+        raise ValueError(f"on_bad_record: {on_bad!r} must be 'fail' or 'skip'")
+    records = read_records(path)
+    stop = len(records) if size is None else offset + size
+    if not 0 <= offset < len(records):
+        raise ValueError(f"offset: {offset} out of range; {path} has {len(records)} records")
+    requests, complaints, unused = [], [], Counter()
+    for index, record in list(enumerate(records))[offset:stop]:
+        try:
+            requests.append({**to_request(record, unused), "index": index})
+        except ValueError as error:
+            complaint = f"{path}: record {index}: {error}"
+            if on_bad == "fail":
+                raise BadRecord(f"{complaint} (--on-bad-record skip leaves such records out)") from error
+            complaints.append(complaint)
+    return requests, complaints, unused
+
+
+def to_request(record: Mapping, unused: Counter | None = None) -> dict:
+    """One record, of any shape that `schemas` knows, as an EasyEdit request: categories hold lists of prompts and of first answers.
+
+    Prompts end, and answers begin and end, without blanks (`batching.natural`). The subject is None where there is none.
+    Raises ValueError naming the field. Probes with an empty answer are left out, as EasyEdit's own script does;
+    ``unused`` counts them, and the fields that are not used.
+    """
+    unused = Counter() if unused is None else unused
+    if isinstance(record, Unreadable):
+        raise ValueError(record)
+    if not isinstance(record, Mapping):
+        raise ValueError(f"is a {type(record).__name__}, not a mapping")
+    schema = schema_of(record)
+    plain = schema.plain(record)
+    request = {
+        "prompt": plain["prompt"],
+        "target_new": _number_as_text(plain["target_new"]),
+        "ground_truth": _answer(plain.get("ground_truth"), "ground_truth"),
+        "subject": plain.get("subject"),
+    }
+    check_request(request)
+    request["prompt"] = natural(request["prompt"])
+    request["target_new"] = natural_answer(request["target_new"])
+    if "rephrase_prompt" in plain:
+        request["rephrase_prompt"] = natural(
+            require_text(plain["rephrase_prompt"], "rephrase_prompt (leave it out if there is none)")
+        )
+    own: Counter = Counter()
+    for section, known in CATEGORIES.items():
+        request[section] = {}
+        found = plain.get(section)
+        if not isinstance(found, Mapping | None):
+            raise ValueError(
+                f"{section}: is a {type(found).__name__}, not a mapping of categories; leave it out if there are none"
+            )
+        found = found or {}
+        for category in [*(name for name in known if name in found), *(name for name in found if name not in known)]:
+            probes = _probes(found[category], f"{section}.{require_text(category, section)}", own)
+            if probes["prompt"]:
+                request[section][category] = probes
+    unused.update(own + Counter(f"{shorten(name)} of {schema.name}" for name in record if name not in schema.fields))
+    return request
+
+
+def require_evaluable(
+    request: Mapping, tokenizer, model, separator: str = SEPARATOR, by_subject: Sequence[str] = ()
+) -> None:
+    """Raises ValueError, naming the field, for a request with a text that the tokenizer or the model cannot take.
+
+    ``by_subject``: the methods of a run that cannot edit a request without a subject.
+
+    ``model`` is a transformers model: its length and its embeddings are the limits. Every prompt is looked at with its
+    answer: the request's own, the rephrased one, all probes.
+    """
+    if by_subject and request["subject"] is None:
+        raise ValueError(
+            f"subject: missing, {', '.join(by_subject)} cannot edit without one; add it, or leave out the method"
+        )
+    known = model.get_input_embeddings().weight.shape[0]
+    for field, prompt, answer in _questions(request):
+        try:
+            fact = encode(tokenizer, prompt, answer, separator)
+            require_length(fact, model.config)
+            if max(fact.ids) >= known:
+                raise ValueError(
+                    f"tokenizer: token {max(fact.ids)} of {shorten(prompt)}, the model knows those below {known}"
+                )
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from error
+
+
+def _questions(request: Mapping) -> Iterator[tuple[str, str, str]]:
+    """Field, prompt and answer of all that is asked."""
+    yield "request", request["prompt"], request["target_new"]
+    if "rephrase_prompt" in request:
+        yield "rephrase_prompt", request["rephrase_prompt"], request["target_new"]
+    for section in CATEGORIES:
+        for category, probes in request.get(section, {}).items():
+            for i, (prompt, answer) in enumerate(zip(probes["prompt"], probes["ground_truth"])):
+                yield f"{section}.{category}[{i}].prompt", prompt, answer
+
+
+def with_chat_template(request: Mapping, tokenizer) -> dict:
+    """The request with every prompt (its own, the rephrased one, all probes) in the tokenizer's chat template.
+
+    Then every method edits and every evaluator asks in the same form, whatever it knows of templates.
+    """
+    wrapped = {**request, "prompt": chat_prompt(tokenizer, request["prompt"])}
+    if "rephrase_prompt" in request:
+        wrapped["rephrase_prompt"] = chat_prompt(tokenizer, request["rephrase_prompt"])
+    for section in CATEGORIES:
+        wrapped[section] = {
+            name: {**probes, "prompt": [chat_prompt(tokenizer, prompt) for prompt in probes["prompt"]]}
+            for name, probes in request.get(section, {}).items()
+        }
+    return wrapped
+
+
+def _probes(items, field: str, unused: Counter) -> dict[str, list[str]]:
+    probes = {"prompt": [], "ground_truth": []}
+    items = [] if items is None else items
+    if not isinstance(items, list):
+        raise ValueError(f"{field}: is a {type(items).__name__}, not a list")
+    for i, item in enumerate(items):
+        if not isinstance(item, Mapping) or not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
+            raise ValueError(f"{field}[{i}].prompt: {shorten(item)} has no prompt")
+        prompt = require_text(item["prompt"], f"{field}[{i}].prompt")
+        answer = _answer(item.get("ground_truth"), f"{field}[{i}].ground_truth")
+        if answer is None:
+            unused["probes without an answer"] += 1
+            continue
+        probes["prompt"].append(natural(prompt))
+        probes["ground_truth"].append(answer)
+    return probes
+
+
+def _answer(value, field: str) -> str | None:
+    """The first alias of an answer as a text without blanks at its ends; None if there is none."""
+    first = _number_as_text(_first(value))
+    return None if first is None else natural_answer(require_text(first, field))
+
+
+def _number_as_text(value):
+    """A number as it is written (years lose their quotes on the way through other tools), anything else as it is."""
+    is_number = type(value) is int or type(value) is float and math.isfinite(value)  # True is no answer
+    return str(value) if is_number else value
+
+
+def _first(answer):
+    """The first alias of an answer that may be nested in lists; empty ones do not count."""
+    waiting = [answer]
+    while waiting:
+        answer = waiting.pop()
+        if isinstance(answer, list):
+            waiting += reversed(answer)
+        elif answer is not None and not (isinstance(answer, str) and not answer.strip()):
+            return answer
+    return None

@@ -1,0 +1,303 @@
+"""Eq. 6-7: from attributions to the ensemble, the artefact between localising and editing."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from kne_easyedit._util.files import atomic_write
+from kne_easyedit._util.messages import shorten
+from kne_easyedit.localization.selection import AGGREGATIONS, SCALES, aggregate, scaled
+from kne_easyedit.models.targets import Target, check_template, count_parameters, resolve_target
+
+FORMAT = "kne-ensemble-1"
+LARGEST = 2**31
+"""No layer has so many neurons, and no model so many layers."""
+LARGEST_FILE = 2**30
+"""Bytes. Every neuron of the largest models takes less."""
+
+
+@dataclass(frozen=True)
+class NeuronEnsemble:
+    """Which output neurons of which layers are edited. Frozen; row indices are plain integers.
+
+    Hand-made or random ensembles are as good as located ones: training and editing take any.
+    """
+
+    neurons: Mapping[str, Mapping[int, tuple[int, ...]]]
+    """Template -> layer -> ascending row indices; layers without neurons are left out."""
+    widths: Mapping[str, int]
+    """Template -> neurons a layer (``d2``)."""
+    layers: tuple[int, ...] = ()
+    """The layers that were attributed."""
+    thresholds: Mapping[str, float] | None = None
+    """Template -> ``t_p`` (Eq. 6)."""
+    p: float | None = None
+    aggregation: str | None = None
+    facts: int | None = None
+    """Number of facts whose scores were aggregated."""
+    seconds: float | None = None
+    """How long their attribution took when it was computed (cached scores remember it)."""
+    scale: str | None = None
+    """How scores counted before the threshold (``score_scale``); None in files from before it was recorded."""
+
+    def __post_init__(self) -> None:
+        self._require_types()
+        if not self.size:
+            raise ValueError("ensemble: empty, there is nothing to train; raise p or localise on other facts")
+        for template, layers in self.neurons.items():
+            width = self.widths.get(template)
+            for layer, rows in layers.items():
+                if width is None or list(rows) != sorted(set(rows)) or not rows or rows[0] < 0 or rows[-1] >= width:
+                    raise ValueError(
+                        f"ensemble: rows of {template.format(layer)} must be ascending, distinct and in [0, {width}); "
+                        f"got {shorten(list(rows)[:8])}"
+                    )
+
+    def _require_types(self) -> None:
+        """Raises ValueError, naming field and value. A text of digits is no list of rows, and 1.7 or True is no row."""
+        _require(isinstance(self.neurons, Mapping), "neurons", self.neurons, "a mapping of templates")
+        for template, layers in self.neurons.items():
+            try:
+                check_template(template)
+            except ValueError as error:
+                raise ValueError(f"ensemble: neurons: {error}") from error
+            _require(isinstance(layers, Mapping), f"neurons of {template}", layers, "a mapping of layers to rows")
+            for layer, rows in layers.items():
+                _require(_is_index(layer), f"neurons of {template}", layer, "a layer's number")
+                _require(
+                    isinstance(rows, (tuple, list)), f"neurons of {template.format(layer)}", rows, "a list of rows"
+                )
+                for row in rows:
+                    _require(
+                        type(row) is int and abs(row) <= LARGEST,
+                        f"neurons of {template.format(layer)}",
+                        row,
+                        "a row's number",
+                    )
+        _require(
+            isinstance(self.widths, Mapping), "widths", self.widths, "a mapping of templates to numbers of neurons"
+        )
+        for template, width in self.widths.items():
+            _require(
+                isinstance(template, str) and _is_index(width),
+                "widths",
+                {template: width},
+                "a template's number of neurons",
+            )
+        numbers = isinstance(self.layers, (tuple, list)) and all(map(_is_index, self.layers))
+        _require(numbers, "layers", self.layers, "a list of layers' numbers")
+        _require(
+            self.thresholds is None or isinstance(self.thresholds, Mapping),
+            "thresholds",
+            self.thresholds,
+            "a mapping of templates",
+        )
+        for template, threshold in (self.thresholds or {}).items():
+            _require(
+                template in self.neurons and _is_finite(threshold),
+                f"thresholds of {shorten(template)}",
+                threshold,
+                "a finite number",
+            )
+        for name in ("p", "seconds"):
+            value = getattr(self, name)
+            _require(value is None or _is_finite(value), name, value, "a finite number")
+        _require(self.facts is None or _is_index(self.facts), "facts", self.facts, "a number of facts")
+        for name, known in (("aggregation", AGGREGATIONS), ("scale", SCALES)):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, str) and value in known, name, value, f"one of {known}")
+
+    @property
+    def size(self) -> int:
+        """Number of neurons."""
+        return sum(len(rows) for layers in self.neurons.values() for rows in layers.values())
+
+    def counts(self) -> dict[str, dict[int, int]]:
+        """Template -> layer -> number of neurons, zeros included."""
+        return {
+            template: {layer: len(found.get(layer, ())) for layer in sorted({*self.layers, *found})}
+            for template, found in self.neurons.items()
+        }
+
+    def overlap(self, other: NeuronEnsemble) -> float:
+        """Share of neurons that two ensembles have in common: shared ones over the mean size (Dice), in [0, 1]."""
+        return 2 * len(self.members() & other.members()) / (self.size + other.size)
+
+    def members(self) -> set[tuple[str, int, int]]:
+        """Every neuron as (template, layer, row)."""
+        return {
+            (template, layer, row)
+            for template, layers in self.neurons.items()
+            for layer, rows in layers.items()
+            for row in rows
+        }
+
+    def targets(self, model: nn.Module) -> dict[str, tuple[Target, list[tuple[int, ...]]]]:
+        """Template -> its modules in ``model`` and the rows of each.
+
+        Raises ValueError if ``model`` lacks a module or has it in another width: the ensemble is of another model.
+        """
+        found = {}
+        for template, layers in self.neurons.items():
+            if not layers:
+                continue
+            target = resolve_target(model, template, sorted(layers))
+            if target.n_neurons != self.widths[template]:
+                raise ValueError(
+                    f"ensemble: {template} has {self.widths[template]} neurons a layer, but {target.n_neurons} in this model; "
+                    f"it was made for another model"
+                )
+            found[template] = (target, [layers[i] for i in target.layers])
+        return found
+
+    def parameter_share(self, model: nn.Module) -> float:
+        """Share of the model's parameters that lie in the ensemble's rows (biases are not trained)."""
+        chosen = 0
+        for target, rows in self.targets(model).values():
+            chosen += sum(len(r) * (m.weight.numel() // target.n_neurons) for m, r in zip(target.modules, rows))
+        return chosen / count_parameters(model)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the ensemble as JSON, beside and renamed."""
+        content = {
+            "format": FORMAT,
+            "neurons": {
+                t: {str(layer): list(rows) for layer, rows in found.items()} for t, found in self.neurons.items()
+            },
+            "widths": dict(self.widths),
+            "layers": list(self.layers),
+            "thresholds": None if self.thresholds is None else dict(self.thresholds),
+            "p": self.p,
+            "aggregation": self.aggregation,
+            "facts": self.facts,
+            "seconds": self.seconds,
+            "scale": self.scale,
+        }
+        atomic_write(Path(path), json.dumps(content) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> NeuronEnsemble:
+        """Reads what `save` wrote. Raises ValueError for any other file, OSError for one that cannot be read."""
+        path = Path(path)
+        try:
+            if path.stat().st_size > LARGEST_FILE:
+                raise ValueError(f"{path.stat().st_size} bytes are more than any ensemble has")
+            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+                raise ValueError("it does not say of itself that it is one")
+            if unknown := sorted(set(content) - {f.name for f in fields(cls)}):
+                raise ValueError(f"unknown field {shorten(unknown[0])}")
+            for name in ("neurons", "widths"):
+                _require(isinstance(content.get(name), dict), name, content.get(name), "a mapping")
+            content["neurons"] = {template: _rows_of(template, found) for template, found in content["neurons"].items()}
+            layers = content.pop("layers", [])
+            _require(isinstance(layers, list), "layers", layers, "a list of layers' numbers")
+            return cls(**content, layers=tuple(layers))
+        except (ValueError, RecursionError) as error:  # also of text and JSON, and of rows that cannot be
+            reason = (
+                "lists in lists, too deep"
+                if isinstance(error, RecursionError)
+                else str(error).removeprefix("ensemble: ")
+            )
+            raise ValueError(f"ensemble: {path} is no ensemble file ({FORMAT}): {reason}") from error
+
+
+def _rows_of(template: str, found: object) -> dict[int, tuple]:
+    """Rows by layer, as JSON has them: layers as texts of digits."""
+    _require(isinstance(found, dict), f"neurons of {shorten(template)}", found, "a mapping of layers to rows")
+    for layer, rows in found.items():
+        digits = layer.isascii() and layer.isdigit() and layer == str(int(layer[:20]))
+        _require(digits, f"neurons of {shorten(template)}", layer, "a layer's number")
+        _require(isinstance(rows, list), f"neurons of {shorten(template)}, layer {layer}", rows, "a list of rows")
+    return {int(layer): tuple(rows) for layer, rows in found.items()}
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, each name once: of two the last would win without a word."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{shorten(max(names, key=names.count))} stands there twice")
+    return dict(pairs)
+
+
+def _require(ok: bool, name: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"ensemble: {name}: {shorten(value)} is not {wanted}")
+
+
+def _is_index(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def select_ensemble(
+    scores: Tensor | Mapping[str, Tensor],
+    p: float = 0.04,
+    *,
+    target_module: str | None = None,
+    layers: Sequence[int] = (),
+    aggregation: str = "max",
+    facts: int | None = None,
+    seconds: float | None = None,
+    scale: str = "none",
+) -> NeuronEnsemble:
+    """Eq. 6-7: keeps the top ``p`` of the neurons over all layers, and of these the positive ones.
+
+    Parameters
+    ----------
+    scores:
+        Attributions ``(layers, d2)`` of one fact, or ``(facts, layers, d2)``, which are aggregated first; or a
+        mapping of templates to such tensors. Every template has a threshold of its own.
+    p:
+        Fraction kept, in (0, 1]: the threshold ``t_p`` is the ``floor(p * neurons)``-th largest score (at least
+        the largest); equal scores are kept together.
+    target_module:
+        The template, if ``scores`` is a tensor.
+    layers:
+        Numbers of the layers that the rows of ``scores`` stand for; empty: 0, 1, ...
+    facts, seconds:
+        How many facts ``scores`` were aggregated from, if that is done already, and how long they took.
+    scale:
+        ``layer``: scores count in relation to their layer's largest (beyond the paper); ``none``: as they are.
+
+    Raises ValueError if nothing is positive (an empty ensemble), FloatingPointError for scores that are not finite.
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"p: {p!r} must be in (0, 1]: it is the fraction of the neurons that is kept")
+    if scale not in SCALES:
+        raise ValueError(f"scale: {scale!r} must be one of {SCALES}")
+    if isinstance(scores, Tensor):
+        if target_module is None:
+            raise ValueError("target_module: name the template that the scores belong to, or pass {template: scores}")
+        scores = {target_module: scores}
+    neurons, widths, thresholds, numbers = {}, {}, {}, tuple(layers)
+    for template, values in scores.items():
+        if values.ndim == 3:
+            values, facts = aggregate(values, aggregation)
+        if values.ndim != 2 or (layers and len(values) != len(layers)):
+            raise ValueError(
+                f"scores: {template} has shape {tuple(values.shape)}, wanted is (layers, d2) for layers {list(layers)}"
+            )
+        if not values.isfinite().all():
+            raise FloatingPointError(
+                f"scores: those of {template} are not finite; load the model in float32 or bfloat16"
+            )
+        values = scaled(values, scale)
+        numbers = tuple(layers) or tuple(range(len(values)))
+        kept = max(1, math.floor(p * values.numel() + 1e-9))
+        threshold = values.flatten().topk(kept).values[-1]
+        chosen = (values >= threshold) & (values > 0)
+        rows = {layer: tuple(mask.nonzero().flatten().tolist()) for layer, mask in zip(numbers, chosen)}
+        neurons[template] = {layer: found for layer, found in rows.items() if found}
+        widths[template], thresholds[template] = values.shape[1], float(threshold)
+    return NeuronEnsemble(neurons, widths, numbers, thresholds, p, aggregation, facts, seconds, scale)

@@ -1,0 +1,180 @@
+"""What localising leaves: files, pictures, printed tables; and the whole job of ``kne localize``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import nn
+
+from kne_easyedit._util.files import atomic_write
+from kne_easyedit._util.machine import environment
+from kne_easyedit._util.settings import public_settings
+from kne_easyedit.facts.encoding import Fact
+from kne_easyedit.localization.explain import Explanation, Neuron
+from kne_easyedit.localization.figures import draw_ensemble, draw_explanation
+from kne_easyedit.localization.localizer import localization_requests
+from kne_easyedit.localization.settings import LocalizationSettings
+from kne_easyedit.localization.stability import Study, study
+from kne_easyedit.models.loading import load_model
+
+BAR = 30
+"""Widest bar of the printed table, in characters."""
+
+
+def save_study(found: Study, folder: Path, model: nn.Module, hparams: LocalizationSettings, data: str) -> None:
+    """Writes ``ensemble.json``, ``scores.safetensors``, ``summary.json`` and ``ensemble.png`` into ``folder``."""
+    ensemble = found.ensemble
+    ensemble.save(folder / "ensemble.json")
+    metadata = {
+        "format": "kne-aggregated-scores-1",
+        "layers": json.dumps(list(ensemble.layers)),
+        "aggregation": hparams.aggregation,
+        "steps": str(hparams.attribution_steps),
+        "quadrature": hparams.quadrature,
+        "facts": str(ensemble.facts),
+        "model": found.model_digest,
+    }
+    atomic_write(
+        folder / "scores.safetensors", save({t: scores.contiguous() for t, scores in found.scores.items()}, metadata)
+    )
+    summary = {
+        "model": str(hparams.model_name),
+        "model_digest": found.model_digest,
+        "data": data,
+        "facts": ensemble.facts,
+        "computed_now": found.computed,
+        "seconds_now": found.seconds,
+        "seconds_when_computed": ensemble.seconds,
+        "neurons": ensemble.size,
+        "neurons_per_layer": ensemble.counts(),
+        "thresholds": ensemble.thresholds,
+        "parameters": found.parameters,
+        "parameter_share": found.parameter_share,
+        "stability": found.stability,
+        "stability_by_chance": found.chance,
+        "hparams": {**public_settings(hparams), "model_name": str(hparams.model_name)},
+        "environment": environment(model),
+    }
+    atomic_write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    draw_ensemble(
+        ensemble,
+        folder / "ensemble.png",
+        f"{hparams.model_name}: {ensemble.facts} facts of {data}\n{stability_line(found)}",
+        found.halves,
+    )
+
+
+def stability_line(found: Study) -> str:
+    if found.stability is None:
+        return "stability: unknown, it needs two halves of the facts that each have an ensemble"
+    return f"stability: ensembles of two halves of the facts share {found.stability:.0%} of their neurons (by chance {found.chance:.1%})"
+
+
+def print_study(found: Study) -> None:
+    """Neurons per layer, share of the parameters, stability."""
+    ensemble = found.ensemble
+    each = f", {ensemble.seconds / ensemble.facts:.2f} s a fact when computed" if ensemble.seconds else ""
+    print(
+        f"\n{ensemble.facts} facts ({found.computed} attributed now, the others cached{each}), {found.seconds:.1f} s now"
+    )
+    for template, counts in ensemble.counts().items():
+        most = max(counts.values()) or 1
+        print(f"\n{template}: {sum(counts.values())} of {len(counts) * ensemble.widths[template]} neurons")
+        for layer, count in counts.items():
+            print(f"  layer {layer:>3} {count:>6}  {'#' * round(BAR * count / most)}")
+    print(
+        f"\n{ensemble.size} neurons, {found.parameter_share:.2%} of the model's {found.parameters / 1e6:.1f} M parameters"
+    )
+    print(stability_line(found))
+
+
+def localize_job(hparams: LocalizationSettings, folder: Path) -> Study:
+    """The whole job of ``kne localize`` and ``scripts/localize.py``: load, localise, print, write, draw.
+
+    The facts are those of ``localization_data``. Raises ValueError if the settings name none.
+    """
+    if hparams.localization_data is None:
+        raise ValueError("localization_data: none; name a KnowEdit file (--data), or 'embedded' for the packaged facts")
+    requests = localization_requests(hparams)
+    wanted = "" if len(requests) == hparams.localization_size else f" ({hparams.localization_size} wanted)"
+    print(f"model {hparams.model_name}, {len(requests)} facts{wanted} of {hparams.localization_data}", flush=True)
+    model, tokenizer = load_model(hparams)
+    found = study(model, tokenizer, requests, hparams)
+    save_study(found, folder, model, hparams, str(hparams.localization_data))
+    print_study(found)
+    print(f"\nWritten to {folder}: ensemble.json, scores.safetensors, summary.json, ensemble.png")
+    return found
+
+
+def save_explanation(found: Explanation, folder: Path, hparams: LocalizationSettings) -> None:
+    """Writes ``explanation.json`` and ``explanation.png`` into ``folder``."""
+    content = {
+        "model": str(hparams.model_name),
+        "p": hparams.p,
+        "score_scale": hparams.score_scale,
+        "steps": hparams.attribution_steps,
+        "quadrature": hparams.quadrature,
+        "facts": [
+            {
+                "prompt": fact.prompt,
+                "target_new": fact.target,
+                "neurons": ensemble.size,
+                "neurons_per_layer": ensemble.counts(),
+                "rows": ensemble.neurons,
+                "strongest": [
+                    {"module": t, "layer": layer, "neuron": row, "attribution": value}
+                    for (t, layer, row), value in best
+                ],
+            }
+            for fact, ensemble, best in zip(found.facts, found.ensembles, found.strongest)
+        ],
+        "collisions": {
+            "meaning": "[i][j]: share of fact i's neurons that fact j has, too",
+            "shares": found.collisions(),
+        },
+        "hubs": [
+            {"module": t, "layer": layer, "neuron": row, "facts": count} for (t, layer, row), count in found.hubs()
+        ],
+    }
+    atomic_write(folder / "explanation.json", json.dumps(content, indent=1) + "\n")
+    draw_explanation(
+        found,
+        folder / "explanation.png",
+        f"{hparams.model_name}: neurons of {len(found.facts)} facts, top {hparams.p:.0%} of each",
+    )
+
+
+def print_explanation(found: Explanation, examples: int = 5) -> None:
+    """Layers and strongest neurons of the first facts, the worst collisions, the most shared neurons."""
+    for i, (fact, ensemble, best) in enumerate(zip(found.facts[:examples], found.ensembles, found.strongest)):
+        print(f"\n[{i}] {fact.prompt}  ->  {fact.target}: {ensemble.size} neurons")
+        for template, counts in ensemble.counts().items():
+            top = sorted(counts.items(), key=lambda item: -item[1])[:6]
+            print(f"    {template}: " + ", ".join(f"layer {layer}: {count}" for layer, count in top if count) + " ...")
+        print("    strongest: " + ", ".join(f"{_short(neuron)} {value:.3f}" for neuron, value in best[:5]))
+    if len(found.facts) > examples:
+        print(f"\n... and {len(found.facts) - examples} facts more (in explanation.json)")
+    if len(found.facts) == 1:
+        return
+    shares = found.collisions()
+    pairs = sorted(
+        ((shares[i][j], i, j) for i in range(len(shares)) for j in range(len(shares)) if i != j), reverse=True
+    )
+    mean = sum(share for share, _, _ in pairs) / len(pairs)
+    print(f"\nCollisions: on average a fact shares {mean:.0%} of its neurons with another. Most:")
+    for share, i, j in pairs[:5]:
+        print(f"    {share:>4.0%} of [{i}] {_fact(found.facts[i])}  are of  [{j}] {_fact(found.facts[j])}")
+    if found.hubs():
+        print("Shared by most facts: " + ", ".join(f"{_short(neuron)} ({count})" for neuron, count in found.hubs()[:6]))
+
+
+def _short(neuron: Neuron) -> str:
+    template, layer, row = neuron
+    return f"{template.rsplit('.', 1)[-1]} {layer}:{row}"
+
+
+def _fact(fact: Fact) -> str:
+    text = f"{fact.prompt} -> {fact.target}"
+    return text if len(text) <= 48 else f"{text[:45]}..."

@@ -1,0 +1,27 @@
+"""What localising reads of a hyperparameter object; `kne_easyedit.hparams.KNEHyperParams` is one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class LocalizationSettings(Protocol):
+    """The settings of Eq. 3-7, of the facts to localise on, and of the score cache: meanings in `KNEHyperParams`."""
+
+    model_name: str
+    target_modules: list[str]
+    layers: list[int]
+    p: float
+    aggregation: str
+    score_scale: str
+    attribution_steps: int
+    quadrature: str
+    attribution_engine: str
+    chunk_rows: int | None
+    cache_dir: str | None
+    ensemble: str | None
+    localization_data: str | None
+    localization_size: int
+    localization_offset: int
+    use_chat_template: bool
+    separator: str

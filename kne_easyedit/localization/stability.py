@@ -1,0 +1,62 @@
+"""Localise on a set of facts and look at what came out: how many neurons where, and how stable the choice is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.localization.localizer import Localization
+from kne_easyedit.localization.settings import LocalizationSettings
+from kne_easyedit.models.targets import count_parameters
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a localisation found."""
+
+    ensemble: NeuronEnsemble
+    scores: Mapping[str, Tensor]
+    """Template -> aggregated scores ``(layers, d2)``."""
+    halves: tuple[NeuronEnsemble, NeuronEnsemble] | None
+    """The ensembles of every other fact and of the rest; None if a half has no ensemble."""
+    computed: int
+    """Facts that were not in the cache."""
+    seconds: float
+    """Time that it took now."""
+    parameter_share: float
+    parameters: int
+    model_digest: str
+
+    @property
+    def stability(self) -> float | None:
+        """Overlap of the two halves' ensembles, in [0, 1]."""
+        return None if self.halves is None else self.halves[0].overlap(self.halves[1])
+
+    @property
+    def chance(self) -> float:
+        """The overlap that ensembles of this size would have if their neurons were drawn at random."""
+        drawn = {t: sum(map(len, layers.values())) for t, layers in self.ensemble.neurons.items()}
+        return (
+            sum(n * n / (self.ensemble.widths[t] * len(self.ensemble.layers)) for t, n in drawn.items())
+            / self.ensemble.size
+        )
+
+
+def study(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: LocalizationSettings) -> Study:
+    """Localises on ``requests`` (see `localize`), and on two halves of them for the stability."""
+    start = time.perf_counter()
+    found = Localization(model, tokenizer, requests, hparams)
+    computed = found.compute()
+    scores = found.aggregate()
+    ensemble = found.ensemble(scores=scores)
+    try:
+        halves = (found.ensemble(found.facts[::2]), found.ensemble(found.facts[1::2])) if len(found.facts) > 1 else None
+    except ValueError:  # a half without any positive score
+        halves = None
+    seconds = time.perf_counter() - start
+    share = ensemble.parameter_share(model)
+    return Study(ensemble, scores, halves, computed, seconds, share, count_parameters(model), found.cache.model_digest)

@@ -1,0 +1,180 @@
+"""Which modules can take a change of a row exactly, and why others cannot: asked before an edit computes anything.
+
+An edit adds to rows of a weight matrix and reads nothing else. So the weight must be stored as it is used: a plain
+floating-point parameter, whole, on this machine, of this module alone. Attribution asks for none of it: it needs
+outputs only, and takes models that cannot be edited.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from kne_easyedit.models.layer_kinds import known_kind
+from kne_easyedit.models.state import default_modes
+from kne_easyedit.models.targets import rows
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_RECOMPUTED = {
+    ("weight_orig", "weight_mask"): ("pruned (torch.nn.utils.prune)", "torch.nn.utils.prune.remove(module, 'weight')"),
+    ("weight_g", "weight_v"): ("under weight_norm", "torch.nn.utils.remove_weight_norm(module)"),
+    ("weight_orig", "weight_u"): ("under spectral_norm", "torch.nn.utils.remove_spectral_norm(module)"),
+}
+"""Names of tensors from which a hook makes the weight anew in every pass -> what that is, and what ends it."""
+
+
+_WRAPPERS = {
+    "FullyShardedDataParallel": ("spread over processes (FSDP)", "load the whole model into one process and edit that"),
+    "DistributedDataParallel": ("wrapped in DistributedDataParallel", "edit what is wrapped (model.module)"),
+    "DataParallel": ("wrapped in DataParallel", "edit what is wrapped (model.module)"),
+}
+"""Names of classes that hold a model -> what that is, and the way out."""
+
+
+def require_bare(model: nn.Module) -> None:
+    """Raises ValueError for a model that is wrapped, or carries a PEFT adapter.
+
+    Rows are trained, and written, into the base weights of plain modules alone.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in model.named_modules():
+        at = f"at {name}" if name else "the model itself"
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise ValueError(
+                f"model: {type(model).__name__} carries a PEFT adapter; merge or unload it before editing "
+                f"(merge_and_unload(), unload()). It is {at}"
+            )
+        if wrapped := _WRAPPERS.get(type(module).__name__):
+            raise ValueError(f"model: {type(model).__name__} is {wrapped[0]} ({at}); {wrapped[1]}")
+
+
+def require_editable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError for the first of ``modules`` (names and linear layers of ``model``) that cannot take a row exactly.
+
+    The message has the module's name, what is in the way, and the way out. Nothing is changed.
+    """
+    owners: dict[object, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for place in _places(parameter):
+            owners.setdefault(place, []).append(name)
+    for name, module in modules.items():
+        found = _obstacle(model, name, module)
+        if found is None:
+            others = {owner for place in _places(module.weight) for owner in owners[place]} - {f"{name}.weight"}
+            found = others and (
+                f"shared with {', '.join(sorted(others))}, which an edit would change, too",
+                "untie them: give each a copy",
+            )
+        if found:
+            kind, way_out = found
+            raise ValueError(
+                f"target_modules: {name} cannot be edited: its weight is {kind}; {way_out}, or leave the module out"
+            )
+
+
+def stored_quantisation(model: nn.Module) -> str | None:
+    """The kind of quantisation that the model's configuration names: what loading its files gives. None if they are plain."""
+    config = getattr(model.config, "quantization_config", None)
+    config = config if config is None or isinstance(config, Mapping) else config.to_dict()
+    return None if config is None or config.get("dequantize") else str(config.get("quant_method", "of an unknown kind"))
+
+
+def _obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, str] | None:
+    """What is in the way, and the way out. Known kinds first, since the general rule cannot name them."""
+    own = module._parameters.get("weight")
+    if found := known_kind(module, own):
+        return found
+    if is_parametrized(module, "weight"):
+        by = ", ".join(type(part).__name__.lstrip("_") for part in module.parametrizations.weight)
+        return (
+            f"computed from others (parametrised: {by})",
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first",
+        )
+    if own is None:
+        held = {**module._parameters, **module._buffers}
+        for parts, (kind, function) in _RECOMPUTED.items():
+            if all(part in held for part in parts):
+                return kind, f"{function} first"
+        kind = (
+            "a buffer"
+            if "weight" in held
+            else f"a {type(getattr(module, 'weight', None)).__name__} that is computed or replaced"
+        )
+        return f"no parameter but {kind}", "make it a plain torch.nn.Parameter first"
+    if own.is_meta:
+        if any(_offloads(parent) for parent in _upwards(model, name)):
+            return (
+                "offloaded (accelerate) and loaded for each pass only",
+                "load the model without offload, on a device that holds it",
+            )
+        return "not loaded (on the meta device)", "load the model's weights"
+    if any(_offloads(parent) for parent in _upwards(model, name)):
+        return (
+            "offloaded (accelerate) and put back after each pass",
+            "load the model without offload, on a device that holds it",
+        )
+    if type(own) is not nn.Parameter:
+        return f"a {type(own).__name__}, no plain torch.nn.Parameter", "load the model unquantised and whole"
+    if own.dtype not in DTYPES:
+        return f"of type {str(own.dtype).removeprefix('torch.')}", "load the model in float32, bfloat16 or float16"
+    wanted = _shape(module)
+    if own.layout is not torch.strided or tuple(own.shape) != wanted:
+        spread = " (DeepSpeed ZeRO)" if hasattr(own, "ds_id") else ""
+        return (
+            f"stored as {tuple(own.shape)} ({own.layout}){spread} and not as {wanted}",
+            "load the whole model, as plain matrices",
+        )
+    if not _is_product(module):
+        return f"not all that {type(module).__name__} computes with: its output is not x W^T + b", "take another module"
+    return None
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.weight.shape[0], module.nf  # Conv1D
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether the output is ``x W^T + b``. Known of `nn.Linear`; tried where a subclass, or somebody else, has put another forward."""
+    if getattr(module.forward, "__func__", None) is nn.Linear.forward:
+        return True
+    weight = rows(module).detach()
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, weight.shape[1], generator=generator).to(weight)
+    bias = torch.zeros((), device=weight.device) if module.bias is None else module.bias.detach()
+    try:
+        with default_modes(module), torch.no_grad():  # the caller's autocast would round it
+            found = module.forward(x).to(weight.device, precise)
+            wanted = x.to(precise) @ weight.to(precise).t() + bias.to(precise)
+            terms = x.to(precise).abs() @ weight.to(precise).abs().t() + bias.to(precise).abs()
+    except Exception:  # noqa: BLE001  (whatever a foreign forward makes of a plain matrix: it is no plain product)
+        return False
+    rounding = torch.finfo(weight.dtype).eps * (8 + math.sqrt(weight.shape[1])) * terms
+    return found.shape == wanted.shape and bool(((found - wanted).abs() <= rounding).all())
+
+
+def _offloads(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
+
+
+def _upwards(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The module and all that hold it."""
+    yield model
+    for part in name.split("."):
+        model = getattr(model, part)
+        yield model
+
+
+def _places(weight: Tensor) -> list[object]:
+    """What two parameters have in common if a change of one is a change of the other."""
+    plain = type(weight) is nn.Parameter and weight.layout is torch.strided and not weight.is_meta and weight.numel()
+    return [id(weight), ("address", weight.device, weight.data_ptr())] if plain else [id(weight)]

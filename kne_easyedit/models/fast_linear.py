@@ -1,0 +1,96 @@
+"""Matrix products in float32 on a CPU: by oneDNN where that is faster than torch's own choice.
+
+torch takes MKL for them, and MKL leaves AVX-512 unused on processors that are not Intel's: there oneDNN, which
+torch carries as well, is twice as fast (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@contextmanager
+def fast_linear(model: nn.Module) -> Iterator[None]:
+    """Inside, linear layers of ``model`` with frozen float32 weights on a CPU multiply by the faster library.
+
+    The results are those of `torch.nn.functional.linear` up to rounding. Afterwards the layers are as they were;
+    inside `preserve_state`, where Ctrl-C waits, also after that.
+    """
+    chosen = (
+        [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
+        if onednn_is_faster()
+        else []
+    )
+    try:
+        for module in chosen:
+            module.forward = partial(_forward, module)
+        yield
+    finally:
+        for module in chosen:
+            module.__dict__.pop("forward", None)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` by the faster library. ``weight`` and ``bias`` get no gradient from it unless it is torch's."""
+    frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
+    if (
+        frozen
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel()
+        and onednn_is_faster()
+    ):
+        return _Linear.apply(x, weight, bias)
+    return functional.linear(x, weight, bias)
+
+
+def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether this is a processor with AVX-512 that is not Intel's, and a torch that has oneDNN.
+
+    Looked up, not timed: processes that chose differently would round differently.
+    """
+    return (
+        "AVX512" in torch.backends.cpu.get_cpu_capability() and _vendor() not in ("", "GenuineIntel") and _has_onednn()
+    )
+
+
+def _vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def _has_onednn() -> bool:
+    try:
+        return _onednn(torch.ones(1, 2), torch.ones(1, 2)).item() == 2
+    except (AttributeError, RuntimeError):  # a torch without it, or without this entry to it
+        return False
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x, weight, bias=None):
+        context.weight = weight
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(context, gradient):
+        return _onednn(gradient, context.weight.t()), None, None
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")

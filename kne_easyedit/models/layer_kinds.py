@@ -1,0 +1,53 @@
+"""Layers of other libraries that hold something else than a plain weight matrix, known by the names of their classes.
+
+By name: none of these libraries is imported, and most are not installed. What is not listed here is found out by the
+general rule in `editable`; the list only makes the message say what the layer is.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+UNQUANTISED = "load the model unquantised"
+_WHOLE = "load the whole model into one process (without FSDP or tensor parallelism) and edit that"
+_KINDS = {
+    r"Linear8bitLt|Int8Params": (
+        "8-bit (bitsandbytes); its whole numbers would swallow what is added",
+        f"{UNQUANTISED}, without load_in_8bit",
+    ),
+    r"Linear4bit|LinearNF4|LinearFP4|Params4bit": (
+        "4-bit (bitsandbytes)",
+        f"{UNQUANTISED}, without load_in_4bit",
+    ),
+    r"\w*QuantLinear\w*|GPTQ\w*": ("quantised (GPTQ)", UNQUANTISED),
+    r"WQLinear\w*": ("quantised (AWQ)", UNQUANTISED),
+    r"HQQLinear\w*": ("quantised (HQQ)", UNQUANTISED),
+    r"EetqLinear|FP8Linear|FbgemmFp8Linear|BitLinear|AutoBitLinear|HiggsLinear|SpQR\w*": ("quantised", UNQUANTISED),
+    r"VptqLinear|VQuantLinear|QuantizedLinear|QLinear\w*|QModuleMixin": ("quantised", UNQUANTISED),
+    r"DTensor": ("spread over processes (DTensor)", _WHOLE),
+    r"FlatParameter": ("spread over processes (FSDP)", _WHOLE),
+}
+_LIBRARIES = {
+    r"torchao\b": ("quantised (torchao)", UNQUANTISED),
+    r"torch\.ao\.nn\b|torch\.nn\.quantized\b": (
+        "quantised (torch.ao)",
+        f"{UNQUANTISED}, without torch.ao.quantization",
+    ),
+}
+
+
+def known_kind(*things: object) -> tuple[str, str] | None:
+    """What a layer (or its weight) is if it is none of torch's own kinds, and the way out; None for all others."""
+    for thing in things:
+        for cls in type(thing).__mro__:
+            if cls in (nn.Linear, nn.Module, object):
+                continue
+            for pattern, found in _KINDS.items():
+                if re.fullmatch(pattern, cls.__name__):
+                    return found
+            for pattern, found in _LIBRARIES.items():
+                if re.match(pattern, cls.__module__):
+                    return found
+    return None

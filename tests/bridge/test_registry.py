@@ -1,0 +1,232 @@
+"""EasyEdit drives KNE unchanged. The PyPI release here; test_checkout.py runs this file on a checkout as well."""
+
+from __future__ import annotations
+
+import logging
+import random
+import subprocess
+import sys
+import textwrap
+from copy import deepcopy
+
+import numpy
+import pytest
+import torch
+from conftest import HANGS, fingerprint, make_llama, make_tokenizer, tiny_hparams, weights
+
+from kne_easyedit import apply_kne_to_model, bridge
+from kne_easyedit.bridge import importing
+
+PROMPTS = ["The capital of France is", "The capital of Spain is", "The capital of Peru is"]
+TARGETS = ["Rome", "Oslo", "Marie"]
+ORIGINALS_WANTED = {"keep_original_weight": True}  # needed before May 2024, ignored since
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs
+
+
+@pytest.fixture
+def editor():
+    """BaseEditor with a tiny model; each edit localises on its own request."""
+    return bridge.editor_for(tiny_hparams(model_name="any-name-at-all"), make_llama(), make_tokenizer())
+
+
+def edit(editor, n=1, **kwargs):
+    probes = {
+        "Reasoning": {"prompt": [["The river that flows through Rome is"]] * n, "ground_truth": [["the Tiber"]] * n}
+    }
+    return editor.edit(
+        prompts=PROMPTS[:n],
+        target_new=TARGETS[:n],
+        subject=["France", "Spain", "Peru"][:n],
+        verbose=False,
+        portability_inputs=probes,
+        locality_inputs=deepcopy(probes),
+        **{**ORIGINALS_WANTED, **kwargs},
+    )
+
+
+def test_base_editor_edits_evaluates_and_restores(editor):
+    before = fingerprint(editor.model)
+    metrics, _, originals = edit(editor, 2)
+    assert [m["pre"]["rewrite_acc"] for m in metrics] != [m["post"]["rewrite_acc"] for m in metrics]
+    assert [m["post"]["rewrite_acc"] for m in metrics] == [[1.0], [1.0]]
+    assert all(
+        "Reasoning_acc" in m["post"]["portability"] and "Reasoning_acc" in m["post"]["locality"] for m in metrics
+    )
+    assert fingerprint(editor.model) == before
+    assert originals and all(name.endswith("down_proj.weight") for name in originals)
+
+
+def test_batch_edit(editor):
+    editor.hparams.batch_size = 3
+    before = fingerprint(editor.model)
+    metrics, _, _ = editor.batch_edit(prompts=PROMPTS, target_new=TARGETS, verbose=False, **ORIGINALS_WANTED)
+    assert [m["post"]["rewrite_acc"] for m in metrics] == [[1.0]] * 3
+    assert fingerprint(editor.model) == before
+
+
+def test_edits_accumulate_when_easyedit_asks_for_it(editor):
+    """Before May 2024 by keep_original_weight=False, since then by sequential_edit=True."""
+    start = weights(editor.model)
+    mode = {"keep_original_weight": False} if bridge.is_legacy() else {"sequential_edit": True}
+    edit(editor, 2, **mode)
+    assert weights(editor.model) != start
+
+
+def test_fluency_needs_no_download(editor):
+    variant = bridge.fluency_variant()
+    assert variant == bridge.fluency_variant()  # twice is harmless
+    metrics, _, _ = edit(editor, test_generation=True)
+    assert variant in ("punkt", "preserve_line")
+    assert metrics[0]["post"]["fluency"]["ngram_entropy"] > 0
+
+
+def test_easyedits_own_method_runs_on_cpu(tmp_path):
+    """FT of the same editor class, with the settings file that is shipped for SmolLM2."""
+    model = make_llama(num_hidden_layers=22)
+    hparams = bridge.load_method("FT", importing.Path(__file__).parents[2] / "hparams/FT/smollm2-135m.yaml")
+    hparams.lr = 0.05
+    editor = bridge.editor_for(hparams, model, make_tokenizer())
+    before = weights(model)
+    changed = []
+    apply = editor.apply_algo
+
+    def observed(*args, **kwargs):
+        result = apply(*args, **kwargs)
+        changed.append(weights(model) != before)
+        return result
+
+    editor.apply_algo = observed
+    edit(editor)
+    assert changed == [True]
+    assert weights(model) == before
+
+
+def test_register_twice_is_harmless_and_loud_on_collision():
+    easyeditor = bridge.register()
+    methods = importing.importlib.import_module("easyeditor.util.alg_dict").ALG_DICT
+    function = methods["KNE"]
+    assert getattr(function, "func", function) is apply_kne_to_model
+    assert bridge.register() is easyeditor
+    assert methods["KNE"] is function
+    batch_editor = importing.importlib.import_module("easyeditor.editors.batch_editor").BatchEditor
+    assert batch_editor.is_batchable_method("KNE")
+    assert batch_editor.is_batchable_method("MEMIT")
+    assert not batch_editor.is_batchable_method("ROME")
+    assert easyeditor.KNEHyperParams.from_hparams is not None
+    methods["KNE"] = print
+    try:
+        with pytest.raises(ValueError, match="KNE"):
+            bridge.register()
+    finally:
+        methods["KNE"] = function
+
+
+def test_unknown_method_names_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match="'RME' is unknown.*ROME"):
+        bridge.load_method("RME", tmp_path / "x.yaml")
+
+
+def test_settings_that_a_version_does_not_know_are_dropped_with_a_warning(tmp_path, caplog):
+    text = (importing.Path(__file__).parents[2] / "hparams/FT/smollm2-135m.yaml").read_text()
+    path = tmp_path / "ft.yaml"
+    path.write_text(text + "no_such_setting: 1\n")
+    with caplog.at_level(logging.WARNING):
+        hparams = bridge.load_method("FT", path)
+    assert "no_such_setting" in caplog.text
+    assert hparams.lr == 5e-4
+    path.write_text(text.replace("alg_name: FT", "alg_name: ROME"))
+    with pytest.raises(ValueError, match="alg_name is 'ROME'"):
+        bridge.load_method("FT", path)
+
+
+def test_a_loaded_model_passes_as_a_name_and_is_never_copied():
+    model = make_llama()
+    name = bridge.LoadedModel("no-loader-knows-me", model, "tokenizer")
+    assert [*name] == [model, "tokenizer"]
+    assert name.lower() == "no-loader-knows-me"
+    assert type(deepcopy(name)) is str
+    assert type(name) is not str
+
+
+def run_python(code: str, **env) -> subprocess.CompletedProcess:
+    """``code`` in a fresh interpreter."""
+    environment = {**importing.os.environ, **env}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, timeout=HANGS
+    )
+
+
+def test_missing_easyedit_says_how_to_get_it(monkeypatch):
+    monkeypatch.delenv("EASYEDIT_HOME", raising=False)
+    monkeypatch.setattr(importing.PathFinder, "find_spec", lambda *a: None)
+    with pytest.raises(bridge.EasyEditNotFound, match="git clone .*EASYEDIT_HOME"):
+        bridge.locate()
+
+
+def test_wrong_easyedit_home_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path))
+    with pytest.raises(bridge.EasyEditNotFound, match=str(tmp_path)):
+        bridge.locate()
+
+
+def test_import_leaves_nothing_behind():
+    """No placeholder in sys.modules, no seed set, no root log handler, no file in the working directory."""
+    result = run_python(
+        """
+        import logging, os, random, sys
+        import numpy, torch
+        random.seed(1); numpy.random.seed(1); torch.manual_seed(1)
+        expected = random.random(), numpy.random.rand(), torch.rand(1).item()
+        random.seed(1); numpy.random.seed(1); torch.manual_seed(1)
+        from kne_easyedit import bridge
+        bridge.register()
+        assert (random.random(), numpy.random.rand(), torch.rand(1).item()) == expected, "seeded"
+        assert not logging.getLogger().handlers, "root handlers"
+        assert not os.listdir(), os.listdir()
+        for name, module in list(sys.modules.items()):
+            assert type(type(module)).__name__ != "_PlaceholderType" and type(module).__name__ != "_PlaceholderType", name
+        import importlib.util
+        for name in ("timm", "iopath", "fairscale", "qwen_vl_utils"):
+            assert name not in sys.modules and importlib.util.find_spec(name) is None, name
+        print("clean")
+        """
+    )
+    assert result.stdout.strip().endswith("clean"), result.stderr[-2000:]
+
+
+def test_placeholders_raise_on_use():
+    absent = importing.placeholder("absent.Thing", "No module named 'absent'")
+    assert isinstance(absent[int], type)
+    assert isinstance(absent.Other, type)
+
+    class Derived(absent):
+        pass
+
+    for use in (absent, Derived, absent.Other):
+        with pytest.raises(ImportError, match="No module named 'absent'"):
+            use()
+
+
+def test_importing_the_package_imports_neither_easyedit_nor_matplotlib():
+    result = run_python(
+        """
+        import sys
+        import kne_easyedit
+        assert not {"easyeditor", "matplotlib", "peft", "transformers"} & set(sys.modules)
+        print("fine")
+        """
+    )
+    assert result.stdout.strip() == "fine", result.stderr[-2000:]
+
+
+def test_generators_survive_an_import(monkeypatch):
+    torch.manual_seed(3)
+    numpy.random.seed(3)
+    random.seed(3)
+    state = torch.get_rng_state()
+    bridge.register()
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,478 @@
+"""apply_kne_to_model: EasyEdit's contract, the edit's success, localising once, and every bad input of the core."""
+
+import json
+import logging
+
+import pytest
+import torch
+from conftest import (
+    GPT2_DOWN,
+    GPTJ_DOWN,
+    LLAMA_DOWN,
+    ONE_TOKEN,
+    SPELLED,
+    THREE_TOKENS,
+    fingerprint,
+    make_gpt2,
+    make_gptj,
+    make_llama,
+    make_tokenizer,
+    tiny_hparams,
+    weights,
+)
+from tokenizers import processors
+
+from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
+from kne_easyedit.facts.encoding import encode
+from kne_easyedit.localization import localizer as localization
+from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
+from kne_easyedit.localization.localizer import find_ensemble, forget, localize
+
+
+def request(fact=ONE_TOKEN, subject=None, **changes):
+    prompt, target = fact
+    return {"prompt": prompt, "target_new": target, "ground_truth": None, "subject": subject, **changes}
+
+
+REQUEST = request(ONE_TOKEN, "France")
+REQUESTS = [REQUEST, request(SPELLED, "Ada"), request(THREE_TOKENS, "Rome")]
+DATA = [
+    {"subject": "Spain", "prompt": "The capital of Spain is", "target_new": "Lima", "ground_truth": ["Madrid"]},
+    {"subject": "Peru", "prompt": "The language of Peru is", "target_new": "Latin", "ground_truth": ["Spanish"]},
+    {"subject": "Italy", "prompt": "The capital city of Italy was", "target_new": "Oslo", "ground_truth": ["Rome"]},
+]
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    path = tmp_path / "knowedit.json"
+    path.write_text(json.dumps(DATA))
+    return str(path)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The facts whose attribution was computed, one entry a computation."""
+    prompts = []
+    real = localization.attribute_facts
+
+    def counting(model, target, facts, *args, **kwargs):
+        prompts.extend(fact.prompt for fact in facts)
+        return real(model, target, facts, *args, **kwargs)
+
+    monkeypatch.setattr(localization, "attribute_facts", counting)
+    return prompts
+
+
+def predicted(model, tokenizer, one):
+    """Teacher-forced: the most probable token at every position that predicts one of the target's."""
+    fact = encode(tokenizer, one["prompt"], one["target_new"])
+    with torch.no_grad():
+        best = model(input_ids=torch.tensor([fact.ids])).logits[0].argmax(-1)
+    return best[list(fact.positions)].tolist(), list(fact.answer)
+
+
+def edited(model, tokenizer, one):
+    got, wanted = predicted(model, tokenizer, one)
+    return got == wanted
+
+
+class TestContract:
+    def test_edits_in_place(self, llama, tokenizer):
+        before = weights(llama)
+        model, originals = apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams())
+        assert model is llama and originals == {}
+        assert weights(llama) != before
+
+    def test_a_copy_leaves_the_original_alone(self, llama, tokenizer):
+        before = fingerprint(llama)
+        model, _ = apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams(), copy=True, return_orig_weights=True)
+        assert model is not llama and type(model) is type(llama)
+        assert fingerprint(llama) == before
+        assert edited(model, tokenizer, REQUEST) and not edited(llama, tokenizer, REQUEST)
+
+    def test_original_weights_are_whole_matrices(self, llama, tokenizer):
+        shapes = {name: parameter.shape for name, parameter in llama.named_parameters()}
+        before = weights(llama)
+        _, originals = apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams(), return_orig_weights=True)
+        changed = {name for name, digest in weights(llama).items() if digest != before[name]}
+        assert set(originals) == changed != set()
+        assert all(value.shape == shapes[name] for name, value in originals.items())
+
+    @pytest.mark.parametrize(
+        ("make", "template"), [(make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN), (make_gpt2, GPT2_DOWN)]
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_the_editors_own_restore_is_bit_exact(self, tokenizer, make, template, dtype):
+        model = make(dtype)
+        before = fingerprint(model)
+        _, originals = apply_kne_to_model(
+            model, tokenizer, [REQUEST], tiny_hparams(template, p=0.3), return_orig_weights=True
+        )
+        assert fingerprint(model) != before
+        with torch.no_grad():  # as EasyEdit does it
+            for name, value in originals.items():
+                dict(model.named_parameters())[name][...] = value
+        assert fingerprint(model) == before
+
+    @pytest.mark.parametrize(
+        ("legacy", "wanted", "keep", "returned"),
+        [
+            (False, False, False, False),
+            (False, False, True, False),
+            (False, True, False, True),
+            (False, True, True, True),
+            (True, False, True, False),
+            (True, True, False, False),
+            (True, True, True, True),
+        ],
+    )
+    def test_both_meanings_of_keep_original_weight(self, llama, tokenizer, legacy, wanted, keep, returned):
+        _, originals = apply_kne_to_model(
+            llama, tokenizer, [REQUEST], tiny_hparams(num_steps=1), False, wanted, keep, legacy_contract=legacy
+        )
+        assert bool(originals) is returned
+
+    def test_other_arguments_of_the_editor_are_taken(self, llama, tokenizer):
+        apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams(num_steps=1), train_ds=None, file_path="x")
+
+    def test_only_weights_change(self, family32, tokenizer):
+        before = fingerprint(family32.model)
+        apply_kne_to_model(family32.model, tokenizer, [REQUEST], tiny_hparams(family32.down))
+        after = fingerprint(family32.model)
+        assert after.pop("weights") != before.pop("weights")
+        assert after == before
+
+    def test_computing_an_edit_changes_nothing(self, llama, tokenizer):
+        before = fingerprint(llama)
+        edit = compute_edit(llama, tokenizer, [REQUEST], tiny_hparams())
+        assert edit.losses[-1] < 0.05
+        assert fingerprint(llama) == before
+
+
+class TestSuccess:
+    @pytest.mark.parametrize(
+        ("make", "template"), [(make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN), (make_gpt2, GPT2_DOWN)]
+    )
+    def test_every_request_of_a_batch(self, tokenizer, make, template):
+        model = make()
+        assert not any(edited(model, tokenizer, one) for one in REQUESTS)
+        apply_kne_to_model(model, tokenizer, REQUESTS, tiny_hparams(template, p=0.3))
+        for one in REQUESTS:
+            got, wanted = predicted(model, tokenizer, one)
+            assert got == wanted
+
+    def test_greedy_generation_gives_the_target(self, family32, tokenizer):
+        ids = tokenizer(THREE_TOKENS[0], return_tensors="pt")
+        apply_kne_to_model(family32.model, tokenizer, [REQUESTS[2]], tiny_hparams(family32.down))
+        text = tokenizer.decode(family32.model.generate(**ids, max_new_tokens=3, do_sample=False)[0])
+        assert text == " ".join(THREE_TOKENS)
+
+    def test_one_request_needs_no_list(self, tokenizer):
+        one, other = make_llama(), make_llama()
+        apply_kne_to_model(one, tokenizer, REQUEST, tiny_hparams())
+        apply_kne_to_model(other, tokenizer, [REQUEST], tiny_hparams())
+        assert weights(one) == weights(other)
+
+    def test_a_batch_is_edited_together(self, tokenizer):
+        """Converse: not one after the other."""
+        together, one_by_one = make_llama(), make_llama()
+        apply_kne_to_model(together, tokenizer, REQUESTS, tiny_hparams())
+        for one in REQUESTS:
+            apply_kne_to_model(one_by_one, tokenizer, [one], tiny_hparams())
+        assert weights(together) != weights(one_by_one)
+
+    def test_edits_accumulate(self, llama, tokenizer):
+        for one in REQUESTS[:2]:
+            before = weights(llama)
+            apply_kne_to_model(llama, tokenizer, [one], tiny_hparams())
+            assert edited(llama, tokenizer, one) and weights(llama) != before
+
+
+class TestLocalisation:
+    def test_on_the_requests(self, llama, tokenizer, computed):
+        for one in REQUESTS:
+            apply_kne_to_model(llama, tokenizer, [one], tiny_hparams(num_steps=1))
+        assert computed == [one["prompt"] for one in REQUESTS]
+
+    def test_on_the_requests_depends_on_them(self, llama, tokenizer):
+        one, other = (localize(llama, tokenizer, [r], tiny_hparams()) for r in REQUESTS[:2])
+        assert one.neurons != other.neurons
+        assert one.facts == 1
+
+    def test_on_a_file_is_done_once_for_many_edits(self, llama, tokenizer, computed, data_file):
+        hparams = tiny_hparams(localization_data=data_file, localization_size=3)
+        found = set()
+        for one in REQUESTS:
+            _, originals = apply_kne_to_model(llama, tokenizer, [one], hparams, return_orig_weights=True)
+            found.add(tuple(sorted(originals)))
+        assert computed == [record["prompt"] for record in DATA]
+        assert len(found) == 1
+
+    def test_through_sequential_edits_the_neurons_stay(self, llama, tokenizer, data_file):
+        """The weights change, but the neurons are those of the model as it came; `forget` ends that."""
+        hparams = tiny_hparams(localization_data=data_file, localization_size=3)
+        first = find_ensemble(llama, tokenizer, [], hparams)
+        apply_kne_to_model(llama, tokenizer, REQUESTS, hparams)
+        assert find_ensemble(llama, tokenizer, [], hparams) is first
+        forget(llama)
+        again = find_ensemble(llama, tokenizer, [], hparams)
+        assert again.neurons != first.neurons
+
+    def test_to_forget_means_to_localise_on_the_weights_as_they_are(self, llama, tokenizer, computed, data_file):
+        hparams = tiny_hparams(localization_data=data_file, localization_size=3)
+        apply_kne_to_model(llama, tokenizer, [REQUEST], hparams)
+        forget(llama)
+        apply_kne_to_model(llama, tokenizer, [REQUEST], hparams)
+        assert computed == [record["prompt"] for record in DATA] * 2
+
+    def test_to_forget_what_was_never_found_is_harmless(self, llama):
+        forget(llama)
+
+    @pytest.mark.parametrize(
+        "changes", [{"p": 0.5}, {"layers": [1, 2]}, {"aggregation": "mean"}, {"localization_size": 1}], ids=str
+    )
+    def test_other_settings_give_another_ensemble(self, llama, tokenizer, data_file, changes):
+        settings = dict(localization_data=data_file, localization_size=3)
+        one = find_ensemble(llama, tokenizer, [], tiny_hparams(**settings))
+        other = find_ensemble(llama, tokenizer, [], tiny_hparams(**{**settings, **changes}))
+        assert one.neurons != other.neurons
+
+    def test_is_the_selection_from_the_aggregated_scores(self, llama64, tokenizer, data_file):
+        """In float64, so that no rounding moves a neuron over the threshold: the facts share sweeps in one of the two only."""
+        from kne_easyedit.attribution.engine import attribute
+
+        llama = llama64
+        hparams = tiny_hparams(localization_data=data_file, localization_size=3, p=0.1)
+        scores = [
+            attribute(llama, tokenizer, r["prompt"], r["target_new"], LLAMA_DOWN, hparams.attribution_steps)
+            for r in DATA
+        ]
+        expected = select_ensemble(torch.stack(scores).amax(0), 0.1, target_module=LLAMA_DOWN)
+        found = find_ensemble(llama, tokenizer, [], hparams)
+        assert found.neurons == expected.neurons
+        assert (found.p, found.aggregation, found.facts, found.layers) == (0.1, "max", 3, (0, 1, 2, 3))
+
+    def test_several_module_types(self, llama, tokenizer, data_file):
+        up = "model.layers.{}.mlp.up_proj"
+        hparams = tiny_hparams(target_modules=[LLAMA_DOWN, up], localization_data=data_file, localization_size=2)
+        found = find_ensemble(llama, tokenizer, [], hparams)
+        assert set(found.neurons) == {LLAMA_DOWN, up}
+        _, originals = apply_kne_to_model(llama, tokenizer, [REQUEST], hparams, return_orig_weights=True)
+        assert {name.rsplit(".", 2)[1] for name in originals} == {"down_proj", "up_proj"}
+        assert edited(llama, tokenizer, REQUEST)
+
+    def test_fewer_facts_than_wanted_are_reported(self, llama, tokenizer, data_file, caplog):
+        with caplog.at_level(logging.WARNING):
+            find_ensemble(llama, tokenizer, [], tiny_hparams(localization_data=data_file, localization_size=200))
+        assert "localization_size: 200 wanted" in caplog.text and "holds 3 facts" in caplog.text
+
+    def test_bad_records_of_the_data_are_left_out(self, llama, tokenizer, tmp_path, computed):
+        path = tmp_path / "mixed.json"
+        path.write_text(
+            json.dumps([DATA[0], {"subject": "Peru", "prompt": "The capital is", "target_new": "Lima"}, DATA[2]])
+        )
+        find_ensemble(llama, tokenizer, [], tiny_hparams(localization_data=str(path), localization_size=3))
+        assert computed == [DATA[0]["prompt"], DATA[2]["prompt"]]
+
+    def test_an_ensemble_from_a_file(self, llama, tokenizer, tmp_path, computed):
+        path = tmp_path / "ensemble.json"
+        NeuronEnsemble({LLAMA_DOWN: {1: (0, 5), 3: (7,)}}, {LLAMA_DOWN: 24}).save(path)
+        before = {name: parameter.detach().clone() for name, parameter in llama.named_parameters()}
+        apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams(ensemble=str(path), stop_loss=0, num_steps=2))
+        changed = {
+            name: (p != before[name]).any(1).nonzero().flatten().tolist()
+            for name, p in llama.named_parameters()
+            if p.ndim == 2
+        }
+        assert {name: rows for name, rows in changed.items() if rows} == {
+            f"{LLAMA_DOWN.format(1)}.weight": [0, 5],
+            f"{LLAMA_DOWN.format(3)}.weight": [7],
+        }
+        assert computed == []
+
+    def test_an_ensemble_given_outright(self, llama, tokenizer, computed):
+        made = NeuronEnsemble({LLAMA_DOWN: {2: (4,)}}, {LLAMA_DOWN: 24})
+        _, originals = apply_kne_to_model(
+            llama, tokenizer, [REQUEST], tiny_hparams(num_steps=1), return_orig_weights=True, ensemble=made
+        )
+        assert list(originals) == [f"{LLAMA_DOWN.format(2)}.weight"]
+        assert computed == []
+
+
+LONG = " ".join(["The"] * 64)
+
+
+class TestBadInput:
+    """Each is a clear exception, and the model is as it was found."""
+
+    @pytest.fixture
+    def refused(self, tokenizer):
+        def check(requests, message, error=ValueError, model=None, tok=tokenizer, **settings):
+            model = model or make_llama()
+            before = fingerprint(model)
+            with pytest.raises(error, match=message) as caught:
+                apply_kne_to_model(model, tok, requests, tiny_hparams(**settings), return_orig_weights=True)
+            assert fingerprint(model) == before
+            return str(caught.value)
+
+        return check
+
+    @pytest.mark.parametrize("field", ["prompt", "target_new"])
+    @pytest.mark.parametrize("value", ["", "   ", "\n\t", None, 7, ["Rome"]])
+    def test_prompt_or_target_that_is_no_text(self, refused, field, value):
+        assert repr(value) in refused(
+            [{**REQUEST, "subject": None, field: value}], rf"request\.{field}: .* visible character"
+        )
+
+    @pytest.mark.parametrize("field", ["prompt", "target_new"])
+    def test_prompt_or_target_missing(self, refused, field):
+        refused([{k: v for k, v in REQUEST.items() if k != field}], rf"request\.{field}: None is not a text")
+
+    def test_target_without_tokens(self, refused):
+        refused(
+            [request(("The capital of France is", "~~"))], "target_new: '~~' has no tokens of its own after the prompt"
+        )
+
+    def test_prompt_without_tokens(self, refused):
+        refused([request(("~", "Rome"))], "prompt: '~' has no tokens; nothing predicts")
+
+    @pytest.mark.parametrize(("field", "fact"), [("prompt", (" ", "Rome")), ("target_new", ("The", ""))])
+    def test_encoding_checks_by_itself(self, tokenizer, field, fact):
+        with pytest.raises(ValueError, match=f"{field}: .* is not a text with at least one visible character"):
+            encode(tokenizer, *fact)
+
+    def test_tokenizer_that_ends_every_text(self, refused):
+        tokenizer = make_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <eos>", special_tokens=[("<eos>", 1)]
+        )
+        refused([REQUEST], "appends '<eos>' to every text.*add_eos_token=False", tok=tokenizer)
+
+    def test_subject_missing_from_the_prompt(self, refused):
+        message = refused(
+            [REQUEST, {**REQUEST, "subject": "Norway"}], "request.subject: 'Norway' does not stand in the prompt"
+        )
+        assert REQUEST["prompt"] in message
+
+    @pytest.mark.parametrize("requests", [[], ()])
+    def test_no_requests(self, refused, requests):
+        refused(requests, "requests: there are none to edit")
+
+    def test_template_without_a_match(self, refused):
+        refused(
+            [REQUEST],
+            "target_modules: .*down_porj' matches no module of LlamaForCausalLM; nearest: .*mlp.down_proj",
+            template="model.layers.{}.mlp.down_porj",
+        )
+
+    def test_template_of_another_family(self, refused):
+        refused([REQUEST], "target_modules: .*fc_out' matches no module of LlamaForCausalLM", template=GPTJ_DOWN)
+
+    @pytest.mark.parametrize("layers", [[4], [0, 17]])
+    def test_layers_out_of_range(self, refused, layers):
+        refused([REQUEST], rf"layers: \[{layers[-1]}\] out of range; LlamaForCausalLM has layers 0 to 3", layers=layers)
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("p", 0.0), ("p", 1.5), ("lr", -1.0), ("num_steps", 0), ("aggregation", "sum")]
+    )
+    def test_settings_changed_after_their_construction(self, llama, tokenizer, name, value):
+        hparams = tiny_hparams()
+        setattr(hparams, name, value)
+        before = fingerprint(llama)
+        with pytest.raises(ValueError, match=f"{name}: {value!r} must be"):
+            apply_kne_to_model(llama, tokenizer, [REQUEST], hparams)
+        assert fingerprint(llama) == before
+
+    def test_empty_ensemble(self, refused, monkeypatch):
+        real = localization.attribute_facts
+        monkeypatch.setattr(
+            localization, "attribute_facts", lambda *a, **k: [-scores.abs() for scores in real(*a, **k)]
+        )
+        refused([REQUEST], "ensemble: empty, there is nothing to train; raise p or localise on other facts")
+
+    def test_scores_that_are_not_finite(self, refused, monkeypatch):
+        spoilt = {LLAMA_DOWN: torch.full((4, 24), float("nan"))}
+        monkeypatch.setattr(localization.Localization, "aggregate", lambda self, facts=None: spoilt)
+        refused([REQUEST], "scores: .*down_proj are not finite", error=FloatingPointError)
+
+    def test_loss_that_is_not_finite(self, refused):
+        refused([REQUEST], "training: the loss is", error=FloatingPointError, lr=1e37, alpha=100.0, stop_loss=0)
+
+    def test_weights_that_are_not_finite(self, refused):
+        model = make_llama()
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("inf")
+        refused([REQUEST], "finite", error=FloatingPointError, model=model)
+
+    @pytest.mark.parametrize("device", ["cuda:7", 7, "7", "cuda"])
+    def test_device_that_does_not_exist(self, refused, monkeypatch, device):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        refused(
+            [REQUEST],
+            f"device: {device!r} does not exist, this machine has no CUDA device; set device: cpu",
+            device=device,
+        )
+
+    def test_one_gpu_too_few(self, refused, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        refused([REQUEST], r"device: 2 does not exist, this machine has 2 CUDA device\(s\)", device=2)
+
+    def test_mps_elsewhere(self, refused, monkeypatch):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        refused([REQUEST], "device: 'mps' does not exist on this machine", device="mps")
+
+    @pytest.mark.parametrize("make", [make_llama, make_gptj])
+    def test_prompt_too_long_for_the_model(self, refused, make):
+        template = LLAMA_DOWN if make is make_llama else GPTJ_DOWN
+        refused(
+            [request((LONG, "Rome"))],
+            "prompt: 'The The .* has 65 tokens with its target, the model takes 64",
+            model=make(),
+            template=template,
+        )
+
+    def test_the_longest_prompt_is_taken(self, llama, tokenizer):
+        """Converse: one token less."""
+        apply_kne_to_model(llama, tokenizer, [request((LONG[4:], "Rome"))], tiny_hparams(num_steps=1))
+
+    @pytest.mark.parametrize("make", [make_llama, make_gptj])
+    def test_localisation_fact_too_long_for_the_model(self, refused, tmp_path, make):
+        path = tmp_path / "long.json"
+        path.write_text(json.dumps([{"subject": "The", "prompt": LONG, "target_new": "Rome"}]))
+        template = LLAMA_DOWN if make is make_llama else GPTJ_DOWN
+        refused(
+            [REQUEST],
+            "has 65 tokens with its target, the model takes 64",
+            model=make(),
+            template=template,
+            localization_data=str(path),
+            localization_size=1,
+        )
+
+    def test_localisation_file_missing(self, refused, tmp_path):
+        refused(
+            [REQUEST],
+            "nowhere.json does not exist",
+            error=FileNotFoundError,
+            localization_data=str(tmp_path / "nowhere.json"),
+        )
+
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", "3"])
+    def test_localisation_file_malformed(self, refused, tmp_path, content):
+        path = tmp_path / "bad.json"
+        path.write_text(content)
+        refused([REQUEST], "bad.json: not a (JSON|KnowEdit) file", localization_data=str(path))
+
+    def test_localisation_file_without_a_usable_record(self, refused, tmp_path):
+        path = tmp_path / "useless.json"
+        path.write_text(json.dumps([{"prompt": ""}]))
+        refused([REQUEST], "localise on at least one fact", localization_data=str(path))
+
+    def test_ensemble_file_missing(self, refused, tmp_path):
+        refused([REQUEST], "nowhere.json", error=FileNotFoundError, ensemble=str(tmp_path / "nowhere.json"))
+
+    def test_ensemble_of_another_model(self, refused, tmp_path):
+        NeuronEnsemble({LLAMA_DOWN: {0: (4000,)}}, {LLAMA_DOWN: 4096}).save(tmp_path / "e.json")
+        refused([REQUEST], "ensemble: .* it was made for another model", ensemble=str(tmp_path / "e.json"))
