@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Protocol, TypeVar
 
 from kne_easyedit._util.files import expand_path
+
+
+class Hyperparameters(Protocol):
+    """What every method's hyperparameter object has, KNE's and EasyEdit's. Further settings are the method's own."""
+
+    alg_name: str
+    model_name: str
+    device: int | str
+
+
+Settings = TypeVar("Settings", bound=Hyperparameters)
 
 EVALUATORS = ("evaluation_type", "api_key")
 """Settings of EasyEdit's evaluators (since 2025), which its scripts set on the hyperparameter object of any method:
@@ -15,7 +27,7 @@ SECRET = ("api_key",)
 """Never shown: not in messages, manifests, summaries or fingerprints."""
 
 
-def replace_settings(hparams, **changes):
+def replace_settings(hparams: Settings, **changes: object) -> Settings:
     """A copy of a hyperparameter object of any method with other values. What was set on the object stays.
 
     (``dataclasses.replace`` builds a new one from the fields alone, and drops the rest.) None for one of `EVALUATORS`

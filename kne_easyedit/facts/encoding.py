@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kne_easyedit._util.messages import shorten
+
+Tokenizer: TypeAlias = Any
+"""A tokenizer of transformers. Not its class: importing that for a type would cost a second."""
 
 IGNORE = -100
 """Label of a position that does not count in the loss (the convention of torch's cross-entropy)."""
