@@ -11,10 +11,11 @@ from pathlib import Path
 
 import yaml
 
+from kne_easyedit._util.messages import require_one_of
 from kne_easyedit._util.settings import EVALUATORS, SECRET, replace_settings
 from kne_easyedit.attribution.engine import ENGINES
 from kne_easyedit.attribution.quadrature import QUADRATURES
-from kne_easyedit.localization.selection import AGGREGATIONS, SCALES
+from kne_easyedit.localization.selection import Selection
 from kne_easyedit.models.targets import check_template
 
 INITIALISATIONS = ("zeros", "kaiming")
@@ -111,6 +112,15 @@ class KNEHyperParams:
     def __post_init__(self) -> None:
         self.validate()
 
+    @property
+    def selection(self) -> Selection:
+        """The rules by which scores become an ensemble (Eq. 6-7).
+
+        Raises:
+            ValueError: ``p``, ``aggregation``, ``score_scale`` or ``layers`` is out of range.
+        """
+        return Selection(self.p, self.aggregation, self.score_scale, tuple(self.layers))
+
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str | Path) -> KNEHyperParams:
         """Reads a YAML file (``.yaml`` may be left out), as EasyEdit's own classes do.
@@ -172,24 +182,11 @@ class KNEHyperParams:
             check_template(template)
         duplicates = len(set(self.target_modules)) != len(self.target_modules)
         _require(not duplicates, "target_modules", self.target_modules, "holds a template twice")
-        _require(all(i >= 0 for i in self.layers), "layers", self.layers, "must be numbers of layers, from 0")
-        _require(0 < self.p <= 1, "p", self.p, "must be in (0, 1]: it is the fraction of the neurons that is kept")
-        _require(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, f"must be one of {AGGREGATIONS}")
-        _require(self.score_scale in SCALES, "score_scale", self.score_scale, f"must be one of {SCALES}")
-        _require(self.quadrature in QUADRATURES, "quadrature", self.quadrature, f"must be one of {tuple(QUADRATURES)}")
-        _require(
-            self.attribution_engine in ENGINES,
-            "attribution_engine",
-            self.attribution_engine,
-            f"must be one of {ENGINES}",
-        )
-        _require(
-            self.initialization in INITIALISATIONS,
-            "initialization",
-            self.initialization,
-            f"must be one of {INITIALISATIONS}",
-        )
-        _require(self.on_failure in ON_FAILURE, "on_failure", self.on_failure, f"must be one of {ON_FAILURE}")
+        _ = self.selection  # validates itself
+        require_one_of("quadrature", self.quadrature, QUADRATURES)
+        require_one_of("attribution_engine", self.attribution_engine, ENGINES)
+        require_one_of("initialization", self.initialization, INITIALISATIONS)
+        require_one_of("on_failure", self.on_failure, ON_FAILURE)
         for name in ("attribution_steps", "localization_size", "num_steps", "kl_size", "max_length", "batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")

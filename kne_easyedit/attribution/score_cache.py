@@ -59,22 +59,34 @@ class ScoreCache:
         """Where the scores of ``fact`` are. Token ids stand for both the fact and the tokenizer."""
         return self.folder / f"{digest(self._key(target, fact))}.safetensors"
 
-    def get(self, target: Target, fact: Fact) -> Tensor | None:
-        """The scores ``(layers, d2)``, or None if a layer of ``target`` is missing."""
-        entry = self._read(target, fact)
-        if entry is None or not set(target.layers) <= set(entry.layers):
+    def entry(self, target: Target, fact: Fact) -> Entry | None:
+        """Reads and checks the entry of ``fact``; None if there is none, or a damaged one, which is removed.
+
+        Raises:
+            OSError: It cannot be read or, if damaged, not be removed.
+        """
+        path = self.path(target, fact)
+        try:
+            entry = read_entry(path)
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        return entry.scores[[entry.layers.index(i) for i in target.layers]]
+        except DamagedEntry as error:
+            return self._removed(path, error)
+        if entry.scores.shape[1] != target.n_neurons:
+            return self._removed(
+                path, DamagedEntry(f"{path}: its scores have shape {tuple(entry.scores.shape)}", entry.file)
+            )
+        return entry
+
+    def get(self, target: Target, fact: Fact) -> Tensor | None:
+        """The scores ``(layers, d2)``, or None if a layer of ``target`` is missing. Reads the entry."""
+        entry = self.entry(target, fact)
+        return None if entry is None or entry.missing(target) else entry.scores_of(target)
 
     def missing(self, target: Target, fact: Fact) -> tuple[int, ...]:
-        """The layers of ``target`` that are not there for ``fact``. Reads the entry: a damaged one is missing."""
-        entry = self._read(target, fact)
-        return tuple(i for i in target.layers if entry is None or i not in entry.layers)
-
-    def seconds(self, target: Target, fact: Fact) -> float:
-        """How long the stored scores of ``fact`` took to compute, in seconds, on the machine that did it; 0 if there are none."""
-        entry = self._read(target, fact)
-        return 0.0 if entry is None else entry.seconds
+        """The layers of ``target`` that are not stored for ``fact``. Reads the entry."""
+        entry = self.entry(target, fact)
+        return target.layers if entry is None else entry.missing(target)
 
     def put(self, target: Target, fact: Fact, scores: Tensor, seconds: float = 0.0) -> None:
         """Stores scores, complete or not at all; layers that an entry has already stay in it.
@@ -82,7 +94,7 @@ class ScoreCache:
         Raises OSError (with the way out) if the folder cannot take them.
         """
         by_layer = {}
-        before = self._read(target, fact)
+        before = self.entry(target, fact)
         if before is not None and not set(before.layers) <= set(target.layers):
             by_layer, seconds = dict(zip(before.layers, before.scores)), seconds + before.seconds
         by_layer |= dict(zip(target.layers, scores, strict=True))
@@ -115,20 +127,6 @@ class ScoreCache:
         if needed > free:
             full = OSError(errno.ENOSPC, f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")
             raise _unusable(self.folder, full) from full
-
-    def _read(self, target: Target, fact: Fact) -> Entry | None:
-        path = self.path(target, fact)
-        try:
-            entry = read_entry(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except DamagedEntry as error:
-            return self._removed(path, error)
-        if entry.scores.shape[1] != target.n_neurons:
-            return self._removed(
-                path, DamagedEntry(f"{path}: its scores have shape {tuple(entry.scores.shape)}", entry.file)
-            )
-        return entry
 
     def _removed(self, path: Path, error: DamagedEntry) -> None:
         logger.warning("score cache: damaged (%s); it is computed again", error)
@@ -168,6 +166,14 @@ class Entry:
     seconds: float
     file: os.stat_result
     """The file that was read."""
+
+    def missing(self, target: Target) -> tuple[int, ...]:
+        """The layers of ``target`` that are not in it."""
+        return tuple(i for i in target.layers if i not in self.layers)
+
+    def scores_of(self, target: Target) -> Tensor:
+        """The scores ``(layers, d2)`` of the layers of ``target``, none of which may be missing."""
+        return self.scores[[self.layers.index(i) for i in target.layers]]
 
 
 def read_entry(path: Path) -> Entry:

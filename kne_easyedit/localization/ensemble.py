@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.messages import shorten
-from kne_easyedit.localization.selection import AGGREGATIONS, SCALES, aggregate, scaled
+from kne_easyedit.localization.selection import AGGREGATIONS, SCALES, Selection, aggregate
 from kne_easyedit.models.targets import Target, check_template, count_parameters, resolve_target
 
 FORMAT = "kne-ensemble-1"
@@ -242,62 +242,60 @@ def _is_finite(value: object) -> bool:
 
 def select_ensemble(
     scores: Tensor | Mapping[str, Tensor],
-    p: float = 0.04,
+    selection: Selection | float | None = None,
     *,
     target_module: str | None = None,
-    layers: Sequence[int] = (),
-    aggregation: str = "max",
     facts: int | None = None,
     seconds: float | None = None,
-    scale: str = "none",
+    **rules: Any,
 ) -> NeuronEnsemble:
     """Eq. 6-7: keeps the top ``p`` of the neurons over all layers, and of these the positive ones.
 
-    Parameters
-    ----------
-    scores:
-        Attributions ``(layers, d2)`` of one fact, or ``(facts, layers, d2)``, which are aggregated first; or a
-        mapping of templates to such tensors. Every template has a threshold of its own.
-    p:
-        Fraction kept, in (0, 1]: the threshold ``t_p`` is the ``floor(p * neurons)``-th largest score (at least
-        the largest); equal scores are kept together.
-    target_module:
-        The template, if ``scores`` is a tensor.
-    layers:
-        Numbers of the layers that the rows of ``scores`` stand for; empty: 0, 1, ...
-    facts, seconds:
-        How many facts ``scores`` were aggregated from, if that is done already, and how long they took.
-    scale:
-        ``layer``: scores count in relation to their layer's largest (beyond the paper); ``none``: as they are.
+    Args:
+        scores: Attributions ``(layers, d2)``, in probability; or ``(facts, layers, d2)``, which are aggregated first;
+            or a mapping of templates to such tensors. Every template has a threshold of its own.
+        selection: The rules; its ``layers`` are those that the rows of ``scores`` stand for (empty: 0, 1, ...). A
+            number is ``p``, with the defaults of `Selection`.
+        target_module: The template, if ``scores`` is a tensor.
+        facts: How many facts ``scores`` were aggregated from, if that is done already.
+        seconds: How long their attribution took.
+        rules: Fields of `Selection` by name, in place of those of ``selection``: ``p``, ``aggregation``, ...
 
-    Raises ValueError if nothing is positive (an empty ensemble), FloatingPointError for scores that are not finite.
+    Returns:
+        The ensemble, which records the selection.
+
+    Raises:
+        ValueError: A rule is out of range, ``scores`` has another shape than ``(layers, d2)``, or no score is positive
+            (an empty ensemble).
+        FloatingPointError: Scores are not finite.
+        TypeError: A rule's name is unknown.
     """
-    if not 0 < p <= 1:
-        raise ValueError(f"p: {p!r} must be in (0, 1]: it is the fraction of the neurons that is kept")
-    if scale not in SCALES:
-        raise ValueError(f"scale: {scale!r} must be one of {SCALES}")
+    if isinstance(selection, Selection):
+        selection = replace(selection, **rules)
+    else:
+        selection = Selection(**rules) if selection is None else Selection(selection, **rules)
     if isinstance(scores, Tensor):
         if target_module is None:
             raise ValueError("target_module: name the template that the scores belong to, or pass {template: scores}")
         scores = {target_module: scores}
-    neurons, widths, thresholds, numbers = {}, {}, {}, tuple(layers)
+    neurons, widths, thresholds, layers = {}, {}, {}, selection.layers
     for template, values in scores.items():
         if values.ndim == 3:
-            values, facts = aggregate(values, aggregation)
-        if values.ndim != 2 or (layers and len(values) != len(layers)):
+            values, facts = aggregate(values, selection.aggregation)
+        if values.ndim != 2 or (selection.layers and len(values) != len(set(selection.layers))):
             raise ValueError(
-                f"scores: {template} has shape {tuple(values.shape)}, wanted is (layers, d2) for layers {list(layers)}"
+                f"scores: {template} has shape {tuple(values.shape)}, expected shape (layers, d2) for layers "
+                f"{list(selection.layers)}"
             )
         if not values.isfinite().all():
             raise FloatingPointError(
                 f"scores: those of {template} are not finite; load the model in float32 or bfloat16"
             )
-        values = scaled(values, scale)
-        numbers = tuple(layers) or tuple(range(len(values)))
-        kept = max(1, math.floor(p * values.numel() + 1e-9))
-        threshold = values.flatten().topk(kept).values[-1]
-        chosen = (values >= threshold) & (values > 0)
-        rows = {layer: tuple(mask.nonzero().flatten().tolist()) for layer, mask in zip(numbers, chosen)}
+        layers = selection.layers or tuple(range(len(values)))
+        chosen, thresholds[template] = selection.choose(values)
+        rows = {layer: tuple(mask.nonzero().flatten().tolist()) for layer, mask in zip(layers, chosen)}
         neurons[template] = {layer: found for layer, found in rows.items() if found}
-        widths[template], thresholds[template] = values.shape[1], float(threshold)
-    return NeuronEnsemble(neurons, widths, numbers, thresholds, p, aggregation, facts, seconds, scale)
+        widths[template] = values.shape[1]
+    return NeuronEnsemble(
+        neurons, widths, layers, thresholds, selection.p, selection.aggregation, facts, seconds, selection.scale
+    )

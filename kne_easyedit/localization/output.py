@@ -14,7 +14,7 @@ from kne_easyedit._util.settings import public_settings
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.localization.explain import Explanation, Neuron
 from kne_easyedit.localization.figures import draw_ensemble, draw_explanation
-from kne_easyedit.localization.localizer import localization_requests
+from kne_easyedit.localization.data import localization_requests
 from kne_easyedit.localization.settings import LocalizationSettings
 from kne_easyedit.localization.stability import Study, study
 from kne_easyedit.models.loading import load_model
@@ -30,7 +30,7 @@ def save_study(found: Study, folder: Path, model: nn.Module, hparams: Localizati
     metadata = {
         "format": "kne-aggregated-scores-1",
         "layers": json.dumps(list(ensemble.layers)),
-        "aggregation": hparams.aggregation,
+        "aggregation": ensemble.aggregation,
         "steps": str(hparams.attribution_steps),
         "quadrature": hparams.quadrature,
         "facts": str(ensemble.facts),
@@ -95,8 +95,6 @@ def localize_job(hparams: LocalizationSettings, folder: Path) -> Study:
 
     The facts are those of ``localization_data``. Raises ValueError if the settings name none.
     """
-    if hparams.localization_data is None:
-        raise ValueError("localization_data: none; name a KnowEdit file (--data), or 'embedded' for the packaged facts")
     requests = localization_requests(hparams)
     wanted = "" if len(requests) == hparams.localization_size else f" ({hparams.localization_size} wanted)"
     print(f"model {hparams.model_name}, {len(requests)} facts{wanted} of {hparams.localization_data}", flush=True)
@@ -112,8 +110,8 @@ def save_explanation(found: Explanation, folder: Path, hparams: LocalizationSett
     """Writes ``explanation.json`` and ``explanation.png`` into ``folder``."""
     content = {
         "model": str(hparams.model_name),
-        "p": hparams.p,
-        "score_scale": hparams.score_scale,
+        "p": found.selection.p,
+        "score_scale": found.selection.scale,
         "steps": hparams.attribution_steps,
         "quadrature": hparams.quadrature,
         "facts": [
@@ -142,7 +140,7 @@ def save_explanation(found: Explanation, folder: Path, hparams: LocalizationSett
     draw_explanation(
         found,
         folder / "explanation.png",
-        f"{hparams.model_name}: neurons of {len(found.facts)} facts, top {hparams.p:.0%} of each",
+        f"{hparams.model_name}: neurons of {len(found.facts)} facts, top {found.selection.p:.0%} of each",
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from kne_easyedit.facts.encoding import Fact, Tokenizer
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.localizer import Localization
 from kne_easyedit.localization.settings import LocalizationSettings
@@ -46,17 +47,44 @@ class Study:
         )
 
 
-def study(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: LocalizationSettings) -> Study:
-    """Localises on ``requests`` (see `localize`), and on two halves of them for the stability."""
+def study(
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping | Fact], hparams: LocalizationSettings
+) -> Study:
+    """Localises on ``requests``, and on two halves of them for the stability.
+
+    All three are aggregated in one pass: the score cache is read once, and the three aggregates are held in memory.
+
+    Args:
+        model: A causal language model; it is left as it is.
+        tokenizer: Its tokenizer.
+        requests: Mappings with ``prompt`` and ``target_new``, or encoded facts.
+        hparams: The settings.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: As `localize`.
+        FloatingPointError: As `localize`.
+        OSError: As `localize`.
+    """
     start = time.perf_counter()
     found = Localization(model, tokenizer, requests, hparams)
-    computed = found.compute()
-    scores = found.aggregate()
-    ensemble = found.ensemble(scores=scores)
+    parts = (slice(None, None, 2), slice(1, None, 2)) if len(found.facts) > 1 else ()
+    scores, *of_halves = found.aggregate(slice(None), *parts)
+    ensemble = found.select(scores)
     try:
-        halves = (found.ensemble(found.facts[::2]), found.ensemble(found.facts[1::2])) if len(found.facts) > 1 else None
+        halves = (found.select(of_halves[0]), found.select(of_halves[1])) if of_halves else None
     except ValueError:  # a half without any positive score
         halves = None
     seconds = time.perf_counter() - start
-    share = ensemble.parameter_share(model)
-    return Study(ensemble, scores, halves, computed, seconds, share, count_parameters(model), found.cache.model_digest)
+    return Study(
+        ensemble,
+        scores.values,
+        halves,
+        found.computed,
+        seconds,
+        ensemble.parameter_share(model),
+        count_parameters(model),
+        found.cache.model_digest,
+    )

@@ -102,7 +102,7 @@ class TestEntries:
 
     def test_remember_how_long_they_took(self, cache, target, facts, scores):
         cache.put(target, facts[0], scores, seconds=12.5)
-        assert cache.seconds(target, facts[0]) == 12.5
+        assert cache.entry(target, facts[0]).seconds == 12.5
 
     def test_a_view_is_stored_as_it_is(self, cache, target, facts, scores):
         wide = torch.stack([scores, -scores], -1)[..., 1]
@@ -176,7 +176,7 @@ class TestLayers:
             cache.put(resolve_target(llama, LLAMA_DOWN, layers), facts[0], scores[layers], seconds)
         assert read_entry(cache.path(target, facts[0])).layers == [0, 1, 2, 3]
         assert torch.equal(cache.get(target, facts[0]), scores)
-        assert cache.seconds(target, facts[0]) == sum(range(len(parts) + 1)), "all parts took their time"
+        assert cache.entry(target, facts[0]).seconds == sum(range(len(parts) + 1)), "all parts took their time"
 
     def test_a_layer_computed_again_replaces_the_old_one_only(self, llama, cache, target, facts, stored, scores):
         cache.put(resolve_target(llama, LLAMA_DOWN, [2]), facts[0], -scores[[2]])
@@ -224,7 +224,7 @@ class TestKey:
             fact = Fact(fact.prompt, fact.target, fact.ids, fact.prompt_length - 1)
         assert cache.path(target, fact) != stored
         assert cache.get(target, fact) is None
-        assert cache.seconds(target, fact) == 0
+        assert cache.entry(target, fact) is None
 
     def test_layers_share_an_entry(self, llama, cache, stored, facts):
         """Converse: they are in the entry, not in its name."""
@@ -603,11 +603,11 @@ class TestResume:
         twice = Localization(llama, tokenizer, [REQUESTS[0], *REQUESTS, REQUESTS[0]], hparams)
         assert twice.compute() == len(attributed.facts) == len(files(tmp_path)) == len(REQUESTS)
         assert twice.ensemble().facts == len(REQUESTS) + 2
-        every = torch.stack(list(twice.scores(target)))
+        every = torch.stack([scores.values[LLAMA_DOWN] for scores in twice.scores()])
         assert torch.equal(every[0], every[1]) and torch.equal(every[0], every[4])
         wanted = every.amax(0) if aggregation == "max" else every.mean(0)
-        assert roundings(twice.aggregate()[LLAMA_DOWN], wanted) < ONE_SUM
-        once = Localization(llama, tokenizer, REQUESTS, hparams).aggregate()[LLAMA_DOWN]
+        assert roundings(twice.aggregate()[0].values[LLAMA_DOWN], wanted) < ONE_SUM
+        once = Localization(llama, tokenizer, REQUESTS, hparams).aggregate()[0].values[LLAMA_DOWN]
         weighed = roundings(once, wanted) > 1000 * ONE_SUM
         assert weighed == (aggregation == "mean"), "a mean weighs it three times, a maximum does not care"
 

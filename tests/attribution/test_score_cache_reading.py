@@ -62,7 +62,7 @@ def refuse(monkeypatch, path, number):
 
 class TestUnreadable:
     @pytest.mark.parametrize("kind", ERRORS)
-    @pytest.mark.parametrize("way", ["get", "missing", "seconds", "put"])
+    @pytest.mark.parametrize("way", ["entry", "get", "missing", "put"])
     def test_is_an_error_and_stays(self, kind, way, cache, target, facts, stored, scores, monkeypatch, caplog):
         content = stored.read_bytes()
         with monkeypatch.context() as patched:

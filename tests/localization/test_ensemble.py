@@ -95,7 +95,7 @@ class TestRefused:
             select(scores, 0.5)
 
     def test_scores_of_another_number_of_layers(self):
-        with pytest.raises(ValueError, match=r"scores: .* shape \(2, 5\), wanted is .* layers \[0, 1, 2\]"):
+        with pytest.raises(ValueError, match=r"scores: .* has shape \(2, 5\), expected shape \(layers, d2\) for layers \[0, 1, 2\]"):
             select(unique_facts(2, 5), 0.5, layers=[0, 1, 2])
 
     def test_scores_without_layers(self):

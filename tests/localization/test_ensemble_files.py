@@ -12,7 +12,6 @@ from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.explain import explain
 from kne_easyedit.localization.localizer import Localization, localize
 from kne_easyedit.localization.output import save_explanation
-from kne_easyedit.localization.selection import scaled
 
 REQUESTS = [{"prompt": prompt, "target_new": target} for prompt, target in FACTS]
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -151,10 +150,10 @@ class TestScale:
     def test_strongest_neurons_are_those_selected_first(self, llama, tokenizer, hparams):
         found = explain(llama, tokenizer, REQUESTS, hparams)
         scores = Localization(llama, tokenizer, REQUESTS, hparams)
-        (target,) = scores.targets
-        for own, ensemble, best in zip(scores.scores(target), found.ensembles, found.strongest):
+        for one, ensemble, best in zip(scores.scores(), found.ensembles, found.strongest):
+            own = one.values[LLAMA_DOWN]
             assert {neuron for neuron, _ in best} <= ensemble.members()
-            ranks = [scaled(own, "layer")[layer, row].item() for (_, layer, row), _ in best]
+            ranks = [scores.selection.scaled(own)[layer, row].item() for (_, layer, row), _ in best]
             assert ranks == sorted(ranks, reverse=True)
             assert [value for _, value in best] == [own[layer, row].item() for (_, layer, row), _ in best]
 
