@@ -36,78 +36,84 @@ class KNEHyperParams:
     """
 
     model_name: str
-    """Path or hub name. EasyEdit chooses the loader by its substrings ("llama", "gpt", "qwen2", "mistral", ...)."""
+    """Path or hub name of the model. EasyEdit chooses the loader by its substrings ("llama", "gpt", "qwen2", ...)."""
     target_modules: list[str]
-    """Templates of the linear layers whose rows are edited, with ``{}`` for the layer's number."""
+    """Templates of the linear layers whose rows are edited; ``{}`` stands for the layer's number."""
     alg_name: str = "KNE"
+    """EasyEdit's name of the method."""
 
     # Localisation: Eq. 3-7
     layers: list[int] = field(default_factory=list)
     """Decoder layers that may be edited; empty: all."""
     p: float = 0.04
-    """Fraction of the neurons kept (Eq. 6), for each module type over all layers; in (0, 1]."""
+    """Fraction of the neurons kept (Eq. 6), in (0, 1]. It counts for each module type, over all layers."""
     attribution_steps: int = 20
-    """m of the Riemann sum (Eq. 5)."""
+    """Steps ``m`` of the sum (Eq. 5)."""
     aggregation: str = "max"
-    """How scores of several facts become one: ``max`` or ``mean`` (section 4.4)."""
+    """How the scores of several facts become one (section 4.4): ``max`` or ``mean``."""
     score_scale: str = "none"
-    """Beyond the paper: ``layer`` divides the scores by their layer's largest before the threshold, which spreads the
-    ensemble over the layers."""
+    """Beyond the paper: ``layer`` divides scores by their layer's largest before the threshold; ``none``: the paper.
+    It spreads the ensemble over the layers."""
     localization_data: str | None = None
-    """KnowEdit file whose first facts are attributed (``embedded``: the packaged ones); None: the requests themselves."""
+    """KnowEdit file to localise on, or ``embedded``: the packaged facts; None: every edit's own requests."""
     localization_size: int = 200
     """Number of facts taken from ``localization_data``."""
     localization_offset: int = 0
-    """The first of these facts in ``localization_data``."""
+    """Number of the first of these facts in the file."""
     ensemble: str | None = None
-    """Ensemble file to edit instead of localising (from ``NeuronEnsemble.save``)."""
+    """Ensemble file (JSON) to edit instead of localising. Written by ``NeuronEnsemble.save`` and ``kne localize``."""
     cache_dir: str | None = None
     """Folder of the score cache; None: the user's cache folder (see README)."""
     chunk_rows: int | None = None
-    """Path points in flight at most during attribution: bounds its memory, not its result; None: from the free memory."""
+    """Path points in flight at most: memory against speed, never the result; None: by the free memory."""
     quadrature: str = "riemann"
-    """The sum of Eq. 5: ``riemann`` (the paper's) or ``gauss-legendre`` (nearer to the integral with fewer steps)."""
+    """The sum of Eq. 5: ``riemann`` (the paper's) or ``gauss-legendre`` (the same error with fewer steps)."""
     attribution_engine: str = "auto"
-    """``sweep``, ``whole`` (slow, for models whose layers cannot be replayed) or ``auto``: the first if it can, else the second."""
+    """``sweep``; ``whole`` (slow) for models whose layers cannot be replayed; ``auto``: ``sweep`` if it can be."""
 
     # Training: Eq. 8-11
     lr: float = 5e-3
+    """Learning rate of AdamW."""
     num_steps: int = 100
     """Optimiser steps at most."""
     stop_loss: float = 0.4
-    """Training ends as soon as the batch loss is below; 0 never stops early."""
+    """Training stops as soon as the batch loss is below; 0: never early."""
     on_failure: str = "warn"
-    """What follows if a fact was not reached (`RowEdit.failed`): ``warn`` (in the log), or ``raise`` (EditFailed, nothing is
-    written)."""
+    """A fact that was not reached: ``warn`` (in the log) or ``raise`` (nothing is written). See `RowEdit.failed`."""
     alpha: float = 1.0
     """Scaling ``alpha / sqrt(n)`` of a layer's ``n`` trained rows (Eq. 11)."""
     weight_decay: float = 0.0
+    """Weight decay of AdamW."""
     initialization: str = "zeros"
     """Start of the trained rows: ``zeros`` (the edit starts as the identity) or ``kaiming`` (the research fork)."""
     kl_weight: float = 0.0
     """Beyond the paper: weight of ``KL(before || now)`` after unrelated prompts, added to the loss; 0: none."""
     kl_data: str | None = None
-    """KnowEdit file of these prompts (``embedded``: the packaged facts)."""
+    """KnowEdit file of these prompts, or ``embedded``: the packaged facts."""
     kl_size: int = 8
-    """How many of them."""
+    """Number of these prompts."""
     seed: int = 42
     """Seed of the ``kaiming`` start; nothing else is random."""
 
     # EasyEdit's own
     device: int | str = 0
+    """A GPU's number, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``."""
     model_parallel: bool = False
+    """The model is spread over all visible GPUs."""
     max_length: int = 512
-    """Length at which EasyEdit's evaluators cut prompt and answer; KNE itself cuts nothing."""
+    """Tokens at which EasyEdit's evaluators cut prompt and answer; KNE itself cuts nothing."""
     batch_size: int = 1
-    """Facts per edit in EasyEdit's ``batch_edit``; ``edit`` wants 1."""
+    """Facts per edit in EasyEdit's ``batch_edit``; ``edit`` needs 1."""
     use_chat_template: bool = False
     """Prompts are put into the tokenizer's chat template, when localising and when editing. EasyEdit's evaluators since
     2025 read the same setting (but leave locality prompts as they are)."""
     separator: str = " "
-    """What stands between prompt and answer, when localising, training and evaluating: white space or, for scripts without
-    blanks between words (Chinese, Japanese, Thai), nothing. Other methods of EasyEdit always put a blank there."""
+    """White space between prompt and answer; empty for scripts without blanks (Chinese, Japanese, Thai). It counts when
+    localising, training and evaluating. Other methods of EasyEdit always put a blank there."""
     fp16: bool = False
+    """The model is loaded in float16."""
     bf16: bool = False
+    """The model is loaded in bfloat16."""
 
     def __post_init__(self) -> None:
         self.validate()

@@ -115,6 +115,13 @@ class NeuronEnsemble:
             _require(value is None or isinstance(value, str) and value in known, name, value, f"one of {known}")
 
     @property
+    def selection(self) -> Selection | None:
+        """The rules by which the neurons were chosen; None if a part is not recorded (made by hand, or an older file)."""
+        if self.p is None or self.aggregation is None or self.scale is None:
+            return None
+        return Selection(self.p, self.aggregation, self.scale, self.layers)
+
+    @property
     def size(self) -> int:
         """Number of neurons."""
         return sum(len(rows) for layers in self.neurons.values() for rows in layers.values())

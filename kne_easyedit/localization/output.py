@@ -1,4 +1,4 @@
-"""What localising leaves: files, pictures, printed tables; and the whole job of ``kne localize``."""
+"""Writes and prints what `study` and `explain` found."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from kne_easyedit._util.settings import public_settings
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.localization.explain import Explanation, Neuron
 from kne_easyedit.localization.figures import draw_ensemble, draw_explanation
-from kne_easyedit.localization.data import localization_requests
 from kne_easyedit.localization.settings import LocalizationSettings
-from kne_easyedit.localization.stability import Study, study
-from kne_easyedit.models.loading import load_model
+from kne_easyedit.localization.stability import Study
 
 BAR = 30
 """Widest bar of the printed table, in characters."""
@@ -88,22 +86,6 @@ def print_study(found: Study) -> None:
         f"\n{ensemble.size} neurons, {found.parameter_share:.2%} of the model's {found.parameters / 1e6:.1f} M parameters"
     )
     print(stability_line(found))
-
-
-def localize_job(hparams: LocalizationSettings, folder: Path) -> Study:
-    """The whole job of ``kne localize`` and ``scripts/localize.py``: load, localise, print, write, draw.
-
-    The facts are those of ``localization_data``. Raises ValueError if the settings name none.
-    """
-    requests = localization_requests(hparams)
-    wanted = "" if len(requests) == hparams.localization_size else f" ({hparams.localization_size} wanted)"
-    print(f"model {hparams.model_name}, {len(requests)} facts{wanted} of {hparams.localization_data}", flush=True)
-    model, tokenizer = load_model(hparams)
-    found = study(model, tokenizer, requests, hparams)
-    save_study(found, folder, model, hparams, str(hparams.localization_data))
-    print_study(found)
-    print(f"\nWritten to {folder}: ensemble.json, scores.safetensors, summary.json, ensemble.png")
-    return found
 
 
 def save_explanation(found: Explanation, folder: Path, hparams: LocalizationSettings) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FACTS, LLAMA_DOWN, tiny_hparams
+from conftest import FACTS, LLAMA_DOWN, failing, tiny_hparams
 
 from kne_easyedit import cli
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
@@ -98,7 +98,7 @@ def test_a_file_too_large_to_be_one(tmp_path):
     path = tmp_path / "ours.json"
     with path.open("wb") as file:
         file.truncate(2**31)  # sparse: takes no space, and would take 2 GiB of memory
-    with pytest.raises(ValueError, match="ours.json is no ensemble file .*bytes are more than any ensemble has"):
+    with pytest.raises(ValueError, match=r"ours.json is no ensemble file .*bytes are more than any ensemble has"):
         NeuronEnsemble.load(path)
 
 
@@ -114,7 +114,7 @@ def test_a_file_too_large_to_be_one(tmp_path):
 )
 def test_a_bad_one_made_by_hand(neurons, message):
     with pytest.raises(ValueError, match=f"ensemble: .*{message}"):
-        NeuronEnsemble(neurons, {name: 24 for name in neurons})
+        NeuronEnsemble(neurons, dict.fromkeys(neurons, 24))
 
 
 class TestScale:
@@ -161,13 +161,13 @@ class TestScale:
         """``localization_offset`` was forgotten: other facts were shown."""
         asked = []
         monkeypatch.setattr(
-            "kne_easyedit.facts.records.load_requests", lambda *arguments: asked.append(arguments) or REQUESTS
+            "kne_easyedit.localization.data.localization_requests", lambda hparams: asked.append(hparams) or REQUESTS
         )
-        monkeypatch.setattr(
-            "kne_easyedit.models.loading.load_model", lambda hparams: (_ for _ in ()).throw(ValueError("far enough"))
-        )
+        monkeypatch.setattr("kne_easyedit.models.loading.load_model", failing(None, 1, ValueError("far enough")))
         (tmp_path / "kne.yaml").write_text(
             f"model_name: tiny\ntarget_modules: ['{LLAMA_DOWN}']\ndevice: cpu\nlocalization_data: facts.json\nlocalization_offset: 7\n"
         )
         assert cli.main(["explain", "--hparams", str(tmp_path / "kne.yaml"), "--size", "2"]) == 1
-        assert asked == [(str(Path("facts.json").absolute()), 2, 7)]
+        (hparams,) = asked
+        assert hparams.localization_data == str(Path("facts.json").absolute())
+        assert (hparams.localization_size, hparams.localization_offset) == (2, 7)
