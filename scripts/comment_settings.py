@@ -10,6 +10,7 @@ import argparse
 import ast
 import inspect
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from kne_easyedit.hparams import KNEHyperParams
@@ -21,10 +22,9 @@ COLUMN = 27
 
 def field_help() -> dict[str, str]:
     """Setting -> the first sentence of its docstring, as plain text (null for None) without a full stop."""
-    (definition,) = ast.parse(inspect.getsource(KNEHyperParams)).body
-    assert isinstance(definition, ast.ClassDef)
+    body = [node for tree in ast.parse(inspect.getsource(KNEHyperParams)).body for node in getattr(tree, "body", [])]
     found = {}
-    for field, text in zip(definition.body, definition.body[1:]):
+    for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             first = re.split(r"\.(?=\s+[A-Z]|\s*$)", " ".join(str(text.value.value).split()))[0]
             found[ast.unparse(field.target)] = re.sub(r"\bNone\b", "null", first.replace("`", ""))

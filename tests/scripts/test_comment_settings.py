@@ -1,4 +1,4 @@
-"""scripts/comment_settings.py: the comments of the shipped settings are the first sentences of the fields' docstrings."""
+"""scripts/comment_settings.py: shipped settings are explained by the first sentences of the fields' docstrings."""
 
 from __future__ import annotations
 
