@@ -1,4 +1,4 @@
-"""The settings of KNE: one EasyEdit-style dataclass, validated where it is built."""
+"""The settings of KNE: one dataclass in the style of EasyEdit, validated when it is built."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,8 +22,8 @@ from kne_easyedit.models.targets import check_template
 INITIALISATIONS = ("zeros", "kaiming")
 ON_FAILURE = ("warn", "raise")
 SEVERAL_DEVICES = (
-    "names several GPUs, wanted is one number; to spread a model over them set CUDA_VISIBLE_DEVICES=0,1 (their numbers) in the "
-    "environment, device: 0 and model_parallel: true"
+    "names several GPUs, expected one number; to spread a model over them set CUDA_VISIBLE_DEVICES=0,1 (their numbers) "
+    "in the environment, device: 0 and model_parallel: true"
 )
 
 
@@ -30,9 +31,13 @@ SEVERAL_DEVICES = (
 class KNEHyperParams:
     """Hyperparameters of KNE. Equation numbers are those of arXiv 2412.20637.
 
-    Construction raises ValueError, naming the field, its range and the value, for anything that cannot work
-    on any machine; what depends on the model or the machine (layers, templates, devices, files) is checked
-    by `apply_kne_to_model` before the model changes. EasyEdit's own `EVALUATORS` settings are no fields, but attributes.
+    The first sentence of each field's docstring is its comment in hparams/KNE/*.yaml (scripts/comment_settings.py).
+    What depends on the model or the machine (layers, templates, devices, files) is checked by `apply_kne_to_model`
+    before the model changes. EasyEdit's settings `EVALUATORS` are attributes, not fields.
+
+    Raises:
+        ValueError: A value has a wrong type or is out of range on any machine; the message names the field, its range,
+            the value, and the nearest valid name.
     """
 
     model_name: str
@@ -129,10 +134,17 @@ class KNEHyperParams:
 
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str | Path) -> KNEHyperParams:
-        """Reads a YAML file (``.yaml`` may be left out), as EasyEdit's own classes do.
+        """Reads a YAML file, as EasyEdit's own classes do.
 
-        Raises FileNotFoundError for a file that is not there, ValueError for an unknown key (with the nearest
-        valid name), a wrong type or a value out of range.
+        Args:
+            hparams_name_or_path: The file; ``.yaml`` may be left out.
+
+        Returns:
+            The settings.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            ValueError: It is not a YAML file of settings, or as `from_dict`. The message names the file.
         """
         path = Path(hparams_name_or_path)
         if path.suffix not in (".yaml", ".yml"):
@@ -145,7 +157,7 @@ class KNEHyperParams:
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path}: not a YAML file: {error}") from error
         if not isinstance(config, dict):
-            raise ValueError(f"{path}: holds no settings (a mapping of names to values is wanted)")
+            raise ValueError(f"{path}: holds no settings (expected a mapping of names to values)")
         try:
             return cls.from_dict(config)
         except ValueError as error:
@@ -153,7 +165,17 @@ class KNEHyperParams:
 
     @classmethod
     def from_dict(cls, config: dict) -> KNEHyperParams:
-        """As the constructor, but says which names are unknown (nearest valid one) or missing."""
+        """The settings from a mapping of names to values.
+
+        Args:
+            config: Fields by name, and maybe settings of `EVALUATORS`.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: A name is unknown (the message names the nearest valid one) or missing, or as the constructor.
+        """
         known = {f.name: f for f in fields(cls)}
         for key in config:
             if key not in known and key not in EVALUATORS:
@@ -168,19 +190,23 @@ class KNEHyperParams:
         return replace_settings(cls(**{name: value for name, value in config.items() if name not in own}), **own)
 
     def to_dict(self) -> dict:
-        """What `from_dict` makes the same object of, secrets included; `public_settings` is for showing."""
+        """The settings as `from_dict` reads them, secrets included; `public_settings` leaves these out."""
         return {**asdict(self), **{name: getattr(self, name) for name in EVALUATORS if hasattr(self, name)}}
 
     def validate(self) -> None:
-        """Raises ValueError for a value of the wrong type or out of range. Called again before every edit."""
+        """Checks all values, and converts numbers and paths to the fields' types. Called again before every edit.
+
+        Raises:
+            ValueError: As the constructor.
+        """
         _require(not _is_device_list(self.device), "device", self.device, SEVERAL_DEVICES)
-        for f, wanted in zip(fields(self), _types(type(self)).values()):
-            setattr(self, f.name, _coerced(f.name, getattr(self, f.name), wanted))
+        for name, expected in _types(type(self)).items():
+            setattr(self, name, _coerced(name, getattr(self, name), expected))
         for name in EVALUATORS:
             value = getattr(self, name, None)
             shown = f"a {type(value).__name__}" if name in SECRET else repr(value)
             if not isinstance(value, (str, type(None))):
-                raise ValueError(f"{name}: {shown} is no text; quote it in YAML")
+                raise ValueError(f"{name}: {shown} is not a string; quote it in YAML")
         _require(self.alg_name == "KNE", "alg_name", self.alg_name, "must be 'KNE'")
         _require(bool(self.model_name.strip()), "model_name", self.model_name, "must name a model")
         _require(len(self.target_modules) > 0, "target_modules", self.target_modules, "must hold at least one template")
@@ -188,7 +214,7 @@ class KNEHyperParams:
             check_template(template)
         duplicates = len(set(self.target_modules)) != len(self.target_modules)
         _require(not duplicates, "target_modules", self.target_modules, "holds a template twice")
-        _ = self.selection  # validates itself
+        _ = self.selection  # raises ValueError for p, aggregation, score_scale and layers
         require_one_of("quadrature", self.quadrature, QUADRATURES)
         require_one_of("attribution_engine", self.attribution_engine, ENGINES)
         require_one_of("initialization", self.initialization, INITIALISATIONS)
@@ -210,7 +236,7 @@ class KNEHyperParams:
             "must name a file of prompts when kl_weight is not 0",
         )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
-        rule = "must be white space or empty; what can be seen belongs into the prompts"
+        rule = "must be white space or empty; visible characters belong into the prompts"
         _require(not self.separator.strip(), "separator", self.separator, rule)
         _require(not (self.fp16 and self.bf16), "fp16", self.fp16, "and bf16 exclude each other")
         _require(
@@ -220,26 +246,28 @@ class KNEHyperParams:
 
 def _is_device(device: int | str) -> bool:
     kind, colon, index = str(device).partition(":")
-    return kind.isdigit() and not colon or kind in ("cpu", "cuda", "mps") and (not colon or index.isdigit())
+    if kind.isdigit():
+        return not colon
+    return kind in ("cpu", "cuda", "mps") and (not colon or index.isdigit())
 
 
-def _is_device_list(device) -> bool:
-    return isinstance(device, (list, tuple)) and len(device) > 1 or isinstance(device, str) and "," in device
+def _is_device_list(device: object) -> bool:
+    return "," in device if isinstance(device, str) else isinstance(device, (list, tuple)) and len(device) > 1
 
 
-def _require(ok: bool, name: str, value, rule: str) -> None:
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
         raise ValueError(f"{name}: {value!r} {rule}")
 
 
-def _types(cls) -> dict[str, object]:
+def _types(cls: type) -> dict[str, object]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
-def _coerced(name: str, value, wanted):
-    """``value`` as the type ``wanted``; YAML reads ``5e-3`` as a text, and ``1`` is a fine float."""
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+def _coerced(name: str, value: object, expected: Any) -> object:
+    """``value`` as the type ``expected``: YAML reads ``5e-3`` as a string, and ``1`` may stand for a float."""
+    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     if type(value) in options:
         return value
     if value is None and type(None) in options:
@@ -254,6 +282,8 @@ def _coerced(name: str, value, wanted):
             (item,) = typing.get_args(option)
             return [_coerced(f"{name}[{i}]", v, item) for i, v in enumerate(value)]
         if option is str and isinstance(value, (str, Path)):
-            # Kept as it is: EasyEdit takes a str subclass that carries a loaded model (see kne_easyedit.bridge).
+            # A subclass of str stays what it is: the bridge passes loaded models to EasyEdit by one.
             return value if isinstance(value, str) else str(value)
-    raise ValueError(f"{name}: {value!r} is a {type(value).__name__}, wanted is {getattr(wanted, '__name__', wanted)}")
+    raise ValueError(
+        f"{name}: {value!r} is a {type(value).__name__}, expected {getattr(expected, '__name__', expected)}"
+    )

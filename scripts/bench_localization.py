@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import torch
 from localization_measures import (
@@ -44,6 +45,7 @@ from kne_easyedit.attribution.engine import attribute_facts, rows_in_flight
 from kne_easyedit.attribution.quadrature import gauss_legendre, riemann
 from kne_easyedit.facts.encoding import Fact, encode, encode_request
 from kne_easyedit.facts.records import load_requests
+from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.localizer import batches
 from kne_easyedit.localization.selection import Selection, aggregate
@@ -51,7 +53,7 @@ from kne_easyedit.models.fast_linear import linear
 from kne_easyedit.models.targets import Target, resolve_target
 
 PROMPT, ANSWER = "The name of the country in which Leonardo da Vinci was born is", "the Kingdom of Denmark"
-ARCHITECTURES = {  # as published; heads of keys equal heads of queries in all but the last
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # as published; heads of keys equal heads of queries in all but the last
     "llama2-7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -143,7 +145,7 @@ def single(options: argparse.Namespace) -> dict:
     else:
         facts = [encode(tokenizer, options.prompt, options.target)]
     steps, layers = hparams.attribution_steps, spread(target.layers, options.literal_layers)
-    results = []
+    results: list[dict[str, Any]] = []
     for fact in facts:
         print(
             f"{fact.prompt} -> {fact.target}: {fact.prompt_length} + {len(fact.answer)} tokens, "
@@ -174,7 +176,7 @@ def single(options: argparse.Namespace) -> dict:
             if found
         }
         seconds = median(times["sweep"])
-        result = {
+        result: dict[str, Any] = {
             "module": target.template,
             "prompt_tokens": fact.prompt_length,
             "answer_tokens": len(fact.answer),
@@ -261,7 +263,7 @@ def precision(options: argparse.Namespace) -> dict:
     keep_large_blocks()
     requests = load_requests(options.data, options.size)
 
-    def scores_in(dtype: torch.dtype):
+    def scores_in(dtype: torch.dtype) -> tuple[list[Tensor], Target, KNEHyperParams, nn.Module]:
         model, tokenizer, hparams = load(options)  # afresh: halved weights do not come back
         model.to(dtype)
         target = resolve_target(model, options.module or hparams.target_modules[0], hparams.layers)
@@ -335,7 +337,7 @@ def random_weights(options: argparse.Namespace) -> dict:
         torch.cuda.reset_peak_memory_stats()
     in_flight = rows_in_flight(model, [target], facts[0])
 
-    def everything():
+    def everything() -> None:
         for batch in batches(facts, len(target.layers) * options.steps, in_flight):
             attribute_facts(model, [target], batch, options.steps, chunk_rows=in_flight)
 

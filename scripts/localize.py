@@ -9,6 +9,7 @@ After an interruption the same command resumes where it stopped.
 """
 
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,7 +23,7 @@ from kne_easyedit.hparams import KNEHyperParams
 @hydra.main(version_base="1.3", config_path="../hparams", config_name="localize")
 def main(config: DictConfig) -> None:
     """Localises under the composed configuration."""
-    settings = OmegaConf.to_container(config, resolve=True)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
     keep_large_blocks()
     hparams = KNEHyperParams.from_dict(
         {

@@ -12,7 +12,7 @@ SIZE = 20
 """Facts of ``--data`` by default."""
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds ``explain`` to the commands of ``kne``."""
     parser = commands.add_parser(
         "explain", help="which layers and neurons stand for a fact, and which other facts share them"

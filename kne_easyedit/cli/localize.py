@@ -10,7 +10,7 @@ from kne_easyedit.cli.common import add_settings, load_settings, positive, requi
 from kne_easyedit.hparams import KNEHyperParams
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds ``localize`` to the commands of ``kne``."""
     parser = commands.add_parser(
         "localize", help="which neurons matter for a set of facts: scores, ensemble, stability, picture"

@@ -1,4 +1,4 @@
-"""Which neurons stand for a fact, and which facts fight for the same ones: the collision table."""
+"""The neurons of single facts, and which facts share them (collisions)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kne_easyedit.localization.selection import Selection
 from kne_easyedit.localization.settings import LocalizationSettings
 
 TOP = 10
-"""Strongest neurons listed of each fact."""
+"""Number of strongest neurons of each fact."""
 
 Neuron = tuple[str, int, int]
 """Template, layer, row."""
@@ -29,17 +29,17 @@ class Explanation:
     """The rules by which they were chosen; its ``layers`` are those that were attributed."""
     facts: tuple[Fact, ...]
     ensembles: tuple[NeuronEnsemble, ...]
-    """The ensemble that each fact alone would have."""
+    """The ensemble of each fact alone."""
     strongest: tuple[tuple[tuple[Neuron, float], ...], ...]
     """For each fact its strongest neurons, in the order in which they are selected, with their attributions."""
 
     def collisions(self) -> list[list[float]]:
-        """``[i][j]``: the share of fact ``i``'s neurons that fact ``j`` has, too. The diagonal is 1."""
+        """A square matrix: ``[i][j]`` is the share of fact ``i``'s neurons that fact ``j`` also has, in [0, 1]."""
         sets = [ensemble.members() for ensemble in self.ensembles]
         return [[len(own & other) / len(own) for other in sets] for own in sets]
 
     def hubs(self) -> list[tuple[Neuron, int]]:
-        """Neurons that more than one fact has, with the number of facts, most shared first."""
+        """Neurons of more than one fact with their numbers of facts, most shared first."""
         counted = Counter(neuron for ensemble in self.ensembles for neuron in ensemble.members())
         return sorted(((neuron, n) for neuron, n in counted.items() if n > 1), key=lambda item: (-item[1], item[0]))
 

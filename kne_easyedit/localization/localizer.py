@@ -338,8 +338,8 @@ def batches(facts: Sequence[Fact], points: int, rows: int) -> Iterator[list[Fact
         The facts of each sweep.
     """
     most = max(1, rows // points)
-    for _, alike in groupby(sorted(facts, key=lambda f: (len(f.answer), len(f.ids))), key=lambda f: len(f.answer)):
-        alike = list(alike)
+    for _, group in groupby(sorted(facts, key=lambda f: (len(f.answer), len(f.ids))), key=lambda f: len(f.answer)):
+        alike = list(group)
         yield from (alike[i : i + most] for i in range(0, len(alike), most))
 
 

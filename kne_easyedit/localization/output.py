@@ -22,13 +22,25 @@ BAR = 30
 
 
 def save_study(found: Study, folder: Path, model: nn.Module, hparams: LocalizationSettings, data: str) -> None:
-    """Writes ``ensemble.json``, ``scores.safetensors``, ``summary.json`` and ``ensemble.png`` into ``folder``."""
+    """Writes ``ensemble.json``, ``scores.safetensors``, ``summary.json`` and ``ensemble.png``.
+
+    Args:
+        found: What `study` found.
+        folder: Where the files go; it is made.
+        model: The model, for a description of the environment.
+        hparams: The settings that `study` had.
+        data: The data's name.
+
+    Raises:
+        OSError: A file cannot be written.
+        ImportError: matplotlib is missing.
+    """
     ensemble = found.ensemble
     ensemble.save(folder / "ensemble.json")
     metadata = {
         "format": "kne-aggregated-scores-1",
         "layers": json.dumps(list(ensemble.layers)),
-        "aggregation": ensemble.aggregation,
+        "aggregation": str(ensemble.aggregation),
         "steps": str(hparams.attribution_steps),
         "quadrature": hparams.quadrature,
         "facts": str(ensemble.facts),
@@ -65,17 +77,24 @@ def save_study(found: Study, folder: Path, model: nn.Module, hparams: Localizati
 
 
 def stability_line(found: Study) -> str:
+    """The stability as one line of text."""
     if found.stability is None:
         return "stability: unknown, it needs two halves of the facts that each have an ensemble"
-    return f"stability: ensembles of two halves of the facts share {found.stability:.0%} of their neurons (by chance {found.chance:.1%})"
+    return (
+        f"stability: ensembles of two halves of the facts share {found.stability:.0%} of their neurons "
+        f"(by chance {found.chance:.1%})"
+    )
 
 
 def print_study(found: Study) -> None:
-    """Neurons per layer, share of the parameters, stability."""
+    """Prints neurons per layer, their share of the parameters, and the stability."""
     ensemble = found.ensemble
-    each = f", {ensemble.seconds / ensemble.facts:.2f} s a fact when computed" if ensemble.seconds else ""
+    each = ""
+    if ensemble.seconds and ensemble.facts:
+        each = f", {ensemble.seconds / ensemble.facts:.2f} s a fact when computed"
     print(
-        f"\n{ensemble.facts} facts ({found.computed} attributed now, the others cached{each}), {found.seconds:.1f} s now"
+        f"\n{ensemble.facts} facts ({found.computed} attributed now, the others cached{each}), "
+        f"{found.seconds:.1f} s now"
     )
     for template, counts in ensemble.counts().items():
         most = max(counts.values()) or 1
@@ -83,13 +102,24 @@ def print_study(found: Study) -> None:
         for layer, count in counts.items():
             print(f"  layer {layer:>3} {count:>6}  {'#' * round(BAR * count / most)}")
     print(
-        f"\n{ensemble.size} neurons, {found.parameter_share:.2%} of the model's {found.parameters / 1e6:.1f} M parameters"
+        f"\n{ensemble.size} neurons, {found.parameter_share:.2%} of the model's "
+        f"{found.parameters / 1e6:.1f} M parameters"
     )
     print(stability_line(found))
 
 
 def save_explanation(found: Explanation, folder: Path, hparams: LocalizationSettings) -> None:
-    """Writes ``explanation.json`` and ``explanation.png`` into ``folder``."""
+    """Writes ``explanation.json`` and ``explanation.png``.
+
+    Args:
+        found: What `explain` found.
+        folder: Where the files go; it is made.
+        hparams: The settings that `explain` had.
+
+    Raises:
+        OSError: A file cannot be written.
+        ImportError: matplotlib is missing.
+    """
     content = {
         "model": str(hparams.model_name),
         "p": found.selection.p,
@@ -127,7 +157,7 @@ def save_explanation(found: Explanation, folder: Path, hparams: LocalizationSett
 
 
 def print_explanation(found: Explanation, examples: int = 5) -> None:
-    """Layers and strongest neurons of the first facts, the worst collisions, the most shared neurons."""
+    """Prints layers and strongest neurons of the first ``examples`` facts, and the neurons that facts share most."""
     for i, (fact, ensemble, best) in enumerate(zip(found.facts[:examples], found.ensembles, found.strongest)):
         print(f"\n[{i}] {fact.prompt}  ->  {fact.target}: {ensemble.size} neurons")
         for template, counts in ensemble.counts().items():

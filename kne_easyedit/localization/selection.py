@@ -73,18 +73,21 @@ class Selection:
         """The scores ``(layers, d2)`` in the unit in which the threshold compares them."""
         return SCALES[self.scale](scores)
 
+    def budget(self, neurons: int) -> int:
+        """How many of ``neurons`` neurons are kept if no scores are equal: ``floor(p * neurons)``, at least one."""
+        return max(1, math.floor(self.p * neurons + 1e-9))
+
     def choose(self, scores: Tensor) -> tuple[Tensor, float]:
         """Eq. 6-7 on the scores ``(layers, d2)`` of one module type.
 
-        The threshold ``t_p`` is the ``floor(p * neurons)``-th largest scaled score (at least the largest one). Equal
-        scores are kept together, and of all of these only positive ones.
+        The threshold ``t_p`` is the `budget`-th largest of all scaled scores. Scores that equal it are kept, and of all
+        of these only positive ones.
 
         Returns:
             A mask ``(layers, d2)`` of the neurons kept, and ``t_p``.
         """
         scores = self.scaled(scores)
-        kept = max(1, math.floor(self.p * scores.numel() + 1e-9))
-        threshold = scores.flatten().topk(kept).values[-1]
+        threshold = scores.flatten().topk(self.budget(scores.numel())).values[-1]
         return (scores >= threshold) & (scores > 0), float(threshold)
 
 

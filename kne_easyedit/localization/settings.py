@@ -1,4 +1,4 @@
-"""What localising reads of a hyperparameter object; `kne_easyedit.hparams.KNEHyperParams` is one."""
+"""The settings that localisation reads; `kne_easyedit.hparams.KNEHyperParams` has them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kne_easyedit.localization.selection import Selection
 
 
 class LocalizationSettings(Protocol):
-    """The settings of Eq. 3-7, of the facts to localise on, and of the score cache: meanings in `KNEHyperParams`."""
+    """Settings of Eq. 3-7, of the facts to localise on, and of the score cache. `KNEHyperParams` explains them."""
 
     model_name: str
     target_modules: list[str]

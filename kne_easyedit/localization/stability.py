@@ -1,4 +1,4 @@
-"""Localise on a set of facts and look at what came out: how many neurons where, and how stable the choice is."""
+"""Localisation on a set of facts, and how stable its choice of neurons is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kne_easyedit.models.targets import count_parameters
 
 @dataclass(frozen=True)
 class Study:
-    """What a localisation found."""
+    """What `study` found."""
 
     ensemble: NeuronEnsemble
     scores: Mapping[str, Tensor]
@@ -27,19 +27,22 @@ class Study:
     computed: int
     """Facts that were not in the cache."""
     seconds: float
-    """Time that it took now."""
+    """How long it took this time, computing and reading the cache."""
     parameter_share: float
+    """Share of the model's parameters that are in the ensemble's rows."""
     parameters: int
+    """Parameters of the model."""
     model_digest: str
+    """Digest of configuration and weights (`model_digest`)."""
 
     @property
     def stability(self) -> float | None:
-        """Overlap of the two halves' ensembles, in [0, 1]."""
+        """Overlap of the two halves' ensembles (Dice), in [0, 1]; None without halves."""
         return None if self.halves is None else self.halves[0].overlap(self.halves[1])
 
     @property
     def chance(self) -> float:
-        """The overlap that ensembles of this size would have if their neurons were drawn at random."""
+        """Expected overlap of two ensembles of this size with random neurons, in [0, 1]."""
         drawn = {t: sum(map(len, layers.values())) for t, layers in self.ensemble.neurons.items()}
         return (
             sum(n * n / (self.ensemble.widths[t] * len(self.ensemble.layers)) for t, n in drawn.items())

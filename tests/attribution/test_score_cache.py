@@ -247,7 +247,7 @@ class TestWriting:
         assert str(cache.folder) in str(caught.value)
 
     def test_what_was_checked_is_what_is_used(self, stored, scores):
-        """Not a map of the file: that would change with it after the check, and end the process by SIGBUS if it is cut short."""
+        """Not a map of the file: it would change with it, and SIGBUS ends the process if the file is cut short."""
         entry = read_entry(stored)
         with stored.open("r+b") as file:
             file.seek(-4, 2)

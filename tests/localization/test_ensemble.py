@@ -199,7 +199,7 @@ class TestFile:
             b'{"format": "kne-ensemble-1"}',
             b'{"format": "other", "neurons": {}, "widths": {}, "layers": []}',
             b'{"format": "kne-ensemble-1", "neurons": [1], "widths": {}, "layers": []}',
-            b'{"format": "kne-ensemble-1", "neurons": {"m.{}.a": {"0": [1]}}, "widths": {"m.{}.a": 9}, "layers": [], "more": 1}',
+            b'{"format": "kne-ensemble-1", "neurons": {"m.{}.a": {"0": [1]}}, "widths": {"m.{}.a": 9}, "more": 1}',
             b'{"format": "kne-ensemble-1", "neurons": {"m.{}.a": {"x": [1]}}, "widths": {"m.{}.a": 9}, "layers": []}',
             b'{"format": "kne-ensemble-1", "neurons": {"m.{}.a": {"0": ["x"]}}, "widths": {"m.{}.a": 9}, "layers": []}',
             b'{"format": "kne-ensemble-1", "neurons": {"m.{}.a": {"0": [9]}}, "widths": {"m.{}.a": 9}, "layers": []}',

@@ -1,4 +1,4 @@
-"""Files from somebody else: every type is checked, and the message names the file. The scale of the selection is kept."""
+"""Ensemble files of other programs: every type is checked, and the message names the file. The scale is recorded."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 def content(**changes):
-    found = dict(format="kne-ensemble-1", neurons={"m.{}.a": {"0": [0, 1, 2, 3]}}, widths={"m.{}.a": 9}, layers=[0, 1])
+    neurons = {"m.{}.a": {"0": [0, 1, 2, 3]}}
+    found = {"format": "kne-ensemble-1", "neurons": neurons, "widths": {"m.{}.a": 9}, "layers": [0, 1]}
     return json.dumps({**found, **changes})
 
 
@@ -67,12 +68,12 @@ BAD = {
     "aggregation": (content(aggregation=["max"]), "aggregation: .* is not one of"),
     "scale": (content(scale="layers"), "scale: 'layers' is not one of"),
     "unknown": (content(more=1), "unknown field 'more'"),
-    "twice": (content().replace('"widths"', '"neurons": {}, "widths"'), "'neurons' stands there twice"),
-    "layer twice": (content().replace('"0": [0', '"0": [5], "0": [0'), "'0' stands there twice"),
+    "twice": (content().replace('"widths"', '"neurons": {}, "widths"'), "'neurons' occurs twice"),
+    "layer twice": (content().replace('"0": [0', '"0": [5], "0": [0'), "'0' occurs twice"),
     "deep": (DEEP, "too deep"),
     "deep inside": (content().replace("[0, 1]", DEEP), "too deep"),
     "nothing": ("", ""),
-    "text": ('"kne-ensemble-1"', "does not say of itself"),
+    "text": ('"kne-ensemble-1"', "its field 'format' is missing or another one"),
 }
 
 
@@ -165,7 +166,8 @@ class TestScale:
         )
         monkeypatch.setattr("kne_easyedit.models.loading.load_model", failing(None, 1, ValueError("far enough")))
         (tmp_path / "kne.yaml").write_text(
-            f"model_name: tiny\ntarget_modules: ['{LLAMA_DOWN}']\ndevice: cpu\nlocalization_data: facts.json\nlocalization_offset: 7\n"
+            f"model_name: tiny\ntarget_modules: ['{LLAMA_DOWN}']\ndevice: cpu\nlocalization_data: facts.json\n"
+            "localization_offset: 7\n"
         )
         assert cli.main(["explain", "--hparams", str(tmp_path / "kne.yaml"), "--size", "2"]) == 1
         (hparams,) = asked

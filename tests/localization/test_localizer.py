@@ -95,7 +95,7 @@ class TestCacheReads:
 
 
 def test_the_name_of_an_entry(llama, tmp_path):
-    """Scores that earlier versions stored are found: a name depends on tokens, module type and sum, and on no version."""
+    """Scores stored by earlier versions are found: a name depends on tokens, module type and sum only."""
     target = localizer.resolve_target(llama, LLAMA_DOWN)
     path = ScoreCache(tmp_path, llama, 4).path(target, Fact("Ada is", "Marie", (5, 6, 7), 2))
     assert path.name == "a250938d320c529c732f489243a11494759adbdacc8f4a4cf42db45e8f3285bc.safetensors"

@@ -1,4 +1,4 @@
-"""Localising through the score cache: nothing is computed twice, and interruptions and other processes change no bit."""
+"""Localising through the score cache: nothing is computed twice; interruptions and other processes change no bit."""
 
 import errno
 import functools

@@ -44,8 +44,8 @@ class TestValue:
             Selection(**{field: value})
 
     def test_hyperparameters_are_validated_by_it(self):
-        """The nearest valid name is its message's."""
-        with pytest.raises(ValueError, match="score_scale: 'laier' must be one of .*did you mean 'layer'"):
+        """Its message, with the nearest valid name."""
+        with pytest.raises(ValueError, match=r"score_scale: 'laier' must be one of .*did you mean 'layer'"):
             tiny_hparams(score_scale="laier")
 
     def test_is_a_property_of_the_hyperparameters(self):
@@ -69,6 +69,11 @@ class TestSelecting:
     def test_a_layer_twice(self):
         with pytest.raises(ValueError, match=r"scores: .* expected shape \(layers, d2\) for layers \[1, 1\]"):
             select_ensemble(SCORES, 0.5, target_module=LLAMA_DOWN, layers=[1, 1])
+
+    @pytest.mark.parametrize(("p", "neurons", "kept"), [(0.29, 100, 29), (0.04, 10, 1), (1.0, 7, 7), (0.5, 7, 3)])
+    def test_budget(self, p, neurons, kept):
+        """The floor, in spite of rounding (0.29 * 100 is below 29 in floating point), and at least one."""
+        assert Selection(p).budget(neurons) == kept
 
     def test_scale_decides_between_layers(self):
         """Unscaled the first layer takes all; in relation to their layer's largest both have one."""
