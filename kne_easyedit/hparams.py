@@ -1,4 +1,4 @@
-"""The settings of KNE: one EasyEdit-style dataclass, validated where it is built."""
+"""The settings of KNE: one dataclass in the style of EasyEdit, validated when it is built."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from kne_easyedit._util.messages import require_one_of
 from kne_easyedit._util.settings import EVALUATORS, SECRET, replace_settings
 from kne_easyedit.attribution.engine import ENGINES
 from kne_easyedit.attribution.quadrature import QUADRATURES
-from kne_easyedit.localization.selection import AGGREGATIONS, SCALES
+from kne_easyedit.localization.selection import Selection
 from kne_easyedit.models.targets import check_template
 
 INITIALISATIONS = ("zeros", "kaiming")
 ON_FAILURE = ("warn", "raise")
 SEVERAL_DEVICES = (
-    "names several GPUs, wanted is one number; to spread a model over them set CUDA_VISIBLE_DEVICES=0,1 (their numbers) in the "
-    "environment, device: 0 and model_parallel: true"
+    "names several GPUs, expected one number; to spread a model over them set CUDA_VISIBLE_DEVICES=0,1 (their numbers) "
+    "in the environment, device: 0 and model_parallel: true"
 )
 
 
@@ -29,94 +31,120 @@ SEVERAL_DEVICES = (
 class KNEHyperParams:
     """Hyperparameters of KNE. Equation numbers are those of arXiv 2412.20637.
 
-    Construction raises ValueError, naming the field, its range and the value, for anything that cannot work
-    on any machine; what depends on the model or the machine (layers, templates, devices, files) is checked
-    by `apply_kne_to_model` before the model changes. EasyEdit's own `EVALUATORS` settings are no fields, but attributes.
+    The first sentence of each field's docstring is its comment in hparams/KNE/*.yaml (scripts/comment_settings.py).
+    What depends on the model or the machine (layers, templates, devices, files) is checked by `apply_kne_to_model`
+    before the model changes. EasyEdit's settings `EVALUATORS` are attributes, not fields.
+
+    Raises:
+        ValueError: A value has a wrong type or is out of range on any machine; the message names the field, its range,
+            the value, and the nearest valid name.
     """
 
     model_name: str
-    """Path or hub name. EasyEdit chooses the loader by its substrings ("llama", "gpt", "qwen2", "mistral", ...)."""
+    """Path or hub name of the model. EasyEdit chooses the loader by its substrings ("llama", "gpt", "qwen2", ...)."""
     target_modules: list[str]
-    """Templates of the linear layers whose rows are edited, with ``{}`` for the layer's number."""
+    """Templates of the linear layers whose rows are edited; ``{}`` stands for the layer's number."""
     alg_name: str = "KNE"
+    """EasyEdit's name of the method."""
 
     # Localisation: Eq. 3-7
     layers: list[int] = field(default_factory=list)
     """Decoder layers that may be edited; empty: all."""
     p: float = 0.04
-    """Fraction of the neurons kept (Eq. 6), for each module type over all layers; in (0, 1]."""
+    """Fraction of the neurons kept (Eq. 6), in (0, 1]. It counts for each module type, over all layers."""
     attribution_steps: int = 20
-    """m of the Riemann sum (Eq. 5)."""
+    """Steps ``m`` of the sum (Eq. 5)."""
     aggregation: str = "max"
-    """How scores of several facts become one: ``max`` or ``mean`` (section 4.4)."""
+    """How the scores of several facts become one (section 4.4): ``max`` or ``mean``."""
     score_scale: str = "none"
-    """Beyond the paper: ``layer`` divides the scores by their layer's largest before the threshold, which spreads the
-    ensemble over the layers."""
+    """Beyond the paper: ``layer`` divides scores by their layer's largest before the threshold; ``none``: the paper.
+    It spreads the ensemble over the layers."""
     localization_data: str | None = None
-    """KnowEdit file whose first facts are attributed (``embedded``: the packaged ones); None: the requests themselves."""
+    """KnowEdit file to localise on, or ``embedded``: the packaged facts; None: every edit's own requests."""
     localization_size: int = 200
     """Number of facts taken from ``localization_data``."""
     localization_offset: int = 0
-    """The first of these facts in ``localization_data``."""
+    """Number of the first of these facts in the file."""
     ensemble: str | None = None
-    """Ensemble file to edit instead of localising (from ``NeuronEnsemble.save``)."""
+    """Ensemble file (JSON) to edit instead of localising. Written by ``NeuronEnsemble.save`` and ``kne localize``."""
     cache_dir: str | None = None
     """Folder of the score cache; None: the user's cache folder (see README)."""
     chunk_rows: int | None = None
-    """Path points in flight at most during attribution: bounds its memory, not its result; None: from the free memory."""
+    """Path points in flight at most: memory against speed, never the result; None: by the free memory."""
     quadrature: str = "riemann"
-    """The sum of Eq. 5: ``riemann`` (the paper's) or ``gauss-legendre`` (nearer to the integral with fewer steps)."""
+    """The sum of Eq. 5: ``riemann`` (the paper's) or ``gauss-legendre`` (the same error with fewer steps)."""
     attribution_engine: str = "auto"
-    """``sweep``, ``whole`` (slow, for models whose layers cannot be replayed) or ``auto``: the first if it can, else the second."""
+    """``sweep``; ``whole`` (slow) for models whose layers cannot be replayed; ``auto``: ``sweep`` if it can be."""
 
     # Training: Eq. 8-11
     lr: float = 5e-3
+    """Learning rate of AdamW."""
     num_steps: int = 100
     """Optimiser steps at most."""
     stop_loss: float = 0.4
-    """Training ends as soon as the batch loss is below; 0 never stops early."""
+    """Training stops as soon as the batch loss is below; 0: never early."""
     on_failure: str = "warn"
-    """What follows if a fact was not reached (`RowEdit.failed`): ``warn`` (in the log), or ``raise`` (EditFailed, nothing is
-    written)."""
+    """A fact that was not reached: ``warn`` (in the log) or ``raise`` (nothing is written). See `RowEdit.failed`."""
     alpha: float = 1.0
     """Scaling ``alpha / sqrt(n)`` of a layer's ``n`` trained rows (Eq. 11)."""
     weight_decay: float = 0.0
+    """Weight decay of AdamW."""
     initialization: str = "zeros"
     """Start of the trained rows: ``zeros`` (the edit starts as the identity) or ``kaiming`` (the research fork)."""
     kl_weight: float = 0.0
     """Beyond the paper: weight of ``KL(before || now)`` after unrelated prompts, added to the loss; 0: none."""
     kl_data: str | None = None
-    """KnowEdit file of these prompts (``embedded``: the packaged facts)."""
+    """KnowEdit file of these prompts, or ``embedded``: the packaged facts."""
     kl_size: int = 8
-    """How many of them."""
+    """Number of these prompts."""
     seed: int = 42
     """Seed of the ``kaiming`` start; nothing else is random."""
 
     # EasyEdit's own
     device: int | str = 0
+    """A GPU's number, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``."""
     model_parallel: bool = False
+    """The model is spread over all visible GPUs."""
     max_length: int = 512
-    """Length at which EasyEdit's evaluators cut prompt and answer; KNE itself cuts nothing."""
+    """Tokens at which EasyEdit's evaluators cut prompt and answer; KNE itself cuts nothing."""
     batch_size: int = 1
-    """Facts per edit in EasyEdit's ``batch_edit``; ``edit`` wants 1."""
+    """Facts per edit in EasyEdit's ``batch_edit``; ``edit`` needs 1."""
     use_chat_template: bool = False
     """Prompts are put into the tokenizer's chat template, when localising and when editing. EasyEdit's evaluators since
     2025 read the same setting (but leave locality prompts as they are)."""
     separator: str = " "
-    """What stands between prompt and answer, when localising, training and evaluating: white space or, for scripts without
-    blanks between words (Chinese, Japanese, Thai), nothing. Other methods of EasyEdit always put a blank there."""
+    """White space between prompt and answer; empty for scripts without blanks (Chinese, Japanese, Thai). It counts when
+    localising, training and evaluating. Other methods of EasyEdit always put a blank there."""
     fp16: bool = False
+    """The model is loaded in float16."""
     bf16: bool = False
+    """The model is loaded in bfloat16."""
 
     def __post_init__(self) -> None:
         self.validate()
 
+    @property
+    def selection(self) -> Selection:
+        """The rules by which scores become an ensemble (Eq. 6-7).
+
+        Raises:
+            ValueError: ``p``, ``aggregation``, ``score_scale`` or ``layers`` is out of range.
+        """
+        return Selection(self.p, self.aggregation, self.score_scale, tuple(self.layers))
+
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str | Path) -> KNEHyperParams:
-        """Reads a YAML file (``.yaml`` may be left out), as EasyEdit's own classes do.
+        """Reads a YAML file, as EasyEdit's own classes do.
 
-        Raises FileNotFoundError for a file that is not there, ValueError for an unknown key (with the nearest
-        valid name), a wrong type or a value out of range.
+        Args:
+            hparams_name_or_path: The file; ``.yaml`` may be left out.
+
+        Returns:
+            The settings.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            ValueError: It is not a YAML file of settings, or as `from_dict`. The message names the file.
         """
         path = Path(hparams_name_or_path)
         if path.suffix not in (".yaml", ".yml"):
@@ -129,7 +157,7 @@ class KNEHyperParams:
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path}: not a YAML file: {error}") from error
         if not isinstance(config, dict):
-            raise ValueError(f"{path}: holds no settings (a mapping of names to values is wanted)")
+            raise ValueError(f"{path}: holds no settings (expected a mapping of names to values)")
         try:
             return cls.from_dict(config)
         except ValueError as error:
@@ -137,7 +165,17 @@ class KNEHyperParams:
 
     @classmethod
     def from_dict(cls, config: dict) -> KNEHyperParams:
-        """As the constructor, but says which names are unknown (nearest valid one) or missing."""
+        """The settings from a mapping of names to values.
+
+        Args:
+            config: Fields by name, and maybe settings of `EVALUATORS`.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: A name is unknown (the message names the nearest valid one) or missing, or as the constructor.
+        """
         known = {f.name: f for f in fields(cls)}
         for key in config:
             if key not in known and key not in EVALUATORS:
@@ -152,19 +190,23 @@ class KNEHyperParams:
         return replace_settings(cls(**{name: value for name, value in config.items() if name not in own}), **own)
 
     def to_dict(self) -> dict:
-        """What `from_dict` makes the same object of, secrets included; `public_settings` is for showing."""
+        """The settings as `from_dict` reads them, secrets included; `public_settings` leaves these out."""
         return {**asdict(self), **{name: getattr(self, name) for name in EVALUATORS if hasattr(self, name)}}
 
     def validate(self) -> None:
-        """Raises ValueError for a value of the wrong type or out of range. Called again before every edit."""
+        """Checks all values, and converts numbers and paths to the fields' types. Called again before every edit.
+
+        Raises:
+            ValueError: As the constructor.
+        """
         _require(not _is_device_list(self.device), "device", self.device, SEVERAL_DEVICES)
-        for f, wanted in zip(fields(self), _types(type(self)).values()):
-            setattr(self, f.name, _coerced(f.name, getattr(self, f.name), wanted))
+        for name, expected in _types(type(self)).items():
+            setattr(self, name, _coerced(name, getattr(self, name), expected))
         for name in EVALUATORS:
             value = getattr(self, name, None)
             shown = f"a {type(value).__name__}" if name in SECRET else repr(value)
             if not isinstance(value, (str, type(None))):
-                raise ValueError(f"{name}: {shown} is no text; quote it in YAML")
+                raise ValueError(f"{name}: {shown} is not a string; quote it in YAML")
         _require(self.alg_name == "KNE", "alg_name", self.alg_name, "must be 'KNE'")
         _require(bool(self.model_name.strip()), "model_name", self.model_name, "must name a model")
         _require(len(self.target_modules) > 0, "target_modules", self.target_modules, "must hold at least one template")
@@ -172,24 +214,11 @@ class KNEHyperParams:
             check_template(template)
         duplicates = len(set(self.target_modules)) != len(self.target_modules)
         _require(not duplicates, "target_modules", self.target_modules, "holds a template twice")
-        _require(all(i >= 0 for i in self.layers), "layers", self.layers, "must be numbers of layers, from 0")
-        _require(0 < self.p <= 1, "p", self.p, "must be in (0, 1]: it is the fraction of the neurons that is kept")
-        _require(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, f"must be one of {AGGREGATIONS}")
-        _require(self.score_scale in SCALES, "score_scale", self.score_scale, f"must be one of {SCALES}")
-        _require(self.quadrature in QUADRATURES, "quadrature", self.quadrature, f"must be one of {tuple(QUADRATURES)}")
-        _require(
-            self.attribution_engine in ENGINES,
-            "attribution_engine",
-            self.attribution_engine,
-            f"must be one of {ENGINES}",
-        )
-        _require(
-            self.initialization in INITIALISATIONS,
-            "initialization",
-            self.initialization,
-            f"must be one of {INITIALISATIONS}",
-        )
-        _require(self.on_failure in ON_FAILURE, "on_failure", self.on_failure, f"must be one of {ON_FAILURE}")
+        _ = self.selection  # raises ValueError for p, aggregation, score_scale and layers
+        require_one_of("quadrature", self.quadrature, QUADRATURES)
+        require_one_of("attribution_engine", self.attribution_engine, ENGINES)
+        require_one_of("initialization", self.initialization, INITIALISATIONS)
+        require_one_of("on_failure", self.on_failure, ON_FAILURE)
         for name in ("attribution_steps", "localization_size", "num_steps", "kl_size", "max_length", "batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")
@@ -207,7 +236,7 @@ class KNEHyperParams:
             "must name a file of prompts when kl_weight is not 0",
         )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
-        rule = "must be white space or empty; what can be seen belongs into the prompts"
+        rule = "must be white space or empty; visible characters belong into the prompts"
         _require(not self.separator.strip(), "separator", self.separator, rule)
         _require(not (self.fp16 and self.bf16), "fp16", self.fp16, "and bf16 exclude each other")
         _require(
@@ -217,26 +246,28 @@ class KNEHyperParams:
 
 def _is_device(device: int | str) -> bool:
     kind, colon, index = str(device).partition(":")
-    return kind.isdigit() and not colon or kind in ("cpu", "cuda", "mps") and (not colon or index.isdigit())
+    if kind.isdigit():
+        return not colon
+    return kind in ("cpu", "cuda", "mps") and (not colon or index.isdigit())
 
 
-def _is_device_list(device) -> bool:
-    return isinstance(device, (list, tuple)) and len(device) > 1 or isinstance(device, str) and "," in device
+def _is_device_list(device: object) -> bool:
+    return "," in device if isinstance(device, str) else isinstance(device, (list, tuple)) and len(device) > 1
 
 
-def _require(ok: bool, name: str, value, rule: str) -> None:
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
         raise ValueError(f"{name}: {value!r} {rule}")
 
 
-def _types(cls) -> dict[str, object]:
+def _types(cls: type) -> dict[str, object]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
-def _coerced(name: str, value, wanted):
-    """``value`` as the type ``wanted``; YAML reads ``5e-3`` as a text, and ``1`` is a fine float."""
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+def _coerced(name: str, value: object, expected: Any) -> object:
+    """``value`` as the type ``expected``: YAML reads ``5e-3`` as a string, and ``1`` may stand for a float."""
+    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     if type(value) in options:
         return value
     if value is None and type(None) in options:
@@ -251,6 +282,8 @@ def _coerced(name: str, value, wanted):
             (item,) = typing.get_args(option)
             return [_coerced(f"{name}[{i}]", v, item) for i, v in enumerate(value)]
         if option is str and isinstance(value, (str, Path)):
-            # Kept as it is: EasyEdit takes a str subclass that carries a loaded model (see kne_easyedit.bridge).
+            # A subclass of str stays what it is: the bridge passes loaded models to EasyEdit by one.
             return value if isinstance(value, str) else str(value)
-    raise ValueError(f"{name}: {value!r} is a {type(value).__name__}, wanted is {getattr(wanted, '__name__', wanted)}")
+    raise ValueError(
+        f"{name}: {value!r} is a {type(value).__name__}, expected {getattr(expected, '__name__', expected)}"
+    )

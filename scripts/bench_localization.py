@@ -3,7 +3,7 @@
     python scripts/bench_localization.py single      # one fact: the sweep, the literal way, EasyEdit's KN, in one run
     python scripts/bench_localization.py scaling     # time and memory against layers, steps, lengths, facts (with plot)
     python scripts/bench_localization.py quadrature  # error of both sums against the integral
-    python scripts/bench_localization.py precision   # bfloat16 and float16 against float32: do they choose the same neurons
+    python scripts/bench_localization.py precision   # bfloat16 and float16 against float32: the same neurons?
     python scripts/bench_localization.py random --architecture llama2-7b --dtype bfloat16 --device cuda --data FILE
 
 `random` builds a published architecture with random weights, for speed and memory on a GPU. The literal way
@@ -16,54 +16,71 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import torch
+from localization_measures import (
+    ROOT,
+    easyedit_kn,
+    literal_attribution,
+    load,
+    multiplications,
+    peak_memory,
+    product_rate,
+    spread,
+    timed,
+)
+from localization_scaling import scaling
+from torch import Tensor, nn
 from torch.nn import functional
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from reference import literal_attribution_of_ids  # noqa: E402
-
-from kne_easyedit._util.files import atomic_write  # noqa: E402
-from kne_easyedit._util.machine import environment, keep_large_blocks  # noqa: E402
-from kne_easyedit.attribution.engine import attribute_facts, rows_in_flight  # noqa: E402
-from kne_easyedit.attribution.quadrature import gauss_legendre, riemann  # noqa: E402
-from kne_easyedit.facts.encoding import Fact, encode, encode_request  # noqa: E402
-from kne_easyedit.facts.records import load_requests  # noqa: E402
-from kne_easyedit.hparams import KNEHyperParams  # noqa: E402
-from kne_easyedit.localization.ensemble import select_ensemble
-from kne_easyedit.localization.selection import aggregate
-from kne_easyedit.models.fast_linear import linear  # noqa: E402
-from kne_easyedit.models.loading import load_model  # noqa: E402
-from kne_easyedit.models.targets import Target, is_linear, resolve_target, rows  # noqa: E402
+from kne_easyedit._util.files import atomic_write
+from kne_easyedit._util.machine import environment, keep_large_blocks
+from kne_easyedit.attribution.engine import attribute_facts, rows_in_flight
+from kne_easyedit.attribution.quadrature import gauss_legendre, riemann
+from kne_easyedit.facts.encoding import Fact, encode, encode_request
+from kne_easyedit.facts.records import load_requests
+from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
+from kne_easyedit.localization.localizer import batches
+from kne_easyedit.localization.selection import Selection, aggregate
+from kne_easyedit.models.fast_linear import linear
+from kne_easyedit.models.targets import Target, resolve_target
 
 PROMPT, ANSWER = "The name of the country in which Leonardo da Vinci was born is", "the Kingdom of Denmark"
-ARCHITECTURES = {  # as published; heads of keys equal heads of queries in all but the last
-    "llama2-7b": dict(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
-    ),
-    "llama2-13b": dict(
-        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000
-    ),
-    "smollm2-135m": dict(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-    ),
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # as published; heads of keys equal heads of queries in all but the last
+    "llama2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
+    "llama2-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "vocab_size": 32000,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
 }
 
 
 def main() -> None:
+    """Runs one command and writes its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hparams", type=Path, default=ROOT / "hparams/KNE/smollm2-135m.yaml")
     parser.add_argument("--module", help="template; default: the first of the hparams")
@@ -116,7 +133,7 @@ def main() -> None:
         atomic_write(options.out / f"{options.command.__name__}.json", json.dumps(figures, indent=1) + "\n")
 
 
-def single(options) -> dict:
+def single(options: argparse.Namespace) -> dict:
     """One fact at a time: the sweep against the literal way, and against one large matrix product."""
     keep_large_blocks()  # for all ways, as `kne` does
     model, tokenizer, hparams = load(options)
@@ -128,12 +145,13 @@ def single(options) -> dict:
     else:
         facts = [encode(tokenizer, options.prompt, options.target)]
     steps, layers = hparams.attribution_steps, spread(target.layers, options.literal_layers)
-    results = []
+    results: list[dict[str, Any]] = []
     for fact in facts:
         print(
-            f"{fact.prompt} -> {fact.target}: {fact.prompt_length} + {len(fact.answer)} tokens, {len(target.layers)} layers, m = {steps}"
+            f"{fact.prompt} -> {fact.target}: {fact.prompt_length} + {len(fact.answer)} tokens, "
+            f"{len(target.layers)} layers, m = {steps}"
         )
-        sweep = lambda: attribute_facts(model, [target], [fact], steps)[0][0]  # noqa: B023, E731
+        sweep = partial(attribute_of_one, model, target, fact, steps)
         sweep()  # warm up
         times: dict[str, list[float]] = {"sweep": [], "literal": [], "kn": []}
         products: dict[str, list[float]] = {"torch": [], "fastest": []}
@@ -143,12 +161,10 @@ def single(options) -> dict:
             times["sweep"].append(seconds)
             products["torch"].append(product_rate(model, functional.linear))
             products["fastest"].append(product_rate(model, linear))
-            seconds, expected = timed(
-                lambda: literal_attribution_of_ids(model, fact.ids, fact.prompt_length, target.template, steps, [layer])
-            )  # noqa: B023
+            seconds, expected = timed(partial(literal_attribution, model, fact, target.template, steps, layer))
             times["literal"].append(seconds)
             if options.kn:
-                times["kn"].append(timed(lambda: easyedit_kn(model, tokenizer, fact, layer, steps))[0])  # noqa: B023
+                times["kn"].append(timed(partial(easyedit_kn, model, tokenizer, fact, layer, steps))[0])
             difference = max(difference, float((scores[target.layers.index(layer)] - expected[0].cpu()).abs().max()))
             largest = max(largest, float(scores.abs().max()))
             print("  layer", layer, {way: round(found[-1], 2) for way, found in times.items() if found}, flush=True)
@@ -160,7 +176,7 @@ def single(options) -> dict:
             if found
         }
         seconds = median(times["sweep"])
-        result = {
+        result: dict[str, Any] = {
             "module": target.template,
             "prompt_tokens": fact.prompt_length,
             "answer_tokens": len(fact.answer),
@@ -188,121 +204,31 @@ def single(options) -> dict:
                 else ""
             )
             + f"largest difference {difference / largest:10.1e} of the largest score ({largest:.3f})\n"
-            f"rate               {result['sweep_rate'] / 1e9:10.1f} G multiplications/s of the {needed / 1e9:.0f} G that are needed\n"
-            f"one large product  {result['product_rate'] / 1e9:10.1f} G/s by torch: {result['sweep_rate'] / result['product_rate']:.0%}; "
-            f"{result['fastest_product_rate'] / 1e9:.1f} G/s by the fastest library: {result['sweep_rate'] / result['fastest_product_rate']:.0%}"
+            f"rate               {result['sweep_rate'] / 1e9:10.1f} G multiplications/s of the "
+            f"{needed / 1e9:.0f} G that are needed\n"
+            f"one large product  {result['product_rate'] / 1e9:10.1f} G/s by torch: "
+            f"{result['sweep_rate'] / result['product_rate']:.0%}; "
+            f"{result['fastest_product_rate'] / 1e9:.1f} G/s by the fastest library: "
+            f"{result['sweep_rate'] / result['fastest_product_rate']:.0%}"
         )
     if len(results) > 1:
         print(f"median ratio over {len(results)} facts: {median(r['ratio'] for r in results):.1f}")
     return {"model": str(hparams.model_name), "environment": environment(model), "facts": results}
 
 
-GROWTH = {
-    "layers": [1, 5, 10, 20, 30],
-    "steps": [5, 10, 20, 40, 80],
-    "answer tokens": [1, 2, 4, 8, 16],
-    "prompt tokens": [8, 16, 32, 64, 128, 256],
-    "facts in a sweep": [1, 2, 4, 8],
-}
-USUAL = {"layers": 30, "steps": 20, "answer tokens": 2, "prompt tokens": 12, "facts in a sweep": 1}
+def attribute_of_one(model: nn.Module, target: Target, fact: Fact, steps: int) -> Tensor:
+    """The scores ``(layers, d2)`` of one fact by the sweep."""
+    return attribute_facts(model, [target], [fact], steps)[0][0]
 
 
-def scaling(options) -> dict | None:
-    """Time and peak memory of one sweep, one quantity varied at a time; each point in a process of its own."""
-    if options.point:
-        print(json.dumps(measure_point(options, json.loads(options.point))))
-        return None
-    series = {}
-    for name, values in GROWTH.items():
-        series[name] = []
-        for value in values:
-            point = json.dumps({**USUAL, name: value})
-            command = [
-                sys.executable,
-                __file__,
-                "--hparams",
-                str(options.hparams),
-                *(["--module", options.module] if options.module else []),
-            ]
-            command += ["scaling", "--repeats", str(options.repeats), "--point", point]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-            found = json.loads(done.stdout.splitlines()[-1])
-            series[name].append({"value": value, **found})
-            print(
-                f"{name:>16} {value:>4}: {found['seconds']:7.2f} s {found['multiplications'] / 1e9:8.0f} G needed, "
-                f"{found['multiplications'] / found['seconds'] / 1e9:6.1f} G/s ({found['share']:4.0%} of the fastest product), "
-                f"{found['peak'] / 2**20:7.0f} MiB above the weights",
-                flush=True,
-            )
-    if options.out:
-        draw_scaling(series, options.out / "scaling.png")
-    return {"usual": USUAL, "series": series}
-
-
-def measure_point(options, point: dict) -> dict:
-    model, _, hparams = load(options)
-    layers = spread(tuple(range(len(model.get_submodule("model.layers")))), point["layers"])
-    target = resolve_target(model, options.module or hparams.target_modules[0], layers)
-    generator = torch.Generator().manual_seed(0)
-    length = point["prompt tokens"] + point["answer tokens"]
-    facts = [
-        Fact("", "", tuple(torch.randint(1000, 40000, (length,), generator=generator).tolist()), point["prompt tokens"])
-        for _ in range(point["facts in a sweep"])
-    ]
-    work = lambda: attribute_facts(model, [target], facts, point["steps"])  # noqa: E731
-    before = peak_memory(afresh=True)
-    work()
-    peak = peak_memory() - before
-    keep_large_blocks()
-    work()
-    seconds = median(timed(work)[0] for _ in range(options.repeats))
-    fastest = product_rate(model, linear)
-    needed = multiplications(model, target, facts, point["steps"])
-    return {"seconds": seconds, "multiplications": needed, "share": needed / seconds / fastest, "peak": peak}
-
-
-def draw_scaling(series: dict, path: Path) -> None:
-    import io
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(series), 5.6), layout="constrained")
-    axes = figure.subplots(2, len(series), sharex="col")
-    for (name, points), (above, below) in zip(series.items(), axes.T):
-        values = [p["value"] for p in points]
-        scale = median(p["seconds"] / p["multiplications"] for p in points)
-        above.plot(values, [p["seconds"] for p in points], "o-", color="#1f6f8b", label="measured")
-        above.plot(
-            values,
-            [p["multiplications"] * scale for p in points],
-            ":",
-            color="#222222",
-            label="multiplications x constant",
-        )
-        below.plot(values, [p["peak"] / 2**20 for p in points], "o-", color="#b5532a")
-        above.set(title=name, ylim=(0, None))
-        below.set(xlabel=name, ylim=(0, None))
-        for axis in (above, below):
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(color="#dddddd", linewidth=0.6)
-    axes[0, 0].set_ylabel("seconds a sweep")
-    axes[1, 0].set_ylabel("peak MiB above the weights")
-    axes[0, 0].legend(fontsize=7, frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    atomic_write(path, image.getvalue())
-
-
-def quadrature(options) -> dict:
+def quadrature(options: argparse.Namespace) -> dict:
     """Error of both sums against the integral (Gauss-Legendre, 64 nodes), and which neurons they would choose."""
     keep_large_blocks()
     model, tokenizer, hparams = load(options)
     target = resolve_target(model, options.module or hparams.target_modules[0], hparams.layers)
     facts = [encode_request(tokenizer, request) for request in load_requests(options.data, options.size)]
     exact = [attribute_facts(model, [target], [fact], 64, quadrature=gauss_legendre)[0][0] for fact in facts]
-    chosen = select_ensemble(aggregate(exact)[0], hparams.p, target_module=target.template)
+    chosen = selected(exact, hparams.selection, target)
     found = {}
     for name, rule, many in (
         ("riemann", riemann, (5, 10, 20, 40)),
@@ -311,14 +237,15 @@ def quadrature(options) -> dict:
         for steps in many:
             scores = [attribute_facts(model, [target], [fact], steps, quadrature=rule)[0][0] for fact in facts]
             errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(scores, exact)]
-            ensemble = select_ensemble(aggregate(scores)[0], hparams.p, target_module=target.template)
+            ensemble = selected(scores, hparams.selection, target)
             found[f"{name} {steps}"] = {
                 "median_error": median(errors),
                 "largest_error": max(errors),
                 "overlap": ensemble.overlap(chosen),
             }
             print(
-                f"{name:>15} m = {steps:>2}: error {median(errors):.1e} of the largest score (worst fact {max(errors):.1e}), "
+                f"{name:>15} m = {steps:>2}: error {median(errors):.1e} of the largest score "
+                f"(worst fact {max(errors):.1e}), "
                 f"{ensemble.overlap(chosen):.1%} of the integral's ensemble",
                 flush=True,
             )
@@ -331,12 +258,12 @@ def quadrature(options) -> dict:
     }
 
 
-def precision(options) -> dict:
+def precision(options: argparse.Namespace) -> dict:
     """Scores of half-precision models against those of float32: the same neurons?"""
     keep_large_blocks()
     requests = load_requests(options.data, options.size)
 
-    def scores_in(dtype: torch.dtype):
+    def scores_in(dtype: torch.dtype) -> tuple[list[Tensor], Target, KNEHyperParams, nn.Module]:
         model, tokenizer, hparams = load(options)  # afresh: halved weights do not come back
         model.to(dtype)
         target = resolve_target(model, options.module or hparams.target_modules[0], hparams.layers)
@@ -352,22 +279,21 @@ def precision(options) -> dict:
     found = {}
     for dtype in options.types:
         scores = scores_in(getattr(torch, dtype))[0]
-        single = [overlap(a, b, hparams.p) for a, b in zip(scores, exact)]
-        ensembles = [
-            select_ensemble(aggregate(some)[0], hparams.p, target_module=target.template) for some in (scores, exact)
-        ]
+        choose = partial(selected, selection=hparams.selection, target=target)
+        single = [choose([a]).overlap(choose([b])) for a, b in zip(scores, exact)]
+        shared = choose(scores).overlap(choose(exact))
         correlation = median(
             float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) for a, b in zip(scores, exact)
         )
         found[dtype] = {
             "scores_dtype": str(scores[0].dtype),
-            "ensemble_overlap": ensembles[0].overlap(ensembles[1]),
+            "ensemble_overlap": shared,
             "fact_overlap_median": median(single),
             "fact_overlap_least": min(single),
             "correlation_median": correlation,
         }
         print(
-            f"{dtype}: the ensemble of {len(requests)} facts shares {ensembles[0].overlap(ensembles[1]):.1%} of its neurons with float32's; "
+            f"{dtype}: the ensemble of {len(requests)} facts shares {shared:.1%} of its neurons with float32's; "
             f"single facts {median(single):.1%} (least {min(single):.1%}); correlation {correlation:.4f}",
             flush=True,
         )
@@ -380,15 +306,19 @@ def precision(options) -> dict:
     }
 
 
-def random_weights(options) -> dict:
+def selected(scores: Sequence[Tensor], selection: Selection, target: Target) -> NeuronEnsemble:
+    """The ensemble of some facts' scores under the settings' rules."""
+    selection = replace(selection, layers=target.layers)
+    return select_ensemble(aggregate(scores, selection.aggregation)[0], selection, target_module=target.template)
+
+
+def random_weights(options: argparse.Namespace) -> dict:
     """Many real facts on a published architecture with random weights: time in all, memory above the weights, ratio."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kne_easyedit.localization.localizer import batches
-
     if options.device == "cpu":
         keep_large_blocks()
-    tokenizer = load(options, weights=False)
+    _, tokenizer, _ = load(options)
     config = LlamaConfig(**ARCHITECTURES[options.architecture])
     torch.manual_seed(0)
     default = torch.get_default_dtype()
@@ -402,12 +332,12 @@ def random_weights(options) -> dict:
     cuda = torch.device(options.device).type == "cuda"
     attribute_facts(model, [target], facts[:1], options.steps)  # warm up
     gc.collect()
-    before = torch.cuda.memory_allocated() if cuda else peak_memory(afresh=True)
+    before = torch.cuda.memory_allocated() if cuda else peak_memory(reset=True)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     in_flight = rows_in_flight(model, [target], facts[0])
 
-    def everything():
+    def everything() -> None:
         for batch in batches(facts, len(target.layers) * options.steps, in_flight):
             attribute_facts(model, [target], batch, options.steps, chunk_rows=in_flight)
 
@@ -417,12 +347,7 @@ def random_weights(options) -> dict:
     layers = spread(target.layers, options.literal_layers)
     alone = median(timed(lambda: attribute_facts(model, [target], [fact], options.steps))[0] for _ in range(3))
     literal = mean(
-        timed(
-            lambda: literal_attribution_of_ids(
-                model, fact.ids, fact.prompt_length, target.template, options.steps, [layer]
-            )
-        )[0]  # noqa: B023
-        for layer in layers
+        timed(partial(literal_attribution, model, fact, target.template, options.steps, layer))[0] for layer in layers
     ) * len(target.layers)
     needed = multiplications(model, target, facts, options.steps)
     figures = {
@@ -445,86 +370,16 @@ def random_weights(options) -> dict:
         "environment": environment(model),
     }
     print(
-        f"{options.architecture}, {options.dtype}, {len(facts)} facts: {seconds:.1f} s in all ({seconds / len(facts):.2f} s a fact), "
+        f"{options.architecture}, {options.dtype}, {len(facts)} facts: {seconds:.1f} s in all "
+        f"({seconds / len(facts):.2f} s a fact), "
         f"{memory / 2**30:.1f} GiB above the weights, {in_flight} rows in flight\n"
-        f"{needed / seconds / 1e12:.1f} T multiplications/s; one large product {figures['product_rate'] / 1e12:.1f} T/s\n"
-        f"one fact of {fact.prompt_length} + {len(fact.answer)} tokens: {alone:.2f} s alone, literal {literal:.0f} s (scaled from layers {list(layers)}): "
+        f"{needed / seconds / 1e12:.1f} T multiplications/s; "
+        f"one large product {figures['product_rate'] / 1e12:.1f} T/s\n"
+        f"one fact of {fact.prompt_length} + {len(fact.answer)} tokens: {alone:.2f} s alone, "
+        f"literal {literal:.0f} s (scaled from layers {list(layers)}): "
         f"ratio {literal / alone:.0f} alone, {literal / (seconds / len(facts)):.0f} against the mean fact of the batch"
     )
     return figures
-
-
-def load(options, weights: bool = True):
-    hparams = KNEHyperParams.from_hparams(options.hparams)
-    model, tokenizer = load_model(hparams)
-    model.requires_grad_(False)  # for the literal way too: neither computes gradients of weights
-    return (model, tokenizer, hparams) if weights else tokenizer
-
-
-def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
-    """``count`` of the layers, evenly spread from first to last."""
-    return tuple(layers[round(i)] for i in torch.linspace(0, len(layers) - 1, min(count, len(layers))).tolist())
-
-
-def multiplications(model, target: Target, facts: Sequence[Fact], steps: int) -> int:
-    """Multiplications in matrix products that the method needs (Riemann sum): every path point once through what comes
-    after its module, forward and back (to activations only); the end points ``alpha = 1`` of all layers are one and
-    the same. Attention's own products (small here) are left out, and so is what remains of the module's own layer."""
-    layers = model.get_submodule(target.layers_path)
-    tokens = sum(len(fact.answer) for fact in facts)
-    points, ends = (steps - 1) * tokens, tokens
-    passing = [
-        sum(own < i for own in target.layers) * points + ends * (i > target.layers[0]) for i in range(len(layers))
-    ]
-    width = [sum(m.weight.numel() for m in layer.modules() if is_linear(m)) for layer in layers]
-    head = rows(model.get_output_embeddings()).numel()
-    return 2 * (sum(n * w for n, w in zip(passing, width)) + (len(target.layers) * points + ends) * head)
-
-
-def product_rate(model, multiply, size: int = 2048) -> float:
-    """Multiplications per second of one large matrix product in the model's type, on its device."""
-    parameter = next(model.parameters())
-    a, b = (torch.randn(size, size, dtype=parameter.dtype, device=parameter.device) for _ in range(2))
-    multiply(a, b)
-    return size**3 / min(timed(lambda: multiply(a, b))[0] for _ in range(3))
-
-
-def overlap(one: torch.Tensor, other: torch.Tensor, p: float) -> float:
-    """Share of the top ``p`` of the neurons that two scores have in common."""
-    kept = max(1, int(p * one.numel()))
-    chosen = [set(scores.flatten().topk(kept).indices.tolist()) for scores in (one, other)]
-    return len(chosen[0] & chosen[1]) / kept
-
-
-def easyedit_kn(model, tokenizer, fact: Fact, layer: int, steps: int):
-    """EasyEdit's own attribution of one layer: gate_proj, the same steps, as many answer tokens."""
-    import importlib
-
-    from kne_easyedit import bridge
-
-    bridge.load()
-    module = importlib.import_module("easyeditor.models.kn.knowledge_neurons.knowledge_neurons.knowledge_neurons")
-    neurons = module.KnowledgeNeurons(model, tokenizer, model_type="llama", device="cpu")
-    return neurons.get_scores_for_layer(fact.prompt, f" {fact.target}", layer, batch_size=10, steps=steps)
-
-
-def peak_memory(afresh: bool = False) -> int:
-    """Largest resident size of this process, in bytes; ``afresh``: counted from now on (Linux)."""
-    if afresh:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024
-
-
-def timed(work):
-    """Seconds and result of ``work()``."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    result = work()
-    synchronize()
-    return time.perf_counter() - start, result
 
 
 if __name__ == "__main__":

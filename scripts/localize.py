@@ -1,25 +1,29 @@
-"""Localise: model, data, N and modules in; scores, ensemble, stability and a picture out. `kne localize` under Hydra.
+"""Localise: model, data, number of facts and modules in; scores, ensemble, stability and a picture out.
+
+It is `kne localize` under Hydra; the configuration is hparams/localize.yaml.
 
     python scripts/localize.py data=train_cf.json size=200 modules='["model.layers.{}.mlp.up_proj"]'
     python scripts/localize.py -m KNE@hparams=smollm2-135m hparams.p=0.01,0.02,0.04
 
-Interrupted, the same command goes on where it stopped. The configuration is hparams/localize.yaml.
+After an interruption the same command resumes where it stopped.
 """
 
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kne_easyedit._util.machine import keep_large_blocks
+from kne_easyedit.cli.localize import localize_into
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.localization.output import localize_job
 
 
 @hydra.main(version_base="1.3", config_path="../hparams", config_name="localize")
 def main(config: DictConfig) -> None:
-    settings = OmegaConf.to_container(config, resolve=True)
+    """Localises under the composed configuration."""
+    settings: Any = OmegaConf.to_container(config, resolve=True)
     keep_large_blocks()
     hparams = KNEHyperParams.from_dict(
         {
@@ -30,7 +34,7 @@ def main(config: DictConfig) -> None:
             "target_modules": settings["modules"],
         }
     )
-    localize_job(hparams, Path(HydraConfig.get().runtime.output_dir))
+    localize_into(Path(HydraConfig.get().runtime.output_dir), hparams)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 
 def shorten(value: object, longest: int = 120) -> str:
     """``value`` as a message shows it: its repr, cut to a readable length."""
@@ -10,3 +13,11 @@ def shorten(value: object, longest: int = 120) -> str:
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
         return f"a {type(value).__name__} that is too large to print"
     return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
+
+
+def require_one_of(name: str, value: object, known: Collection[str]) -> None:
+    """Raises ValueError, with the nearest valid name, if ``value`` of the setting ``name`` is not one of ``known``."""
+    if not isinstance(value, str) or value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}: {value!r} must be one of {tuple(known)}{hint}")

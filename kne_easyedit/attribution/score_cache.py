@@ -1,4 +1,7 @@
-"""Attributions on disk: one safetensors file a fact and module type, named by a digest of all that the scores depend on."""
+"""Scores on disk: one safetensors file per fact and module type.
+
+A file is named by a digest of all that its scores depend on.
+"""
 
 from __future__ import annotations
 
@@ -30,25 +33,40 @@ from kne_easyedit.models.targets import Target
 logger = logging.getLogger(__name__)
 
 FORMAT = "kne-scores-2"
-"""Part of every key: raised when the same inputs would give other scores."""
+"""Part of every key. Its number changes when the same inputs would give other scores."""
 LARGEST = 2**30
-"""Bytes of an entry at most: ten times what the largest models need."""
+"""Bytes of an entry at most: ten times as many as the largest models need."""
 
 
 def scores_folder(folder: str | Path | None = None) -> Path:
-    """Where the scores of all models lie: in ``folder``, or in the user's cache."""
+    """The folder with the scores of all models.
+
+    Args:
+        folder: The cache; None: the user's.
+
+    Returns:
+        Its folder ``scores``, which need not exist.
+    """
     return (Path(folder).expanduser() if folder else cache_home()) / "scores"
 
 
 class ScoreCache:
-    """The scores of one model by one sum (``steps`` and ``quadrature``).
+    """The scores of one model under one sum of Eq. 5.
 
-    Safe to fill by several processes at once. A damaged entry counts as missing; one that cannot be read (no
-    permission, too many open files) is left alone and raises OSError. An entry holds the layers that
-    were attributed so far: any subset of facts and layers is served, in any order, under any N, p and aggregation.
+    Several processes may write to it at once. A damaged entry counts as missing; one that cannot be read (no
+    permission, too many open files) is left as it is and raises OSError. An entry holds the layers that were attributed
+    so far, so that any facts and layers are read from it, in any order, for any selection.
+
+    Args:
+        folder: The cache; None: the user's.
+        model: The model, identified by a digest of its configuration and weights.
+        steps: ``m`` of the sum.
+        quadrature: The name of the sum.
     """
 
-    def __init__(self, folder: str | Path | None, model: nn.Module, steps: int = 20, quadrature: str = "riemann"):
+    def __init__(
+        self, folder: str | Path | None, model: nn.Module, steps: int = 20, quadrature: str = "riemann"
+    ) -> None:
         self.model_digest = model_digest(model)
         self.model_name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
         self.steps, self.quadrature = steps, quadrature
@@ -56,33 +74,56 @@ class ScoreCache:
         self.folder = scores_folder(folder) / self.model_digest[:16]
 
     def path(self, target: Target, fact: Fact) -> Path:
-        """Where the scores of ``fact`` are. Token ids stand for both the fact and the tokenizer."""
+        """The file of ``fact``. Its token ids identify both the fact and the tokenizer."""
         return self.folder / f"{digest(self._key(target, fact))}.safetensors"
 
-    def get(self, target: Target, fact: Fact) -> Tensor | None:
-        """The scores ``(layers, d2)``, or None if a layer of ``target`` is missing."""
-        entry = self._read(target, fact)
-        if entry is None or not set(target.layers) <= set(entry.layers):
+    def entry(self, target: Target, fact: Fact) -> Entry | None:
+        """Reads and checks the entry of ``fact``.
+
+        Returns:
+            The entry; None if there is none, or a damaged one, which is removed with a warning.
+
+        Raises:
+            OSError: It cannot be read or, if it is damaged, cannot be removed.
+        """
+        path = self.path(target, fact)
+        try:
+            entry = read_entry(path)
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        return entry.scores[[entry.layers.index(i) for i in target.layers]]
+        except DamagedEntry as error:
+            self._remove(path, error)
+            return None
+        if entry.scores.shape[1] != target.n_neurons:
+            shape = tuple(entry.scores.shape)
+            self._remove(path, DamagedEntry(f"{path}: its scores have shape {shape}", entry.file))
+            return None
+        return entry
+
+    def get(self, target: Target, fact: Fact) -> Tensor | None:
+        """The scores ``(layers, d2)``, or None if a layer of ``target`` is missing. Reads the entry."""
+        entry = self.entry(target, fact)
+        return None if entry is None or entry.missing(target) else entry.scores_of(target)
 
     def missing(self, target: Target, fact: Fact) -> tuple[int, ...]:
-        """The layers of ``target`` that are not there for ``fact``. Reads the entry: a damaged one is missing."""
-        entry = self._read(target, fact)
-        return tuple(i for i in target.layers if entry is None or i not in entry.layers)
-
-    def seconds(self, target: Target, fact: Fact) -> float:
-        """How long the stored scores of ``fact`` took to compute, in seconds, on the machine that did it; 0 if there are none."""
-        entry = self._read(target, fact)
-        return 0.0 if entry is None else entry.seconds
+        """The layers of ``target`` that are not stored for ``fact``. Reads the entry."""
+        entry = self.entry(target, fact)
+        return target.layers if entry is None else entry.missing(target)
 
     def put(self, target: Target, fact: Fact, scores: Tensor, seconds: float = 0.0) -> None:
-        """Stores scores, complete or not at all; layers that an entry has already stay in it.
+        """Stores scores atomically. Other layers of the entry stay in it.
 
-        Raises OSError (with the way out) if the folder cannot take them.
+        Args:
+            target: The module type and its layers.
+            fact: The fact.
+            scores: ``(layers, d2)``, in probability.
+            seconds: How long they took.
+
+        Raises:
+            OSError: The folder cannot be written; the message names a way out.
         """
-        by_layer = {}
-        before = self._read(target, fact)
+        by_layer: dict[int, Tensor] = {}
+        before = self.entry(target, fact)
         if before is not None and not set(before.layers) <= set(target.layers):
             by_layer, seconds = dict(zip(before.layers, before.scores)), seconds + before.seconds
         by_layer |= dict(zip(target.layers, scores, strict=True))
@@ -105,7 +146,11 @@ class ScoreCache:
             raise _unusable(self.folder, error) from error
 
     def require_space(self, facts: int, *targets: Target) -> None:
-        """Raises OSError before anything is computed if ``facts`` more would not fit, or the folder cannot be made."""
+        """Checks before anything is computed that the scores of ``facts`` facts fit into the folder.
+
+        Raises:
+            OSError: There is too little space, or the folder cannot be made.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
@@ -116,21 +161,7 @@ class ScoreCache:
             full = OSError(errno.ENOSPC, f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")
             raise _unusable(self.folder, full) from full
 
-    def _read(self, target: Target, fact: Fact) -> Entry | None:
-        path = self.path(target, fact)
-        try:
-            entry = read_entry(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except DamagedEntry as error:
-            return self._removed(path, error)
-        if entry.scores.shape[1] != target.n_neurons:
-            return self._removed(
-                path, DamagedEntry(f"{path}: its scores have shape {tuple(entry.scores.shape)}", entry.file)
-            )
-        return entry
-
-    def _removed(self, path: Path, error: DamagedEntry) -> None:
+    def _remove(self, path: Path, error: DamagedEntry) -> None:
         logger.warning("score cache: damaged (%s); it is computed again", error)
         try:
             remove_damaged(path, error)
@@ -142,12 +173,16 @@ class ScoreCache:
 
 
 class DamagedEntry(ValueError):
-    """A file of the score cache that is not what was once written; the message says which and why."""
+    """A file of the score cache whose content is not what was written; the message names the file and the reason.
 
-    def __init__(self, message: str, file: os.stat_result):
+    Args:
+        message: The message.
+        file: The file that was read. Another process may have replaced it since.
+    """
+
+    def __init__(self, message: str, file: os.stat_result) -> None:
         super().__init__(message)
         self.file = file
-        """What was read: another process may have put a sound file in its place since."""
 
 
 @dataclass(frozen=True)
@@ -161,27 +196,43 @@ class Entry:
     quadrature: str
     steps: int
     model: str
-    """Digest of the model."""
+    """Digest of the model (`model_digest`)."""
     model_name: str
     prompt: str
     target: str
     seconds: float
+    """How long the scores took to compute."""
     file: os.stat_result
     """The file that was read."""
 
+    def missing(self, target: Target) -> tuple[int, ...]:
+        """The layers of ``target`` that are not in it."""
+        return tuple(i for i in target.layers if i not in self.layers)
+
+    def scores_of(self, target: Target) -> Tensor:
+        """The scores ``(layers, d2)`` of the layers of ``target``, none of which may be missing."""
+        return self.scores[[self.layers.index(i) for i in target.layers]]
+
 
 def read_entry(path: Path) -> Entry:
-    """Reads and checks one file: every bit of scores and metadata, and that it lies where it belongs.
+    """Reads one file and checks every bit of its scores and metadata, its name and its folder.
 
-    Raises DamagedEntry for what was read and is wrong, FileNotFoundError, or OSError (with the way out) for what
-    could not be read: that says nothing about the entry.
+    Args:
+        path: A file of the cache.
+
+    Returns:
+        Its content.
+
+    Raises:
+        DamagedEntry: The file was read, and its content is wrong.
+        FileNotFoundError: There is no such file.
+        OSError: The file could not be read, which says nothing about its content; the message names a way out.
     """
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
-            content = (
-                file.read() if found.st_size <= LARGEST else b""
-            )  # not mapped: what was checked must not change with the file
+            # Not mapped into memory: what has been checked must not change with the file.
+            content = file.read() if found.st_size <= LARGEST else b""
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
@@ -200,7 +251,7 @@ def read_entry(path: Path) -> Entry:
             path.stem == digest(key) and metadata["model"].startswith(path.parent.name),
             "it is of another fact or model",
         )
-        # Somebody else can write a digest that matches.
+        # The digest matches, but another program may have written it: types and values are checked as well.
         _, template, quadrature, steps, _, _ = key
         _require(
             isinstance(layers, list) and all(type(i) is int and i >= 0 for i in layers),
@@ -227,11 +278,19 @@ def read_entry(path: Path) -> Entry:
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedEntry(f"{path}: {error}", found) from error
     except RecursionError as error:
-        raise DamagedEntry(f"{path}: lists in lists, too deep", found) from error
+        raise DamagedEntry(f"{path}: nested too deeply", found) from error
 
 
 def remove_damaged(path: Path, error: DamagedEntry) -> bool:
-    """Removes what ``error`` speaks of, unless another file has taken its place by now; returns whether it was removed."""
+    """Removes a damaged file, unless another process has replaced it meanwhile.
+
+    Args:
+        path: The file.
+        error: What `read_entry` raised for it.
+
+    Returns:
+        Whether it was removed.
+    """
     with contextlib.suppress(FileNotFoundError):
         now, then = path.stat(), error.file
         if (now.st_ino, now.st_size, now.st_mtime_ns) == (then.st_ino, then.st_size, then.st_mtime_ns):
@@ -241,18 +300,19 @@ def remove_damaged(path: Path, error: DamagedEntry) -> bool:
 
 
 def entry_files(folder: str | Path | None = None) -> Iterator[Path]:
-    """The files of all entries of all models, sorted."""
+    """The files of all entries of all models, sorted; ``folder``: as in `scores_folder`."""
     yield from sorted(scores_folder(folder).glob("*/*.safetensors"))
 
 
 def torn_files(folder: str | Path | None = None) -> Iterator[Path]:
-    """What processes that were killed while writing left behind: hidden files, an hour old at least."""
+    """Temporary files of processes that were killed while writing: hidden, and older than an hour."""
     yield from (
         path for path in sorted(scores_folder(folder).glob("*/.*.tmp")) if time.time() - path.stat().st_mtime > 3600
     )
 
 
 def _bits(scores: Tensor, metadata: dict[str, str]) -> str:
+    """SHA-256 of scores and metadata."""
     return hashlib.sha256(
         scores.contiguous().numpy().tobytes() + json.dumps(metadata, sort_keys=True).encode()
     ).hexdigest()
@@ -266,13 +326,14 @@ def _require(ok: bool, complaint: str) -> None:
 def _unreadable(path: Path, error: OSError) -> OSError:
     return OSError(
         error.errno,
-        f"score cache: {path} cannot be read ({error.strerror or error}); it is left as it is: mend that (permissions, open files, the "
-        f"disk) and try again, or set cache_dir or KNE_CACHE to another folder",
+        f"score cache: {path} cannot be read ({error.strerror or error}); it is left as it is: fix that (permissions, "
+        f"open files, the disk) and try again, or set cache_dir or KNE_CACHE to another folder",
     )
 
 
 def _unusable(folder: Path, error: OSError) -> OSError:
     return OSError(
         error.errno,
-        f"score cache: {folder} cannot be written ({error.strerror or error}); free some space, or set cache_dir or KNE_CACHE",
+        f"score cache: {folder} cannot be written ({error.strerror or error}); free some space, or set cache_dir or "
+        f"KNE_CACHE",
     )

@@ -1,16 +1,18 @@
-"""``kne cache``: what the score cache holds, whether it is sound, and how to make it smaller."""
+"""``kne cache``: lists, checks and removes entries of the score cache."""
 
 from __future__ import annotations
 
 import argparse
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from kne_easyedit.cli.common import positive
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds ``cache`` to the commands of ``kne``."""
     parser = commands.add_parser("cache", help="info, verify, prune: the stored scores of all models")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     for name, function, text in (
@@ -41,10 +43,10 @@ def add_commands(commands) -> None:
             action.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
 
-def _info(arguments) -> int:
+def _info(arguments: argparse.Namespace) -> int:
     from kne_easyedit.attribution.score_cache import DamagedEntry, read_entry, scores_folder
 
-    found = defaultdict(lambda: [0, 0])
+    found: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     names, damaged, unreadable = {}, 0, 0
     for path, size in _sizes(arguments.cache_dir):
         try:
@@ -57,7 +59,7 @@ def _info(arguments) -> int:
         except DamagedEntry:
             damaged += 1
             kind = (path.parent.name, "damaged, or of another version")
-        except FileNotFoundError:  # another process was here
+        except FileNotFoundError:  # removed by another process
             continue
         except OSError:
             unreadable += 1
@@ -67,10 +69,9 @@ def _info(arguments) -> int:
     print(f"score cache {scores_folder(arguments.cache_dir)}")
     for digest in sorted({digest for digest, _ in found}):
         print(f"\nmodel {digest}  {names.get(digest, 'unknown')}")
-        for (_, kind), (entries, size) in sorted(item for item in found.items() if item[0][0] == digest):
-            print(
-                f"  {entries:>6} {'entry  ' if entries == 1 else 'entries'} {_bytes(size):>10}  ({_bytes(size / entries)} each)  {kind}"
-            )
+        for (_, label), (entries, size) in sorted(item for item in found.items() if item[0][0] == digest):
+            noun = "entry  " if entries == 1 else "entries"
+            print(f"  {entries:>6} {noun} {_bytes(size):>10}  ({_bytes(size / entries)} each)  {label}")
     entries, size = (sum(values) for values in zip(*found.values())) if found else (0, 0)
     complaints = (f"; {damaged} damaged: kne cache prune --damaged" if damaged else "") + (
         f"; {unreadable} cannot be read" if unreadable else ""
@@ -79,34 +80,43 @@ def _info(arguments) -> int:
     return 0
 
 
-def _verify(arguments) -> int:
+def _verify(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from kne_easyedit.attribution.score_cache import DamagedEntry, entry_files, read_entry
+    from kne_easyedit.attribution.score_cache import entry_files
 
-    paths, complaints = list(entry_files(arguments.cache_dir)), []
-    for path in tqdm(paths, desc="verify", unit="entry", disable=not paths):
-        try:
-            read_entry(path)
-        except DamagedEntry as error:
-            complaints.append(f"damaged: {error}")
-        except FileNotFoundError:  # another process was here
-            pass
-        except OSError as error:
-            complaints.append(f"not checked: {error.strerror}")
+    paths = list(entry_files(arguments.cache_dir))
+    checked = map(_complaint, tqdm(paths, desc="verify", unit="entry", disable=not paths))
+    complaints = [complaint for complaint in checked if complaint]
     for complaint in complaints:
         print(complaint)
     print(f"{len(paths) - len(complaints)} of {len(paths)} entries are sound")
     return 1 if complaints else 0
 
 
-def _prune(arguments) -> int:
+def _complaint(path: Path) -> str | None:
+    """The result of checking one entry; None if it is sound, or if another process has removed it."""
+    from kne_easyedit.attribution.score_cache import DamagedEntry, read_entry
+
+    try:
+        read_entry(path)
+    except DamagedEntry as error:
+        return f"damaged: {error}"
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"not checked: {error.strerror}"
+    return None
+
+
+def _prune(arguments: argparse.Namespace) -> int:
     from kne_easyedit.attribution.score_cache import DamagedEntry, read_entry, remove_damaged, scores_folder, torn_files
 
     oldest = time.time() - 86400 * (arguments.older_than or 0)
     if arguments.model and not list(scores_folder(arguments.cache_dir).glob(f"{arguments.model}*/")):
         raise ValueError(
-            f"--model {arguments.model!r}: no such model in {scores_folder(arguments.cache_dir)}; `kne cache info` lists them"
+            f"--model {arguments.model!r}: no such model in {scores_folder(arguments.cache_dir)}; "
+            "`kne cache info` lists them"
         )
     removed = freed = unreadable = 0
     for path, size in _sizes(arguments.cache_dir):
@@ -116,18 +126,15 @@ def _prune(arguments) -> int:
             except DamagedEntry as error:
                 if arguments.dry_run or remove_damaged(path, error):
                     removed, freed = removed + 1, freed + size
-            except FileNotFoundError:  # another process was here
+            except FileNotFoundError:  # removed by another process
                 pass
             except OSError as error:
                 unreadable += 1
                 print(f"kept: {error.strerror}")
             continue
-        if (
-            arguments.older_than
-            and path.stat().st_mtime > oldest
-            or arguments.model
-            and not path.parent.name.startswith(arguments.model)
-        ):
+        young = arguments.older_than and path.stat().st_mtime > oldest
+        other = arguments.model and not path.parent.name.startswith(arguments.model)
+        if young or other:
             continue
         removed, freed = removed + 1, freed + size
         if not arguments.dry_run:
@@ -140,13 +147,13 @@ def _prune(arguments) -> int:
         for folder in scores_folder(arguments.cache_dir).glob("*/"):
             if not any(folder.iterdir()):
                 folder.rmdir()
-    print(
-        f"{removed} entries, {_bytes(freed)}, {'would be ' if arguments.dry_run else ''}removed from {scores_folder(arguments.cache_dir)}"
-    )
+    done = "would be removed" if arguments.dry_run else "removed"
+    print(f"{removed} entries, {_bytes(freed)}, {done} from {scores_folder(arguments.cache_dir)}")
     return 1 if unreadable else 0
 
 
-def _sizes(folder: Path | None):
+def _sizes(folder: Path | None) -> Iterator[tuple[Path, int]]:
+    """The files of all entries with their sizes in bytes."""
     from kne_easyedit.attribution.score_cache import entry_files
 
     for path in entry_files(folder):
@@ -156,7 +163,7 @@ def _sizes(folder: Path | None):
 def _digest(text: str) -> str:
     if len(text) < 4 or not set(text) <= set("0123456789abcdef"):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no digest: at least 4 of the hexadecimal digits that `kne cache info` shows"
+            f"{text!r} is not a digest: at least 4 of the hexadecimal digits that `kne cache info` shows"
         )
     return text
 

@@ -1,15 +1,19 @@
-"""``kne explain``: the neurons of single facts, and where facts collide."""
+"""``kne explain``: the neurons of single facts, and which facts share them."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
+from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.cli.common import add_settings, load_settings, positive, require_folder
 
 SIZE = 20
+"""Facts of ``--data`` by default."""
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds ``explain`` to the commands of ``kne``."""
     parser = commands.add_parser(
         "explain", help="which layers and neurons stand for a fact, and which other facts share them"
     )
@@ -26,8 +30,8 @@ def add_commands(commands) -> None:
     parser.set_defaults(command=_explain)
 
 
-def _explain(arguments) -> int:
-    from kne_easyedit.facts.records import load_requests
+def _explain(arguments: argparse.Namespace) -> int:
+    from kne_easyedit.localization.data import localization_requests
     from kne_easyedit.localization.explain import explain
     from kne_easyedit.localization.output import print_explanation, save_explanation
     from kne_easyedit.models.loading import load_model
@@ -41,7 +45,8 @@ def _explain(arguments) -> int:
     if data is None and not requests:
         raise ValueError("localization_data: none; name a KnowEdit file (--data), or a fact (--prompt and --target)")
     if data is not None:
-        requests += load_requests(data, arguments.size, hparams.localization_offset)
+        hparams = replace_settings(hparams, localization_data=data, localization_size=arguments.size)
+        requests += localization_requests(hparams)
     model, tokenizer = load_model(hparams)
     found = explain(model, tokenizer, requests, hparams)
     save_explanation(found, arguments.out, hparams)

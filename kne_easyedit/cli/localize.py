@@ -1,14 +1,17 @@
-"""``kne localize``: score neurons on a set of facts and keep the ensemble."""
+"""``kne localize``: scores, ensemble, stability and a picture for a set of facts."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.cli.common import add_settings, load_settings, positive, require_folder
+from kne_easyedit.hparams import KNEHyperParams
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds ``localize`` to the commands of ``kne``."""
     parser = commands.add_parser(
         "localize", help="which neurons matter for a set of facts: scores, ensemble, stability, picture"
     )
@@ -21,11 +24,30 @@ def add_commands(commands) -> None:
     parser.set_defaults(command=_localize)
 
 
-def _localize(arguments) -> int:
-    from kne_easyedit.localization.output import localize_job
-
+def _localize(arguments: argparse.Namespace) -> int:
     require_folder(arguments.out)
-    hparams = load_settings(arguments)
     given = {"localization_data": arguments.data, "localization_size": arguments.size}
-    localize_job(replace_settings(hparams, **{k: v for k, v in given.items() if v is not None}), arguments.out)
+    given = {name: value for name, value in given.items() if value is not None}
+    localize_into(arguments.out, replace_settings(load_settings(arguments), **given))
     return 0
+
+
+def localize_into(folder: Path, hparams: KNEHyperParams) -> None:
+    """Loads the model, localises on ``localization_data``, prints what was found, and writes it into ``folder``.
+
+    Raises:
+        ValueError: The settings name no data, or `study` raises it.
+    """
+    from kne_easyedit.localization.data import localization_requests
+    from kne_easyedit.localization.output import print_study, save_study
+    from kne_easyedit.localization.stability import study
+    from kne_easyedit.models.loading import load_model
+
+    requests, data = localization_requests(hparams), str(hparams.localization_data)
+    wanted = "" if len(requests) == hparams.localization_size else f" ({hparams.localization_size} wanted)"
+    print(f"model {hparams.model_name}, {len(requests)} facts{wanted} of {data}", flush=True)
+    model, tokenizer = load_model(hparams)
+    found = study(model, tokenizer, requests, hparams)
+    save_study(found, folder, model, hparams, data)
+    print_study(found)
+    print(f"\nWritten to {folder}: ensemble.json, scores.safetensors, summary.json, ensemble.png")

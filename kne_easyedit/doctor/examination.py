@@ -40,8 +40,8 @@ from kne_easyedit.doctor.trial import try_out
 from kne_easyedit.facts.encoding import SEPARATOR, encode_request, require_length
 from kne_easyedit.facts.records import load_records, require_evaluable
 from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.localization.data import localization_requests
 from kne_easyedit.localization.ensemble import NeuronEnsemble
-from kne_easyedit.localization.localizer import localization_requests
 from kne_easyedit.models.devices import resolve_device
 from kne_easyedit.models.editable import stored_quantisation
 from kne_easyedit.models.layer_kinds import UNQUANTISED

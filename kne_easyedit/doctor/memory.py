@@ -5,7 +5,6 @@ All formulae are here. What they call estimated was fitted to measurements, the 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from copy import deepcopy
@@ -72,7 +71,7 @@ def _kne_rows(model: nn.Module, hparams: KNEHyperParams) -> list[tuple[Target, i
         found = NeuronEnsemble.load(hparams.ensemble).targets(model).values()
         return [(target, sum(map(len, rows))) for target, rows in found]
     targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
-    return [(t, max(1, math.floor(hparams.p * len(t.layers) * t.n_neurons + 1e-9))) for t in targets]
+    return [(t, hparams.selection.budget(len(t.layers) * t.n_neurons)) for t in targets]
 
 
 def _ft(model: nn.Module, hparams, item: int) -> dict[str, int]:

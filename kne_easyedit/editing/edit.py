@@ -13,7 +13,8 @@ from kne_easyedit.editing.objectives import Divergence, unrelated_prompts
 from kne_easyedit.editing.row_edit import RowEdit, write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import chat_prompt, encode_request, require_length
+from kne_easyedit.facts.encoding import chat_prompt
+from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.localizer import find_ensemble, inherit
 from kne_easyedit.models.devices import resolve_device
@@ -46,11 +47,9 @@ def compute_edit(
     resolve_device(hparams.device)
     if not requests:
         raise ValueError("requests: there are none to edit")
-    facts = [encode_request(tok, request, hparams.use_chat_template, hparams.separator) for request in requests]
-    for fact in facts:
-        require_length(fact, model.config)
+    facts = encode_facts(model, tok, requests, hparams)
     if ensemble is None:
-        ensemble = find_ensemble(model, tok, requests, hparams)
+        ensemble = find_ensemble(model, tok, facts, hparams)
     divergence = None
     if hparams.kl_weight:
         with preserve_state(model):

@@ -1,51 +1,58 @@
-"""Eq. 6-7: from attributions to the ensemble, the artefact between localising and editing."""
+"""Eq. 6-7: from scores to the ensemble, the value between localising and editing."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.messages import shorten
-from kne_easyedit.localization.selection import AGGREGATIONS, SCALES, aggregate, scaled
+from kne_easyedit.localization.selection import AGGREGATIONS, SCALES, Selection, aggregate
 from kne_easyedit.models.targets import Target, check_template, count_parameters, resolve_target
+from kne_easyedit.models.targets import rows as weight_rows
 
 FORMAT = "kne-ensemble-1"
 LARGEST = 2**31
-"""No layer has so many neurons, and no model so many layers."""
+"""Upper bound of a neuron's or layer's number."""
 LARGEST_FILE = 2**30
-"""Bytes. Every neuron of the largest models takes less."""
+"""Bytes of an ensemble file at most: the largest models have less."""
 
 
 @dataclass(frozen=True)
 class NeuronEnsemble:
-    """Which output neurons of which layers are edited. Frozen; row indices are plain integers.
+    """Which output neurons of which layers are edited (Eq. 7). Frozen; row indices are plain integers.
 
-    Hand-made or random ensembles are as good as located ones: training and editing take any.
+    Training and editing take any ensemble, whether localised, random or made by hand.
+
+    Raises:
+        ValueError: A field has a wrong type or value; there is no neuron; rows are not ascending, distinct and in
+            ``[0, d2)``.
     """
 
     neurons: Mapping[str, Mapping[int, tuple[int, ...]]]
     """Template -> layer -> ascending row indices; layers without neurons are left out."""
     widths: Mapping[str, int]
-    """Template -> neurons a layer (``d2``)."""
+    """Template -> neurons of a layer (``d2``)."""
     layers: tuple[int, ...] = ()
     """The layers that were attributed."""
     thresholds: Mapping[str, float] | None = None
     """Template -> ``t_p`` (Eq. 6)."""
     p: float | None = None
+    """`Selection.p`, if it is recorded."""
     aggregation: str | None = None
+    """`Selection.aggregation`, if it is recorded."""
     facts: int | None = None
     """Number of facts whose scores were aggregated."""
     seconds: float | None = None
-    """How long their attribution took when it was computed (cached scores remember it)."""
+    """How long their attribution took when it was computed; the score cache stores it."""
     scale: str | None = None
-    """How scores counted before the threshold (``score_scale``); None in files from before it was recorded."""
+    """`Selection.scale`, if it is recorded; older files do not have it."""
 
     def __post_init__(self) -> None:
         self._require_types()
@@ -61,7 +68,7 @@ class NeuronEnsemble:
                     )
 
     def _require_types(self) -> None:
-        """Raises ValueError, naming field and value. A text of digits is no list of rows, and 1.7 or True is no row."""
+        """Raises ValueError, naming field and value. A string of digits is no list of rows; 1.7 or True is no row."""
         _require(isinstance(self.neurons, Mapping), "neurons", self.neurons, "a mapping of templates")
         for template, layers in self.neurons.items():
             try:
@@ -112,7 +119,15 @@ class NeuronEnsemble:
         _require(self.facts is None or _is_index(self.facts), "facts", self.facts, "a number of facts")
         for name, known in (("aggregation", AGGREGATIONS), ("scale", SCALES)):
             value = getattr(self, name)
-            _require(value is None or isinstance(value, str) and value in known, name, value, f"one of {known}")
+            known_name = isinstance(value, str) and value in known
+            _require(value is None or known_name, name, value, f"one of {tuple(known)}")
+
+    @property
+    def selection(self) -> Selection | None:
+        """The rules by which the neurons were chosen; None if one is not recorded (made by hand, or an older file)."""
+        if self.p is None or self.aggregation is None or self.scale is None:
+            return None
+        return Selection(self.p, self.aggregation, self.scale, self.layers)
 
     @property
     def size(self) -> int:
@@ -127,11 +142,11 @@ class NeuronEnsemble:
         }
 
     def overlap(self, other: NeuronEnsemble) -> float:
-        """Share of neurons that two ensembles have in common: shared ones over the mean size (Dice), in [0, 1]."""
+        """Dice coefficient of two ensembles, in [0, 1]: shared neurons over the mean number of neurons."""
         return 2 * len(self.members() & other.members()) / (self.size + other.size)
 
     def members(self) -> set[tuple[str, int, int]]:
-        """Every neuron as (template, layer, row)."""
+        """Every neuron as ``(template, layer, row)``."""
         return {
             (template, layer, row)
             for template, layers in self.neurons.items()
@@ -140,9 +155,13 @@ class NeuronEnsemble:
         }
 
     def targets(self, model: nn.Module) -> dict[str, tuple[Target, list[tuple[int, ...]]]]:
-        """Template -> its modules in ``model`` and the rows of each.
+        """Resolves the ensemble in a model.
 
-        Raises ValueError if ``model`` lacks a module or has it in another width: the ensemble is of another model.
+        Returns:
+            Template -> its modules in ``model``, and the rows of each.
+
+        Raises:
+            ValueError: ``model`` lacks a module or has it in another width: the ensemble is of another model.
         """
         found = {}
         for template, layers in self.neurons.items():
@@ -151,21 +170,25 @@ class NeuronEnsemble:
             target = resolve_target(model, template, sorted(layers))
             if target.n_neurons != self.widths[template]:
                 raise ValueError(
-                    f"ensemble: {template} has {self.widths[template]} neurons a layer, but {target.n_neurons} in this model; "
-                    f"it was made for another model"
+                    f"ensemble: {template} has {self.widths[template]} neurons a layer, but {target.n_neurons} in this "
+                    f"model; it was made for another model"
                 )
             found[template] = (target, [layers[i] for i in target.layers])
         return found
 
     def parameter_share(self, model: nn.Module) -> float:
-        """Share of the model's parameters that lie in the ensemble's rows (biases are not trained)."""
+        """Share of the model's parameters that are in the ensemble's rows, in [0, 1]; biases are not trained.
+
+        Raises:
+            ValueError: As `targets`.
+        """
         chosen = 0
         for target, rows in self.targets(model).values():
-            chosen += sum(len(r) * (m.weight.numel() // target.n_neurons) for m, r in zip(target.modules, rows))
+            chosen += sum(len(r) * weight_rows(m).shape[1] for m, r in zip(target.modules, rows))
         return chosen / count_parameters(model)
 
     def save(self, path: str | Path) -> None:
-        """Writes the ensemble as JSON, beside and renamed."""
+        """Writes the ensemble as JSON, atomically. Raises OSError if the file cannot be written."""
         content = {
             "format": FORMAT,
             "neurons": {
@@ -184,14 +207,25 @@ class NeuronEnsemble:
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronEnsemble:
-        """Reads what `save` wrote. Raises ValueError for any other file, OSError for one that cannot be read."""
+        """Reads an ensemble file, of this or an older version.
+
+        Args:
+            path: A file that `save` has written.
+
+        Returns:
+            The ensemble.
+
+        Raises:
+            ValueError: It is another file; the message names file, field and value.
+            OSError: It cannot be read.
+        """
         path = Path(path)
         try:
             if path.stat().st_size > LARGEST_FILE:
                 raise ValueError(f"{path.stat().st_size} bytes are more than any ensemble has")
-            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
             if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-                raise ValueError("it does not say of itself that it is one")
+                raise ValueError("its field 'format' is missing or another one")
             if unknown := sorted(set(content) - {f.name for f in fields(cls)}):
                 raise ValueError(f"unknown field {shorten(unknown[0])}")
             for name in ("neurons", "widths"):
@@ -200,17 +234,14 @@ class NeuronEnsemble:
             layers = content.pop("layers", [])
             _require(isinstance(layers, list), "layers", layers, "a list of layers' numbers")
             return cls(**content, layers=tuple(layers))
-        except (ValueError, RecursionError) as error:  # also of text and JSON, and of rows that cannot be
-            reason = (
-                "lists in lists, too deep"
-                if isinstance(error, RecursionError)
-                else str(error).removeprefix("ensemble: ")
-            )
+        except (ValueError, RecursionError) as error:  # also of decoding, of JSON, and of __post_init__
+            nested = isinstance(error, RecursionError)
+            reason = "nested too deeply" if nested else str(error).removeprefix("ensemble: ")
             raise ValueError(f"ensemble: {path} is no ensemble file ({FORMAT}): {reason}") from error
 
 
-def _rows_of(template: str, found: object) -> dict[int, tuple]:
-    """Rows by layer, as JSON has them: layers as texts of digits."""
+def _rows_of(template: str, found: Any) -> dict[int, tuple]:
+    """Rows by layer. In JSON layers are strings of digits."""
     _require(isinstance(found, dict), f"neurons of {shorten(template)}", found, "a mapping of layers to rows")
     for layer, rows in found.items():
         digits = layer.isascii() and layer.isdigit() and layer == str(int(layer[:20]))
@@ -219,17 +250,17 @@ def _rows_of(template: str, found: object) -> dict[int, tuple]:
     return {int(layer): tuple(rows) for layer, rows in found.items()}
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, each name once: of two the last would win without a word."""
+def _distinct(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object whose names are distinct; ``json`` would silently take the last of two."""
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
-        raise ValueError(f"{shorten(max(names, key=names.count))} stands there twice")
+        raise ValueError(f"{shorten(max(names, key=names.count))} occurs twice")
     return dict(pairs)
 
 
-def _require(ok: bool, name: str, value: object, wanted: str) -> None:
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise ValueError(f"ensemble: {name}: {shorten(value)} is not {wanted}")
+        raise ValueError(f"ensemble: {name}: {shorten(value)} is not {expected}")
 
 
 def _is_index(value: object) -> bool:
@@ -237,67 +268,65 @@ def _is_index(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def select_ensemble(
     scores: Tensor | Mapping[str, Tensor],
-    p: float = 0.04,
+    selection: Selection | float | None = None,
     *,
     target_module: str | None = None,
-    layers: Sequence[int] = (),
-    aggregation: str = "max",
     facts: int | None = None,
     seconds: float | None = None,
-    scale: str = "none",
+    **rules: Any,
 ) -> NeuronEnsemble:
     """Eq. 6-7: keeps the top ``p`` of the neurons over all layers, and of these the positive ones.
 
-    Parameters
-    ----------
-    scores:
-        Attributions ``(layers, d2)`` of one fact, or ``(facts, layers, d2)``, which are aggregated first; or a
-        mapping of templates to such tensors. Every template has a threshold of its own.
-    p:
-        Fraction kept, in (0, 1]: the threshold ``t_p`` is the ``floor(p * neurons)``-th largest score (at least
-        the largest); equal scores are kept together.
-    target_module:
-        The template, if ``scores`` is a tensor.
-    layers:
-        Numbers of the layers that the rows of ``scores`` stand for; empty: 0, 1, ...
-    facts, seconds:
-        How many facts ``scores`` were aggregated from, if that is done already, and how long they took.
-    scale:
-        ``layer``: scores count in relation to their layer's largest (beyond the paper); ``none``: as they are.
+    Args:
+        scores: Attributions ``(layers, d2)``, in probability; or ``(facts, layers, d2)``, which are aggregated first;
+            or a mapping of templates to such tensors. Every template has a threshold of its own.
+        selection: The rules; its ``layers`` are those that the rows of ``scores`` stand for (empty: 0, 1, ...). A
+            number is ``p``, with the defaults of `Selection`.
+        target_module: The template, if ``scores`` is a tensor.
+        facts: How many facts ``scores`` were aggregated from, if that is done already.
+        seconds: How long their attribution took.
+        rules: Fields of `Selection` by name, in place of those of ``selection``: ``p``, ``aggregation``, ...
 
-    Raises ValueError if nothing is positive (an empty ensemble), FloatingPointError for scores that are not finite.
+    Returns:
+        The ensemble, which records the selection.
+
+    Raises:
+        ValueError: A rule is out of range, ``scores`` has another shape than ``(layers, d2)``, or no score is positive
+            (an empty ensemble).
+        FloatingPointError: Scores are not finite.
+        TypeError: A rule's name is unknown.
     """
-    if not 0 < p <= 1:
-        raise ValueError(f"p: {p!r} must be in (0, 1]: it is the fraction of the neurons that is kept")
-    if scale not in SCALES:
-        raise ValueError(f"scale: {scale!r} must be one of {SCALES}")
+    if isinstance(selection, Selection):
+        selection = replace(selection, **rules)
+    else:
+        selection = Selection(**rules) if selection is None else Selection(selection, **rules)
     if isinstance(scores, Tensor):
         if target_module is None:
             raise ValueError("target_module: name the template that the scores belong to, or pass {template: scores}")
         scores = {target_module: scores}
-    neurons, widths, thresholds, numbers = {}, {}, {}, tuple(layers)
+    neurons, widths, thresholds, layers = {}, {}, {}, selection.layers
     for template, values in scores.items():
         if values.ndim == 3:
-            values, facts = aggregate(values, aggregation)
-        if values.ndim != 2 or (layers and len(values) != len(layers)):
+            values, facts = aggregate(values, selection.aggregation)
+        if values.ndim != 2 or (selection.layers and len(values) != len(set(selection.layers))):
             raise ValueError(
-                f"scores: {template} has shape {tuple(values.shape)}, wanted is (layers, d2) for layers {list(layers)}"
+                f"scores: {template} has shape {tuple(values.shape)}, expected shape (layers, d2) for layers "
+                f"{list(selection.layers)}"
             )
         if not values.isfinite().all():
             raise FloatingPointError(
                 f"scores: those of {template} are not finite; load the model in float32 or bfloat16"
             )
-        values = scaled(values, scale)
-        numbers = tuple(layers) or tuple(range(len(values)))
-        kept = max(1, math.floor(p * values.numel() + 1e-9))
-        threshold = values.flatten().topk(kept).values[-1]
-        chosen = (values >= threshold) & (values > 0)
-        rows = {layer: tuple(mask.nonzero().flatten().tolist()) for layer, mask in zip(numbers, chosen)}
+        layers = selection.layers or tuple(range(len(values)))
+        chosen, thresholds[template] = selection.choose(values)
+        rows = {layer: tuple(mask.nonzero().flatten().tolist()) for layer, mask in zip(layers, chosen)}
         neurons[template] = {layer: found for layer, found in rows.items() if found}
-        widths[template], thresholds[template] = values.shape[1], float(threshold)
-    return NeuronEnsemble(neurons, widths, numbers, thresholds, p, aggregation, facts, seconds, scale)
+        widths[template] = values.shape[1]
+    return NeuronEnsemble(
+        neurons, widths, layers, thresholds, selection.p, selection.aggregation, facts, seconds, selection.scale
+    )

@@ -1,4 +1,4 @@
-"""Pictures. matplotlib is imported only here, and only when something is drawn."""
+"""Pictures of ensembles and of the neurons of single facts. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.explain import Explanation
 
 LABELS = 40
-"""Most facts that are named beside their row."""
+"""Facts at most that are named beside their row."""
 
 
 def draw_ensemble(
@@ -18,11 +18,20 @@ def draw_ensemble(
     title: str = "",
     halves: tuple[NeuronEnsemble, NeuronEnsemble] | None = None,
 ) -> None:
-    """Which neurons of which layers were chosen: one row of panels a module type, written as PNG.
+    """Draws which neurons of which layers were chosen, one row of panels per module type, as PNG.
 
-    Left, every neuron of the ensemble as a stroke at its index; right, how many each layer has, and (dark) how
-    many of them the ensembles of two ``halves`` of the facts both have.
-    Raises ImportError with the way out if matplotlib is missing.
+    On the left every neuron of the ensemble is a stroke at its index. On the right are the numbers of neurons of each
+    layer and, darker, how many of these both halves have.
+
+    Args:
+        ensemble: The ensemble.
+        path: The file.
+        title: Its title.
+        halves: The ensembles of two halves of the facts.
+
+    Raises:
+        ImportError: matplotlib is missing; the message says how to install it.
+        OSError: The file cannot be written.
     """
     counts = ensemble.counts()
     layers = max(len(found) for found in counts.values())
@@ -59,7 +68,17 @@ def draw_ensemble(
 
 
 def draw_explanation(found: Explanation, path: str | Path, title: str = "") -> None:
-    """Facts by layers (how many neurons each has where), and facts by facts (which share of neurons they share), as PNG."""
+    """Draws facts by layers (numbers of neurons) and facts by facts (shared neurons), as PNG.
+
+    Args:
+        found: The neurons of each fact.
+        path: The file.
+        title: Its title.
+
+    Raises:
+        ImportError: matplotlib is missing; the message says how to install it.
+        OSError: The file cannot be written.
+    """
     templates = list(found.ensembles[0].counts())
     n = len(found.facts)
     names = [f"{_cut(f'{fact.prompt} -> {fact.target}')}  [{i}]" for i, fact in enumerate(found.facts)]
@@ -80,7 +99,7 @@ def draw_explanation(found: Explanation, path: str | Path, title: str = "") -> N
             for i, row in enumerate(found.collisions())
         ]
         image = axes[-1].imshow(shares, aspect="auto", cmap="OrRd", interpolation="nearest", vmin=0)
-        axes[-1].set(title="collisions", xlabel="... that this fact has, too")
+        axes[-1].set(title="collisions", xlabel="... that this fact has as well")
         axes[-1].set_xticks(range(0, n, max(1, n // 20)))
         figure.colorbar(image, ax=axes[-1], label="share of the row's neurons", shrink=0.8)
     for axis in axes:

@@ -1,11 +1,11 @@
-"""Localise: facts in, ensemble out, through the score cache. Done once a model and reused for every edit."""
+"""Localise: facts in, ensemble out, through the score cache. Two functions do it: `find_ensemble` and `localize`."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from itertools import groupby
 from weakref import WeakKeyDictionary
 
@@ -19,57 +19,79 @@ from kne_easyedit.attribution.engine import attribute_facts, rows_in_flight
 from kne_easyedit.attribution.quadrature import QUADRATURES
 from kne_easyedit.attribution.replay import ReplayMismatch, UnsupportedModel
 from kne_easyedit.attribution.score_cache import ScoreCache
-from kne_easyedit.facts.encoding import Fact, encode_request, require_length
-from kne_easyedit.facts.readers import data_digest
-from kne_easyedit.facts.records import load_requests
+from kne_easyedit.facts.encoding import Fact, Tokenizer
+from kne_easyedit.localization.data import encode_facts, localization_requests
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
-from kne_easyedit.localization.selection import aggregate
+from kne_easyedit.localization.selection import Selection
 from kne_easyedit.localization.settings import LocalizationSettings
 from kne_easyedit.models.editable import require_bare, require_editable
 from kne_easyedit.models.targets import Target, resolve_target
 
 logger = logging.getLogger(__name__)
 
-_ENSEMBLES: WeakKeyDictionary[nn.Module, dict[tuple, NeuronEnsemble]] = WeakKeyDictionary()
-"""Loaded model -> settings and the facts' tokens -> ensemble. By object, not by weights: sequential edits change the weights, but
-the neurons are those that were found in the model as it came."""
+
+@dataclass(frozen=True)
+class _Key:
+    """All that the ensemble of a loaded model depends on."""
+
+    selection: Selection
+    target_modules: tuple[str, ...]
+    attribution_steps: int
+    quadrature: str
+    localization_size: int
+    facts: str
+    """Digest of their tokens: it stands for the data file and the tokenizer."""
+
+
+_ENSEMBLES: WeakKeyDictionary[nn.Module, dict[_Key, NeuronEnsemble]] = WeakKeyDictionary()
+"""The ensembles of each loaded model. By object, not by weights: sequential edits change the weights, but the neurons
+stay those that were found in the model as it was loaded."""
 
 
 def find_ensemble(
-    model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: LocalizationSettings, workers: int = 1
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    requests: Sequence[Mapping | Fact],
+    hparams: LocalizationSettings,
+    workers: int = 1,
 ) -> NeuronEnsemble:
-    """The ensemble that ``hparams`` ask for: read from a file, localised on a data file, or on ``requests``.
+    """The ensemble for an edit under ``hparams``: from a file, localised on a data file, or localised on ``requests``.
 
-    With ``localization_data`` set it is computed once for each loaded model and then reused, through sequential
-    edits too (`forget` ends that), as long as file and tokenizer give the same facts in tokens; with neither set it
-    depends on ``requests`` and on the weights as they are. A file is read anew each time. ``workers``: as in `localize`.
+    With ``localization_data`` set it is computed once for each loaded model and then reused, also through sequential
+    edits (`forget` ends that), as long as file and tokenizer give the same facts in tokens. With neither that nor
+    ``ensemble`` set it depends on ``requests`` and on the weights as they are. An ensemble file is read each time.
 
-    It is for an edit: raises ValueError, before anything is computed, for a model or module that cannot be edited
-    (`require_editable_by`). `localize` takes these, too.
+    Args:
+        model: A causal language model; it is left as it is.
+        tokenizer: Its tokenizer.
+        requests: What is edited, as requests or as encoded facts. Used only where neither file is set.
+        hparams: The settings.
+        workers: Processes that attribute side by side.
+
+    Returns:
+        The ensemble.
+
+    Raises:
+        ValueError: The model or a module cannot be edited (`require_editable_by`), before anything is computed; a file
+            or fact cannot be used; no neuron has a positive score.
+        OSError: A file or the score cache cannot be read or written.
     """
     require_editable_by(model, hparams)
     if hparams.ensemble is not None:
         return NeuronEnsemble.load(hparams.ensemble)
     if hparams.localization_data is None:
         return localize(model, tokenizer, requests, hparams)
-    data = hparams.localization_data
-    facts = list(_requests(data, data_digest(data), hparams.localization_size, hparams.localization_offset))
-    encoded = [
-        encode_request(tokenizer, fact, hparams.use_chat_template, hparams.separator) for fact in facts
-    ]  # the tokenizer is what it makes of them
-    settings = (
-        *hparams.target_modules,
-        *hparams.layers,
-        hparams.p,
+    facts = encode_facts(model, tokenizer, localization_requests(hparams), hparams)
+    key = _Key(
+        hparams.selection,
+        tuple(hparams.target_modules),
         hparams.attribution_steps,
         hparams.quadrature,
-        hparams.aggregation,
-        hparams.score_scale,
         hparams.localization_size,
-        digest([(fact.ids, fact.prompt_length) for fact in encoded]),
+        digest([_tokens(fact) for fact in facts]),
     )
     found = _ENSEMBLES.setdefault(model, {})
-    if settings not in found:
+    if key not in found:
         if len(facts) < hparams.localization_size:
             logger.warning(
                 "localization_size: %s wanted, %s holds %s facts",
@@ -77,18 +99,8 @@ def find_ensemble(
                 hparams.localization_data,
                 len(facts),
             )
-        found[settings] = localize(model, tokenizer, facts, hparams, workers)
-    return found[settings]
-
-
-@lru_cache(maxsize=4)
-def _requests(path: str, content: str | None, size: int, offset: int) -> tuple[dict, ...]:
-    return tuple(load_requests(path, size, offset))
-
-
-def localization_requests(hparams: LocalizationSettings) -> list[dict]:
-    """The usable facts of ``localization_data`` that the settings ask for."""
-    return load_requests(hparams.localization_data, hparams.localization_size, hparams.localization_offset)
+        found[key] = localize(model, tokenizer, facts, hparams, workers)
+    return found[key]
 
 
 def forget(model: nn.Module) -> None:
@@ -97,46 +109,96 @@ def forget(model: nn.Module) -> None:
 
 
 def inherit(copy: nn.Module, model: nn.Module) -> None:
-    """``copy`` was copied from ``model``: what was found in ``model`` holds for it as well."""
+    """Reuses the ensembles found in ``model`` for ``copy``, which was copied from it."""
     _ENSEMBLES[copy] = dict(_ENSEMBLES.get(model, {}))
 
 
 def localize(
-    model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: LocalizationSettings, workers: int = 1
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    requests: Sequence[Mapping | Fact],
+    hparams: LocalizationSettings,
+    workers: int = 1,
 ) -> NeuronEnsemble:
-    """Eq. 3-7 on ``requests``: attributes each (or reads its scores from the cache), aggregates, selects.
+    """Eq. 3-7: attributes each request (or reads its scores from the cache), aggregates, selects.
 
-    ``workers``: processes that attribute side by side.
+    Interrupted at any moment, it resumes where it stopped: scores are stored as soon as their sweep is done.
 
-    Interrupted at any moment, it resumes where it was: scores are stored as soon as their sweep is done.
+    Args:
+        model: A causal language model; it is left as it is.
+        tokenizer: Its tokenizer.
+        requests: Mappings with ``prompt`` and ``target_new``, or encoded facts.
+        hparams: The settings.
+        workers: Processes that attribute side by side.
+
+    Returns:
+        The ensemble.
+
+    Raises:
+        ValueError: A request or module cannot be used, or no neuron has a positive score.
+        FloatingPointError: Scores are not finite.
+        OSError: The score cache cannot be read or written.
     """
-    scores = Localization(model, tokenizer, requests, hparams)
-    scores.compute(workers)
-    return scores.ensemble()
+    return Localization(model, tokenizer, requests, hparams).ensemble(workers)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one fact, or of several facts aggregated to one."""
+
+    values: Mapping[str, Tensor]
+    """Template -> ``(layers, d2)``, in probability."""
+    facts: int
+    seconds: float
+    """How long they took when they were computed; each fact counts once."""
 
 
 class Localization:
-    """The scores of some facts under some settings: in the cache, or computed into it.
+    """The scores of some facts under some settings, read from the cache or computed into it.
 
-    Checks everything (facts, modules, space) when it is built, before anything is computed.
+    In a warm run each entry of the cache is read once, for whatever number of aggregates is wanted of it: `aggregate`
+    adds it to all of them in one pass. In memory are one fact's scores and the aggregates, not the scores of all facts.
+
+    Args:
+        model: A causal language model; it is left as it is.
+        tokenizer: Its tokenizer.
+        requests: Mappings with ``prompt`` and ``target_new``, or encoded facts.
+        hparams: The settings.
+
+    Raises:
+        ValueError: A request or module cannot be used; nothing has been computed yet.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: LocalizationSettings):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        requests: Sequence[Mapping | Fact],
+        hparams: LocalizationSettings,
+    ) -> None:
         self.model, self.hparams = model, hparams
         self.targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
-        self.facts = [
-            encode_request(tokenizer, request, hparams.use_chat_template, hparams.separator) for request in requests
-        ]
-        for fact in self.facts:
-            require_length(fact, model.config)
+        self.selection = replace(hparams.selection, layers=self.targets[0].layers)
+        self.facts = encode_facts(model, tokenizer, requests, hparams)
         self.cache = ScoreCache(hparams.cache_dir, model, hparams.attribution_steps, hparams.quadrature)
+        self.computed = 0
+        """Facts that were not in the cache and have been attributed."""
+        self._complete = False
 
-    def compute(self, workers: int = 1) -> int:
-        """Attributes the facts whose scores are not in the cache, with progress; returns how many these were.
+    def compute(self, workers: int = 1, start: int = 0) -> int:
+        """Attributes the facts whose scores are not in the cache, with a progress bar.
 
-        ``workers``: processes that do it side by side (`workers.run_parallel`); the scores come through the cache.
+        Args:
+            workers: Processes that do it side by side (`run_parallel`); the scores come through the cache.
+            start: The facts before this one are known to be in the cache.
+
+        Returns:
+            The number of facts that were attributed.
+
+        Raises:
+            OSError: The cache cannot be read or written, or has no space for all of them.
         """
-        missing = self._missing(self.facts)
+        missing = self._missing(self.facts[start:])
         count = sum(map(len, missing.values()))
         self.cache.require_space(count, *self.targets)
         sweeps = [
@@ -145,7 +207,67 @@ class Localization:
         with tqdm(total=count, desc="localise", unit="fact", disable=not count) as progress:
             for done in run_parallel(self._sweep, sweeps, max(1, min(workers, len(sweeps)))):
                 progress.update(done)
+        self.computed, self._complete = self.computed + count, True
         return count
+
+    def scores(self, workers: int = 1) -> Iterator[Scores]:
+        """The scores of each fact in turn.
+
+        An entry of the cache is read as its turn comes. At the first fact that has none, all missing scores are
+        computed (`compute`), for which the entries that follow are read once more. Scores that the cache has lost
+        since then are computed again.
+        """
+        for i, fact in enumerate(self.facts):
+            safe_point()
+            entries = [self.cache.entry(target, fact) for target in self.targets]
+            if not self._complete and any(e is None or e.missing(t) for e, t in zip(entries, self.targets)):
+                self.compute(workers, i)
+                entries = [self.cache.entry(target, fact) for target in self.targets]
+            values, seconds = {}, 0.0
+            for target, entry in zip(self.targets, entries):
+                if entry is None or entry.missing(target):
+                    values[target.template] = self._attribute([target], [fact])[0][0]
+                    entry = self.cache.entry(target, fact)
+                else:
+                    values[target.template] = entry.scores_of(target)
+                seconds += 0.0 if entry is None else entry.seconds
+            yield Scores(values, 1, seconds)
+
+    def aggregate(self, *parts: slice, workers: int = 1) -> list[Scores]:
+        """The aggregated scores (section 4.4) of all facts, or of several parts of them in one pass.
+
+        Args:
+            parts: Slices of the list of facts; none: one of all facts.
+            workers: As in `compute`.
+
+        Returns:
+            The aggregate of each part.
+
+        Raises:
+            ValueError: A part holds no fact.
+        """
+        members = [range(len(self.facts))[part] for part in parts or (slice(None),)]
+        totals = [{target.template: self.selection.running() for target in self.targets} for _ in members]
+        seconds: list[dict[tuple, float]] = [{} for _ in members]
+        for i, (fact, scores) in enumerate(zip(self.facts, self.scores(workers))):
+            for part, total, spent in zip(members, totals, seconds):
+                if i in part:
+                    spent[_tokens(fact)] = scores.seconds
+                    for template, values in scores.values.items():
+                        total[template].add(values)
+        return [
+            Scores({template: one.result() for template, one in total.items()}, len(part), sum(spent.values()))
+            for part, total, spent in zip(members, totals, seconds)
+        ]
+
+    def select(self, scores: Scores) -> NeuronEnsemble:
+        """Eq. 6-7 on scores of these facts. Raises ValueError if none is positive."""
+        return select_ensemble(scores.values, self.selection, facts=scores.facts, seconds=scores.seconds)
+
+    def ensemble(self, workers: int = 1) -> NeuronEnsemble:
+        """Eq. 3-7 on all facts. Raises ValueError if no score is positive."""
+        (scores,) = self.aggregate(workers=workers)
+        return self.select(scores)
 
     def _sweeps(
         self, layers: Sequence[tuple[int, ...]], facts: Sequence[Fact]
@@ -157,7 +279,7 @@ class Localization:
         yield from ((targets, batch) for batch in batches(facts, points, rows))
 
     def _sweep(self, sweep: tuple[list[Target], list[Fact]]) -> Iterator[int]:
-        """Attributes what of a sweep is still missing: another process may have been here since. Yields its number of facts."""
+        """Attributes what other processes have not stored meanwhile. Yields the sweep's number of facts."""
         safe_point()
         targets, batch = sweep
         todo = [fact for fact in batch if any(self.cache.missing(target, fact) for target in targets)]
@@ -165,39 +287,8 @@ class Localization:
             self._attribute(targets, todo)
         yield len(batch)
 
-    def scores(self, target: Target, facts: Sequence[Fact] | None = None) -> Iterator[Tensor]:
-        """The scores ``(layers, d2)`` of each fact (of all, if not given) in turn; what the cache has lost is computed again."""
-        for fact in self.facts if facts is None else facts:
-            safe_point()
-            scores = self.cache.get(target, fact)
-            yield self._attribute([target], [fact])[0][0] if scores is None else scores
-
-    def aggregate(self, facts: Sequence[Fact] | None = None) -> dict[str, Tensor]:
-        """Template -> the aggregated scores ``(layers, d2)`` (section 4.4)."""
-        return {
-            target.template: aggregate(self.scores(target, facts), self.hparams.aggregation)[0]
-            for target in self.targets
-        }
-
-    def ensemble(
-        self, facts: Sequence[Fact] | None = None, scores: Mapping[str, Tensor] | None = None
-    ) -> NeuronEnsemble:
-        """Eq. 6-7 on all facts, or on some of them; ``scores``: what `aggregate` gave for these already."""
-        facts = self.facts if facts is None else facts
-        scores = self.aggregate(facts) if scores is None else scores
-        seconds = sum(self.cache.seconds(target, fact) for target in self.targets for fact in unique_facts(facts))
-        return select_ensemble(
-            scores,
-            self.hparams.p,
-            layers=self.targets[0].layers,
-            aggregation=self.hparams.aggregation,
-            facts=len(facts),
-            seconds=seconds,
-            scale=self.hparams.score_scale,
-        )
-
     def _missing(self, facts: Sequence[Fact]) -> dict[tuple, list[Fact]]:
-        """What is to be computed: missing layers of each target -> the facts, each once."""
+        """Missing layers of each target -> the facts that lack them, each once."""
         found: dict[tuple, list[Fact]] = {}
         for fact in unique_facts(facts):
             safe_point()
@@ -236,21 +327,38 @@ class Localization:
 
 
 def batches(facts: Sequence[Fact], points: int, rows: int) -> Iterator[list[Fact]]:
-    """Facts that share sweeps: of equal answer length, so that nothing is padded there, and no more than fill the
-    ``rows`` in flight with the ``points`` (paths times steps) that one answer token of one fact has."""
+    """Facts that share a sweep: of equal answer length, so that answers need no padding.
+
+    Args:
+        facts: All facts.
+        points: Path points of one answer token of one fact: layers times steps.
+        rows: Path points in flight at most; a batch has one fact at least.
+
+    Yields:
+        The facts of each sweep.
+    """
     most = max(1, rows // points)
-    for _, alike in groupby(sorted(facts, key=lambda f: (len(f.answer), len(f.ids))), key=lambda f: len(f.answer)):
-        alike = list(alike)
+    for _, group in groupby(sorted(facts, key=lambda f: (len(f.answer), len(f.ids))), key=lambda f: len(f.answer)):
+        alike = list(group)
         yield from (alike[i : i + most] for i in range(0, len(alike), most))
 
 
 def unique_facts(facts: Sequence[Fact]) -> list[Fact]:
-    """Each fact once. Tokens tell them apart, as in the cache."""
-    return list({(fact.ids, fact.prompt_length): fact for fact in facts}.values())
+    """Each fact once: facts of equal tokens are the same, as in the cache."""
+    return list({_tokens(fact): fact for fact in facts}.values())
+
+
+def _tokens(fact: Fact) -> tuple[tuple[int, ...], int]:
+    return fact.ids, fact.prompt_length
 
 
 def require_editable_by(model: nn.Module, hparams: LocalizationSettings) -> None:
-    """Raises ValueError for a ``model`` that is not bare (`require_bare`), or a module that an edit under ``hparams`` cannot write to."""
+    """Checks that an edit under ``hparams`` can be written to ``model``.
+
+    Raises:
+        ValueError: The model is not bare (`require_bare`), or a module of the edit cannot be written to
+            (`require_editable`).
+    """
     require_bare(model)
     if hparams.ensemble is not None:
         targets = [target for target, _ in NeuronEnsemble.load(hparams.ensemble).targets(model).values()]

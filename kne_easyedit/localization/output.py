@@ -1,4 +1,4 @@
-"""What localising leaves: files, pictures, printed tables; and the whole job of ``kne localize``."""
+"""Writes and prints what `study` and `explain` found."""
 
 from __future__ import annotations
 
@@ -14,23 +14,33 @@ from kne_easyedit._util.settings import public_settings
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.localization.explain import Explanation, Neuron
 from kne_easyedit.localization.figures import draw_ensemble, draw_explanation
-from kne_easyedit.localization.localizer import localization_requests
 from kne_easyedit.localization.settings import LocalizationSettings
-from kne_easyedit.localization.stability import Study, study
-from kne_easyedit.models.loading import load_model
+from kne_easyedit.localization.stability import Study
 
 BAR = 30
 """Widest bar of the printed table, in characters."""
 
 
 def save_study(found: Study, folder: Path, model: nn.Module, hparams: LocalizationSettings, data: str) -> None:
-    """Writes ``ensemble.json``, ``scores.safetensors``, ``summary.json`` and ``ensemble.png`` into ``folder``."""
+    """Writes ``ensemble.json``, ``scores.safetensors``, ``summary.json`` and ``ensemble.png``.
+
+    Args:
+        found: What `study` found.
+        folder: Where the files go; it is made.
+        model: The model, for a description of the environment.
+        hparams: The settings that `study` had.
+        data: The data's name.
+
+    Raises:
+        OSError: A file cannot be written.
+        ImportError: matplotlib is missing.
+    """
     ensemble = found.ensemble
     ensemble.save(folder / "ensemble.json")
     metadata = {
         "format": "kne-aggregated-scores-1",
         "layers": json.dumps(list(ensemble.layers)),
-        "aggregation": hparams.aggregation,
+        "aggregation": str(ensemble.aggregation),
         "steps": str(hparams.attribution_steps),
         "quadrature": hparams.quadrature,
         "facts": str(ensemble.facts),
@@ -67,17 +77,24 @@ def save_study(found: Study, folder: Path, model: nn.Module, hparams: Localizati
 
 
 def stability_line(found: Study) -> str:
+    """The stability as one line of text."""
     if found.stability is None:
         return "stability: unknown, it needs two halves of the facts that each have an ensemble"
-    return f"stability: ensembles of two halves of the facts share {found.stability:.0%} of their neurons (by chance {found.chance:.1%})"
+    return (
+        f"stability: ensembles of two halves of the facts share {found.stability:.0%} of their neurons "
+        f"(by chance {found.chance:.1%})"
+    )
 
 
 def print_study(found: Study) -> None:
-    """Neurons per layer, share of the parameters, stability."""
+    """Prints neurons per layer, their share of the parameters, and the stability."""
     ensemble = found.ensemble
-    each = f", {ensemble.seconds / ensemble.facts:.2f} s a fact when computed" if ensemble.seconds else ""
+    each = ""
+    if ensemble.seconds and ensemble.facts:
+        each = f", {ensemble.seconds / ensemble.facts:.2f} s a fact when computed"
     print(
-        f"\n{ensemble.facts} facts ({found.computed} attributed now, the others cached{each}), {found.seconds:.1f} s now"
+        f"\n{ensemble.facts} facts ({found.computed} attributed now, the others cached{each}), "
+        f"{found.seconds:.1f} s now"
     )
     for template, counts in ensemble.counts().items():
         most = max(counts.values()) or 1
@@ -85,35 +102,28 @@ def print_study(found: Study) -> None:
         for layer, count in counts.items():
             print(f"  layer {layer:>3} {count:>6}  {'#' * round(BAR * count / most)}")
     print(
-        f"\n{ensemble.size} neurons, {found.parameter_share:.2%} of the model's {found.parameters / 1e6:.1f} M parameters"
+        f"\n{ensemble.size} neurons, {found.parameter_share:.2%} of the model's "
+        f"{found.parameters / 1e6:.1f} M parameters"
     )
     print(stability_line(found))
 
 
-def localize_job(hparams: LocalizationSettings, folder: Path) -> Study:
-    """The whole job of ``kne localize`` and ``scripts/localize.py``: load, localise, print, write, draw.
-
-    The facts are those of ``localization_data``. Raises ValueError if the settings name none.
-    """
-    if hparams.localization_data is None:
-        raise ValueError("localization_data: none; name a KnowEdit file (--data), or 'embedded' for the packaged facts")
-    requests = localization_requests(hparams)
-    wanted = "" if len(requests) == hparams.localization_size else f" ({hparams.localization_size} wanted)"
-    print(f"model {hparams.model_name}, {len(requests)} facts{wanted} of {hparams.localization_data}", flush=True)
-    model, tokenizer = load_model(hparams)
-    found = study(model, tokenizer, requests, hparams)
-    save_study(found, folder, model, hparams, str(hparams.localization_data))
-    print_study(found)
-    print(f"\nWritten to {folder}: ensemble.json, scores.safetensors, summary.json, ensemble.png")
-    return found
-
-
 def save_explanation(found: Explanation, folder: Path, hparams: LocalizationSettings) -> None:
-    """Writes ``explanation.json`` and ``explanation.png`` into ``folder``."""
+    """Writes ``explanation.json`` and ``explanation.png``.
+
+    Args:
+        found: What `explain` found.
+        folder: Where the files go; it is made.
+        hparams: The settings that `explain` had.
+
+    Raises:
+        OSError: A file cannot be written.
+        ImportError: matplotlib is missing.
+    """
     content = {
         "model": str(hparams.model_name),
-        "p": hparams.p,
-        "score_scale": hparams.score_scale,
+        "p": found.selection.p,
+        "score_scale": found.selection.scale,
         "steps": hparams.attribution_steps,
         "quadrature": hparams.quadrature,
         "facts": [
@@ -142,12 +152,12 @@ def save_explanation(found: Explanation, folder: Path, hparams: LocalizationSett
     draw_explanation(
         found,
         folder / "explanation.png",
-        f"{hparams.model_name}: neurons of {len(found.facts)} facts, top {hparams.p:.0%} of each",
+        f"{hparams.model_name}: neurons of {len(found.facts)} facts, top {found.selection.p:.0%} of each",
     )
 
 
 def print_explanation(found: Explanation, examples: int = 5) -> None:
-    """Layers and strongest neurons of the first facts, the worst collisions, the most shared neurons."""
+    """Prints layers and strongest neurons of the first ``examples`` facts, and the neurons that facts share most."""
     for i, (fact, ensemble, best) in enumerate(zip(found.facts[:examples], found.ensembles, found.strongest)):
         print(f"\n[{i}] {fact.prompt}  ->  {fact.target}: {ensemble.size} neurons")
         for template, counts in ensemble.counts().items():

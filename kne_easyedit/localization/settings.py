@@ -1,19 +1,18 @@
-"""What localising reads of a hyperparameter object; `kne_easyedit.hparams.KNEHyperParams` is one."""
+"""The settings that localisation reads; `kne_easyedit.hparams.KNEHyperParams` has them."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
+from kne_easyedit.localization.selection import Selection
+
 
 class LocalizationSettings(Protocol):
-    """The settings of Eq. 3-7, of the facts to localise on, and of the score cache: meanings in `KNEHyperParams`."""
+    """Settings of Eq. 3-7, of the facts to localise on, and of the score cache. `KNEHyperParams` explains them."""
 
     model_name: str
     target_modules: list[str]
     layers: list[int]
-    p: float
-    aggregation: str
-    score_scale: str
     attribution_steps: int
     quadrature: str
     attribution_engine: str
@@ -25,3 +24,7 @@ class LocalizationSettings(Protocol):
     localization_offset: int
     use_chat_template: bool
     separator: str
+
+    @property
+    def selection(self) -> Selection:
+        """``p``, ``aggregation``, ``score_scale`` and ``layers`` as one value."""

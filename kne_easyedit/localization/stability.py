@@ -1,4 +1,4 @@
-"""Localise on a set of facts and look at what came out: how many neurons where, and how stable the choice is."""
+"""Localisation on a set of facts, and how stable its choice of neurons is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from kne_easyedit.facts.encoding import Fact, Tokenizer
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.localizer import Localization
 from kne_easyedit.localization.settings import LocalizationSettings
@@ -16,7 +17,7 @@ from kne_easyedit.models.targets import count_parameters
 
 @dataclass(frozen=True)
 class Study:
-    """What a localisation found."""
+    """What `study` found."""
 
     ensemble: NeuronEnsemble
     scores: Mapping[str, Tensor]
@@ -26,19 +27,22 @@ class Study:
     computed: int
     """Facts that were not in the cache."""
     seconds: float
-    """Time that it took now."""
+    """How long it took this time, computing and reading the cache."""
     parameter_share: float
+    """Share of the model's parameters that are in the ensemble's rows."""
     parameters: int
+    """Parameters of the model."""
     model_digest: str
+    """Digest of configuration and weights (`model_digest`)."""
 
     @property
     def stability(self) -> float | None:
-        """Overlap of the two halves' ensembles, in [0, 1]."""
+        """Overlap of the two halves' ensembles (Dice), in [0, 1]; None without halves."""
         return None if self.halves is None else self.halves[0].overlap(self.halves[1])
 
     @property
     def chance(self) -> float:
-        """The overlap that ensembles of this size would have if their neurons were drawn at random."""
+        """Expected overlap of two ensembles of this size with random neurons, in [0, 1]."""
         drawn = {t: sum(map(len, layers.values())) for t, layers in self.ensemble.neurons.items()}
         return (
             sum(n * n / (self.ensemble.widths[t] * len(self.ensemble.layers)) for t, n in drawn.items())
@@ -46,17 +50,44 @@ class Study:
         )
 
 
-def study(model: nn.Module, tokenizer, requests: Sequence[Mapping], hparams: LocalizationSettings) -> Study:
-    """Localises on ``requests`` (see `localize`), and on two halves of them for the stability."""
+def study(
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping | Fact], hparams: LocalizationSettings
+) -> Study:
+    """Localises on ``requests``, and on two halves of them for the stability.
+
+    All three are aggregated in one pass: the score cache is read once, and the three aggregates are held in memory.
+
+    Args:
+        model: A causal language model; it is left as it is.
+        tokenizer: Its tokenizer.
+        requests: Mappings with ``prompt`` and ``target_new``, or encoded facts.
+        hparams: The settings.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: As `localize`.
+        FloatingPointError: As `localize`.
+        OSError: As `localize`.
+    """
     start = time.perf_counter()
     found = Localization(model, tokenizer, requests, hparams)
-    computed = found.compute()
-    scores = found.aggregate()
-    ensemble = found.ensemble(scores=scores)
+    parts = (slice(None, None, 2), slice(1, None, 2)) if len(found.facts) > 1 else ()
+    scores, *of_halves = found.aggregate(slice(None), *parts)
+    ensemble = found.select(scores)
     try:
-        halves = (found.ensemble(found.facts[::2]), found.ensemble(found.facts[1::2])) if len(found.facts) > 1 else None
+        halves = (found.select(of_halves[0]), found.select(of_halves[1])) if of_halves else None
     except ValueError:  # a half without any positive score
         halves = None
     seconds = time.perf_counter() - start
-    share = ensemble.parameter_share(model)
-    return Study(ensemble, scores, halves, computed, seconds, share, count_parameters(model), found.cache.model_digest)
+    return Study(
+        ensemble,
+        scores.values,
+        halves,
+        found.computed,
+        seconds,
+        ensemble.parameter_share(model),
+        count_parameters(model),
+        found.cache.model_digest,
+    )

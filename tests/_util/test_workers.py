@@ -181,7 +181,7 @@ def test_facts_are_localised_side_by_side_to_the_same_bits(tmp_path, tokenizer):
         hparams = tiny_hparams(cache_dir=str(tmp_path / str(workers)), chunk_rows=1)
         scores = Localization(make_llama(), tokenizer, requests, hparams)
         assert scores.compute(workers) == 3 and scores.compute(workers) == 0
-        found.append(scores.aggregate()[LLAMA_DOWN])
+        found.append(scores.aggregate()[0].values[LLAMA_DOWN])
     assert torch.equal(found[0], found[1])
 
 

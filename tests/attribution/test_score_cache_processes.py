@@ -48,7 +48,7 @@ def main(connection, folder: Path, layers=(), moment=None, k=1, then=None) -> No
         intercept(localization, "attribute_facts", k, before=lambda: intercept(torch.autograd, "grad", 2, before=act))
     elif moment == "half the file":
         opened = count(1)
-        paths.open = lambda path, mode: Half(path, "x") if next(opened) == k else open(path, mode)
+        paths.open = lambda path, mode: (Half if next(opened) == k else io.FileIO)(path, "x")
     elif moment == "before the sync":
         intercept(os, "fsync", k, before=act)
     elif moment == "before the rename":
@@ -102,7 +102,7 @@ def processes():
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv(
-            "PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parents[1], Path(paths.__file__).parents[1])))
+            "PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parents[1], Path(paths.__file__).parents[2])))
         )
         first = context.Process(target=int)
         first.start()  # and with it the one they all come from

@@ -62,7 +62,7 @@ def refuse(monkeypatch, path, number):
 
 class TestUnreadable:
     @pytest.mark.parametrize("kind", ERRORS)
-    @pytest.mark.parametrize("way", ["get", "missing", "seconds", "put"])
+    @pytest.mark.parametrize("way", ["entry", "get", "missing", "put"])
     def test_is_an_error_and_stays(self, kind, way, cache, target, facts, stored, scores, monkeypatch, caplog):
         content = stored.read_bytes()
         with monkeypatch.context() as patched:
@@ -229,7 +229,7 @@ class TestForeign:
 
 def test_a_model_that_is_not_loaded_is_named():
     with pytest.raises(
-        ValueError, match="model: model.layers.1.mlp.down_proj.weight is not loaded .*load it without offload"
+        ValueError, match=r"model: model.layers.1.mlp.down_proj.weight is not loaded .*load it without offload"
     ):
         model = make_llama()
         model.get_submodule(LLAMA_DOWN.format(1)).to("meta")
@@ -239,6 +239,6 @@ def test_a_model_that_is_not_loaded_is_named():
 def test_a_cache_in_the_place_of_a_file_is_still_named(llama, tokenizer, tmp_path):
     """Converse: nothing is there to be read, and what is wrong is the folder."""
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="score cache: .*file.* cannot be written"):
+    with pytest.raises(OSError, match=r"score cache: .*file.* cannot be written"):
         localize(llama, tokenizer, REQUESTS, tiny_hparams(cache_dir=str(tmp_path / "file")))
     shutil.rmtree(tmp_path)

@@ -392,8 +392,8 @@ class TestBadInput:
         refused([REQUEST], "ensemble: empty, there is nothing to train; raise p or localise on other facts")
 
     def test_scores_that_are_not_finite(self, refused, monkeypatch):
-        spoilt = {LLAMA_DOWN: torch.full((4, 24), float("nan"))}
-        monkeypatch.setattr(localization.Localization, "aggregate", lambda self, facts=None: spoilt)
+        spoilt = localization.Scores({LLAMA_DOWN: torch.full((4, 24), float("nan"))}, 1, 0.0)
+        monkeypatch.setattr(localization.Localization, "aggregate", lambda self, workers: [spoilt])
         refused([REQUEST], "scores: .*down_proj are not finite", error=FloatingPointError)
 
     def test_loss_that_is_not_finite(self, refused):

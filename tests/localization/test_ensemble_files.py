@@ -1,25 +1,25 @@
-"""Files from somebody else: every type is checked, and the message names the file. The scale of the selection is kept."""
+"""Ensemble files of other programs: every type is checked, and the message names the file. The scale is recorded."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FACTS, LLAMA_DOWN, tiny_hparams
+from conftest import FACTS, LLAMA_DOWN, failing, tiny_hparams
 
 from kne_easyedit import cli
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.explain import explain
 from kne_easyedit.localization.localizer import Localization, localize
 from kne_easyedit.localization.output import save_explanation
-from kne_easyedit.localization.selection import scaled
 
 REQUESTS = [{"prompt": prompt, "target_new": target} for prompt, target in FACTS]
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
 def content(**changes):
-    found = dict(format="kne-ensemble-1", neurons={"m.{}.a": {"0": [0, 1, 2, 3]}}, widths={"m.{}.a": 9}, layers=[0, 1])
+    neurons = {"m.{}.a": {"0": [0, 1, 2, 3]}}
+    found = {"format": "kne-ensemble-1", "neurons": neurons, "widths": {"m.{}.a": 9}, "layers": [0, 1]}
     return json.dumps({**found, **changes})
 
 
@@ -68,12 +68,12 @@ BAD = {
     "aggregation": (content(aggregation=["max"]), "aggregation: .* is not one of"),
     "scale": (content(scale="layers"), "scale: 'layers' is not one of"),
     "unknown": (content(more=1), "unknown field 'more'"),
-    "twice": (content().replace('"widths"', '"neurons": {}, "widths"'), "'neurons' stands there twice"),
-    "layer twice": (content().replace('"0": [0', '"0": [5], "0": [0'), "'0' stands there twice"),
+    "twice": (content().replace('"widths"', '"neurons": {}, "widths"'), "'neurons' occurs twice"),
+    "layer twice": (content().replace('"0": [0', '"0": [5], "0": [0'), "'0' occurs twice"),
     "deep": (DEEP, "too deep"),
     "deep inside": (content().replace("[0, 1]", DEEP), "too deep"),
     "nothing": ("", ""),
-    "text": ('"kne-ensemble-1"', "does not say of itself"),
+    "text": ('"kne-ensemble-1"', "its field 'format' is missing or another one"),
 }
 
 
@@ -99,7 +99,7 @@ def test_a_file_too_large_to_be_one(tmp_path):
     path = tmp_path / "ours.json"
     with path.open("wb") as file:
         file.truncate(2**31)  # sparse: takes no space, and would take 2 GiB of memory
-    with pytest.raises(ValueError, match="ours.json is no ensemble file .*bytes are more than any ensemble has"):
+    with pytest.raises(ValueError, match=r"ours.json is no ensemble file .*bytes are more than any ensemble has"):
         NeuronEnsemble.load(path)
 
 
@@ -115,7 +115,7 @@ def test_a_file_too_large_to_be_one(tmp_path):
 )
 def test_a_bad_one_made_by_hand(neurons, message):
     with pytest.raises(ValueError, match=f"ensemble: .*{message}"):
-        NeuronEnsemble(neurons, {name: 24 for name in neurons})
+        NeuronEnsemble(neurons, dict.fromkeys(neurons, 24))
 
 
 class TestScale:
@@ -151,10 +151,10 @@ class TestScale:
     def test_strongest_neurons_are_those_selected_first(self, llama, tokenizer, hparams):
         found = explain(llama, tokenizer, REQUESTS, hparams)
         scores = Localization(llama, tokenizer, REQUESTS, hparams)
-        (target,) = scores.targets
-        for own, ensemble, best in zip(scores.scores(target), found.ensembles, found.strongest):
+        for one, ensemble, best in zip(scores.scores(), found.ensembles, found.strongest):
+            own = one.values[LLAMA_DOWN]
             assert {neuron for neuron, _ in best} <= ensemble.members()
-            ranks = [scaled(own, "layer")[layer, row].item() for (_, layer, row), _ in best]
+            ranks = [scores.selection.scaled(own)[layer, row].item() for (_, layer, row), _ in best]
             assert ranks == sorted(ranks, reverse=True)
             assert [value for _, value in best] == [own[layer, row].item() for (_, layer, row), _ in best]
 
@@ -162,13 +162,14 @@ class TestScale:
         """``localization_offset`` was forgotten: other facts were shown."""
         asked = []
         monkeypatch.setattr(
-            "kne_easyedit.facts.records.load_requests", lambda *arguments: asked.append(arguments) or REQUESTS
+            "kne_easyedit.localization.data.localization_requests", lambda hparams: asked.append(hparams) or REQUESTS
         )
-        monkeypatch.setattr(
-            "kne_easyedit.models.loading.load_model", lambda hparams: (_ for _ in ()).throw(ValueError("far enough"))
-        )
+        monkeypatch.setattr("kne_easyedit.models.loading.load_model", failing(None, 1, ValueError("far enough")))
         (tmp_path / "kne.yaml").write_text(
-            f"model_name: tiny\ntarget_modules: ['{LLAMA_DOWN}']\ndevice: cpu\nlocalization_data: facts.json\nlocalization_offset: 7\n"
+            f"model_name: tiny\ntarget_modules: ['{LLAMA_DOWN}']\ndevice: cpu\nlocalization_data: facts.json\n"
+            "localization_offset: 7\n"
         )
         assert cli.main(["explain", "--hparams", str(tmp_path / "kne.yaml"), "--size", "2"]) == 1
-        assert asked == [(str(Path("facts.json").absolute()), 2, 7)]
+        (hparams,) = asked
+        assert hparams.localization_data == str(Path("facts.json").absolute())
+        assert (hparams.localization_size, hparams.localization_offset) == (2, 7)

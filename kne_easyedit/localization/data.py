@@ -1,0 +1,51 @@
+"""The facts of a localisation or an edit: read from ``localization_data``, checked and encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from torch import nn
+
+from kne_easyedit.facts.encoding import Fact, Tokenizer, encode_request, require_length
+from kne_easyedit.facts.readers import data_digest
+from kne_easyedit.facts.records import load_requests
+from kne_easyedit.localization.settings import LocalizationSettings
+
+
+def localization_requests(hparams: LocalizationSettings) -> list[dict]:
+    """The usable records of ``localization_data`` among the ``localization_size`` from ``localization_offset`` on.
+
+    The file is parsed again only if its content has changed.
+
+    Raises:
+        ValueError: No file is set, it is no data file, or the offset lies behind its end.
+        FileNotFoundError: The file does not exist.
+    """
+    data = hparams.localization_data
+    if data is None:
+        raise ValueError("localization_data: none; name a KnowEdit file (--data), or 'embedded' for the packaged facts")
+    return list(_requests(data, data_digest(data), hparams.localization_size, hparams.localization_offset))
+
+
+@lru_cache(maxsize=4)
+def _requests(path: str, content: str | None, size: int, offset: int) -> tuple[dict, ...]:
+    """``content``: the file's digest, a part of the key."""
+    return tuple(load_requests(path, size, offset))
+
+
+def encode_facts(
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping | Fact], hparams: LocalizationSettings
+) -> list[Fact]:
+    """Requests as facts, under the settings ``use_chat_template`` and ``separator``; facts are passed on as they are.
+
+    Raises:
+        ValueError: A request cannot be edited (`encode_request`), or is longer than the model can take.
+    """
+    facts = []
+    for request in requests:
+        if not isinstance(request, Fact):
+            request = encode_request(tokenizer, request, hparams.use_chat_template, hparams.separator)
+            require_length(request, model.config)
+        facts.append(request)
+    return facts
