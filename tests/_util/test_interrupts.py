@@ -281,9 +281,15 @@ def timer():
 @pytest.mark.parametrize("times", [1, 2], ids=["single", "double"])
 def test_real_signals_at_random_moments(model, tokenizer, timer, tmp_path, capsys, times):
     """An edit with its localisation (nothing cached), from its first to its last bytecode and a little beyond."""
-    settings = dict(
-        num_steps=2, stop_loss=0, attribution_steps=2, chunk_rows=100, kl_weight=0.1, kl_data="embedded", kl_size=1
-    )
+    settings = {
+        "num_steps": 2,
+        "stop_loss": 0,
+        "attribution_steps": 2,
+        "chunk_rows": 100,
+        "kl_weight": 0.1,
+        "kl_data": "embedded",
+        "kl_size": 1,
+    }
 
     def edit():
         hparams = tiny_hparams(

@@ -233,7 +233,7 @@ class TestLocalisation:
         "changes", [{"p": 0.5}, {"layers": [1, 2]}, {"aggregation": "mean"}, {"localization_size": 1}], ids=str
     )
     def test_other_settings_give_another_ensemble(self, llama, tokenizer, data_file, changes):
-        settings = dict(localization_data=data_file, localization_size=3)
+        settings = {"localization_data": data_file, "localization_size": 3}
         one = find_ensemble(llama, tokenizer, [], tiny_hparams(**settings))
         other = find_ensemble(llama, tokenizer, [], tiny_hparams(**{**settings, **changes}))
         assert one.neurons != other.neurons

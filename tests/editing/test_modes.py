@@ -30,7 +30,7 @@ AROUND = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "autocast without a cache": lambda: torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False),
 }
-PENALTY = dict(kl_weight=0.5, kl_data="embedded", kl_size=2)
+PENALTY = {"kl_weight": 0.5, "kl_data": "embedded", "kl_size": 2}
 
 
 @pytest.fixture(params=AROUND.values(), ids=AROUND.keys())

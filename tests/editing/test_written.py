@@ -103,7 +103,7 @@ class TestTheWrittenModelIsTheTrainedOne:
         model = make_llama(dtype)
         for layer in model.model.layers:
             layer.mlp.down_proj = kind(layer.mlp.down_proj).to(dtype).eval()
-        settings = dict(lr=3e-3, stop_loss=2.0) if kind is Rounded else {}
+        settings = {"lr": 3e-3, "stop_loss": 2.0} if kind is Rounded else {}
         edit = train_rows(model, facts, ensemble_of(LLAMA_DOWN, rows=MANY), tiny_hparams(**settings))
         assert edit.losses[-1] < edit.losses[0] / 2, "learnt too little to tell"
         before = fingerprint(model)
@@ -126,7 +126,7 @@ class TestTheWrittenModelIsTheTrainedOne:
 
         handle = llama.register_forward_pre_hook(bring)
         before = fingerprint(llama)
-        with pytest.raises(EditLost, match="its weights were put back.*load it unquantised, in float32 or bfloat16"):
+        with pytest.raises(EditLost, match=r"its weights were put back.*load it unquantised, in float32 or bfloat16"):
             apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams())
         assert fingerprint(llama) == before
         handle.remove()
@@ -202,7 +202,7 @@ class TestNotReached:
         assert not caplog.records
 
     def test_but_an_answer_that_is_not_given_is(self, llama, tokenizer):
-        with pytest.raises(EditFailed, match="1 of 1 facts not reached after 1 steps .*stop_loss 0"):
+        with pytest.raises(EditFailed, match=r"1 of 1 facts not reached after 1 steps .*stop_loss 0"):
             apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams(stop_loss=0, num_steps=1, on_failure="raise"))
 
     def test_a_fact_that_the_mean_hides(self, facts):
@@ -214,7 +214,9 @@ class TestNotReached:
         assert RowEdit({}, (5.0, 0.3), answers[:1]).failed(stop_loss=0.4) == ()
 
     def test_many_are_counted(self, llama, tokenizer, caplog):
-        requests = [request((ONE_TOKEN[0], word)) for word in "Rome Paris Madrid Lima Latin Tiber Oslo".split()]
+        requests = [
+            request((ONE_TOKEN[0], word)) for word in ["Rome", "Paris", "Madrid", "Lima", "Latin", "Tiber", "Oslo"]
+        ]
         with caplog.at_level(logging.WARNING):
             apply_kne_to_model(llama, tokenizer, requests, tiny_hparams(num_steps=2))
         assert (
@@ -388,7 +390,7 @@ class TestProgress:
         assert "train" in text and "3/3" in text and "loss=" in text
         assert text.endswith("\r"), "and taken away at the end"
 
-    @pytest.mark.parametrize("settings", [dict(terminal=False), dict(patience=3600.0)], ids=["no terminal", "quick"])
+    @pytest.mark.parametrize("settings", [{"terminal": False}, {"patience": 3600.0}], ids=["no terminal", "quick"])
     def test_else_nothing_is(self, monkeypatch, settings):
         assert self.shown(monkeypatch, **settings) == ""
 
