@@ -214,54 +214,54 @@ def sharpened(model: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
 
 
 def make_llama(dtype=torch.float32, seed=10, **changes) -> LlamaForCausalLM:
-    config = {
-        "vocab_size": len(make_tokenizer()),
-        "hidden_size": SIZE["hidden"],
-        "intermediate_size": SIZE["inner"],
-        "num_hidden_layers": SIZE["layers"],
-        "num_attention_heads": SIZE["heads"],
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-        "attn_implementation": "sdpa",
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    }
+    config = dict(
+        vocab_size=len(make_tokenizer()),
+        hidden_size=SIZE["hidden"],
+        intermediate_size=SIZE["inner"],
+        num_hidden_layers=SIZE["layers"],
+        num_attention_heads=SIZE["heads"],
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        pad_token_id=0,
+        eos_token_id=1,
+    )
     return sharpened(LlamaForCausalLM(LlamaConfig(**{**config, **changes})), dtype, seed)
 
 
 def make_gptj(dtype=torch.float32, seed=289, **changes) -> GPTJForCausalLM:
-    config = {
-        "vocab_size": len(make_tokenizer()),
-        "n_embd": SIZE["hidden"],
-        "n_inner": SIZE["inner"],
-        "n_layer": SIZE["layers"],
-        "n_head": SIZE["heads"],
-        "n_positions": 64,
-        "rotary_dim": 4,
-        "resid_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "attn_pdrop": 0.1,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 1,
-    }
+    config = dict(
+        vocab_size=len(make_tokenizer()),
+        n_embd=SIZE["hidden"],
+        n_inner=SIZE["inner"],
+        n_layer=SIZE["layers"],
+        n_head=SIZE["heads"],
+        n_positions=64,
+        rotary_dim=4,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attn_pdrop=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     return sharpened(GPTJForCausalLM(GPTJConfig(**{**config, **changes})), dtype, seed)
 
 
 def make_gpt2(dtype=torch.float32, seed=0, **changes) -> GPT2LMHeadModel:
-    config = {
-        "vocab_size": len(make_tokenizer()),
-        "n_embd": SIZE["hidden"],
-        "n_inner": SIZE["inner"],
-        "n_layer": SIZE["layers"],
-        "n_head": SIZE["heads"],
-        "n_positions": 64,
-        "attn_implementation": "sdpa",
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 1,
-    }
+    config = dict(
+        vocab_size=len(make_tokenizer()),
+        n_embd=SIZE["hidden"],
+        n_inner=SIZE["inner"],
+        n_layer=SIZE["layers"],
+        n_head=SIZE["heads"],
+        n_positions=64,
+        attn_implementation="sdpa",
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     return sharpened(GPT2LMHeadModel(GPT2Config(**{**config, **changes})), dtype, seed)
 
 
@@ -329,15 +329,9 @@ def llama64(double_precision) -> LlamaForCausalLM:
 
 def tiny_hparams(template: str = LLAMA_DOWN, **changes) -> KNEHyperParams:
     """Settings under which the tiny models learn a fact within a second."""
-    settings = {
-        "model_name": "tiny",
-        "target_modules": [template],
-        "device": "cpu",
-        "p": 0.2,
-        "attribution_steps": 4,
-        "lr": 5e-2,
-        "stop_loss": 0.05,
-    }
+    settings = dict(
+        model_name="tiny", target_modules=[template], device="cpu", p=0.2, attribution_steps=4, lr=5e-2, stop_loss=0.05
+    )
     return KNEHyperParams(**{**settings, **changes})
 
 

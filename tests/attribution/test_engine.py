@@ -113,19 +113,19 @@ class TestLiteralReference:
 class TestOtherFamilies:
     """Not promised by name in Eq. 5, but shipped as settings: they must be right or refused."""
 
-    CONFIG = {
-        "vocab_size": 100,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 6,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 1,
-    }
+    CONFIG = dict(
+        vocab_size=100,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
 
     @pytest.mark.parametrize("window", [4, None])
     def test_mistral_and_its_sliding_window(self, tokenizer, window):

@@ -30,10 +30,10 @@ LLAMA = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp
 FUSED = "self_attn.qkv_proj self_attn.o_proj mlp.gate_up_proj mlp.down_proj"
 NEOX = "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h"
 BLOOM = "self_attention.query_key_value self_attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h"
-GEMMA = {"head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 4, "tie_word_embeddings": True}
-SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+GEMMA = dict(head_dim=6, query_pre_attn_scalar=6, sliding_window=4, tie_word_embeddings=True)
+SOFTCAPS = dict(attn_logit_softcapping=2.0, final_logit_softcapping=5.0)
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
-LOCAL_GLOBAL = {"layer_types": LAYERS}
+LOCAL_GLOBAL = dict(layer_types=LAYERS)
 
 
 class Kind(NamedTuple):
@@ -52,25 +52,25 @@ class Kind(NamedTuple):
 
 FAMILIES = {
     "llama": Kind(
-        "LlamaForCausalLM", "model.layers", LLAMA, 7, {"attn_implementation": "sdpa", "tie_word_embeddings": True}
+        "LlamaForCausalLM", "model.layers", LLAMA, 7, dict(attn_implementation="sdpa", tie_word_embeddings=True)
     ),
     "llama-eager": Kind(
-        "LlamaForCausalLM", "model.layers", LLAMA, 17, {"attn_implementation": "eager", "attention_bias": True}
+        "LlamaForCausalLM", "model.layers", LLAMA, 17, dict(attn_implementation="eager", attention_bias=True)
     ),
     "mistral": Kind(
-        "MistralForCausalLM", "model.layers", LLAMA, 3, {"attn_implementation": "sdpa", "sliding_window": None}
+        "MistralForCausalLM", "model.layers", LLAMA, 3, dict(attn_implementation="sdpa", sliding_window=None)
     ),
     "mistral-window": Kind(
-        "MistralForCausalLM", "model.layers", LLAMA, 14, {"attn_implementation": "sdpa", "sliding_window": 4}
+        "MistralForCausalLM", "model.layers", LLAMA, 14, dict(attn_implementation="sdpa", sliding_window=4)
     ),
-    "qwen2": Kind("Qwen2ForCausalLM", "model.layers", LLAMA, 3, {"attn_implementation": "sdpa"}),
-    "qwen3": Kind("Qwen3ForCausalLM", "model.layers", LLAMA, 1, {"attn_implementation": "sdpa", "head_dim": 6}),
+    "qwen2": Kind("Qwen2ForCausalLM", "model.layers", LLAMA, 3, dict(attn_implementation="sdpa")),
+    "qwen3": Kind("Qwen3ForCausalLM", "model.layers", LLAMA, 1, dict(attn_implementation="sdpa", head_dim=6)),
     "gemma": Kind(
         "GemmaForCausalLM",
         "model.layers",
         LLAMA,
         7,
-        {"attn_implementation": "sdpa", "head_dim": 6, "tie_word_embeddings": True},
+        dict(attn_implementation="sdpa", head_dim=6, tie_word_embeddings=True),
     ),
     "gemma2": Kind(
         "Gemma2ForCausalLM", "model.layers", LLAMA, 37, dict(attn_implementation="eager", **GEMMA, **SOFTCAPS)
@@ -81,68 +81,64 @@ FAMILIES = {
     "gemma3-eager": Kind(
         "Gemma3ForCausalLM", "model.layers", LLAMA, 7, dict(attn_implementation="eager", **GEMMA, **LOCAL_GLOBAL)
     ),
-    "phi3": Kind("Phi3ForCausalLM", "model.layers", FUSED, 2, {"attn_implementation": "sdpa"}),
+    "phi3": Kind("Phi3ForCausalLM", "model.layers", FUSED, 2, dict(attn_implementation="sdpa")),
     "gpt2": Kind(
         "GPT2LMHeadModel",
         "transformer.h",
         "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
         1,
-        {"attn_implementation": "sdpa"},
+        dict(attn_implementation="sdpa"),
     ),
     "gptj": Kind(
         "GPTJForCausalLM",
         "transformer.h",
         "attn.q_proj attn.k_proj attn.v_proj attn.out_proj mlp.fc_in mlp.fc_out",
         16,
-        {"rotary_dim": 4},
+        dict(rotary_dim=4),
     ),
     "codegen": Kind(
-        "CodeGenForCausalLM", "transformer.h", "attn.qkv_proj attn.out_proj mlp.fc_in mlp.fc_out", 2, {"rotary_dim": 4}
+        "CodeGenForCausalLM", "transformer.h", "attn.qkv_proj attn.out_proj mlp.fc_in mlp.fc_out", 2, dict(rotary_dim=4)
     ),
     "neox": Kind(
-        "GPTNeoXForCausalLM", "gpt_neox.layers", NEOX, 6, {"attn_implementation": "sdpa", "use_parallel_residual": True}
+        "GPTNeoXForCausalLM", "gpt_neox.layers", NEOX, 6, dict(attn_implementation="sdpa", use_parallel_residual=True)
     ),
     "neox-serial": Kind(
-        "GPTNeoXForCausalLM",
-        "gpt_neox.layers",
-        NEOX,
-        2,
-        {"attn_implementation": "sdpa", "use_parallel_residual": False},
+        "GPTNeoXForCausalLM", "gpt_neox.layers", NEOX, 2, dict(attn_implementation="sdpa", use_parallel_residual=False)
     ),
     "gpt-oss": Kind(
         "GptOssForCausalLM",
         "model.layers",
         "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj",
         37,
-        {
-            "attn_implementation": "eager",
-            "head_dim": 6,
-            "sliding_window": 4,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "layer_types": LAYERS,
-            "experts_implementation": "eager",
-        },
+        dict(
+            attn_implementation="eager",
+            head_dim=6,
+            sliding_window=4,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            layer_types=LAYERS,
+            experts_implementation="eager",
+        ),
     ),
     "opt": Kind(
         "OPTForCausalLM",
         "model.decoder.layers",
         "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2",
         31,
-        {"attn_implementation": "sdpa", "ffn_dim": SIZE["inner"], "word_embed_proj_dim": SIZE["hidden"]},
+        dict(attn_implementation="sdpa", ffn_dim=SIZE["inner"], word_embed_proj_dim=SIZE["hidden"]),
     ),
     "mamba": Kind(
         "MambaForCausalLM",
         "backbone.layers",
         "mixer.in_proj mixer.x_proj mixer.out_proj",
         10,
-        {"state_size": 4},
+        dict(state_size=4),
         "MambaForCausalLM keeps no keys and values of earlier positions",
         "mixer.dt_proj",
     ),
     "bloom": Kind("BloomForCausalLM", "transformer.h", BLOOM, 4, {}, "BloomForCausalLM: unknown argument 'alibi'"),
     "falcon": Kind(
-        "FalconForCausalLM", "transformer.h", BLOOM, 2, {"ffn_hidden_size": SIZE["inner"]}, "FalconForCausalLM: "
+        "FalconForCausalLM", "transformer.h", BLOOM, 2, dict(ffn_hidden_size=SIZE["inner"]), "FalconForCausalLM: "
     ),
 }
 OTHERS = {
@@ -151,22 +147,22 @@ OTHERS = {
         "model.layers",
         "self_attn.kv_b_proj self_attn.o_proj mlp.down_proj",
         8,
-        {
-            "q_lora_rank": 8,
-            "kv_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 6,
-            "num_key_value_heads": 4,
-            "first_k_dense_replace": 3,
-        },
+        dict(
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=6,
+            num_key_value_heads=4,
+            first_k_dense_replace=3,
+        ),
     ),
     "lfm2": Kind(
         "Lfm2ForCausalLM",
         "model.layers",
         "feed_forward.w1 feed_forward.w2",
         3,
-        {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+        dict(layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False),
     ),
 }
 """Whether the sweep can replay these is left open: values narrower than keys, convolutions between the attentions."""
@@ -176,19 +172,19 @@ REFUSED = [name for name, kind in FAMILIES.items() if kind.refused]
 
 def make(name: str, dtype: torch.dtype = torch.float64, **changes) -> nn.Module:
     kind = {**FAMILIES, **OTHERS}[name]
-    settings = {
-        "vocab_size": len(make_tokenizer()),
-        "hidden_size": SIZE["hidden"],
-        "intermediate_size": SIZE["inner"],
-        "n_inner": SIZE["inner"],
-        "num_hidden_layers": 3,
-        "num_attention_heads": SIZE["heads"],
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 1,
-    }
+    settings = dict(
+        vocab_size=len(make_tokenizer()),
+        hidden_size=SIZE["hidden"],
+        intermediate_size=SIZE["inner"],
+        n_inner=SIZE["inner"],
+        num_hidden_layers=3,
+        num_attention_heads=SIZE["heads"],
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     model = getattr(transformers, kind.model)
     with torch._C.DisableTorchFunction():  # the same buffers inside `NoDetours` and outside
         return sharpened(model(model.config_class(**{**settings, **kind.settings, **changes})), dtype, kind.seed)
@@ -295,21 +291,21 @@ class TestLiteralReference:
     @pytest.mark.parametrize(
         ("name", "change"),
         [
-            ("mistral-window", {"sliding_window": 5}),
-            ("gemma2", {"sliding_window": 5}),
-            ("gemma2", {"attn_logit_softcapping": None}),
-            ("gemma2", {"final_logit_softcapping": None}),
-            ("gemma2", {"layer_types": ["full_attention"] * 3}),
-            ("gemma3", {"sliding_window": 5}),
-            ("gemma3", {"layer_types": ["sliding_attention"] * 3}),
-            ("neox", {"use_parallel_residual": False}),
+            ("mistral-window", dict(sliding_window=5)),
+            ("gemma2", dict(sliding_window=5)),
+            ("gemma2", dict(attn_logit_softcapping=None)),
+            ("gemma2", dict(final_logit_softcapping=None)),
+            ("gemma2", dict(layer_types=["full_attention"] * 3)),
+            ("gemma3", dict(sliding_window=5)),
+            ("gemma3", dict(layer_types=["sliding_attention"] * 3)),
+            ("neox", dict(use_parallel_residual=False)),
             (
                 "llama",
-                {
-                    "attn_implementation": "eager",
-                    "rope_theta": 50.0,
-                    "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
-                },
+                dict(
+                    attn_implementation="eager",
+                    rope_theta=50.0,
+                    rope_parameters=dict(rope_type="default", rope_theta=50.0),
+                ),
             ),
         ],
     )
@@ -338,7 +334,7 @@ class TestBatches:
         """Several facts and modules, another quadrature, batches cut short: each as alone, or as the sweep has it."""
         model, few = made(name), facts[::2]
         targets = [resolve_target(model, template, [0, 2]) for template in two_kinds(name)]
-        settings = {"quadrature": gauss_legendre, "chunk_rows": 20}
+        settings = dict(quadrature=gauss_legendre, chunk_rows=20)
         slow = attribute_facts(model, targets, few, 2, engine="whole", **settings)
         if FAMILIES[name].refused:
             other = [

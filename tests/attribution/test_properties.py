@@ -117,7 +117,7 @@ def scores_of(family: str, case: Case, **changes) -> list[torch.Tensor]:
     case = case._replace(**changes)
     model = model_of(family)
     targets = [resolve_target(model, templates_of(family)[i], case.layers) for i in case.templates]
-    settings = {"chunk_rows": case.chunk_rows, "quadrature": QUADRATURES[case.quadrature], "engine": "sweep"}
+    settings = dict(chunk_rows=case.chunk_rows, quadrature=QUADRATURES[case.quadrature], engine="sweep")
     with NoDetours():
         return attribute_facts(model, targets, case.facts, case.steps, **settings)
 

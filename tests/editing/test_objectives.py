@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 from conftest import FACTS, LLAMA_DOWN, bits, fingerprint, make_llama, make_tokenizer, tiny_hparams, weights
+from edits import ensemble_of, full_deltas, masks_of
 from pytest import approx
 from reference import literal_row_training
-from row_edits import ensemble_of, full_deltas, masks_of
 
 from kne_easyedit import apply_kne_to_model, compute_edit, restore
 from kne_easyedit.editing import objectives as objectives_module

@@ -14,7 +14,7 @@ from conftest import (
     tiny_hparams,
     weights,
 )
-from row_edits import ROWS, edit_of, ensemble_of, masks_of
+from edits import ROWS, edit_of, ensemble_of, masks_of
 
 from kne_easyedit.editing import row_edit
 from kne_easyedit.editing.objectives import answer_loss

@@ -16,8 +16,8 @@ from conftest import (
     make_llama,
     tiny_hparams,
 )
+from edits import MANY, ROWS, ensemble_of, full_deltas, masks_of
 from reference import literal_row_training
-from row_edits import MANY, ROWS, ensemble_of, full_deltas, masks_of
 
 from kne_easyedit.editing import adapter
 from kne_easyedit.editing import row_training as training
@@ -69,7 +69,7 @@ class TestLiteralReference:
     )
     def test_other_settings_matter(self, llama64, facts, changes):
         """Converse: settings that differ by little give deltas far beyond the tolerance."""
-        hparams = {"stop_loss": 0, "num_steps": 5, "weight_decay": 0.0}
+        hparams = dict(stop_loss=0, num_steps=5, weight_decay=0.0)
         one = train_rows(llama64, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(**hparams))
         other = train_rows(llama64, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(**{**hparams, **changes}))
         name = LLAMA_DOWN.format(0)
@@ -130,7 +130,7 @@ class TestTraining:
         torch.rand(7)
         assert torch.equal(start(1), first)
         assert not torch.equal(start(2), first)
-        # kaiming_uniform with a = sqrt(5) draws from +-1/sqrt(d1); alpha/sqrt(n) scales it; two roundings are less than 1e-6
+        # kaiming_uniform with a = sqrt(5) draws from +-1/sqrt(d1), times alpha/sqrt(n); two roundings are below 1e-6
         assert 0 < first.abs().max() <= 1 / math.sqrt(SIZE["inner"]) / math.sqrt(len(ROWS[0])) * (1 + 1e-6)
         assert torch.equal(start(1, "zeros"), start(2, "zeros"))
 

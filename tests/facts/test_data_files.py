@@ -249,7 +249,7 @@ class TestSeparator:
             run(job_of([to_request(FACT)], tmp_path, hparams))
 
     def test_without_its_patch_it_is_refused(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(patches, "applied", lambda: [])
+        monkeypatch.setattr(patches, "applied", list)
         with pytest.raises(ValueError, match=r"separator: .*evaluation-separator.*switches off"):
             run(
                 job_of(

@@ -12,13 +12,7 @@ from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.targets import check_template, nearest_templates, resolve_target
 
-SMALL = {
-    "vocab_size": 91,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-}
+SMALL = dict(vocab_size=91, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32)
 
 
 def make_opt():

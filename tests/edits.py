@@ -1,11 +1,12 @@
-"""Hand-made ensembles and edits of the tiny models."""
+"""What the tests of editing share: requests, and hand-made ensembles and edits of the tiny models."""
 
 from __future__ import annotations
 
 import torch
-from conftest import LLAMA_DOWN, SIZE
+from conftest import LLAMA_DOWN, ONE_TOKEN, SIZE, SPELLED, THREE_TOKENS
 
 from kne_easyedit.editing.row_edit import RowEdit
+from kne_easyedit.facts.encoding import encode
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 
 ROWS = {0: (2, 3, 11), 2: (0,), 3: (5, 23)}
@@ -51,3 +52,25 @@ def edit_of(model, template=LLAMA_DOWN, rows=ROWS):
         inputs = weight.numel() // SIZE["hidden"]
         deltas[template.format(layer)] = found, torch.randn(len(found), inputs, generator=generator).to(torch.float32)
     return RowEdit(deltas, (1.0, 0.1))
+
+
+def request(fact=ONE_TOKEN, subject=None, **changes):
+    prompt, target = fact
+    return {"prompt": prompt, "target_new": target, "ground_truth": None, "subject": subject, **changes}
+
+
+REQUEST = request(ONE_TOKEN, "France")
+REQUESTS = [REQUEST, request(SPELLED, "Ada"), request(THREE_TOKENS, "Rome")]
+
+
+def predicted(model, tokenizer, one):
+    """Teacher-forced: the most probable token at every position that predicts one of the target's."""
+    fact = encode(tokenizer, one["prompt"], one["target_new"])
+    with torch.no_grad():
+        best = model(input_ids=torch.tensor([fact.ids])).logits[0].argmax(-1)
+    return best[list(fact.positions)].tolist(), list(fact.answer)
+
+
+def edited(model, tokenizer, one):
+    got, wanted = predicted(model, tokenizer, one)
+    return got == wanted
