@@ -60,12 +60,16 @@ def _rows(out):
     return out.view(-1, out.shape[-1])
 
 
-def literal_row_training(model, examples, masks, lr, steps, alpha=1.0, weight_decay=0.0, stop_loss=0.0):
+def literal_row_training(
+    model, examples, masks, lr, steps, alpha=1.0, weight_decay=0.0, stop_loss=0.0, kl_weight=0.0, kl_ids=()
+):
     """Eq. 8-11 on full matrices: every weight has a full-sized ``W_kne`` whose gradient is masked to the chosen rows.
 
     ``examples`` are (token ids, number of prompt tokens), each run through the model alone and unpadded;
-    ``masks`` maps parameter name -> (boolean mask of the weight's shape, number of chosen neurons ``n``).
-    Returns what is added to each weight, full-sized, and the losses before every step and after the last.
+    ``masks`` maps parameter name -> (boolean mask of the weight's shape, number of chosen neurons ``n``);
+    ``kl_ids`` are token ids of prompts: ``kl_weight`` times the mean KL divergence of the next token's distribution
+    there, before against now, is added to what is minimised.
+    Returns what is added to each weight, full-sized, and the answers' losses before every step and after the last.
     """
     frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
     added = {name: torch.zeros_like(frozen[name], requires_grad=True) for name in masks}
@@ -73,16 +77,27 @@ def literal_row_training(model, examples, masks, lr, steps, alpha=1.0, weight_de
     def scaled():
         return {name: alpha / masks[name][1] ** 0.5 * added[name] for name in masks}
 
-    def loss():
+    def logits_of(ids):
         edited = {**frozen, **{name: frozen[name] + change for name, change in scaled().items()}}
+        return torch.func.functional_call(model, edited, kwargs={"input_ids": torch.tensor([list(ids)])}).logits[0]
+
+    def loss():
         total, count = 0, 0
         for ids, n_prompt in examples:
-            logits = torch.func.functional_call(model, edited, kwargs={"input_ids": torch.tensor([ids])}).logits[0]
+            logits = logits_of(ids)
             for position in range(n_prompt, len(ids)):
                 total = total - torch.log_softmax(logits[position - 1], -1)[ids[position]]
                 count += 1
         return total / count
 
+    def divergence():
+        total = 0
+        for ids, p in zip(kl_ids, before):
+            q = torch.softmax(logits_of(ids)[-1], -1)
+            total = total + (p * torch.log(p / q)).sum()
+        return total / len(kl_ids)
+
+    before = [torch.softmax(logits_of(ids)[-1], -1).detach() for ids in kl_ids]
     optimizer = torch.optim.AdamW(added.values(), lr=lr, weight_decay=weight_decay)
     losses = []
     while True:
@@ -91,7 +106,7 @@ def literal_row_training(model, examples, masks, lr, steps, alpha=1.0, weight_de
         if losses[-1] < stop_loss or len(losses) > steps:
             return {name: change.detach() for name, change in scaled().items()}, losses
         optimizer.zero_grad()
-        now.backward()
+        (now + kl_weight * divergence() if kl_ids else now).backward()
         for name, (mask, _) in masks.items():
             added[name].grad[~mask] = 0
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Tools that know nothing of models or facts: files, digests, interrupts, processes, pictures.
+"""Tools that know nothing of models or facts: files, digests, interrupts, processes, plots.
 
 Only what several rooms need and no library offers may enter. Nothing here imports from another room.
 """

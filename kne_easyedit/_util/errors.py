@@ -4,4 +4,7 @@ from __future__ import annotations
 
 
 class RunStopped(RuntimeError):
-    """A run that cannot go on, through no fault of its input; the message says why and what to do. What was finished is kept."""
+    """A run that cannot go on, through no fault of its input; what was finished is kept.
+
+    The message says why, and what to do.
+    """

@@ -1,4 +1,4 @@
-"""Where the project keeps its files, and how a file or folder appears only when it is complete.
+"""The cache folder, paths, and files and folders that appear only when they are complete.
 
 Standard library only, so that every other module may import it at no cost.
 """
@@ -12,38 +12,38 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 __all__ = ["atomic_directory", "atomic_write", "cache_home", "expand_path", "parse_json"]
 
 
 def expand_path(path: str | os.PathLike[str]) -> Path:
-    """The path with ``~`` and environment variables put in, absolute: a relative one means the working directory."""
+    """The path with ``~`` and environment variables expanded, absolute (relative to the working directory)."""
     return Path(os.path.expandvars(os.fspath(path))).expanduser().absolute()
 
 
 def cache_home() -> Path:
-    """The user's cache folder of this project: absolute, and not necessarily there yet.
+    """The user's cache folder of this project: absolute, and it may not exist yet.
 
-    ``KNE_CACHE`` names it outright; otherwise it is ``kne_easyedit`` in ``XDG_CACHE_HOME``,
-    otherwise in ``~/.cache``. An empty variable counts as unset, and so does a relative
-    ``XDG_CACHE_HOME``, as its specification demands.
+    It is ``KNE_CACHE``, else ``kne_easyedit`` in ``XDG_CACHE_HOME``, else in ``~/.cache``. An empty variable counts as
+    unset, and so does a relative ``XDG_CACHE_HOME``, as its specification demands.
     """
     own = os.environ.get("KNE_CACHE")
     if own:
         return Path(own).expanduser().absolute()
     xdg = os.environ.get("XDG_CACHE_HOME", "")
-    parent = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+    parent = Path(xdg) if Path(xdg).is_absolute() else Path.home() / ".cache"
     return parent / "kne_easyedit"
 
 
 @contextlib.contextmanager
 def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty folder beside ``final`` that takes its name once the block has succeeded.
+    """Yields an empty folder beside ``final`` that is renamed to it once the block has succeeded.
 
-    After any exception the temporary folder is removed and ``final`` is untouched, so a folder
-    under the final name is always complete. If another process was faster, its ``final`` is kept
-    and ours is dropped: callers use this for results that do not depend on who made them.
-    Missing parents are created. Only a killed process leaves its (hidden) temporary folder behind.
+    After any exception the temporary folder is removed and ``final`` is untouched, so a folder under the final name is
+    always complete. If another process was faster, its ``final`` is kept and ours is dropped: callers use this for
+    results that do not depend on who made them. Missing parents are created. Only a killed process leaves its (hidden)
+    temporary folder behind.
     """
     final = Path(final)
     temporary = _beside(final)
@@ -61,21 +61,21 @@ def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write ``data`` (text as UTF-8, line ends as they are) to ``path`` at once or not at all.
+    """Writes ``data`` (text as UTF-8, line ends as they are) to ``path`` atomically.
 
-    Readers see the old content or the new one, never a part, even after a crash. After an error
-    the old file stands as it was and no temporary file remains. Missing parents are created.
+    Readers see the old content or the new one, never a part, even after a crash. After an error the old file is
+    untouched and no temporary file remains. Missing parents are created.
     """
     path = Path(path)
     temporary = _beside(path)
     content = data.encode("utf-8") if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temporary, "xb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # or the rename might reach the disk before the content does
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # renamed by now, unless something failed
 
@@ -85,8 +85,12 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
-def parse_json(content: str | bytes):
-    """The value of a JSON text, UTF-8. Raises ValueError, in words that may follow a file's name, for anything else."""
+def parse_json(content: str | bytes) -> Any:
+    """The value of a JSON text, UTF-8.
+
+    Raises:
+        ValueError: It is no JSON; the message may follow a file's name.
+    """
     try:
         return json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)
     except UnicodeDecodeError as error:

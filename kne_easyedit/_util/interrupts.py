@@ -1,8 +1,8 @@
-"""Ctrl-C at safe points only: inside, an interrupt waits until the code asks for it.
+"""Ctrl-C at safe points only: inside, an interrupt is deferred until the code asks for it.
 
-A ``finally`` that puts something back is itself interrupted by a signal that comes while it runs. So what changes a
-model for a while does not run under Python's own handler, which raises at any bytecode, but under one that only notes
-the signal; the program asks at points where raising is safe, once every forward pass at least.
+A ``finally`` that restores something is itself interrupted by a signal that comes while it runs. So code that changes a
+model for a while does not run under Python's own handler, which raises at any bytecode, but under one that only records
+the signal; the program asks at points where raising is safe, at least once every forward pass.
 """
 
 from __future__ import annotations
@@ -11,30 +11,37 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 _HELD = threading.local()  # signals come to the main thread alone: other threads find nothing here
 
 
 def safe_point() -> None:
-    """Gives a SIGINT that came in the meantime to the handler that was in place before: it may raise KeyboardInterrupt here."""
+    """Passes a SIGINT that came in the meantime to the previous handler, which may raise KeyboardInterrupt here."""
     outermost = getattr(_HELD, "outermost", None)
     if outermost is not None:
         outermost.deliver()
 
 
 class defer_interrupts:
-    """Inside, SIGINT is noted, and given to the handler that was in place before at a `safe_point` or at the end.
+    """Inside, SIGINT is recorded, and passed to the previous handler at a `safe_point` or at the end of the block.
 
-    ``undo`` is called if the handler raises at the end of a block that succeeded: the result of the block is then lost to the
-    caller. Blocks nest, the outermost one holds. Nothing is held outside of the main thread, where no signals arrive, and
+    Blocks nest; the outermost one counts. Nothing is deferred outside the main thread, where no signals arrive, and
     where no Python handler is in place: SIGINT is ignored then, or ends the process.
 
-    From the moment when the handler is back until the caller has the result, Python itself looks for signals at calls only
-    (since 3.11; 3.10 looks after almost every bytecode, so that some microseconds remain there).
+    After the handler is restored, until the caller has the result, Python checks for signals at calls only (since 3.11;
+    3.10 checks after almost every bytecode, so that some microseconds remain there).
+
+    Args:
+        undo: Called if the handler raises at the end of a block that succeeded: its result is lost to the caller.
     """
 
     def __init__(self, undo: Callable[[], None] | None = None):
-        self._undo, self._before, self._came, self._raised = undo, None, False, None
+        self._undo = undo
+        self._before: Callable[[int, FrameType | None], Any] | None = None
+        self._came = False
+        self._raised: BaseException | None = None
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread() or getattr(_HELD, "outermost", None) is not None:
@@ -42,10 +49,10 @@ class defer_interrupts:
         before = signal.getsignal(signal.SIGINT)
         if callable(before):
             self._before = before
-            signal.signal(signal.SIGINT, self._note)  # nothing raises from here on
+            signal.signal(signal.SIGINT, self._note)  # nothing raises after this
             _HELD.outermost = self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if getattr(_HELD, "outermost", None) is not self:
             return
         undo = self._undo if kind is None else None
@@ -56,9 +63,8 @@ class defer_interrupts:
                 signal.signal(signal.SIGINT, self._before)
                 if not self._came:
                     break
-            except (
-                BaseException
-            ) as raised:  # by the handler before: at `deliver`, or in the moment in which it came back
+            # The previous handler raised: at `deliver`, or at the moment when it was restored.
+            except BaseException as raised:  # noqa: BLE001  (raised again below)
                 self._raised = raised
             self._hold_again()
             if self._raised is not None and undo is not None:
@@ -68,12 +74,12 @@ class defer_interrupts:
             raise self._raised
 
     def deliver(self) -> None:
-        """Calls the handler before if a signal came. Several signals are one, as everywhere."""
-        if self._came:
+        """Calls the previous handler if a signal came. Several signals count as one."""
+        if self._came and self._before is not None:
             self._came = False
             self._before(signal.SIGINT, sys._getframe(1))
 
-    def _note(self, number, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self._came = True
 
     def _hold_again(self) -> None:
@@ -82,5 +88,5 @@ class defer_interrupts:
                 signal.signal(signal.SIGINT, self._note)
                 _HELD.outermost = self
                 return
-            except BaseException as raised:  # a further signal, before the handler was exchanged
+            except BaseException as raised:  # noqa: BLE001, PERF203  (a further signal; raised again by __exit__)
                 self._raised = raised

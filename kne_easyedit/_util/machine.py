@@ -1,4 +1,4 @@
-"""The machine: what it is, how much memory is free, and how the allocator keeps it."""
+"""The machine: its hardware, its free memory, and settings of the memory allocator."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import gc
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGEST = 2**31 - 1
@@ -15,11 +20,13 @@ _VECTOR = 64
 
 
 def keep_large_blocks() -> bool:
-    """Tells glibc to keep freed memory for the process instead of returning it; whether it took effect.
+    """Makes glibc keep freed memory for the process instead of returning it to the system.
 
-    On a CPU a sixth of a sweep's time would go into mapping large blocks afresh.
-    For programs of their own (the command line, the benchmarks), never at import: it changes the whole process.
-    Elsewhere than on glibc nothing happens.
+    On a CPU a sixth of a sweep's time would otherwise go into mapping large blocks again. For programs (the command
+    line, the benchmarks), never at import: it changes the whole process. Without glibc nothing happens.
+
+    Returns:
+        Whether it took effect.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
@@ -27,10 +34,13 @@ def keep_large_blocks() -> bool:
     return all(libc.mallopt(option, _LARGEST) == 1 for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
 
-def align_weights(model) -> int:
-    """Moves weights on the CPU to addresses that suit its vectors, bit by bit the same; returns how many it moved.
+def align_weights(model: nn.Module) -> int:
+    """Moves weights on the CPU to addresses aligned for its vectors; their values stay the same bit by bit.
 
-    A file that is mapped leaves them where it has them; products with such weights take a tenth longer.
+    In a memory-mapped file they may lie anywhere; products with unaligned weights take a tenth longer.
+
+    Returns:
+        How many were moved.
     """
     moved = [p for p in model.parameters() if p.device.type == "cpu" and p.data_ptr() % _VECTOR]
     for parameter in moved:
@@ -38,10 +48,10 @@ def align_weights(model) -> int:
     return len(moved)
 
 
-def free_memory(device) -> int:
-    """Bytes that are free on a torch device: on a GPU with what torch holds in reserve, elsewhere in the machine.
+def free_memory(device: torch.device) -> int:
+    """Free bytes: on a GPU with what torch holds in reserve, for any other device those of the machine.
 
-    A container or a SLURM job may take less than the machine has: the limits of its control groups count.
+    A container or a SLURM job may use less than the machine has: the limits of its control groups count.
     """
     import torch
 
@@ -56,7 +66,7 @@ def free_memory(device) -> int:
 
 
 def _left_by_control_groups(membership: Path, root: Path) -> list[int]:
-    """Bytes that each memory limit above this process leaves it (Linux; both versions of control groups).
+    """Bytes left under each memory limit of this process (Linux; both versions of control groups).
 
     Pages of files that can be dropped at any time count as free, as they do for the whole machine.
     """
@@ -75,14 +85,12 @@ def _left_by_control_groups(membership: Path, root: Path) -> list[int]:
         else:
             continue
         group = top / path.lstrip("/")
-        for folder in (
-            group,
-            *group.parents[: len(group.parts) - len(top.parts)],
-        ):  # up to the root, which is a container's own
+        up_to_top = group.parents[: len(group.parts) - len(top.parts)]  # in a container, its own root
+        for folder in (group, *up_to_top):
             try:
                 most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
                 counts = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # not there, or not for this process to see
+            except (OSError, ValueError):  # no such limit, or not readable for this process
                 continue
             if most.isdigit():
                 left.append(max(0, int(most) - used + int(counts.get(dropped, 0))))
@@ -90,14 +98,16 @@ def _left_by_control_groups(membership: Path, root: Path) -> list[int]:
 
 
 class PeakMemory:
-    """Memory that a block of work takes at its worst, above what was taken when it began: ``with PeakMemory(device) as peak``.
+    """Peak memory of a block, above what was in use when it began: ``with PeakMemory(device) as peak``.
 
     ``peak.bytes``: on a GPU what torch allocated there; on Linux the process's resident size, for which memory that
-    the allocator keeps is first given back; None elsewhere.
+    the allocator keeps is returned first; None elsewhere.
     """
 
-    def __init__(self, device):
-        self.device, self.bytes = device, None
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bytes: int | None = None
+        self._before: int | None = None
 
     def __enter__(self) -> PeakMemory:
         import torch
@@ -109,17 +119,19 @@ class PeakMemory:
             self._before = _fresh_resident_size()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         import torch
 
+        if self._before is None:
+            return
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
-        elif self._before is not None:
+        else:
             self.bytes = max(0, _status("VmHWM") - self._before)
 
 
 def _fresh_resident_size() -> int | None:
-    """The resident size of this process, its peak counted from now on; None where that is unknown."""
+    """The resident size of this process, whose peak is reset; None where that is unknown."""
     gc.collect()
     try:
         if platform.libc_ver()[0] == "glibc":
@@ -141,7 +153,7 @@ def available_cores() -> int:
 
 
 def hardware() -> dict[str, object]:
-    """The machine as people would name it: processor, cores, memory, GPUs."""
+    """Processor, cores, threads, memory, GPUs and platform, for records of a measurement."""
     import psutil
     import torch
 
@@ -163,8 +175,8 @@ def hardware() -> dict[str, object]:
     }
 
 
-def environment(model) -> dict[str, object]:
-    """Versions and machine: what a figure depends on beside the settings."""
+def environment(model: nn.Module) -> dict[str, object]:
+    """Versions, device and type: what a figure depends on beside the settings."""
     import peft
     import torch
     import transformers

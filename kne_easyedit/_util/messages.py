@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 
 def shorten(value: object, longest: int = 120) -> str:
-    """``value`` as a message shows it: its repr, cut to a readable length."""
+    """The repr of ``value``, cut to a readable length, for messages."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists

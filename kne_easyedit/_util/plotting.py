@@ -1,30 +1,31 @@
-"""Pictures as PNG. matplotlib is imported only when something is drawn."""
+"""Plots as PNG files. matplotlib is imported only when something is drawn."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from kne_easyedit._util.files import atomic_write
 
 INK, ACCENT, DARK, GRID = "#222222", "#1f6f8b", "#0b3c4d", "#dddddd"
 
 
-def _figure():
+def new_figure(**settings: Any) -> Any:
+    """An empty figure of matplotlib.
+
+    Raises:
+        ImportError: matplotlib is missing; the message says how to install it.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'kne_easyedit[plots]'") from error
-    return Figure
+    return Figure(**settings)
 
 
-def new_figure(**settings):
-    """An empty figure of matplotlib. Raises ImportError with the way out if matplotlib is missing."""
-    return _figure()(**settings)
-
-
-def write_figure(figure, path: str | Path, title: str) -> None:
-    """Writes a figure as PNG, beside and renamed. No text of it is a formula: data has dollar signs of its own."""
+def write_figure(figure: Any, path: str | Path, title: str) -> None:
+    """Writes a figure as PNG, atomically. None of its texts is parsed as a formula: data may hold dollar signs."""
     from matplotlib.text import Text
 
     if title:

@@ -1,32 +1,33 @@
-"""The screen is the user's: progress bars of other libraries stay off it."""
+"""Progress bars of other libraries are suppressed."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import tqdm
 
 DOWNLOADS = "huggingface_hub"
-"""Whose bars stay: a download may take an hour, and nobody else says how far it is."""
+"""The library whose bars stay: a download may take an hour."""
 
 
 @contextlib.contextmanager
 def suppress_progress_bars() -> Iterator[None]:
-    """Inside, no bar is drawn but those of downloads, whichever library asks for one; afterwards all is as it was.
+    """Inside, no library draws a progress bar, except for downloads.
 
-    Libraries draw their bars by subclasses of tqdm, some by a switch of their own and some without: this is the one
-    place that all of them come through.
+    Libraries draw their bars with subclasses of tqdm, and not all have a switch: so tqdm's own constructor is replaced.
     """
-    original = tqdm.tqdm.__init__
+    bar: Any = tqdm.tqdm
+    original = bar.__init__
 
-    def silent(self, *args, **kwargs):
+    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
         if not type(self).__module__.startswith(DOWNLOADS):
             kwargs["disable"] = True
         original(self, *args, **kwargs)
 
-    tqdm.tqdm.__init__ = silent
+    bar.__init__ = silent
     try:
         yield
     finally:
-        tqdm.tqdm.__init__ = original
+        bar.__init__ = original

@@ -1,16 +1,16 @@
-"""Settings objects of any method, ours or EasyEdit's: copied, shown, and their paths resolved."""
+"""Hyperparameter objects of any method, KNE's or EasyEdit's: copied, shown, and their paths resolved."""
 
 from __future__ import annotations
 
 import copy
 import re
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from kne_easyedit._util.files import expand_path
 
 
 class Hyperparameters(Protocol):
-    """What every method's hyperparameter object has, KNE's and EasyEdit's. Further settings are the method's own."""
+    """The settings that every method's hyperparameter object has, KNE's and EasyEdit's."""
 
     alg_name: str
     model_name: str
@@ -21,17 +21,23 @@ Settings = TypeVar("Settings", bound=Hyperparameters)
 
 EVALUATORS = ("evaluation_type", "api_key")
 """Settings of EasyEdit's evaluators (since 2025), which its scripts set on the hyperparameter object of any method:
-``LLM-judge`` or ``generate-text`` in the place of teacher-forced figures, and the judge's key. A YAML may hold them, too.
-No fields: some versions ask whether the attribute is there, not what it is, so it is there only if it was given."""
+``LLM-judge`` or ``generate-text`` in place of teacher-forced figures, and the judge's key. A YAML may hold them, too.
+They are no fields: some versions check only that the attribute exists, so it exists only if it was given."""
 SECRET = ("api_key",)
-"""Never shown: not in messages, manifests, summaries or fingerprints."""
+"""Settings that are never shown: in no message, manifest, summary or fingerprint."""
 
 
 def replace_settings(hparams: Settings, **changes: object) -> Settings:
-    """A copy of a hyperparameter object of any method with other values. What was set on the object stays.
+    """A copy of a hyperparameter object of any method with other values.
 
-    (``dataclasses.replace`` builds a new one from the fields alone, and drops the rest.) None for one of `EVALUATORS`
-    takes it off. Raises ValueError for a name that the object does not have, and as KNE's ``validate``.
+    Attributes that are no fields are kept (``dataclasses.replace`` would drop them).
+
+    Args:
+        hparams: The object; it is not changed.
+        changes: New values. None for one of `EVALUATORS` removes it.
+
+    Raises:
+        ValueError: The object has no such setting, or KNE's ``validate`` refuses the value.
     """
     new = copy.copy(hparams)
     for name, value in changes.items():
@@ -41,13 +47,13 @@ def replace_settings(hparams: Settings, **changes: object) -> Settings:
             setattr(new, name, value)
         else:
             raise ValueError(f"{type(hparams).__name__}: has no setting {name!r}; it has {', '.join(vars(hparams))}")
-    if hasattr(new, "validate"):  # KNE's; EasyEdit's classes check nothing
+    if hasattr(new, "validate"):  # KNE's; EasyEdit's classes have no checks
         new.validate()
     return new
 
 
-def public_settings(hparams) -> dict:
-    """The settings of an object of any method by name, for files and fingerprints: of a secret only that it is given."""
+def public_settings(hparams: object) -> dict[str, Any]:
+    """The settings of an object of any method, for files and fingerprints; a secret's value is ``given``."""
     return {
         name: "given" if name in SECRET and value else value
         for name, value in vars(hparams).items()
@@ -57,13 +63,13 @@ def public_settings(hparams) -> dict:
 
 _NAMES_A_PATH = re.compile(r"(\w+_)?(dir|data|path|file)|ensemble|archive|P_loc")
 _NO_PATHS = ("embedded", "contriver_dir", "tokenizer_dir")
-"""The packaged facts; settings of EasyEdit's that are called like folders, and may name a model of the hub."""
+"""The packaged facts; and settings of EasyEdit that sound like folders, but may name a model of the hub."""
 
 
 def path_settings(hparams: object) -> dict[str, str]:
-    """The settings of hyperparameters, of any method, that name a file or folder, as they stand: told by their names.
+    """The settings of hyperparameters, of any method, that name a file or folder, recognised by their names.
 
-    ``model_name`` is none of them: EasyEdit chooses by the words in it, so it stays as it was given.
+    ``model_name`` is none of them: EasyEdit chooses by the words in it, so it must not be changed.
     """
     return {
         name: value
@@ -77,6 +83,6 @@ def path_settings(hparams: object) -> dict[str, str]:
 
 
 def resolve_paths(hparams: object) -> None:
-    """Makes the paths in hyperparameters, of any method, absolute: they mean the working directory of now, wherever they are read."""
+    """Makes the paths in hyperparameters, of any method, absolute, relative to the current working directory."""
     for name, value in path_settings(hparams).items():
         setattr(hparams, name, str(expand_path(value)))

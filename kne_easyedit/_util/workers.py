@@ -1,13 +1,14 @@
-"""Work on records side by side: processes that share the loaded model until they edit it.
+"""Work on records in parallel: forked processes that share the loaded model until they edit it.
 
 Small products gain nothing from a second thread: an edit or an evaluation of SmolLM2 takes as long on two threads as on
-one, and on a machine that has other work many times as long, since threads wait for each other. Two processes of one
+one, and many times as long on a machine that has other work, since threads wait for each other. Two processes of one
 thread each do nearly twice the work (docs/performance.md). They are forked, so that nothing is imported or loaded again
-and the weights lie in memory once, but for those that a process edits.
+and the weights are in memory once, except for those that a process edits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,17 +28,17 @@ from kne_easyedit._util.machine import available_cores, free_memory
 Item = TypeVar("Item")
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 _NEED = 1.5
-"""Memory that a process may take for itself, in sizes of the model: edited weights, their originals, activations."""
+"""Memory of a process of its own, in sizes of the model: edited weights, their originals, activations."""
 
 
 class WorkerDied(RunStopped):
-    """A process ended without a word: out of memory, or killed."""
+    """A process ended without a result: out of memory, or killed."""
 
 
 def workers_for(model: nn.Module, tasks: int) -> int:
-    """How many processes suit ``tasks`` on this machine: one a processor as far as memory goes; 1 where none can be forked.
+    """How many processes to use for ``tasks`` on this machine: one a processor, as far as memory allows.
 
-    A process that has used a GPU cannot be forked, and on macOS a fork is not safe: there it is 1.
+    It is 1 where forking is not safe: on another system than Linux, or after a GPU was used.
     """
     if sys.platform != "linux" or any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return 1
@@ -46,11 +47,19 @@ def workers_for(model: nn.Module, tasks: int) -> int:
 
 
 def run_parallel(function: Callable[[Item], Iterator], items: Sequence[Item], workers: int) -> Iterator:
-    """All that ``function(item)`` yields for every item, as it comes: of one item in order, items mixed.
+    """All that ``function(item)`` yields for every item: in order for one item, in any order among items.
 
-    With one worker everything happens in this process. With more, forked processes do it; what they change is not seen
-    here. ``function`` need not be picklable, what it yields must be. An exception in a process is raised here, and all
-    processes end with the iterator, whatever ends it. Raises WorkerDied if a process is killed.
+    With one worker everything happens in this process. With more, in forked processes, whose changes are not seen here;
+    they end with the iterator.
+
+    Args:
+        function: Need not be picklable; what it yields must be.
+        items: The items, each given to one process.
+        workers: Number of processes.
+
+    Raises:
+        WorkerDied: A process was killed.
+        Exception: What ``function`` raises in any process.
     """
     if workers == 1:
         for item in items:
@@ -58,12 +67,12 @@ def run_parallel(function: Callable[[Item], Iterator], items: Sequence[Item], wo
         return
     context = multiprocessing.get_context("fork")
     threads = max(1, available_cores() // workers)
-    processes: dict[Connection, multiprocessing.process.BaseProcess] = {}
+    processes: dict[Any, multiprocessing.process.BaseProcess] = {}  # connection -> process
     waiting = iter(range(len(items)))
     try:
         for _ in range(min(workers, len(items))):
             ours, theirs = context.Pipe()
-            process = context.Process(
+            process: multiprocessing.process.BaseProcess = context.Process(
                 target=_serve, args=(function, items, theirs, [ours, *processes], threads, os.getpid()), daemon=True
             )
             process.start()
@@ -71,13 +80,15 @@ def run_parallel(function: Callable[[Item], Iterator], items: Sequence[Item], wo
             processes[ours] = process
             ours.send(next(waiting))
         while processes:
+            connection: Any
             for connection in wait(list(processes)):
                 try:
                     kind, content = connection.recv()
                 except (EOFError, ConnectionResetError) as error:
                     processes[connection].join()
                     raise WorkerDied(
-                        f"workers: a process ended without a word (exit code {processes[connection].exitcode}); if memory was short, use fewer (--workers 1)"
+                        f"workers: a process ended without a word (exit code {processes[connection].exitcode}); "
+                        f"if memory was short, use fewer (--workers 1)"
                     ) from error
                 if kind == "error":
                     raise content
@@ -91,18 +102,24 @@ def run_parallel(function: Callable[[Item], Iterator], items: Sequence[Item], wo
                     connection.close()
     finally:
         for process in processes.values():
-            process.kill()  # what it works on is a copy: nothing to put back
+            process.kill()  # it works on a copy: there is nothing to restore
         for connection, process in processes.items():
             process.join()
             connection.close()
 
 
-def _serve(function, items, connection: Connection, others: list[Connection], threads: int, parent: int) -> None:
-    """What a process does: items by their numbers, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, and that ends this process
-    ctypes.CDLL(None).prctl(
-        _PR_SET_PDEATHSIG, signal.SIGKILL
-    )  # a parent that is killed must not leave processes behind
+def _serve(
+    function: Callable[[Item], Iterator],
+    items: Sequence[Item],
+    connection: Connection,
+    others: list[Connection],
+    threads: int,
+    parent: int,
+) -> None:
+    """The main loop of a process: receives numbers of items, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this process
+    # A parent that is killed must not leave processes behind.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     for other in others:
@@ -113,15 +130,13 @@ def _serve(function, items, connection: Connection, others: list[Connection], th
             for event in function(items[number]):
                 connection.send(("event", event))
             connection.send(("done", None))
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  (raised in the parent)
         connection.send(("error", _portable(error)))
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The exception as it arrives on the other side; one that cannot be sent, by its type and text."""
-    try:
-        if type(pickle.loads(pickle.dumps(error))) is type(error):  # our own bytes, made here
+    """The exception if it can be pickled, else one with its type and text."""
+    with contextlib.suppress(Exception):  # its constructor may raise anything
+        if type(pickle.loads(pickle.dumps(error))) is type(error):  # noqa: S301  (our own bytes, made here)
             return error
-    except Exception:  # an exception's own constructor may raise anything
-        pass
     return RuntimeError(f"{type(error).__name__}: {error}")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Literal, overload
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.machine import free_memory
-from kne_easyedit.attribution.full_passes import attribute_by_full_passes
+from kne_easyedit.attribution.full_passes import attribute_by_full_passes, changes_by_full_passes
+from kne_easyedit.attribution.preparation import HEAD_ROWS, Prepared, prepare
 from kne_easyedit.attribution.quadrature import Quadrature, riemann
 from kne_easyedit.attribution.replay import Replay, ReplayMismatch, UnsupportedModel
-from kne_easyedit.attribution.sweep import HEAD_ROWS, Sweep
-from kne_easyedit.facts.encoding import Fact, encode
+from kne_easyedit.attribution.sweep import add_points, probability_changes, scores, start_integrals
+from kne_easyedit.facts.encoding import Fact, Tokenizer, encode
 from kne_easyedit.models.fast_linear import fast_linear
 from kne_easyedit.models.state import preserve_state
 from kne_easyedit.models.targets import Target, resolve_target
@@ -26,14 +28,15 @@ ENGINES = ("auto", "sweep", "whole")
 FREE_SHARE = 0.25
 """Share of the free memory that rows in flight may take if their number is not given."""
 MOST_ROWS = {"cpu": 2400}
-"""More bring no speed: on a CPU their activations only outgrow its caches. Elsewhere memory is the limit."""
+"""Device -> rows in flight at most. On a CPU, activations of more outgrow its caches; elsewhere memory is the limit."""
 
 _WARNED: WeakSet[nn.Module] = WeakSet()
 
 
+@overload
 def attribute(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     target: str,
     target_module: str,
@@ -43,36 +46,68 @@ def attribute(
     chunk_rows: int | None = None,
     quadrature: Quadrature = riemann,
     engine: str = "auto",
-) -> Tensor:
+    return_completeness: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attribute(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    target: str,
+    target_module: str,
+    steps: int = 20,
+    *,
+    layers: Sequence[int] = (),
+    chunk_rows: int | None = None,
+    quadrature: Quadrature = riemann,
+    engine: str = "auto",
+    return_completeness: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def attribute(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    target: str,
+    target_module: str,
+    steps: int = 20,
+    *,
+    layers: Sequence[int] = (),
+    chunk_rows: int | None = None,
+    quadrature: Quadrature = riemann,
+    engine: str = "auto",
+    return_completeness: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Eq. 5: the attribution of every output neuron of ``target_module`` for one fact.
 
-    Parameters
-    ----------
-    model, tokenizer:
-        A causal language model of transformers. It is left exactly as it was found.
-    prompt, target:
-        The fact: its answer ``target`` follows ``prompt`` after one blank.
-    target_module:
-        Template such as ``model.layers.{}.mlp.down_proj``.
-    layers:
-        Numbers of the layers to attribute; empty: all.
-    steps, chunk_rows, quadrature, engine:
-        As in `attribute_facts`.
+    Args:
+        model: A causal language model of transformers. It is left exactly as it was.
+        tokenizer: Its tokenizer.
+        prompt: The fact's prompt.
+        target: The fact's answer; it follows ``prompt`` after one blank.
+        target_module: Template such as ``model.layers.{}.mlp.down_proj``.
+        steps: ``m``, the number of nodes of the quadrature.
+        layers: Numbers of the layers to attribute; empty: all.
+        chunk_rows: See `attribute_facts`.
+        quadrature: See `attribute_facts`.
+        engine: See `attribute_facts`.
+        return_completeness: Also return the completeness gap of every layer.
 
-    Returns
-    -------
-    Tensor ``(layers, d2)`` in float32 (float64 for a float64 model) on the CPU, in probability: for one answer
-    token and ``m -> inf`` a row sums to ``P(w) - P(0)``.
+    Returns:
+        Scores ``(layers, d2)`` in float32 (float64 for a float64 model) on the CPU, in probability. For ``m -> inf`` a
+        row sums to ``sum_j P(w_j) - P(0)``, the change of the answer tokens' probabilities along the layer's path. With
+        ``return_completeness`` also the sum of each row minus that change, ``(layers,)``: see `attribute_facts`.
 
-    Raises ValueError for a fact or template that cannot be used, and what `attribute_facts` raises.
+    Raises:
+        ValueError: The fact or the template cannot be used.
+        UnsupportedModel, ReplayMismatch, FloatingPointError: See `attribute_facts`.
     """
     chosen = resolve_target(model, target_module, layers)
     facts = [encode(tokenizer, prompt, target)]
-    return attribute_facts(model, [chosen], facts, steps, chunk_rows=chunk_rows, quadrature=quadrature, engine=engine)[
-        0
-    ][0]
+    found, gaps = _attribute(model, [chosen], facts, steps, chunk_rows, quadrature, engine, return_completeness)
+    return (found[0][0], gaps[0][0]) if return_completeness else found[0][0]
 
 
+@overload
 def attribute_facts(
     model: nn.Module,
     targets: Sequence[Target],
@@ -82,54 +117,59 @@ def attribute_facts(
     chunk_rows: int | None = None,
     quadrature: Quadrature = riemann,
     engine: str = "auto",
-) -> list[Tensor]:
-    """Eq. 5 for several facts and module types in one sweep: for each target ``(facts, layers, d2)``.
+    return_completeness: Literal[False] = False,
+) -> list[Tensor]: ...
+@overload
+def attribute_facts(
+    model: nn.Module,
+    targets: Sequence[Target],
+    facts: Sequence[Fact],
+    steps: int = 20,
+    *,
+    chunk_rows: int | None = None,
+    quadrature: Quadrature = riemann,
+    engine: str = "auto",
+    return_completeness: Literal[True],
+) -> tuple[list[Tensor], list[Tensor]]: ...
+def attribute_facts(
+    model: nn.Module,
+    targets: Sequence[Target],
+    facts: Sequence[Fact],
+    steps: int = 20,
+    *,
+    chunk_rows: int | None = None,
+    quadrature: Quadrature = riemann,
+    engine: str = "auto",
+    return_completeness: bool = False,
+) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+    """Eq. 5 for several facts and module types in one sweep.
 
-    Parameters
-    ----------
-    steps:
-        ``m``, the number of nodes.
-    chunk_rows:
-        Path points in flight at most (one point of every path at least). Bounds memory, not the result; None:
-        chosen from the free memory (`rows_in_flight`).
-    quadrature:
-        ``m -> (nodes, weights)``: `quadrature.riemann`, the paper's, or `quadrature.gauss_legendre`.
-    engine:
-        ``sweep``: the fused sweep; ``whole``: a pass through the whole model for every path point, slow, for
-        models whose layers cannot be replayed; ``auto``: ``whole`` for those, with a warning.
+    Args:
+        model: A causal language model of transformers. It is left exactly as it was.
+        targets: The modules, of one decoder (`resolve_target`).
+        facts: The facts (`encode`).
+        steps: ``m``, the number of nodes of the quadrature.
+        chunk_rows: Path points in flight at most (one point of every path at least). Bounds memory, not the result;
+            None: chosen from the free memory (`rows_in_flight`).
+        quadrature: ``m -> (nodes, weights)``: `quadrature.riemann`, the paper's, or `quadrature.gauss_legendre`.
+        engine: ``sweep``: the fused sweep; ``whole``: a pass through the whole model for every path point, slow, for
+            models whose layers cannot be replayed; ``auto``: ``whole`` for those, with a warning.
+        return_completeness: Also return the completeness gap of every fact and layer.
 
-    Raises UnsupportedModel for an encoder-decoder model or (``sweep``) for layers that cannot be replayed,
-    ReplayMismatch for layers that replay differently from the model itself, FloatingPointError for scores that
-    are not finite.
+    Returns:
+        Scores, for each target ``(facts, layers, d2)``, in probability, on the CPU. With ``return_completeness`` a
+        pair: the scores, and for each target the gaps ``(facts, layers)`` in probability,
+        ``sum_k Attr_k - sum_j (P(w_j) - P(0))``. By the completeness of integrated gradients this is the error of the
+        quadrature in Eq. 5: it falls as ``1/m`` for `riemann`, and is nearly 0 for `gauss_legendre` with many nodes.
+
+    Raises:
+        ValueError: The engine or the number of steps is unknown, or the targets are of several decoders.
+        UnsupportedModel: The model is an encoder-decoder, or (``sweep``) its layers cannot be replayed.
+        ReplayMismatch: The layers replay differently from the model itself.
+        FloatingPointError: Scores are not finite.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"attribution_engine: {engine!r} must be one of {ENGINES}")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"{type(model).__name__} is an encoder-decoder; KNE edits decoders that answer by going on with the prompt"
-        )
-    alphas, weights = quadrature(steps)
-    with preserve_state(model), fast_linear(model):
-        scores = None
-        if engine != "whole":
-            try:
-                scores = _by_sweep(model, targets, facts, alphas, weights, chunk_rows)
-            except ReplayMismatch:
-                raise
-            except UnsupportedModel as error:
-                if engine == "sweep":
-                    raise
-                _warn(model, error)
-        if scores is None:
-            rows = chunk_rows or MOST_ROWS["cpu"]
-            alone = [attribute_by_full_passes(model, targets, fact, alphas, weights, rows) for fact in facts]
-            scores = [torch.stack(of_target) for of_target in zip(*alone)]
-    for i, fact in enumerate(facts):
-        if not all(of_target[i].isfinite().all() for of_target in scores):
-            raise FloatingPointError(
-                f"attribution of {fact.prompt!r} -> {fact.target!r} is not finite; load the model in float32 or bfloat16"
-            )
-    return scores
+    found, gaps = _attribute(model, targets, facts, steps, chunk_rows, quadrature, engine, return_completeness)
+    return (found, gaps) if return_completeness else found
 
 
 def rows_in_flight(model: nn.Module, targets: Sequence[Target], fact: Fact) -> int:
@@ -138,14 +178,56 @@ def rows_in_flight(model: nn.Module, targets: Sequence[Target], fact: Fact) -> i
     A row's need is measured on ``fact``, not modelled: what autograd keeps of it in each layer.
     """
     with preserve_state(model), Replay(model, targets[0].layers_path) as replay:
-        return _rows_in_flight(Sweep(replay, targets, [fact]))
+        return _rows_in_flight(prepare(replay, targets, [fact], end_gradients=False))
 
 
-def _rows_in_flight(sweep: Sweep) -> int:
-    device = sweep.clean.logits.device
-    logits = 3 * HEAD_ROWS * sweep.clean.logits.shape[-1] * 4  # with their softmax, in float32
-    rows = int((FREE_SHARE * free_memory(device) - logits) / sweep.row_bytes)
-    return max(1, min(rows, MOST_ROWS.get(device.type, rows)))
+def _rows_in_flight(prepared: Prepared) -> int:
+    logits = prepared.clean.logits
+    head = 3 * HEAD_ROWS * logits.shape[-1] * 4  # with their softmax, in float32
+    rows = int((FREE_SHARE * free_memory(logits.device) - head) / prepared.row_bytes)
+    return max(1, min(rows, MOST_ROWS.get(logits.device.type, rows)))
+
+
+def _attribute(
+    model: nn.Module,
+    targets: Sequence[Target],
+    facts: Sequence[Fact],
+    steps: int,
+    chunk_rows: int | None,
+    quadrature: Quadrature,
+    engine: str,
+    completeness: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For each target the scores ``(facts, layers, d2)`` and, if asked for, completeness gaps ``(facts, layers)``."""
+    if engine not in ENGINES:
+        raise ValueError(f"attribution_engine: {engine!r} must be one of {ENGINES}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is an encoder-decoder; KNE edits decoders that answer by going on with the prompt"
+        )
+    alphas, weights = quadrature(steps)
+    with preserve_state(model), fast_linear(model):
+        found = None
+        if engine != "whole":
+            try:
+                found = _by_sweep(model, targets, facts, alphas, weights, chunk_rows, completeness)
+            except ReplayMismatch:
+                raise
+            except UnsupportedModel as error:
+                if engine == "sweep":
+                    raise
+                _warn(model, error)
+        if found is None:
+            found = _by_full_passes(model, targets, facts, alphas, weights, chunk_rows, completeness)
+    of_targets, changes = found
+    for i, fact in enumerate(facts):
+        if not all(of_target[i].isfinite().all() for of_target in of_targets):
+            raise FloatingPointError(
+                f"attribution of {fact.prompt!r} -> {fact.target!r} is not finite; load the model in float32 or "
+                f"bfloat16"
+            )
+    gaps = [of_target.sum(-1) - change for of_target, change in zip(of_targets, changes)]
+    return of_targets, gaps
 
 
 def _by_sweep(
@@ -155,20 +237,41 @@ def _by_sweep(
     alphas: Tensor,
     weights: Tensor,
     chunk_rows: int | None,
-) -> list[Tensor]:
+    completeness: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Scores and changes of probability by the fused sweep."""
     paths = {target.layers_path for target in targets}
     if len(paths) != 1:
         raise ValueError(f"target_modules: {', '.join(t.template for t in targets)} are not of one decoder")
+    inner = (alphas != 1).nonzero().flatten()
+    end_weight = float(weights[alphas == 1].sum()) if len(inner) < len(alphas) else None
     with Replay(model, paths.pop()) as replay:
-        sweep = Sweep(replay, targets, facts)
-        per_chunk = max(1, (chunk_rows or _rows_in_flight(sweep)) // (sweep.paths * len(facts)))
-        inner = (alphas != 1).nonzero().flatten()
-        if len(inner) < len(alphas):
-            sweep.run_end(float(weights[alphas == 1].sum()))
-        points = torch.cartesian_prod(torch.arange(sweep.longest), inner)  # (token, step)
+        prepared = prepare(replay, targets, facts, end_gradients=end_weight is not None)
+        per_chunk = max(1, (chunk_rows or _rows_in_flight(prepared)) // (prepared.paths * len(facts)))
+        integrals = start_integrals(prepared, end_weight)
+        points = torch.cartesian_prod(torch.arange(prepared.answers.longest), inner)  # (token, step)
         for chunk in points.split(per_chunk) if len(points) else ():
-            sweep.run(chunk[:, 0], alphas[chunk[:, 1]], weights[chunk[:, 1]])
-        return sweep.scores()
+            add_points(replay, prepared, integrals, chunk[:, 0], alphas[chunk[:, 1]], weights[chunk[:, 1]])
+        changes = probability_changes(replay, prepared, targets, per_chunk) if completeness else []
+        return scores(prepared, integrals, targets), changes
+
+
+def _by_full_passes(
+    model: nn.Module,
+    targets: Sequence[Target],
+    facts: Sequence[Fact],
+    alphas: Tensor,
+    weights: Tensor,
+    chunk_rows: int | None,
+    completeness: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Scores and changes of probability by passes through the whole model."""
+    rows = chunk_rows or MOST_ROWS["cpu"]
+    alone = [attribute_by_full_passes(model, targets, fact, alphas, weights, rows) for fact in facts]
+    changes = [changes_by_full_passes(model, targets, fact) for fact in facts] if completeness else []
+    return [torch.stack(of_target) for of_target in zip(*alone)], [
+        torch.stack(of_target) for of_target in zip(*changes)
+    ]
 
 
 def _warn(model: nn.Module, error: UnsupportedModel) -> None:

@@ -12,7 +12,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from kne_easyedit.attribution.sweep import HEAD_ROWS
+from kne_easyedit.attribution.preparation import HEAD_ROWS
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.targets import Target, count_parameters, out_features, resolve_target

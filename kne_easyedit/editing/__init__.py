@@ -1,11 +1,11 @@
-"""Eq. 8-11: the ensemble's rows trained (`row_training`), written into the weights and taken back (`row_edit`).
+"""Eq. 8-11: the ensemble's rows are trained (`row_training`), written into the weights, and restored (`row_edit`).
 
-What is minimised, how, and how weights are written may enter. Nothing here knows EasyEdit.
+What is minimised (`objectives`), how, and how weights are written may enter. Nothing here knows EasyEdit.
 """
 
 from kne_easyedit.editing.adapter import row_adapter
 from kne_easyedit.editing.edit import EditFailed, apply_kne_to_model, compute_edit
-from kne_easyedit.editing.objectives import answer_loss
+from kne_easyedit.editing.objectives import Objective, answer_loss
 from kne_easyedit.editing.row_edit import Answer, EditLost, RowEdit, restore, write_rows
 from kne_easyedit.editing.row_training import train_rows
 
@@ -13,6 +13,7 @@ __all__ = [
     "Answer",
     "EditFailed",
     "EditLost",
+    "Objective",
     "RowEdit",
     "answer_loss",
     "apply_kne_to_model",

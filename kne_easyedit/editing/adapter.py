@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,23 +19,33 @@ ADAPTER = "kne"
 
 
 @contextmanager
-def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: EditSettings) -> Iterator[dict[str, nn.Module]]:
-    """Inside, the ensemble's modules are PEFT LoRA layers: ``A`` trainable, ``B`` the frozen row selector.
+def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: EditSettings) -> Iterator[dict[str, Any]]:
+    """Inside, the ensemble's modules are PEFT LoRA layers (Eq. 8-10): ``A`` trainable, ``B`` the frozen row selector.
 
-    Yields module name -> LoRA layer. Afterwards the very same modules as before are back in their places. Use it inside
-    `preserve_state`, where Ctrl-C does not interrupt that.
+    Afterwards the original modules are back in their places. Use it inside `preserve_state`, which defers Ctrl-C.
+
+    Args:
+        model: A causal language model of transformers.
+        ensemble: The rows to train.
+        hparams: ``alpha``, ``initialization`` and ``seed`` are read.
+
+    Yields:
+        Module name -> PEFT's LoRA layer; ``A`` is ``(n, d1)``, ``B`` is ``(d2, n)``, the scale is ``alpha / sqrt(n)``.
+
+    Raises:
+        ValueError: The ensemble is of another model, or a module cannot be edited (`require_editable`).
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
     require_bare(model)
-    chosen = _rows_by_module(model, ensemble)
+    chosen = rows_by_module(model, ensemble)
     originals = {name: model.get_submodule(name) for name in chosen}
     require_editable(model, originals)
-    exact = {name: re.escape(name) for name in chosen}  # PEFT takes names for endings, but patterns in full
-    leftover = model.__dict__.get("peft_config")  # older PEFT leaves it behind when it unloads
+    exact = {name: re.escape(name) for name in chosen}  # PEFT matches names as suffixes, but patterns in full
+    earlier_config = model.__dict__.get("peft_config")  # older PEFT leaves it when it unloads
     config = LoraConfig(
-        r=1,  # overruled for every module by rank_pattern
+        r=1,  # overridden for every module by rank_pattern
         rank_pattern={f"^{exact[name]}": len(indices) for name, indices in chosen.items()},
         lora_alpha=hparams.alpha,
         use_rslora=True,
@@ -42,7 +53,7 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: EditSetting
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in originals.values()),
     )
     try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws a start that is overwritten below
+        with torch.random.fork_rng(devices=[]):  # PEFT draws initial weights that are overwritten below
             LoraModel(model, config, ADAPTER)
         layers = {name: model.get_submodule(name) for name in chosen}
         generator = torch.Generator().manual_seed(hparams.seed)
@@ -54,12 +65,12 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: EditSetting
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module)
         model.__dict__.pop("peft_config", None)
-        if leftover is not None:
-            model.peft_config = leftover
+        if earlier_config is not None:
+            model.peft_config = earlier_config
 
 
-def _prepare(layer: nn.Module, chosen: Sequence[int], initialization: str, generator: torch.Generator) -> None:
-    """Sets ``A`` to its start and ``B`` to the selector of the rows ``chosen``; only ``A`` stays trainable."""
+def _prepare(layer: Any, chosen: Sequence[int], initialization: str, generator: torch.Generator) -> None:
+    """Initialises ``A``, and sets ``B`` to the selector of the rows ``chosen``; only ``A`` stays trainable."""
     a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     precise = torch.promote_types(a.weight.dtype, torch.float32)  # trained in float32 over a half-precision model
     a.to(precise)
@@ -75,7 +86,8 @@ def _prepare(layer: nn.Module, chosen: Sequence[int], initialization: str, gener
     b.weight.requires_grad_(False)
 
 
-def _rows_by_module(model: nn.Module, ensemble: NeuronEnsemble) -> dict[str, tuple[int, ...]]:
+def rows_by_module(model: nn.Module, ensemble: NeuronEnsemble) -> dict[str, tuple[int, ...]]:
+    """Module name -> the ensemble's rows of its weight."""
     return {
         name: indices
         for target, found in ensemble.targets(model).values()

@@ -9,21 +9,21 @@ from copy import deepcopy
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
-from kne_easyedit.editing.objectives import Divergence, unrelated_prompts
+from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.row_edit import RowEdit, write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import chat_prompt
+from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.localizer import find_ensemble, inherit
 from kne_easyedit.models.devices import resolve_device
-from kne_easyedit.models.state import default_modes, preserve_state, require_trainable
+from kne_easyedit.models.state import default_modes, require_trainable
 
 logger = logging.getLogger(__name__)
 
 NAMED = 5
-"""Facts that a message about a failed edit names; of more it gives the number."""
+"""How many facts a message about a failed edit names at most; of the others it gives the number."""
 
 
 class EditFailed(ValueError):
@@ -32,15 +32,30 @@ class EditFailed(ValueError):
 
 def compute_edit(
     model: nn.Module,
-    tok,
+    tok: Tokenizer,
     requests: Sequence[Mapping],
     hparams: EditSettings,
     ensemble: NeuronEnsemble | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> RowEdit:
-    """Locates the ensemble (unless given) and trains its rows on ``requests`` together. Changes nothing in the model.
+    """Locates the ensemble (unless given) and trains its rows on ``requests`` together (Eq. 4-11). Does not change the model.
 
-    Does not judge what it found: `RowEdit.failed` does.
+    Training that did not reach every answer is no error here: `RowEdit.failed` tells.
+
+    Args:
+        model: A causal language model of transformers.
+        tok: Its tokenizer.
+        requests: Mappings with ``prompt``, ``target_new`` and maybe ``subject``.
+        hparams: The settings, validated first.
+        ensemble: Rows to train instead of those that ``hparams`` lead to.
+        on_step: Called before each training step with its number, from 1, and the cross-entropy in nats.
+
+    Returns:
+        The trained edit, not yet written.
+
+    Raises:
+        ValueError: A setting, request, model or ensemble cannot be used; the message names it.
+        FloatingPointError: Scores or the training loss are not finite.
     """
     hparams.validate()
     require_trainable(model)
@@ -50,15 +65,12 @@ def compute_edit(
     facts = encode_facts(model, tok, requests, hparams)
     if ensemble is None:
         ensemble = find_ensemble(model, tok, facts, hparams)
-    divergence = None
-    if hparams.kl_weight:
-        with preserve_state(model):
-            divergence = Divergence(model, tok, _unrelated(tok, hparams, requests))
-    return train_rows(model, facts, ensemble, hparams, divergence, on_step)
+    objectives = objectives_for(model, tok, requests, hparams)
+    return train_rows(model, facts, ensemble, hparams, objectives, on_step)
 
 
 def _shortfall(edit: RowEdit, hparams: EditSettings) -> str | None:
-    """What is to be said of an edit that did not reach all of its facts; None if it did."""
+    """The message about an edit that did not reach all of its facts; None if it did."""
     failed = edit.failed(hparams.stop_loss)
     if not failed:
         return None
@@ -68,19 +80,14 @@ def _shortfall(edit: RowEdit, hparams: EditSettings) -> str | None:
     ]
     more = [f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else []
     return (
-        f"{len(failed)} of {len(edit.answers)} facts not reached after {edit.steps} steps (loss {edit.losses[-1]:.3f}, stop_loss "
-        f"{hparams.stop_loss:g}): {', '.join(named + more)}; do the facts contradict each other? Else raise num_steps or lr, lower "
-        f"stop_loss, or take a larger p"
+        f"{len(failed)} of {len(edit.answers)} facts not reached after {edit.steps} steps (loss {edit.losses[-1]:.3f}, "
+        f"stop_loss {hparams.stop_loss:g}): {', '.join(named + more)}; do the facts contradict each other? Else raise "
+        f"num_steps or lr, lower stop_loss, or take a larger p"
     )
 
 
-def _unrelated(tok, hparams: EditSettings, requests: Sequence[Mapping]) -> list[str]:
-    prompts = unrelated_prompts(hparams, [request["prompt"] for request in requests])
-    return [chat_prompt(tok, prompt) for prompt in prompts] if hparams.use_chat_template else prompts
-
-
 def _copied(model: nn.Module) -> nn.Module:
-    with default_modes(model):  # in inference mode it would be a model that cannot be trained any more
+    with default_modes(model):  # a copy made in inference mode could not be trained
         copy = deepcopy(model)
     inherit(copy, model)
     return copy
@@ -88,7 +95,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def apply_kne_to_model(
     model: nn.Module,
-    tok,
+    tok: Tokenizer,
     requests: Sequence[Mapping] | Mapping,
     hparams: EditSettings,
     copy: bool = False,
@@ -99,46 +106,45 @@ def apply_kne_to_model(
     legacy_contract: bool = False,
     on_trained: Callable[[RowEdit], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
-    **kwargs,
+    **kwargs: object,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Edits ``model`` so that it gives every request's ``target_new``: EasyEdit's entry point of a method.
+    """Edits ``model`` so that it gives every request's ``target_new``. This is the function that EasyEdit calls.
 
-    Parameters
-    ----------
-    requests:
-        Mappings with ``prompt``, ``target_new`` and maybe ``subject``; all are edited together.
-    copy:
-        Edit a deep copy and leave ``model`` alone.
-    return_orig_weights:
-        Return the original matrices, whole, so that ``parameter[...] = original`` undoes the edit bit by bit.
-    keep_original_weight:
-        Counts only under ``legacy_contract``.
-    ensemble:
-        Rows to train instead of those that ``hparams`` lead to.
-    legacy_contract:
-        EasyEdit's meaning before May 2024: originals are returned only if ``keep_original_weight`` is true; an
-        empty mapping tells the editor to let edits accumulate. The bridge sets it for such versions.
-    on_trained:
-        Is given the trained rows and their losses before they are written.
-    on_step:
-        Is told each training step's number and the loss before it.
-    kwargs:
-        What else EasyEdit passes to every method (``train_ds``); not used.
-
-    Returns the edited model and the original weights by parameter name (empty if not asked for). Facts that were
-    not reached are named in a warning of the log; under ``on_failure: raise`` EditFailed is raised instead. Raises EditLost
-    if the written model does not have the loss that was trained. torch's modes around the call (autocast, no_grad,
-    inference_mode) do not count.
+    torch's modes around the call (autocast, no_grad, inference_mode) have no effect.
 
     After any exception, Ctrl-C included, the model is bit by bit what it was, without hooks, adapters or changed flags:
     Ctrl-C waits for the end of a fact, a layer, a pass or a step (`interrupts`). This holds where SIGINT has a Python
-    handler; a process that is killed keeps nothing. On Python 3.10 a Ctrl-C in the very microseconds in which the edit is
-    handed over can still lose the originals.
+    handler. On Python 3.10 a Ctrl-C in the microseconds in which the edit is returned can still lose the originals.
+
+    Args:
+        model: A causal language model of transformers.
+        tok: Its tokenizer.
+        requests: Mappings with ``prompt``, ``target_new`` and maybe ``subject``, or one; all are edited together.
+        hparams: The settings.
+        copy: Edit a deep copy and leave ``model`` alone.
+        return_orig_weights: Return the original matrices, whole, so that ``parameter[...] = original`` undoes the edit
+            bit by bit.
+        keep_original_weight: Read under ``legacy_contract`` only.
+        ensemble: Rows to train instead of those that ``hparams`` lead to.
+        legacy_contract: EasyEdit's meaning before May 2024: originals are returned only if ``keep_original_weight`` is
+            true; an empty mapping makes the editor let edits accumulate. The bridge sets it for such versions.
+        on_trained: Called with the trained rows and their losses before they are written.
+        on_step: Called before each training step with its number, from 1, and the cross-entropy in nats.
+        kwargs: What else EasyEdit passes to every method (``train_ds``); not used.
+
+    Returns:
+        The edited model, and the original weights by parameter name (empty if not asked for). Facts that were not
+        reached are named in a warning of the log.
+
+    Raises:
+        EditFailed: Facts were not reached, and ``on_failure`` is ``raise``; nothing was written.
+        EditLost: The written model does not have the loss that was trained; it was put back.
+        ValueError: A setting, request, model or ensemble cannot be used; the message names it.
+        FloatingPointError: Scores or the training loss are not finite.
     """
     requests = [requests] if isinstance(requests, Mapping) else list(requests)
-    with (
-        defer_interrupts()
-    ):  # Python's own locks do not survive a second Ctrl-C (a `Condition` that waits): hold all of it
+    # All of it is deferred: Python's own locks do not survive a second Ctrl-C (a `Condition` that waits).
+    with defer_interrupts():
         edit = compute_edit(model, tok, requests, hparams, ensemble, on_step)
         if on_trained is not None:
             on_trained(edit)
@@ -146,8 +152,9 @@ def apply_kne_to_model(
         if shortfall and hparams.on_failure == "raise":
             raise EditFailed(f"{shortfall}. Nothing was written (on_failure: raise)")
         if shortfall:
-            # Logged, not `warnings.warn`: seen in a notebook and in EasyEdit's scripts alike, every time, and by `kne run`, too, which
-            # sends stderr to a file while it edits. Before the edit is handed over: a call after it would be a place for Ctrl-C.
+            # Logged, not `warnings.warn`: shown every time, in notebooks and EasyEdit's scripts alike, and by `kne run`,
+            # which redirects stderr to a file while it edits. Logged before the edit is written: Ctrl-C in a call after
+            # that would lose the originals.
             logger.warning("%s", shortfall)
         model = _copied(model) if copy else model
     originals = write_rows(model, edit)

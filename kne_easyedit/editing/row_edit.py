@@ -1,4 +1,4 @@
-"""Eq. 11: a trained edit as a value, written into the weights and taken back."""
+"""Eq. 11: a trained edit as a value, written into the weights and undone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
-from kne_easyedit.editing.objectives import _cross_entropy, answer_logits
+from kne_easyedit.editing.objectives import answer_logits, cross_entropy
 from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.state import default_modes, preserve_state, require_trainable
@@ -17,7 +17,7 @@ from kne_easyedit.models.targets import rows
 
 
 class EditLost(NotImplementedError):
-    """The written model does not have the loss that was trained; it has been put back."""
+    """The written model does not have the loss that was trained; its weights were put back."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class Answer:
     loss: float
     """Mean cross-entropy of the answer's tokens, in nats."""
     probability: float
-    """Of the whole answer after the prompt."""
+    """Probability of the whole answer after the prompt."""
     greedy: bool
-    """Whether every token of it is the most probable one after those before."""
+    """Whether each of its tokens is the most probable one after those before it."""
 
 
 @dataclass(frozen=True)
 class RowEdit:
-    """A trained edit, not yet written: what is added to which rows."""
+    """A trained edit, not yet written: what to add to which rows."""
 
     deltas: Mapping[str, tuple[tuple[int, ...], Tensor]]
-    """Module name -> its rows and what to add to them, ``(n, d1)``, scaling ``alpha / sqrt(n)`` included."""
+    """Module name -> its rows, and what to add to them: ``(n, d1)``, with the scale ``alpha / sqrt(n)`` applied."""
     losses: tuple[float, ...]
-    """Batch loss before every step; the last one is the loss of ``deltas``."""
+    """The answers' mean cross-entropy in nats before every step; the last one is that of ``deltas``."""
     answers: tuple[Answer, ...] = ()
-    """The facts and how well ``deltas`` give their answers; empty for an edit that was not trained."""
+    """The facts, and how well ``deltas`` answer them; empty for an edit that was not trained."""
 
     @property
     def steps(self) -> int:
@@ -52,8 +52,8 @@ class RowEdit:
     def failed(self, stop_loss: float) -> tuple[Answer, ...]:
         """The facts that the edit did not reach.
 
-        If training ended above ``stop_loss``: those whose own loss is. If it stopped below, or was never to stop (0): those whose
-        answer the model would not give, since another token is more probable somewhere. A mean below can hide such a fact.
+        If training ended at ``stop_loss`` or above: those whose own loss did. If it stopped below, or was not to stop
+        (0): those with an answer token that is not the most probable one, which a mean loss can hide.
         """
         if 0 < stop_loss <= self.losses[-1]:
             return tuple(answer for answer in self.answers if answer.loss >= stop_loss) or self.answers
@@ -61,10 +61,21 @@ class RowEdit:
 
 
 def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str, Tensor]:
-    """Adds a trained edit to the weights, in place. Returns the original matrices by parameter name.
+    """Adds a trained edit to the weights, in place (Eq. 11).
 
-    ``check``: one forward pass compares the loss of the model that one gets with the one that was trained; raises EditLost
-    if they differ by more than rounding. An exception on the way (Ctrl-C too) puts the originals back bit by bit.
+    An exception on the way (Ctrl-C too) puts the originals back bit by bit.
+
+    Args:
+        model: The model for which the edit was trained.
+        edit: What to add to which rows.
+        check: Run one forward pass, and compare the loss of the written model with the one that was trained.
+
+    Returns:
+        The original matrices, whole, by parameter name: what `restore` takes.
+
+    Raises:
+        EditLost: The two losses differ by more than rounding; the weights were put back.
+        ValueError: The model cannot be trained (`require_trainable`).
     """
     require_trainable(model)
     modules = {name: model.get_submodule(name) for name in edit.deltas}
@@ -83,9 +94,9 @@ def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str,
                 for name, (chosen, delta) in edit.deltas.items():
                     weight = rows(modules[name])
                     index = torch.tensor(chosen, device=weight.device)
-                    # Added in the delta's precision, then rounded once: in bf16 a small delta would drown term by term.
+                    # Added in the delta's precision, then rounded once: in bf16 small deltas would be lost one by one.
                     weight[index] = (weight[index].to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
-            torch.clear_autocast_cache()  # the caller's autocast keeps copies of the weights as they were
+            torch.clear_autocast_cache()  # the caller's autocast keeps copies of the old weights
             if check and edit.answers:
                 _require_trained_loss(model, edit)
         except BaseException:
@@ -98,45 +109,52 @@ def _require_trained_loss(model: nn.Module, edit: RowEdit) -> None:
     batch = collate([answer.fact for answer in edit.answers]).to(device_of(model))
     with preserve_state(model), torch.no_grad():
         logits, labels = answer_logits(model, batch)
-        loss, trained = _cross_entropy(logits, labels).item(), edit.losses[-1]
-    # What the written rows lose to rounding moves the logits by some units in the last place of the largest one. Measured on 220
-    # edits, the loss moves by up to 3.3 units in tiny models (float64 to bfloat16) and by 0.85 in SmolLM2 (bfloat16): 32 are no
-    # rounding in any type. In half precision 32 may be more than an edit gains: there it is lost if half of its gain is, unless
-    # that is within 4 units.
+        loss, trained = cross_entropy(logits, labels).item(), edit.losses[-1]
+    # Rounding of the written rows moves the logits by some units in the last place of the largest one. Measured on 220
+    # edits, the loss moves by up to 3.3 units in tiny models (float64 to bfloat16) and by 0.85 in SmolLM2 (bfloat16), so
+    # 32 units are more than rounding in any type. In half precision an edit may gain less than 32 units: there it counts
+    # as lost if half of its gain is, unless that is within 4 units.
     unit = torch.finfo(logits.dtype).eps * logits.abs().max().item()
     allowed = min(32 * unit, max(4 * unit, abs(edit.losses[0] - trained) / 2))
     if not abs(loss - trained) <= allowed:
         modules = map(model.get_submodule, edit.deltas)
         kinds = sorted({f"{type(module).__name__} in {module.weight.dtype}" for module in modules})
         raise EditLost(
-            f"the edit was trained to a loss of {trained:.4g}, but the written model has {loss:.4g} (rounding explains {allowed:.2g}), so its "
-            f"weights were put back. {next(iter(edit.deltas))} and its like ({', '.join(kinds)}) do not keep what is written, or the "
-            f"model has changed since the training; load it unquantised, in float32 or bfloat16"
+            f"the edit was trained to a loss of {trained:.4g}, but the written model has {loss:.4g} (rounding explains "
+            f"{allowed:.2g}), so its weights were put back. {next(iter(edit.deltas))} and its like ({', '.join(kinds)}) do "
+            f"not keep what is written, or the model has changed since the training; load it unquantised, in float32 or "
+            f"bfloat16"
         )
 
 
 def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
-    """Writes original weights back, bit by bit: ``originals`` as an edit of ``model`` returned them, by parameter name.
+    """Writes original weights back, bit by bit.
 
-    They are whole matrices as they were before *that* edit: restoring an earlier one of several edits takes back the later
-    ones, too, where they changed the same matrices, and only there. To undo several, restore them last first.
+    They are whole matrices as they were before *that* edit. Restoring an earlier one of several edits undoes the later
+    ones as well, where they changed the same matrices, and only there. To undo several, restore the last one first.
 
-    Raises ValueError, before anything is changed, for a name, shape or type that is not of ``model``.
+    Args:
+        model: The edited model.
+        originals: What an edit of ``model`` returned, by parameter name.
+
+    Raises:
+        ValueError: A name, shape or type is not of ``model``; nothing was changed.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in originals.items():
         parameter = parameters.get(name)
         if parameter is None:
             raise ValueError(
-                f"originals: {type(model).__name__} has no parameter {name!r}; they are of another model, or its modules were exchanged"
+                f"originals: {type(model).__name__} has no parameter {name!r}; they are of another model, or its modules "
+                f"were exchanged"
             )
         if not isinstance(value, Tensor) or value.shape != parameter.shape or value.dtype != parameter.dtype:
             given = (
                 f"{tuple(value.shape)} in {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             )
             raise ValueError(
-                f"originals: {name} is {given}, in {type(model).__name__} it is {tuple(parameter.shape)} in {parameter.dtype}; "
-                f"give what an edit of this very model returned"
+                f"originals: {name} is {given}, in {type(model).__name__} it is {tuple(parameter.shape)} in "
+                f"{parameter.dtype}; give what an edit of this very model returned"
             )
     with defer_interrupts(), default_modes(model), torch.no_grad():
         for name, value in originals.items():

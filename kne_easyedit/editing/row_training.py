@@ -1,7 +1,7 @@
 """Eq. 8-11: train the ensemble's rows, jointly over all layers, until the model gives the new answers.
 
 ``W[M, :] + (alpha / sqrt(n)) * W_kne`` is a rank-stabilised LoRA: ``(alpha / sqrt(r)) * B A`` with ``r = n``,
-``A = W_kne`` and ``B`` the fixed 0/1 matrix that selects the rows ``M``. So PEFT's own LoRA layers do it.
+``A = W_kne`` and ``B`` the fixed 0/1 matrix that selects the rows ``M``. So PEFT's LoRA layers train it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kne_easyedit._util.interrupts import safe_point
-from kne_easyedit.editing.adapter import ADAPTER, _rows_by_module, row_adapter
-from kne_easyedit.editing.objectives import Divergence, _cross_entropy, answer_logits
+from kne_easyedit.editing.adapter import ADAPTER, row_adapter, rows_by_module
+from kne_easyedit.editing.objectives import Objective, answer_logits, cross_entropy
 from kne_easyedit.editing.row_edit import Answer, RowEdit
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Fact, collate
@@ -34,18 +34,32 @@ def train_rows(
     facts: Sequence[Fact],
     ensemble: NeuronEnsemble,
     hparams: EditSettings,
-    divergence: Divergence | None = None,
+    objectives: Sequence[Objective] = (),
     on_step: Callable[[int, float], None] | None = None,
 ) -> RowEdit:
-    """Trains ``W_kne`` (Eq. 8-11) on ``facts`` in one batch; the model is left exactly as it was.
+    """Trains ``W_kne`` (Eq. 8-11) on ``facts`` in one batch, and leaves the model exactly as it was.
 
-    Stops as soon as the loss is below ``hparams.stop_loss``, after ``hparams.num_steps`` steps at the latest. A
-    ``divergence`` is added to what is minimised, times ``hparams.kl_weight``; stopping goes by the answers' loss alone.
-    ``on_step`` is told each step's number and the loss before it.
-    Raises FloatingPointError for a loss that is not finite, ValueError for an ensemble of another model.
+    Minimises the answers' mean cross-entropy plus ``weight * loss`` of each objective. Training stops as soon as the
+    cross-entropy alone is below ``hparams.stop_loss``, after ``hparams.num_steps`` steps at the latest.
+
+    Args:
+        model: A causal language model of transformers.
+        facts: The facts to learn (`encode`).
+        ensemble: The rows to train.
+        hparams: ``lr``, ``num_steps``, ``stop_loss``, ``weight_decay``, ``alpha``, ``initialization``, ``seed`` are read.
+        objectives: Further terms of the loss; none: the paper's training.
+        on_step: Called before each step with its number, from 1, and the cross-entropy in nats.
+
+    Returns:
+        The edit: for each module ``(n, d1)`` to add to its rows, the cross-entropy before every step and at the end, and
+        how well each fact is answered.
+
+    Raises:
+        FloatingPointError: The cross-entropy is not finite.
+        ValueError: The ensemble is of another model, or its modules cannot be edited.
     """
     batch = collate(facts).to(device_of(model))
-    chosen = _rows_by_module(model, ensemble)
+    chosen = rows_by_module(model, ensemble)
     with (
         preserve_state(model),
         row_adapter(model, ensemble, hparams) as trained,
@@ -59,7 +73,7 @@ def train_rows(
             while True:
                 safe_point()
                 logits, labels = answer_logits(model, batch)
-                loss = _cross_entropy(logits, labels)
+                loss = cross_entropy(logits, labels)
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
                     raise FloatingPointError(
@@ -70,8 +84,8 @@ def train_rows(
                     break
                 if on_step is not None:
                     on_step(len(losses), losses[-1])
-                if divergence is not None:
-                    loss = loss + hparams.kl_weight * divergence.now(model)
+                for objective in objectives:
+                    loss = loss + objective.weight * objective.loss(model)
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
                     parameter.grad = gradient
                 optimizer.step()
@@ -87,7 +101,7 @@ def train_rows(
 
 def _answers(facts: Sequence[Fact], logits: Tensor, labels: Tensor) -> tuple[Answer, ...]:
     lengths = [len(fact.answer) for fact in facts]
-    losses = _cross_entropy(logits, labels, "none").split(lengths)
+    losses = cross_entropy(logits, labels, "none").split(lengths)
     best = (logits.argmax(-1) == labels).split(lengths)
     return tuple(
         Answer(fact, own.mean().item(), math.exp(-own.sum().item()), bool(same.all()))
@@ -96,6 +110,6 @@ def _answers(facts: Sequence[Fact], logits: Tensor, labels: Tensor) -> tuple[Ans
 
 
 def _progress(steps: int) -> tqdm:
-    """The bar of a long training: on a terminal only (``disable=None``), so that logs stay clean, and gone when it is done."""
+    """A progress bar for a long training: on a terminal only (``disable=None``), and removed at the end."""
     disable = True if os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None
     return tqdm(total=steps, desc="train", unit="step", delay=PATIENCE, leave=False, disable=disable)

@@ -1,4 +1,4 @@
-"""What an edit reads of a hyperparameter object; `kne_easyedit.hparams.KNEHyperParams` is one."""
+"""The settings that an edit reads; `kne_easyedit.hparams.KNEHyperParams` has them."""
 
 from __future__ import annotations
 

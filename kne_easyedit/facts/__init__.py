@@ -1,6 +1,6 @@
-"""Facts: read from any file (`records`), checked, and turned into token ids and batches (`encoding`).
+"""Facts: read from files of many formats (`records`), checked, and encoded as token ids and batches (`encoding`).
 
-What tells a data format, or calls a tokenizer, may enter. Nothing here runs a model.
+Data formats and tokenisation may enter. Nothing here runs a model.
 """
 
 from kne_easyedit.facts.encoding import Batch, Fact, collate, encode, encode_request

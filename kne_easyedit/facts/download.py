@@ -1,4 +1,4 @@
-"""KnowEdit from its publisher into a local folder, with digests."""
+"""Downloads KnowEdit from its publisher into a local folder, with digests."""
 
 from __future__ import annotations
 
@@ -23,10 +23,16 @@ SUMS = "SHA256SUMS"
 
 
 def fetch(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Downloads the files that ``folder`` lacks; yields name, SHA-256 and ``downloaded`` or ``there``.
+    """Downloads the files that are missing in ``folder``.
 
-    The digests of what was downloaded are kept in ``SHA256SUMS`` (as ``sha256sum`` writes it), and a file that is there
-    must still have its own. Raises ConnectionError if the publisher cannot be reached, ValueError for a file that has changed.
+    Their digests are kept in ``SHA256SUMS`` (as ``sha256sum`` writes it); a file that exists must still match.
+
+    Yields:
+        Name, SHA-256, and ``downloaded`` or ``there``.
+
+    Raises:
+        ConnectionError: The publisher cannot be reached.
+        ValueError: A file has changed since it was downloaded.
     """
     known = _read_sums(folder / SUMS)
     for name in FILES:
@@ -37,7 +43,8 @@ def fetch(folder: Path) -> Iterator[tuple[str, str, str]]:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if state == "there" and known.get(name, digest) != digest:
             raise ValueError(
-                f"{file}: has changed since it was downloaded (its digest is {digest[:16]}, {SUMS} says {known[name][:16]}); remove it to fetch it again"
+                f"{file}: has changed since it was downloaded (its digest is {digest[:16]}, {SUMS} says "
+                f"{known[name][:16]}); remove it to fetch it again"
             )
         known[name] = digest
         atomic_write(folder / SUMS, "".join(f"{known[n]}  {n}\n" for n in FILES if n in known))
@@ -50,15 +57,16 @@ def _download(name: str, file: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         try:
             downloaded = hf_hub_download(REPOSITORY, name, repo_type="dataset", local_dir=temporary)
-        except Exception as error:  # huggingface_hub and its HTTP library raise a dozen kinds, all of which mean this
+        except Exception as error:  # huggingface_hub and its HTTP library raise a dozen types for this
             raise ConnectionError(
-                f"{name} cannot be downloaded from {REPOSITORY} ({type(error).__name__}). Without network: get the files by hand from "
-                f"https://huggingface.co/datasets/{REPOSITORY} and name their folder by KNOWEDIT=FOLDER (the folder that holds 'benchmark'), or name single files by --data"
+                f"{name} cannot be downloaded from {REPOSITORY} ({type(error).__name__}). Without network: get the files "
+                f"by hand from https://huggingface.co/datasets/{REPOSITORY} and name their folder by KNOWEDIT=FOLDER (the "
+                f"folder that holds 'benchmark'), or name single files by --data"
             ) from error
         file.parent.mkdir(parents=True, exist_ok=True)
-        torn = file.with_name(f".{file.name}.part")
-        shutil.copyfile(downloaded, torn)
-        torn.replace(file)
+        partial = file.with_name(f".{file.name}.part")
+        shutil.copyfile(downloaded, partial)
+        partial.replace(file)
 
 
 def _read_sums(path: Path) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""From facts to token ids, label masks and padded batches: the only place that calls a tokenizer.
+"""Encodes facts as token ids, label masks and padded batches.
 
-Prompt and target are joined by the separator alone (a blank, if nothing else is set): both have no blanks of their
-own where they meet. The target's tokens are those beyond the length of the prompt tokenised alone. This is the rule of
-EasyEdit's evaluators, so that what is scored is what is trained; where it would split wrongly, the fact is refused.
+Prompt and target are joined by the separator alone (by default a blank): neither has blanks where they meet. The target's
+tokens are those after the length of the prompt tokenised alone. EasyEdit's evaluators follow the same rule, so that what
+is scored is what is trained; where it would split at a wrong place, the fact is refused.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ IGNORE = -100
 """Label of a position that does not count in the loss (the convention of torch's cross-entropy)."""
 
 SEPARATOR = " "
-"""What stands between prompt and target, if nothing else is set. Scripts without blanks between words want none."""
+"""Default text between prompt and target; empty for scripts without blanks between words."""
 BLANKS = " \t\u00a0\u3000"
-"""What a prompt does not end in. Line ends may stay: a template of one's own may want them."""
+"""Removed from the end of a prompt. Line ends are kept: a template may need them."""
 
 _MARK = "\u2402"
-"""A character that no template holds."""
+"""A character that no template contains."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A tokenised fact."""
+    """An encoded fact."""
 
     prompt: str
     target: str
@@ -60,24 +60,25 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    """The answer's token ids where they stand in ``input_ids``, ``IGNORE`` elsewhere."""
+    """The answer's token ids at their places in ``input_ids``, ``IGNORE`` elsewhere."""
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
 def natural(prompt: str) -> str:
-    """The prompt without blanks at its end: the separator joins it to the answer."""
+    """The prompt without blanks at its end."""
     return prompt.rstrip(BLANKS)
 
 
 def natural_answer(text: str) -> str:
-    """The answer without white space at its ends: what is trained, and what is asked."""
+    """The answer without white space at its ends."""
     return text.strip()
 
 
 def require_text(value: object, field: str) -> str:
-    """``value``, if it is a text that can be tokenised. Raises ValueError, naming ``field``, otherwise."""
+    """Returns ``value`` if it is a text that can be tokenised; raises ValueError, naming ``field``, otherwise."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{field}: {shorten(value)} is not a text with at least one visible character")
     try:
@@ -90,12 +91,21 @@ def require_text(value: object, field: str) -> str:
     return value
 
 
-def encode(tokenizer, prompt: str, target: str, separator: str = SEPARATOR) -> Fact:
-    """Tokenises one fact: the natural prompt and the natural answer (`natural`, `natural_answer`), joined by ``separator``.
+def encode(tokenizer: Tokenizer, prompt: str, target: str, separator: str = SEPARATOR) -> Fact:
+    """Tokenises one fact.
 
-    Raises ValueError for an empty or blank prompt or target, a target of no tokens, a prompt that is tokenised
-    differently where the target follows it, so that the cut by its length would fall into the one or the other, or a
-    tokenizer that appends an end token to every text (the answer would begin behind it).
+    Args:
+        tokenizer: A tokenizer of transformers.
+        prompt: The prompt; blanks at its end are removed.
+        target: The answer; white space at its ends is removed.
+        separator: Joins the two.
+
+    Returns:
+        The fact: the token ids of both, and the prompt's length in tokens.
+
+    Raises:
+        ValueError: Prompt or target is blank; the target has no tokens; the prompt is tokenised differently before the
+            target, so that its length would split at a wrong place; or the tokenizer appends an end token to every text.
     """
     prompt = natural(require_text(prompt, "prompt"))
     target = natural_answer(require_text(target, "target_new"))
@@ -111,22 +121,25 @@ def encode(tokenizer, prompt: str, target: str, separator: str = SEPARATOR) -> F
         raise ValueError(f"prompt: {shorten(prompt)} has no tokens; nothing predicts the answer's first token")
     if len(ids) <= len(prompt_ids):
         raise ValueError(
-            f"target_new: {shorten(target)} has no tokens of its own after the prompt {shorten(prompt)}; choose another target"
+            f"target_new: {shorten(target)} has no tokens of its own after the prompt {shorten(prompt)}; choose another "
+            f"target"
         )
     if ids[: len(prompt_ids)] != prompt_ids and not _begins_at(
         tokenizer, text, len(prompt_ids), len(prompt), len(prompt + separator)
     ):
         raise ValueError(
-            f"prompt: {shorten(prompt)} is tokenised differently where the answer {shorten(target)} follows it (separator {separator!r}), so that "
-            f"EasyEdit's evaluators would cut at a wrong place; end the prompt elsewhere or choose another separator"
+            f"prompt: {shorten(prompt)} is tokenised differently where the answer {shorten(target)} follows it (separator "
+            f"{separator!r}), so that EasyEdit's evaluators would cut at a wrong place; end the prompt elsewhere or choose "
+            f"another separator"
         )
     return Fact(prompt, target, tuple(ids), len(prompt_ids))
 
 
-def _begins_at(tokenizer, text: str, cut: int, prompt_end: int, answer_start: int) -> bool:
-    """Whether the text's tokens from number ``cut`` on are the answer's, where a token of the prompt has taken in the separator.
+def _begins_at(tokenizer: Tokenizer, text: str, cut: int, prompt_end: int, answer_start: int) -> bool:
+    """Whether the text's tokens from number ``cut`` on are the answer's, although the prompt's last token differs.
 
-    (A line end and the blank before a number are one token of SmolLM2.) Only tokenizers that know offsets can tell.
+    It may include the separator (a line end and the blank before a number are one token of SmolLM2). Needs a tokenizer
+    that gives offsets.
     """
     if not tokenizer.is_fast:
         return False
@@ -134,22 +147,34 @@ def _begins_at(tokenizer, text: str, cut: int, prompt_end: int, answer_start: in
     return offsets[cut - 1][1] <= answer_start and offsets[cut][0] >= prompt_end
 
 
-def encode_request(tokenizer, request: Mapping, chat: bool = False, separator: str = SEPARATOR) -> Fact:
-    """Tokenises an EasyEdit request (``prompt``, ``target_new``, maybe ``subject``), checking it first.
+def encode_request(tokenizer: Tokenizer, request: Mapping, chat: bool = False, separator: str = SEPARATOR) -> Fact:
+    """Checks and tokenises an EasyEdit request (``prompt``, ``target_new``, maybe ``subject``).
 
-    ``chat``: the prompt in the tokenizer's chat template, see `chat_prompt`.
+    Args:
+        tokenizer: A tokenizer of transformers.
+        request: The request.
+        chat: Put the prompt into the tokenizer's chat template (`chat_prompt`).
+        separator: See `encode`.
+
+    Returns:
+        The fact.
+
+    Raises:
+        ValueError: The request cannot be edited (`check_request`) or encoded (`encode`).
     """
     check_request(request)
     prompt = chat_prompt(tokenizer, request["prompt"]) if chat else request["prompt"]
     return encode(tokenizer, prompt, request["target_new"], separator)
 
 
-def chat_prompt(tokenizer, prompt: str) -> str:
+def chat_prompt(tokenizer: Tokenizer, prompt: str) -> str:
     """The prompt as a user's message in the tokenizer's chat template, up to where the answer begins.
 
-    A prompt that is in it already stays as it is. Where the tokenizer adds its start token itself, the template's is
-    left out, so that whoever tokenises the text (training, EasyEdit's evaluators, free answers) has it once.
-    Raises ValueError for a tokenizer without a template.
+    A prompt that is in the template already is returned unchanged. Where the tokenizer itself adds its start token, the
+    template's is left out, so that tokenising the text gives it once.
+
+    Raises:
+        ValueError: The tokenizer has no template.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -168,23 +193,23 @@ def chat_prompt(tokenizer, prompt: str) -> str:
     return given if given.startswith(before) and given.endswith(after) else rendered(natural(prompt))
 
 
-def _adds_start(tokenizer) -> bool:
+def _adds_start(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer itself begins every text with its start token."""
     start = tokenizer.bos_token_id
     return start is not None and tokenizer("a")["input_ids"][:1] == [start]
 
 
-def require_length(fact: Fact, config) -> None:
-    """Raises ValueError for a fact longer than the model (its ``config.max_position_embeddings``) can take."""
+def require_length(fact: Fact, config: Any) -> None:
+    """Raises ValueError for a fact that is longer than the model takes (``config.max_position_embeddings``)."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit and len(fact.ids) > limit:
         raise ValueError(
-            f"prompt: {fact.prompt[:40]!r}... has {len(fact.ids)} tokens with its target, the model takes {limit}"
+            f"prompt: {shorten(fact.prompt)} has {len(fact.ids)} tokens with its target, the model takes {limit}"
         )
 
 
 def check_request(request: Mapping) -> None:
-    """Raises ValueError (naming field and value) for a request that cannot be edited."""
+    """Raises ValueError, naming field and value, for a request that cannot be edited."""
     for field in ("prompt", "target_new"):
         require_text(request.get(field), f"request.{field}")
     subject = request.get("subject")
@@ -192,17 +217,27 @@ def check_request(request: Mapping) -> None:
         return
     if not isinstance(subject, str) or not subject.strip():
         raise ValueError(
-            f"request.subject: {shorten(subject)} is not a text with at least one visible character; leave 'subject' out if there is none"
+            f"request.subject: {shorten(subject)} is not a text with at least one visible character; leave 'subject' out "
+            f"if there is none"
         )
     if require_text(subject, "request.subject") not in request["prompt"]:
         raise ValueError(
-            f"request.subject: {shorten(subject)} does not stand in the prompt {shorten(request['prompt'])}; EasyEdit demands it "
-            f"(spell it as in the prompt, or leave 'subject' out)"
+            f"request.subject: {shorten(subject)} does not stand in the prompt {shorten(request['prompt'])}; EasyEdit "
+            f"demands it (spell it as in the prompt, or leave 'subject' out)"
         )
 
 
 def collate(facts: Sequence[Fact], pad_id: int = 0, padding_side: str = "right") -> Batch:
-    """Pads facts to one batch. The mask, not the pad token, decides what counts: a pad id may be any id."""
+    """Pads facts to one batch.
+
+    Args:
+        facts: The facts.
+        pad_id: Any token id: the mask decides what counts.
+        padding_side: ``right`` or ``left``.
+
+    Returns:
+        Ids, mask and labels, each ``(facts, longest)``.
+    """
     input_ids, attention_mask = pad([fact.ids for fact in facts], pad_id, padding_side)
     labels = torch.full_like(input_ids, IGNORE)
     for i, fact in enumerate(facts):
@@ -214,7 +249,7 @@ def collate(facts: Sequence[Fact], pad_id: int = 0, padding_side: str = "right")
 def pad(
     texts: Sequence[Sequence[int]], pad_id: int = 0, padding_side: str = "right"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of texts as one tensor ``(texts, width)``, and the mask (1: a token, 0: padding) of the same shape."""
+    """Token ids of texts as one tensor ``(texts, longest)``, and the mask of the same shape (1: token, 0: padding)."""
     width = max(map(len, texts))
     input_ids = torch.full((len(texts), width), pad_id)
     attention_mask = torch.zeros((len(texts), width), dtype=torch.long)

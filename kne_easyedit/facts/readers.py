@@ -1,4 +1,4 @@
-"""Data files as people keep them: JSON, JSON Lines, CSV, each told by its content. What a record means is told in `schemas`."""
+"""Reads data files: JSON, JSON Lines or CSV, recognised by their content. `schemas` maps the records' fields."""
 
 from __future__ import annotations
 
@@ -10,29 +10,40 @@ import os
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 EMBEDDED = "embedded"
-"""Stands for the packaged facts wherever a data file is named."""
+"""Names the packaged facts where a data file is asked for."""
 DELIMITERS = ",\t;"
-"""Of CSV files; the one that gives the header known names is taken."""
+"""Of CSV files; the first that gives the header a known name is used."""
 COLUMNS = {"prompt", "text", "src"}
-"""Names of the prompt in a header: a CSV file is told by one of them."""
+"""Names of the prompt in a header: a CSV file is recognised by one of them."""
 REWRITE = "requested_rewrite"
-"""What the records of CounterFact and MQuAKE hold in the place of a prompt."""
+"""The field of CounterFact's and MQuAKE's records that holds the prompt."""
 FORMATS = (
     "a JSON list of records, JSON Lines (one record a line), or a CSV file whose header names prompt and target_new"
 )
 
 
 class Unreadable(str):
-    """Stands in the place of a record that cannot be read; the text says where in the file, and why."""
+    """Takes the place of a record that cannot be read; the text says where in the file, and why."""
 
 
-def read_records(path: str | Path) -> list:
-    """The records of a data file as they stand in it, in order; ``~`` and environment variables in the path are expanded.
+def read_records(path: str | Path) -> list[Any]:
+    """The records of a data file, unchanged and in order.
 
-    The packaged facts are ``embedded``. A line of JSON Lines or CSV that cannot be read is an `Unreadable`. Raises
-    FileNotFoundError, or ValueError, naming the file, for what is no data file.
+    Args:
+        path: The file; ``~`` and environment variables are expanded. ``embedded``: the packaged facts.
+
+    Returns:
+        The records; in place of a line of JSON Lines or CSV that cannot be read, an `Unreadable`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no data file; the message names it.
     """
     if str(path) == EMBEDDED:
         return json.loads(_embedded().read_text(encoding="utf-8"))
@@ -62,12 +73,12 @@ def read_records(path: str | Path) -> list:
 
 
 def data_digest(path: str | Path) -> str | None:
-    """SHA-256 of a data file; None for what is no file."""
+    """SHA-256 of a data file; None if there is no such file."""
     real = _embedded() if str(path) == EMBEDDED else _real(path)
     return hashlib.sha256(real.read_bytes()).hexdigest() if real.is_file() else None
 
 
-def _embedded():
+def _embedded() -> Traversable:
     return files("kne_easyedit.facts").joinpath("facts.json")
 
 
@@ -76,14 +87,14 @@ def _real(path: str | Path) -> Path:
 
 
 def _json_lines(text: str) -> list | None:
-    """The records; None if no line holds one. Lines end with a line feed: U+2028 and its kin may stand in a text."""
-    records = []
+    """The records; None if no line holds one. Lines end with a line feed only: U+2028 may be part of a text."""
+    records: list[Any] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             records.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # noqa: PERF203  (each line by itself)
             records.append(Unreadable(f"line {number}: no JSON ({error})"))
     return records if any(isinstance(record, dict) for record in records) else None
 
@@ -102,14 +113,15 @@ def _csv(text: str) -> list | None:
     return None
 
 
-def _rows(rows, names: list[str]) -> Iterator[dict | Unreadable]:
+def _rows(rows: Any, names: list[str]) -> Iterator[dict | Unreadable]:
     try:
         for cells in rows:
             if len(cells) == len(names):
                 yield {name: cell for name, cell in zip(names, cells) if name and cell.strip()}
             elif cells:
                 yield Unreadable(
-                    f"line {rows.line_num}: {len(cells)} cells, the header has {len(names)}; quote cells that hold the delimiter"
+                    f"line {rows.line_num}: {len(cells)} cells, the header has {len(names)}; quote cells that hold the "
+                    f"delimiter"
                 )
-    except csv.Error as error:  # an open quote takes in all that follows
+    except csv.Error as error:  # an open quote extends to the end of the file
         yield Unreadable(f"line {rows.line_num}: no CSV ({error})")

@@ -1,4 +1,4 @@
-"""Records of data files, checked, as EasyEdit requests. `readers` reads the files, `schemas` tells what their fields mean."""
+"""Records of data files, checked, as EasyEdit requests. `readers` reads the files, `schemas` maps their fields."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kne_easyedit._util.messages import shorten
 from kne_easyedit.facts.encoding import (
     SEPARATOR,
+    Tokenizer,
     chat_prompt,
     check_request,
     encode,
@@ -26,10 +28,10 @@ __all__ = [
     "EMBEDDED",
     "BadRecord",
     "data_digest",
-    "require_evaluable",
     "load_records",
     "load_requests",
     "read_records",
+    "require_evaluable",
     "to_request",
     "with_chat_template",
 ]
@@ -40,22 +42,33 @@ CATEGORIES = {
     "portability": ("Subject_Aliasing", "Reasoning", "Logical_Generalization"),
     "locality": ("Relation_Specificity", "Forgetfulness"),
 }
-"""KnowEdit's categories, which come first and in this order; a record's own follow in theirs."""
+"""KnowEdit's categories come first and in this order; others follow in the record's order."""
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used; the message says which, which field and why."""
+    """A record that cannot be used; the message names the record and the field, and says why."""
 
 
 def load_records(
     path: str | Path, size: int | None = None, offset: int = 0, *, on_bad: str = "fail"
 ) -> tuple[list[dict], list[str]]:
-    """Reads a data file (see `readers.read_records`, `schemas.SCHEMAS`), or the packaged facts (``embedded``), as requests with an ``index``.
+    """Reads a data file, of any format in `readers` and `schemas.SCHEMAS`, as requests.
 
-    ``on_bad`` is ``fail`` (the first bad record raises BadRecord) or ``skip``. Returns the requests and the
-    complaints about skipped records. What else records hold is not used, and a warning names it.
-    ``size`` and ``offset`` count records of the file, bad ones included.
-    Raises FileNotFoundError, or ValueError for a file that is no list of records.
+    A warning names the fields of the records that are not used.
+
+    Args:
+        path: The file; ``embedded``: the packaged facts.
+        size: How many records, bad ones included; None: all.
+        offset: The first record.
+        on_bad: ``fail``: the first bad record raises; ``skip``: it is left out.
+
+    Returns:
+        The requests, each with its ``index`` in the file, and the messages about skipped records.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        BadRecord: A record cannot be used, and ``on_bad`` is ``fail``.
+        ValueError: The file is no list of records, or ``offset`` or ``on_bad`` is out of range.
     """
     requests, complaints, unused = _load(path, size, offset, on_bad)
     if unused:
@@ -68,7 +81,12 @@ def load_records(
 
 
 def load_requests(path: str | Path, size: int | None = None, offset: int = 0) -> list[dict]:
-    """The usable ones among ``size`` records of a file, from number ``offset`` on: what localisation needs. A warning names the others."""
+    """The usable ones among ``size`` records of a file, from number ``offset`` on; a warning counts the others.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no list of records, or ``offset`` is out of range.
+    """
     requests, complaints, _ = _load(path, size, offset, "skip")
     if complaints:
         logger.warning(
@@ -84,11 +102,13 @@ def _load(path: str | Path, size: int | None, offset: int, on_bad: str) -> tuple
     stop = len(records) if size is None else offset + size
     if not 0 <= offset < len(records):
         raise ValueError(f"offset: {offset} out of range; {path} has {len(records)} records")
-    requests, complaints, unused = [], [], Counter()
+    requests: list[dict] = []
+    complaints: list[str] = []
+    unused: Counter[str] = Counter()
     for index, record in list(enumerate(records))[offset:stop]:
         try:
             requests.append({**to_request(record, unused), "index": index})
-        except ValueError as error:
+        except ValueError as error:  # noqa: PERF203  (each record by itself)
             complaint = f"{path}: record {index}: {error}"
             if on_bad == "fail":
                 raise BadRecord(f"{complaint} (--on-bad-record skip leaves such records out)") from error
@@ -97,11 +117,21 @@ def _load(path: str | Path, size: int | None, offset: int, on_bad: str) -> tuple
 
 
 def to_request(record: Mapping, unused: Counter | None = None) -> dict:
-    """One record, of any shape that `schemas` knows, as an EasyEdit request: categories hold lists of prompts and of first answers.
+    """One record, of any of the `schemas`, as an EasyEdit request.
 
-    Prompts end, and answers begin and end, without blanks (`batching.natural`). The subject is None where there is none.
-    Raises ValueError naming the field. Probes with an empty answer are left out, as EasyEdit's own script does;
-    ``unused`` counts them, and the fields that are not used.
+    Prompts end, and answers begin and end, without blanks (`encoding.natural`). Probes with an empty answer are left out,
+    as in EasyEdit's own script.
+
+    Args:
+        record: The record as it was read.
+        unused: Counts the probes that are left out, and the fields that are not used.
+
+    Returns:
+        The request. Each category has a list of prompts and a list of their first answers; ``subject`` and
+        ``ground_truth`` may be None.
+
+    Raises:
+        ValueError: The record cannot be used; the message names the field.
     """
     unused = Counter() if unused is None else unused
     if isinstance(record, Unreadable):
@@ -141,14 +171,19 @@ def to_request(record: Mapping, unused: Counter | None = None) -> dict:
 
 
 def require_evaluable(
-    request: Mapping, tokenizer, model, separator: str = SEPARATOR, by_subject: Sequence[str] = ()
+    request: Mapping, tokenizer: Tokenizer, model: Any, separator: str = SEPARATOR, by_subject: Sequence[str] = ()
 ) -> None:
-    """Raises ValueError, naming the field, for a request with a text that the tokenizer or the model cannot take.
+    """Checks every prompt of a request with its answer: its own, the rephrased one, all probes.
 
-    ``by_subject``: the methods of a run that cannot edit a request without a subject.
+    Args:
+        request: The request (`to_request`).
+        tokenizer: A tokenizer of transformers.
+        model: A model of transformers; its longest text and its embeddings are the limits.
+        separator: See `encode`.
+        by_subject: The methods of a run that cannot edit a request without a subject.
 
-    ``model`` is a transformers model: its length and its embeddings are the limits. Every prompt is looked at with its
-    answer: the request's own, the rephrased one, all probes.
+    Raises:
+        ValueError: Tokenizer or model cannot take a text, or the subject is missing; the message names the field.
     """
     if by_subject and request["subject"] is None:
         raise ValueError(
@@ -163,12 +198,12 @@ def require_evaluable(
                 raise ValueError(
                     f"tokenizer: token {max(fact.ids)} of {shorten(prompt)}, the model knows those below {known}"
                 )
-        except ValueError as error:
+        except ValueError as error:  # noqa: PERF203  (the field is named)
             raise ValueError(f"{field}: {error}") from error
 
 
 def _questions(request: Mapping) -> Iterator[tuple[str, str, str]]:
-    """Field, prompt and answer of all that is asked."""
+    """Field, prompt and answer of every question of a request."""
     yield "request", request["prompt"], request["target_new"]
     if "rephrase_prompt" in request:
         yield "rephrase_prompt", request["rephrase_prompt"], request["target_new"]
@@ -178,10 +213,10 @@ def _questions(request: Mapping) -> Iterator[tuple[str, str, str]]:
                 yield f"{section}.{category}[{i}].prompt", prompt, answer
 
 
-def with_chat_template(request: Mapping, tokenizer) -> dict:
+def with_chat_template(request: Mapping, tokenizer: Tokenizer) -> dict:
     """The request with every prompt (its own, the rephrased one, all probes) in the tokenizer's chat template.
 
-    Then every method edits and every evaluator asks in the same form, whatever it knows of templates.
+    So every method and every evaluator uses the same form, whether it knows of templates or not.
     """
     wrapped = {**request, "prompt": chat_prompt(tokenizer, request["prompt"])}
     if "rephrase_prompt" in request:
@@ -194,8 +229,8 @@ def with_chat_template(request: Mapping, tokenizer) -> dict:
     return wrapped
 
 
-def _probes(items, field: str, unused: Counter) -> dict[str, list[str]]:
-    probes = {"prompt": [], "ground_truth": []}
+def _probes(items: Any, field: str, unused: Counter) -> dict[str, list[str]]:
+    probes: dict[str, list[str]] = {"prompt": [], "ground_truth": []}
     items = [] if items is None else items
     if not isinstance(items, list):
         raise ValueError(f"{field}: is a {type(items).__name__}, not a list")
@@ -212,20 +247,20 @@ def _probes(items, field: str, unused: Counter) -> dict[str, list[str]]:
     return probes
 
 
-def _answer(value, field: str) -> str | None:
+def _answer(value: Any, field: str) -> str | None:
     """The first alias of an answer as a text without blanks at its ends; None if there is none."""
     first = _number_as_text(_first(value))
     return None if first is None else natural_answer(require_text(first, field))
 
 
-def _number_as_text(value):
-    """A number as it is written (years lose their quotes on the way through other tools), anything else as it is."""
-    is_number = type(value) is int or type(value) is float and math.isfinite(value)  # True is no answer
+def _number_as_text(value: Any) -> Any:
+    """A number as a text (other tools may drop the quotes of a year); anything else unchanged."""
+    is_number = type(value) is int or (type(value) is float and math.isfinite(value))  # True is no answer
     return str(value) if is_number else value
 
 
-def _first(answer):
-    """The first alias of an answer that may be nested in lists; empty ones do not count."""
+def _first(answer: Any) -> Any:
+    """The first alias that is not empty of an answer, which may be nested in lists."""
     waiting = [answer]
     while waiting:
         answer = waiting.pop()

@@ -1,33 +1,34 @@
-"""What the records of known data sets mean: each shape of record is one function that gives the plain shape, KnowEdit's.
+"""Maps the records of known data sets to one plain form, KnowEdit's: one function for each schema.
 
-A plain record has ``prompt``, ``target_new``, and maybe ``subject``, ``ground_truth``, ``rephrase_prompt``, ``portability``
-and ``locality``: mappings of categories to lists of probes (``prompt``, ``ground_truth``). To add a data set, write such
-a function and put it into `SCHEMAS`. Values are checked afterwards, by `records.to_request`, whatever their shape was.
+A plain record has ``prompt``, ``target_new``, and maybe ``subject``, ``ground_truth``, ``rephrase_prompt``,
+``portability`` and ``locality``: mappings of categories to lists of probes (``prompt``, ``ground_truth``). To add a data
+set, write such a function and add it to `SCHEMAS`. `records.to_request` checks the values afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 PARAPHRASE, NEIGHBORHOOD, ATTRIBUTE = "Paraphrase", "Neighborhood", "Attribute"
-"""Categories that other data sets' probes are given."""
+"""Categories of the probes of other data sets."""
 
 
 @dataclass(frozen=True)
 class Schema:
-    """A shape of records."""
+    """A form of records."""
 
     name: str
     matches: Callable[[Mapping], bool]
     plain: Callable[[Mapping], dict]
-    """Raises ValueError, with the way to convert it, for a record of this shape that cannot be a plain one."""
+    """Record -> plain record; raises ValueError, saying how to convert it, if that is not possible."""
     fields: frozenset[str]
-    """All that the data set's records have and that is used, or asks nothing. Others are reported as left out."""
+    """Fields that are used, or that hold no questions. Others are reported as left out."""
 
 
 def schema_of(record: Mapping) -> Schema:
-    """The first shape that the record has; the last one takes all."""
+    """The first schema that matches the record; the last one matches all."""
     return next(schema for schema in SCHEMAS if schema.matches(record))
 
 
@@ -48,8 +49,8 @@ def _mquake(record: Mapping) -> dict:
     rewrites = record["requested_rewrite"]
     if len(rewrites) != 1:
         raise ValueError(
-            f"requested_rewrite: {len(rewrites)} rewrites in one MQuAKE case, whose questions follow from all of them together; "
-            f"write a record of each (prompt, subject, target_new) and edit them by --mode batch or sequential"
+            f"requested_rewrite: {len(rewrites)} rewrites in one MQuAKE case, whose questions follow from all of them "
+            f"together; write a record of each (prompt, subject, target_new) and edit them by --mode batch or sequential"
         )
     rewrite = rewrites[0] if isinstance(rewrites[0], Mapping) else {}
     plain, hops = _rewritten(rewrite), _listed(record.get("new_single_hops"))
@@ -107,10 +108,8 @@ def _knowedit(record: Mapping) -> dict:
         [*_listed(record.get("rephrase_prompt")), *_listed(record.get("rephrase"))], plain["target_new"]
     )
     plain["portability"] = _with(plain["portability"], rephrased.pop("portability"))
-    for section, category in (
-        ("portability", "one_hop"),
-        ("locality", "neighborhood"),
-    ):  # as EasyEdit's examples name them
+    # EasyEdit's examples have these names.
+    for section, category in (("portability", "one_hop"), ("locality", "neighborhood")):
         pairs = _pairs(record.get(f"{section}_prompt"), record.get(f"{section}_ground_truth"), f"{section}_prompt")
         probes = [{"prompt": prompt, "ground_truth": answer} for prompt, answer in pairs]
         plain[section] = _with(plain[section], {category: probes} if probes else {})
@@ -158,7 +157,7 @@ SCHEMAS = (
         ),
     ),
     Schema(
-        # Answers of before the edit, and other names of those after it: EasyEdit's evaluator takes one answer.
+        # Answers before the edit and aliases of those after it are not used: EasyEdit's evaluator takes one answer.
         "MQuAKE",
         lambda record: isinstance(record.get("requested_rewrite"), list),
         _mquake,
@@ -195,7 +194,7 @@ SCHEMAS = (
 
 
 def _rewritten(rewrite: Mapping) -> dict:
-    """A ``requested_rewrite`` of CounterFact or MQuAKE: its prompt has ``{}`` where the subject stands."""
+    """A ``requested_rewrite`` of CounterFact or MQuAKE: its prompt has ``{}`` in place of the subject."""
     prompt, subject = rewrite.get("prompt"), rewrite.get("subject")
     if isinstance(prompt, str) and isinstance(subject, str):
         prompt = prompt.replace("{}", subject)
@@ -203,8 +202,8 @@ def _rewritten(rewrite: Mapping) -> dict:
     return {"prompt": prompt, "subject": subject, "target_new": target, "ground_truth": old}
 
 
-def _with(section, more: Mapping):
-    """A section with more probes; one that is none stays as it is, to be refused."""
+def _with(section: Any, more: Mapping) -> Any:
+    """A section with more probes; one that is no mapping is returned unchanged, to be refused later."""
     if not more or not isinstance(section, Mapping | None):
         return section
     section = section or {}
@@ -216,20 +215,20 @@ def _with(section, more: Mapping):
     return {**section, **joined}
 
 
-def _rephrased(prompts, target) -> dict:
-    """The first paraphrase is the rephrased prompt, the others are probes: none is asked twice."""
+def _rephrased(prompts: Any, target: Any) -> dict:
+    """The first paraphrase is the rephrased prompt, the others are probes, so that none is asked twice."""
     first, *others = _listed(prompts) or [None]
     found = {} if first is None else {"rephrase_prompt": first}
     return {**found, "portability": _category(PARAPHRASE, others, target)}
 
 
-def _category(name: str, prompts, answer) -> dict:
-    """A category of prompts that all have one answer; none if there are no prompts."""
+def _category(name: str, prompts: Any, answer: Any) -> dict:
+    """A category of prompts with the same answer; empty if there are no prompts."""
     probes = [{"prompt": prompt, "ground_truth": answer} for prompt in _listed(prompts)]
     return {name: probes} if probes else {}
 
 
-def _answered(section, field: str) -> list[dict]:
+def _answered(section: Any, field: str) -> list[dict]:
     """Probes of CKnowEdit: a list of ``prompt`` and ``answer``, or one mapping of two lists."""
     if isinstance(section, Mapping):
         pairs = _pairs(section.get("prompt"), section.get("answer"), field)
@@ -237,24 +236,23 @@ def _answered(section, field: str) -> list[dict]:
     return [{"prompt": _at(item, "prompt"), "ground_truth": _at(item, "answer")} for item in _listed(section)]
 
 
-def _pairs(prompts, answers, field: str) -> list[tuple]:
+def _pairs(prompts: Any, answers: Any, field: str) -> list[tuple]:
     prompts = _listed(prompts)
     if not prompts and answers is None:
         return []
-    answers = (
-        answers if isinstance(answers, list) and len(prompts) != 1 else [answers]
-    )  # the aliases of one answer may be a list
+    # The answer of a single prompt may be a list of aliases.
+    answers = answers if isinstance(answers, list) and len(prompts) != 1 else [answers]
     if len(prompts) != len(answers):
         raise ValueError(f"{field}: {len(prompts)} prompts and {len(answers)} answers; each prompt needs one")
     return list(zip(prompts, answers))
 
 
-def _listed(value) -> list:
+def _listed(value: Any) -> list:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _at(value, *names: str):
-    """What lies under these names in nested mappings; None where one is missing."""
+def _at(value: Any, *names: str) -> Any:
+    """The value under these names in nested mappings; None where one is missing."""
     for name in names:
         value = value.get(name) if isinstance(value, Mapping) else None
     return value

@@ -65,22 +65,20 @@ def everything(model):
 class TestHeld:
     def test_waits_for_a_safe_point(self):
         seen = []
-        with pytest.raises(KeyboardInterrupt):
-            with defer_interrupts():
-                kill()
-                seen.append("behind the signal")
-                safe_point()
-                seen.append("behind the safe point")
+        with pytest.raises(KeyboardInterrupt), defer_interrupts():
+            kill()
+            seen.append("behind the signal")
+            safe_point()
+            seen.append("behind the safe point")
         assert seen == ["behind the signal"]
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_or_for_the_end_of_the_outermost_block(self):
         seen = []
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), defer_interrupts():
             with defer_interrupts():
-                with defer_interrupts():
-                    kill()
-                seen.append("behind the inner block")
+                kill()
+            seen.append("behind the inner block")
         assert seen == ["behind the inner block"]
 
     def test_without_a_signal_nothing_happens(self):
@@ -91,19 +89,17 @@ class TestHeld:
 
     def test_a_block_whose_end_is_interrupted_is_undone(self):
         undone = []
-        with pytest.raises(KeyboardInterrupt):
-            with defer_interrupts(
-                undo=lambda: (kill(), undone.append(1))
-            ):  # a second Ctrl-C, while the first is heeded
-                kill()
+        with pytest.raises(KeyboardInterrupt), defer_interrupts(
+            undo=lambda: (kill(), undone.append(1))
+        ):  # a second Ctrl-C, while the first is heeded
+            kill()
         assert undone == [1]
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_a_block_that_failed_is_not_undone(self):
-        with pytest.raises(KeyboardInterrupt) as caught:
-            with defer_interrupts(undo=pytest.fail):
-                kill()
-                raise ValueError("its own")
+        with pytest.raises(KeyboardInterrupt) as caught, defer_interrupts(undo=pytest.fail):
+            kill()
+            raise ValueError("its own")
         assert isinstance(caught.value.__context__, ValueError)
 
     def test_a_handler_of_the_users_own_is_called_once_and_may_go_on(self):

@@ -239,7 +239,7 @@ class TestQuadrature:
 
     @pytest.mark.parametrize("steps", [0, -1, 2.0, "20"])
     def test_other_numbers_of_steps_are_refused(self, llama, tokenizer, steps):
-        with pytest.raises(ValueError, match="attribution_steps: .* at least 1"):
+        with pytest.raises(ValueError, match=r"attribution_steps: .* at least 1"):
             attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, steps)
 
 

@@ -1,7 +1,6 @@
-"""apply_kne_to_model: EasyEdit's contract, the edit's success, localising once, and every bad input of the core."""
+"""apply_kne_to_model: EasyEdit's contract, the edit's success, and every bad input of the core."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -9,8 +8,6 @@ from conftest import (
     GPT2_DOWN,
     GPTJ_DOWN,
     LLAMA_DOWN,
-    ONE_TOKEN,
-    SPELLED,
     THREE_TOKENS,
     fingerprint,
     make_gpt2,
@@ -20,61 +17,13 @@ from conftest import (
     tiny_hparams,
     weights,
 )
+from edits import REQUEST, REQUESTS, edited, predicted, request
 from tokenizers import processors
 
 from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
 from kne_easyedit.facts.encoding import encode
 from kne_easyedit.localization import localizer as localization
-from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
-from kne_easyedit.localization.localizer import find_ensemble, forget, localize
-
-
-def request(fact=ONE_TOKEN, subject=None, **changes):
-    prompt, target = fact
-    return {"prompt": prompt, "target_new": target, "ground_truth": None, "subject": subject, **changes}
-
-
-REQUEST = request(ONE_TOKEN, "France")
-REQUESTS = [REQUEST, request(SPELLED, "Ada"), request(THREE_TOKENS, "Rome")]
-DATA = [
-    {"subject": "Spain", "prompt": "The capital of Spain is", "target_new": "Lima", "ground_truth": ["Madrid"]},
-    {"subject": "Peru", "prompt": "The language of Peru is", "target_new": "Latin", "ground_truth": ["Spanish"]},
-    {"subject": "Italy", "prompt": "The capital city of Italy was", "target_new": "Oslo", "ground_truth": ["Rome"]},
-]
-
-
-@pytest.fixture
-def data_file(tmp_path):
-    path = tmp_path / "knowedit.json"
-    path.write_text(json.dumps(DATA))
-    return str(path)
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """The facts whose attribution was computed, one entry a computation."""
-    prompts = []
-    real = localization.attribute_facts
-
-    def counting(model, target, facts, *args, **kwargs):
-        prompts.extend(fact.prompt for fact in facts)
-        return real(model, target, facts, *args, **kwargs)
-
-    monkeypatch.setattr(localization, "attribute_facts", counting)
-    return prompts
-
-
-def predicted(model, tokenizer, one):
-    """Teacher-forced: the most probable token at every position that predicts one of the target's."""
-    fact = encode(tokenizer, one["prompt"], one["target_new"])
-    with torch.no_grad():
-        best = model(input_ids=torch.tensor([fact.ids])).logits[0].argmax(-1)
-    return best[list(fact.positions)].tolist(), list(fact.answer)
-
-
-def edited(model, tokenizer, one):
-    got, wanted = predicted(model, tokenizer, one)
-    return got == wanted
+from kne_easyedit.localization.ensemble import NeuronEnsemble
 
 
 class TestContract:
@@ -187,117 +136,6 @@ class TestSuccess:
             before = weights(llama)
             apply_kne_to_model(llama, tokenizer, [one], tiny_hparams())
             assert edited(llama, tokenizer, one) and weights(llama) != before
-
-
-class TestLocalisation:
-    def test_on_the_requests(self, llama, tokenizer, computed):
-        for one in REQUESTS:
-            apply_kne_to_model(llama, tokenizer, [one], tiny_hparams(num_steps=1))
-        assert computed == [one["prompt"] for one in REQUESTS]
-
-    def test_on_the_requests_depends_on_them(self, llama, tokenizer):
-        one, other = (localize(llama, tokenizer, [r], tiny_hparams()) for r in REQUESTS[:2])
-        assert one.neurons != other.neurons
-        assert one.facts == 1
-
-    def test_on_a_file_is_done_once_for_many_edits(self, llama, tokenizer, computed, data_file):
-        hparams = tiny_hparams(localization_data=data_file, localization_size=3)
-        found = set()
-        for one in REQUESTS:
-            _, originals = apply_kne_to_model(llama, tokenizer, [one], hparams, return_orig_weights=True)
-            found.add(tuple(sorted(originals)))
-        assert computed == [record["prompt"] for record in DATA]
-        assert len(found) == 1
-
-    def test_through_sequential_edits_the_neurons_stay(self, llama, tokenizer, data_file):
-        """The weights change, but the neurons are those of the model as it came; `forget` ends that."""
-        hparams = tiny_hparams(localization_data=data_file, localization_size=3)
-        first = find_ensemble(llama, tokenizer, [], hparams)
-        apply_kne_to_model(llama, tokenizer, REQUESTS, hparams)
-        assert find_ensemble(llama, tokenizer, [], hparams) is first
-        forget(llama)
-        again = find_ensemble(llama, tokenizer, [], hparams)
-        assert again.neurons != first.neurons
-
-    def test_to_forget_means_to_localise_on_the_weights_as_they_are(self, llama, tokenizer, computed, data_file):
-        hparams = tiny_hparams(localization_data=data_file, localization_size=3)
-        apply_kne_to_model(llama, tokenizer, [REQUEST], hparams)
-        forget(llama)
-        apply_kne_to_model(llama, tokenizer, [REQUEST], hparams)
-        assert computed == [record["prompt"] for record in DATA] * 2
-
-    def test_to_forget_what_was_never_found_is_harmless(self, llama):
-        forget(llama)
-
-    @pytest.mark.parametrize(
-        "changes", [{"p": 0.5}, {"layers": [1, 2]}, {"aggregation": "mean"}, {"localization_size": 1}], ids=str
-    )
-    def test_other_settings_give_another_ensemble(self, llama, tokenizer, data_file, changes):
-        settings = dict(localization_data=data_file, localization_size=3)
-        one = find_ensemble(llama, tokenizer, [], tiny_hparams(**settings))
-        other = find_ensemble(llama, tokenizer, [], tiny_hparams(**{**settings, **changes}))
-        assert one.neurons != other.neurons
-
-    def test_is_the_selection_from_the_aggregated_scores(self, llama64, tokenizer, data_file):
-        """In float64, so that no rounding moves a neuron over the threshold: the facts share sweeps in one of the two only."""
-        from kne_easyedit.attribution.engine import attribute
-
-        llama = llama64
-        hparams = tiny_hparams(localization_data=data_file, localization_size=3, p=0.1)
-        scores = [
-            attribute(llama, tokenizer, r["prompt"], r["target_new"], LLAMA_DOWN, hparams.attribution_steps)
-            for r in DATA
-        ]
-        expected = select_ensemble(torch.stack(scores).amax(0), 0.1, target_module=LLAMA_DOWN)
-        found = find_ensemble(llama, tokenizer, [], hparams)
-        assert found.neurons == expected.neurons
-        assert (found.p, found.aggregation, found.facts, found.layers) == (0.1, "max", 3, (0, 1, 2, 3))
-
-    def test_several_module_types(self, llama, tokenizer, data_file):
-        up = "model.layers.{}.mlp.up_proj"
-        hparams = tiny_hparams(target_modules=[LLAMA_DOWN, up], localization_data=data_file, localization_size=2)
-        found = find_ensemble(llama, tokenizer, [], hparams)
-        assert set(found.neurons) == {LLAMA_DOWN, up}
-        _, originals = apply_kne_to_model(llama, tokenizer, [REQUEST], hparams, return_orig_weights=True)
-        assert {name.rsplit(".", 2)[1] for name in originals} == {"down_proj", "up_proj"}
-        assert edited(llama, tokenizer, REQUEST)
-
-    def test_fewer_facts_than_wanted_are_reported(self, llama, tokenizer, data_file, caplog):
-        with caplog.at_level(logging.WARNING):
-            find_ensemble(llama, tokenizer, [], tiny_hparams(localization_data=data_file, localization_size=200))
-        assert "localization_size: 200 wanted" in caplog.text and "holds 3 facts" in caplog.text
-
-    def test_bad_records_of_the_data_are_left_out(self, llama, tokenizer, tmp_path, computed):
-        path = tmp_path / "mixed.json"
-        path.write_text(
-            json.dumps([DATA[0], {"subject": "Peru", "prompt": "The capital is", "target_new": "Lima"}, DATA[2]])
-        )
-        find_ensemble(llama, tokenizer, [], tiny_hparams(localization_data=str(path), localization_size=3))
-        assert computed == [DATA[0]["prompt"], DATA[2]["prompt"]]
-
-    def test_an_ensemble_from_a_file(self, llama, tokenizer, tmp_path, computed):
-        path = tmp_path / "ensemble.json"
-        NeuronEnsemble({LLAMA_DOWN: {1: (0, 5), 3: (7,)}}, {LLAMA_DOWN: 24}).save(path)
-        before = {name: parameter.detach().clone() for name, parameter in llama.named_parameters()}
-        apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams(ensemble=str(path), stop_loss=0, num_steps=2))
-        changed = {
-            name: (p != before[name]).any(1).nonzero().flatten().tolist()
-            for name, p in llama.named_parameters()
-            if p.ndim == 2
-        }
-        assert {name: rows for name, rows in changed.items() if rows} == {
-            f"{LLAMA_DOWN.format(1)}.weight": [0, 5],
-            f"{LLAMA_DOWN.format(3)}.weight": [7],
-        }
-        assert computed == []
-
-    def test_an_ensemble_given_outright(self, llama, tokenizer, computed):
-        made = NeuronEnsemble({LLAMA_DOWN: {2: (4,)}}, {LLAMA_DOWN: 24})
-        _, originals = apply_kne_to_model(
-            llama, tokenizer, [REQUEST], tiny_hparams(num_steps=1), return_orig_weights=True, ensemble=made
-        )
-        assert list(originals) == [f"{LLAMA_DOWN.format(2)}.weight"]
-        assert computed == []
 
 
 LONG = " ".join(["The"] * 64)

@@ -1,4 +1,4 @@
-"""Whatever torch's modes are around a call: the same scores, the same edit. A model that cannot be trained is refused first."""
+"""torch's modes around a call change neither scores nor edits. A model that cannot be trained is refused first."""
 
 import contextlib
 
@@ -15,7 +15,7 @@ from conftest import (
     make_llama,
     tiny_hparams,
 )
-from test_edit import predicted, request
+from edits import predicted, request
 
 from kne_easyedit.attribution.engine import attribute
 from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
@@ -128,7 +128,7 @@ class TestRefused:
         with around():
             refused(
                 model,
-                r"LlamaForCausalLM was loaded inside torch.inference_mode \(see model.embed_tokens.weight\).*load it outside",
+                r"LlamaForCausalLM was loaded inside torch.inference_mode \(see model.embed_tokens.weight\).*load it",
             )
 
     def test_a_compiled_model(self, llama, refused):
@@ -151,7 +151,7 @@ class TestRefused:
         llama.model.layers[2].compile()
         refused(
             llama,
-            r"model.layers.2 \(LlamaDecoderLayer\) was compiled by its compile\(\); set its _compiled_call_impl to None",
+            r"model.layers.2 \(LlamaDecoderLayer\) was compiled by its compile\(\); set its _compiled_call_impl to",
         )
 
     def test_a_compiled_forward(self, llama, refused):

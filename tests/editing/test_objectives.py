@@ -1,4 +1,4 @@
-"""The options beyond the paper: scores scaled by layer, a divergence penalty. Off, they change nothing."""
+"""Objectives beside the answers' cross-entropy: the divergence penalty. Off, they change nothing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import json
 
 import pytest
 import torch
-from conftest import FACTS, LLAMA_DOWN, fingerprint, make_llama, make_tokenizer, tiny_hparams, weights
+from conftest import FACTS, LLAMA_DOWN, bits, fingerprint, make_llama, make_tokenizer, tiny_hparams, weights
+from edits import ensemble_of, full_deltas, masks_of
 from pytest import approx
+from reference import literal_row_training
 
-from kne_easyedit import apply_kne_to_model, restore, select_ensemble
-from kne_easyedit.editing.objectives import Divergence, unrelated_prompts
+from kne_easyedit import apply_kne_to_model, compute_edit, restore
+from kne_easyedit.editing import objectives as objectives_module
+from kne_easyedit.editing.adapter import ADAPTER, row_adapter
+from kne_easyedit.editing.objectives import OBJECTIVES, Divergence, answer_loss, objectives_for, unrelated_prompts
+from kne_easyedit.editing.row_training import train_rows
+from kne_easyedit.facts.encoding import collate
+from kne_easyedit.models.state import preserve_state
 
 PROMPTS = [prompt for prompt, _ in FACTS]
 REQUEST = {"prompt": "The capital of Spain is", "target_new": "Oslo", "subject": "Spain"}
@@ -30,14 +37,14 @@ def prompts_file(tmp_path):
 def test_the_divergence_of_an_unchanged_model_is_zero_and_of_a_changed_one_is_that_of_its_definition(double_precision):
     model, tokenizer = make_llama(dtype=torch.float64), make_tokenizer()
     divergence = Divergence(model, tokenizer, PROMPTS)
-    assert divergence.now(model).item() == approx(0, abs=1e-12)
+    assert divergence.loss(model).item() == approx(0, abs=1e-12)
     with torch.no_grad():
         before = [model(torch.tensor([tokenizer(p)["input_ids"]])).logits[0, -1].softmax(-1) for p in PROMPTS]
         model.get_submodule(LLAMA_DOWN.format(1)).weight.mul_(1.5)
         after = [model(torch.tensor([tokenizer(p)["input_ids"]])).logits[0, -1].softmax(-1) for p in PROMPTS]
     literal = sum((b * (b / a).log()).sum().item() for b, a in zip(before, after)) / len(PROMPTS)
     assert literal > 1e-3
-    assert divergence.now(model).item() == approx(literal, rel=1e-9)
+    assert divergence.loss(model).item() == approx(literal, rel=1e-9)
 
 
 def edited(prompts_file, **settings) -> tuple[float, dict]:
@@ -47,7 +54,7 @@ def edited(prompts_file, **settings) -> tuple[float, dict]:
     divergence = Divergence(model, tokenizer, PROMPTS)
     before = fingerprint(model)
     _, originals = apply_kne_to_model(model, tokenizer, [REQUEST], hparams, return_orig_weights=True)
-    found = divergence.now(model).item(), weights(model)
+    found = divergence.loss(model).item(), weights(model)
     restore(model, originals)
     assert fingerprint(model) == before
     return found
@@ -68,41 +75,133 @@ def test_unrelated_prompts_are_not_those_that_are_edited(prompts_file):
     assert unrelated_prompts(hparams, [REQUEST["prompt"]]) == PROMPTS
     hparams.kl_size = 2
     assert unrelated_prompts(hparams, [PROMPTS[0]]) == [PROMPTS[1], PROMPTS[2]]
-    with pytest.raises(ValueError, match="kl_data: .* holds no prompt beside"):
+    with pytest.raises(ValueError, match=r"kl_data: .* holds no prompt beside"):
         unrelated_prompts(hparams, [*PROMPTS, REQUEST["prompt"]])
 
 
-def scores() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(4, 25, generator=generator).abs() * torch.tensor([100.0, 1.0, 0.1, 10.0])[:, None]
-
-
-def test_scaled_scores_spread_the_ensemble_over_the_layers():
-    plain = select_ensemble(scores(), 0.2, target_module=LLAMA_DOWN)
-    scaled = select_ensemble(scores(), 0.2, target_module=LLAMA_DOWN, scale="layer")
-    assert plain.counts()[LLAMA_DOWN][1] == plain.counts()[LLAMA_DOWN][2] == 0
-    assert min(scaled.counts()[LLAMA_DOWN].values()) >= 1
-    assert plain.size == scaled.size == 20
-
-
-def test_a_layers_scale_does_not_matter_to_scaled_scores():
-    factors = torch.tensor([3.0, 50.0, 0.01, 1.0])[:, None]
-    one = select_ensemble(scores(), 0.2, target_module=LLAMA_DOWN, scale="layer")
-    other = select_ensemble(scores() * factors, 0.2, target_module=LLAMA_DOWN, scale="layer")
-    assert one.members() == other.members()
-    assert (
-        select_ensemble(scores() * factors, 0.2, target_module=LLAMA_DOWN).members()
-        != select_ensemble(scores(), 0.2, target_module=LLAMA_DOWN).members()
+def literal(model, tokenizer, facts, hparams, kl_weight):
+    examples = [(fact.ids, fact.prompt_length) for fact in facts]
+    masks = masks_of(model, ensemble_of(LLAMA_DOWN))
+    kl_ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    return literal_row_training(
+        model,
+        examples,
+        masks,
+        hparams.lr,
+        hparams.num_steps,
+        stop_loss=hparams.stop_loss,
+        kl_weight=kl_weight,
+        kl_ids=kl_ids,
     )
 
 
-def test_a_layer_without_a_positive_score_stays_empty():
-    values = scores()
-    values[1] = -values[1]
-    found = select_ensemble(values, 0.9, target_module=LLAMA_DOWN, scale="layer")
-    assert found.counts()[LLAMA_DOWN][1] == 0
+def largest(ours: dict, theirs: dict) -> float:
+    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
 
 
-def test_an_unknown_scale_is_refused():
-    with pytest.raises(ValueError, match="scale: 'module' must be one of"):
-        select_ensemble(scores(), 0.2, target_module=LLAMA_DOWN, scale="module")
+def test_training_with_the_penalty_is_the_literal_one(llama64, tokenizer, facts):
+    """Losses and deltas equal full-matrix training that adds the divergence; without it they differ."""
+    hparams = tiny_hparams(stop_loss=0, num_steps=6)
+    penalty = Divergence(llama64, tokenizer, PROMPTS, weight=3.0)
+    edit = train_rows(llama64, facts[:1], ensemble_of(LLAMA_DOWN), hparams, [penalty])
+    expected, losses = literal(llama64, tokenizer, facts[:1], hparams, 3.0)
+    assert largest(full_deltas(llama64, edit), expected) < 1e-9
+    assert edit.losses == approx(losses, abs=1e-9)
+    without, _ = literal(llama64, tokenizer, facts[:1], hparams, 0.0)
+    assert largest(full_deltas(llama64, edit), without) > 1e-3
+
+
+class Constant:
+    """An objective of one's own."""
+
+    name, weight = "constant", 2.0
+
+    def __init__(self, value):
+        self.value, self.models = value, []
+
+    def loss(self, model):
+        self.models.append(model)
+        return torch.tensor(self.value)
+
+
+def bits_of(edit):
+    return edit.losses, {name: (rows, bits(delta)) for name, (rows, delta) in edit.deltas.items()}
+
+
+def test_without_objectives_training_is_the_papers_bit_by_bit(llama, tokenizer, facts, prompts_file):
+    hparams = tiny_hparams(stop_loss=0, num_steps=4)
+    plain = bits_of(train_rows(llama, facts, ensemble_of(LLAMA_DOWN), hparams))
+    assert bits_of(train_rows(llama, facts, ensemble_of(LLAMA_DOWN), hparams, objectives=[])) == plain
+    off = tiny_hparams(stop_loss=0, num_steps=4, kl_weight=0.0, kl_data=prompts_file)
+    planned = objectives_for(llama, tokenizer, [REQUEST], off)
+    assert planned == [] and bits_of(train_rows(llama, facts, ensemble_of(LLAMA_DOWN), off, planned)) == plain
+    penalty = Divergence(llama, tokenizer, PROMPTS)
+    assert bits_of(train_rows(llama, facts, ensemble_of(LLAMA_DOWN), hparams, objectives=[penalty])) != plain
+
+
+def test_the_answers_alone_decide_when_training_stops(llama, facts):
+    """An objective that stays large neither delays the stop nor enters the recorded losses."""
+    hparams = tiny_hparams(num_steps=30, stop_loss=2.0)
+    plain = train_rows(llama, facts[:1], ensemble_of(LLAMA_DOWN), hparams)
+    large = Constant(100.0)
+    edit = train_rows(llama, facts[:1], ensemble_of(LLAMA_DOWN), hparams, [large])
+    assert edit.losses == plain.losses and 0 < edit.steps < 30
+    assert large.models == [llama] * edit.steps
+
+
+def test_terms_are_weighted_and_added(llama64, tokenizer, facts):
+    """One objective of weight 3 trains as two that share the weight; one of weight 1 does not."""
+    hparams = tiny_hparams(stop_loss=0, num_steps=4)
+
+    def trained(*objective_weights):
+        terms = [Divergence(llama64, tokenizer, PROMPTS, weight) for weight in objective_weights]
+        return full_deltas(llama64, train_rows(llama64, facts[:1], ensemble_of(LLAMA_DOWN), hparams, terms))
+
+    assert largest(trained(3.0), trained(1.0, 2.0)) < 1e-9
+    assert largest(trained(3.0), trained(1.0)) > 1e-4
+
+
+def test_the_gradient_of_the_penalty_is_zero_at_the_start(llama64, tokenizer, facts):
+    """The start is the identity, where a divergence has its minimum. Conversely, neither the answers' loss nor the
+    penalty of a changed model has a gradient of zero."""
+    penalty = Divergence(llama64, tokenizer, PROMPTS)
+    hparams = tiny_hparams()
+    with preserve_state(llama64), row_adapter(llama64, ensemble_of(LLAMA_DOWN), hparams) as layers:
+        parameters = [layer.lora_A[ADAPTER].weight for layer in layers.values()]
+
+        def gradient(loss):
+            return max(part.abs().max().item() for part in torch.autograd.grad(loss, parameters))
+
+        assert gradient(penalty.loss(llama64)) < 1e-12
+        assert gradient(answer_loss(llama64, collate(facts))) > 1e-2
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0.1)
+        assert gradient(penalty.loss(llama64)) > 1e-3
+
+
+def test_objectives_are_planned_from_the_settings(llama, tokenizer, prompts_file):
+    before = fingerprint(llama)
+    hparams = tiny_hparams(kl_weight=2.5, kl_data=prompts_file, kl_size=2)
+    (penalty,) = objectives_for(llama, tokenizer, [REQUEST], hparams)
+    assert (penalty.name, penalty.weight) == ("kl", 2.5)
+    assert fingerprint(llama) == before
+
+
+def test_another_objective_is_one_line_in_the_table(llama, tokenizer, monkeypatch):
+    """`compute_edit` builds it when the setting that is its weight is not 0."""
+    constant = Constant(1.0)
+    seen = []
+
+    def build(model, tokenizer, requests, hparams):
+        seen.append([request["prompt"] for request in requests])
+        return constant
+
+    monkeypatch.setattr(objectives_module, "OBJECTIVES", {**OBJECTIVES, "constant_weight": build})
+    hparams = tiny_hparams(num_steps=2, stop_loss=0)
+    hparams.constant_weight = 0.0
+    compute_edit(llama, tokenizer, [REQUEST], hparams)
+    assert not seen and not constant.models
+    hparams.constant_weight = 2.0
+    compute_edit(llama, tokenizer, [REQUEST], hparams)
+    assert seen == [[REQUEST["prompt"]]] and len(constant.models) == 2

@@ -1,4 +1,4 @@
-"""Eq. 8-11 against full-matrix training, the loss, and writing and undoing bit by bit."""
+"""Eq. 8-11 against full-matrix training; the adapter; what training leaves as it was, and what it refuses."""
 
 import math
 
@@ -8,61 +8,24 @@ import torch
 from conftest import (
     GPT2_DOWN,
     LLAMA_DOWN,
-    ONE_TOKEN,
     SIZE,
     SPELLED,
-    bits,
     failing,
     fingerprint,
     make_gpt2,
-    make_gptj,
     make_llama,
     tiny_hparams,
-    weights,
 )
+from edits import MANY, ROWS, ensemble_of, full_deltas, masks_of
 from reference import literal_row_training
 
-from kne_easyedit.editing import adapter, row_edit
+from kne_easyedit.editing import adapter
 from kne_easyedit.editing import row_training as training
 from kne_easyedit.editing.adapter import row_adapter
 from kne_easyedit.editing.objectives import answer_loss
-from kne_easyedit.editing.row_edit import RowEdit, restore, write_rows
+from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.editing.row_training import train_rows
-from kne_easyedit.facts.encoding import IGNORE, collate, encode
-from kne_easyedit.localization.ensemble import NeuronEnsemble
-
-ROWS = {0: (2, 3, 11), 2: (0,), 3: (5, 23)}
-"""Several layers, of different numbers of neurons; the last row of a matrix is among them."""
-
-MANY = {layer: tuple(range(0, SIZE["hidden"], 2)) for layer in range(SIZE["layers"])}
-"""Enough to learn any fact."""
-
-
-def ensemble_of(*templates, rows=ROWS, width=None):
-    widths = {t: width or (SIZE["inner"] if t.endswith(("up_proj", "fc_in")) else SIZE["hidden"]) for t in templates}
-    return NeuronEnsemble({template: rows for template in templates}, widths)
-
-
-def masks_of(model, ensemble, transposed=False):
-    """Parameter name -> (mask of the chosen entries, number of neurons), without the package's help."""
-    masks = {}
-    for template, layers in ensemble.neurons.items():
-        for layer, rows in layers.items():
-            name = f"{template.format(layer)}.weight"
-            mask = torch.zeros(model.get_parameter(name).shape, dtype=torch.bool)
-            (mask.t() if transposed else mask)[list(rows)] = True
-            masks[name] = mask, len(rows)
-    return masks
-
-
-def full_deltas(model, edit, transposed=False):
-    """The edit's rows scattered into matrices of the weights' shapes."""
-    full = {}
-    for name, (rows, delta) in edit.deltas.items():
-        matrix = torch.zeros_like(model.get_parameter(f"{name}.weight"), dtype=delta.dtype, requires_grad=False)
-        (matrix.t() if transposed else matrix)[list(rows)] = delta
-        full[f"{name}.weight"] = matrix
-    return full
+from kne_easyedit.facts.encoding import collate, encode
 
 
 def assert_equals_reference(model, facts, ensemble, hparams, transposed=False):
@@ -167,7 +130,7 @@ class TestTraining:
         torch.rand(7)
         assert torch.equal(start(1), first)
         assert not torch.equal(start(2), first)
-        # kaiming_uniform with a = sqrt(5) draws from +-1/sqrt(d1); alpha/sqrt(n) scales it; two roundings are less than 1e-6
+        # kaiming_uniform with a = sqrt(5) draws from +-1/sqrt(d1), times alpha/sqrt(n); two roundings are below 1e-6
         assert 0 < first.abs().max() <= 1 / math.sqrt(SIZE["inner"]) / math.sqrt(len(ROWS[0])) * (1 + 1e-6)
         assert torch.equal(start(1, "zeros"), start(2, "zeros"))
 
@@ -194,145 +157,6 @@ class TestTraining:
         with torch.no_grad():
             edit = train_rows(llama, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(num_steps=2, stop_loss=0))
         assert edit.losses[2] < edit.losses[0]
-
-
-class TestLoss:
-    def test_padding_side_makes_no_difference(self, family, facts):
-        right = answer_loss(family.model, collate(facts, padding_side="right")).item()
-        left = answer_loss(family.model, collate(facts, padding_side="left")).item()
-        assert abs(left - right) < 1e-12
-
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_padding_token_makes_no_difference(self, family, facts, side):
-        """Not even one that is the end token, or a token of the answers: the mask decides."""
-        plain = answer_loss(family.model, collate(facts, padding_side=side)).item()
-        for pad_id in (1, facts[0].answer[0]):
-            assert abs(answer_loss(family.model, collate(facts, pad_id, side)).item() - plain) < 1e-12
-
-    def test_mean_over_the_answer_tokens_of_all_facts(self, family, facts):
-        logs = []
-        for fact in facts:
-            logits = family.model(input_ids=torch.tensor([fact.ids])).logits[0].log_softmax(-1)
-            logs += [logits[at, token].item() for at, token in zip(fact.positions, fact.answer, strict=True)]
-        assert len(logs) == 1 + 3 + 4
-        assert answer_loss(family.model, collate(facts)).item() == pytest.approx(-sum(logs) / len(logs), abs=1e-12)
-
-    def test_gradient_comes_from_the_predicting_positions_only(self, llama64, facts):
-        """Prompt tokens, padding and the last answer token predict nothing that counts."""
-        seen = []
-        handle = llama64.lm_head.register_forward_hook(lambda m, a, out: seen.append(out.retain_grad() or out))
-        batch = collate(facts)
-        answer_loss(llama64, batch).backward()
-        handle.remove()
-        predicting = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
-        for i, fact in enumerate(facts):
-            predicting[i, list(fact.positions)] = True
-        assert torch.equal(seen[0].grad.abs().sum(-1) > 0, predicting)
-
-    def test_is_in_float32_at_least(self, facts):
-        assert answer_loss(make_llama(torch.bfloat16), collate(facts)).dtype == torch.float32
-        assert answer_loss(make_llama(torch.float64), collate(facts)).dtype == torch.float64
-
-
-class TestCollate:
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_labels_are_the_answers_where_they_stand(self, facts, side):
-        batch = collate(facts, pad_id=7, padding_side=side)
-        width = max(len(fact.ids) for fact in facts)
-        for fact, ids, mask, labels in zip(facts, batch.input_ids, batch.attention_mask, batch.labels, strict=True):
-            pad = width - len(fact.ids)
-            before, after = (pad, 0) if side == "left" else (0, pad)
-            assert ids.tolist() == [7] * before + list(fact.ids) + [7] * after
-            assert mask.tolist() == [0] * before + [1] * len(fact.ids) + [0] * after
-            assert labels.tolist() == [IGNORE] * (before + fact.prompt_length) + list(fact.answer) + [IGNORE] * after
-
-
-def edit_of(model, template=LLAMA_DOWN, rows=ROWS):
-    """A hand-made edit of all the ensemble's rows."""
-    generator = torch.Generator().manual_seed(3)
-    deltas = {}
-    for layer, found in rows.items():
-        weight = model.get_submodule(template.format(layer)).weight
-        inputs = weight.numel() // SIZE["hidden"]
-        deltas[template.format(layer)] = found, torch.randn(len(found), inputs, generator=generator).to(torch.float32)
-    return RowEdit(deltas, (1.0, 0.1))
-
-
-CASES = [(make_llama, LLAMA_DOWN), (make_gptj, "transformer.h.{}.mlp.fc_out"), (make_gpt2, GPT2_DOWN)]
-
-
-class TestWriting:
-    @pytest.mark.parametrize(("make", "template"), CASES)
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_exactly_the_chosen_rows_change(self, make, template, dtype):
-        """Both ways: every chosen row has changed, every other bit of the model is equal."""
-        model, untouched = make(dtype), make(dtype)
-        write_rows(model, edit_of(model, template))
-        masks = masks_of(model, ensemble_of(template), transposed=make is make_gpt2)
-        for name, parameter in model.named_parameters():
-            same = parameter == untouched.get_parameter(name)
-            mask, _ = masks.get(name, (torch.zeros_like(same), 0))
-            assert bits(parameter[~mask]) == bits(untouched.get_parameter(name)[~mask])
-            changed = (~same).t() if make is make_gpt2 and mask.any() else ~same
-            rows = mask.t() if make is make_gpt2 and mask.any() else mask
-            assert torch.equal(changed.flatten(1).any(1), rows.flatten(1).any(1)) if mask.any() else same.all()
-
-    @pytest.mark.parametrize(("make", "template"), CASES)
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-    def test_restores_bit_by_bit(self, make, template, dtype):
-        model = make(dtype)
-        before = fingerprint(model)
-        originals = write_rows(model, edit_of(model, template))
-        assert set(originals) == {f"{template.format(layer)}.weight" for layer in ROWS}
-        changed = weights(model)
-        assert {name for name, digest in changed.items() if digest != before["weights"][name]} == set(originals)
-        restore(model, originals)
-        assert fingerprint(model) == before
-
-    def test_subtracting_would_not_restore(self):
-        """Converse: the reason why originals are kept, and not differences."""
-        model = make_llama(torch.bfloat16)
-        before = weights(model)
-        edit = edit_of(model)
-        write_rows(model, edit)
-        write_rows(model, RowEdit({name: (rows, -delta) for name, (rows, delta) in edit.deltas.items()}, edit.losses))
-        assert weights(model) != before
-
-    def test_adds_in_float32_and_rounds_once(self):
-        model = make_llama(torch.bfloat16)
-        name = LLAMA_DOWN.format(0)
-        edit = edit_of(model)
-        rows, delta = edit.deltas[name]
-        expected = (model.get_submodule(name).weight[list(rows)].float() + delta).bfloat16()
-        write_rows(model, edit)
-        assert torch.equal(model.get_submodule(name).weight[list(rows)], expected)
-
-    def test_originals_are_copies(self, llama):
-        before = bits(llama.get_submodule(LLAMA_DOWN.format(0)).weight)
-        originals = write_rows(llama, edit_of(llama))
-        assert bits(originals[f"{LLAMA_DOWN.format(0)}.weight"]) == before
-
-    def test_the_written_model_has_the_last_loss(self, family, facts):
-        edit = train_rows(family.model, facts, ensemble_of(family.down), tiny_hparams(family.down, num_steps=20))
-        write_rows(family.model, edit)
-        with torch.no_grad():
-            loss = answer_loss(family.model, collate(facts)).item()
-        assert loss == pytest.approx(edit.losses[-1], abs=1e-9)
-        assert edit.losses[-1] < edit.losses[0] - 0.1
-
-    def test_row_257_in_bfloat16(self, tokenizer):
-        """As an integer tensor that is cast to bf16, row 257 would become row 256."""
-        template = "model.layers.{}.mlp.up_proj"
-        model = make_llama(torch.bfloat16, intermediate_size=300)
-        before = {i: model.get_submodule(template.format(2)).weight[i].clone() for i in (255, 256, 257, 258)}
-        ensemble = ensemble_of(template, rows={2: (257,)}, width=300)
-        edit = train_rows(
-            model, [encode(tokenizer, *ONE_TOKEN)], ensemble, tiny_hparams(template, lr=1.0, num_steps=1, stop_loss=0)
-        )
-        assert edit.deltas[template.format(2)][0] == (257,)
-        write_rows(model, edit)
-        after = model.get_submodule(template.format(2)).weight
-        assert [i for i, row in before.items() if not torch.equal(after[i], row)] == [257]
 
 
 class TestAsFound:
@@ -373,25 +197,6 @@ class TestAsFound:
             train_rows(family32.model, facts, ensemble_of(family32.down), tiny_hparams(family32.down, stop_loss=0))
         assert broken.calls == call
         assert fingerprint(family32.model) == before
-
-    @pytest.mark.parametrize("error", [RuntimeError("injected"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_after_an_exception_while_writing(self, monkeypatch, dtype, error):
-        model = make_llama(dtype)
-        before = fingerprint(model)
-        real, seen = row_edit.rows, []
-
-        def rows(module, *args):
-            seen.append(weights(model) != before["weights"])
-            if len(seen) == 3:
-                raise error
-            return real(module, *args)
-
-        monkeypatch.setattr(row_edit, "rows", rows)
-        with pytest.raises(type(error)):
-            write_rows(model, edit_of(model))
-        assert seen == [False, True, True], "some rows were written before the exception"
-        assert fingerprint(model) == before
 
     def test_edits_work_after_an_exception(self, llama, facts, monkeypatch):
         expected = train_rows(llama, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(num_steps=2)).losses

@@ -1,6 +1,5 @@
-"""The edit that one gets is the edit that was trained, reached what was asked for, or says so; and `restore` knows its model."""
+"""The written edit is the trained one; one that failed or was lost is reported; `restore` checks its model."""
 
-import json
 import logging
 import math
 
@@ -15,12 +14,10 @@ from conftest import (
     make_gpt2,
     make_gptj,
     make_llama,
-    make_tokenizer,
     tiny_hparams,
     weights,
 )
-from test_edit import DATA, REQUEST, REQUESTS, computed, data_file, request  # noqa: F401 (fixtures)
-from test_row_training import MANY, edit_of, ensemble_of
+from edits import MANY, REQUEST, REQUESTS, edit_of, ensemble_of, request
 from torch import nn
 
 from kne_easyedit.editing import row_training as training
@@ -30,15 +27,12 @@ from kne_easyedit.editing.row_edit import EditLost, RowEdit, restore, write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import collate
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.localization import localizer as localization
-from kne_easyedit.localization.ensemble import NeuronEnsemble
-from kne_easyedit.localization.localizer import find_ensemble
 
 CONTRADICTION = [request(ONE_TOKEN), request((ONE_TOKEN[0], "Lima"))]
 
 
 class Shadow(nn.Linear):
-    """Computes by a copy of its weight that it made once, as quantised layers do: what is written is kept, and has no effect."""
+    """Computes with a copy of its weight, as quantised layers do: what is written is kept, and has no effect."""
 
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, bias=False)
@@ -126,7 +120,7 @@ class TestTheWrittenModelIsTheTrainedOne:
 
         handle = llama.register_forward_pre_hook(bring)
         before = fingerprint(llama)
-        with pytest.raises(EditLost, match="its weights were put back.*load it unquantised, in float32 or bfloat16"):
+        with pytest.raises(EditLost, match=r"its weights were put back.*load it unquantised, in float32 or bfloat16"):
             apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams())
         assert fingerprint(llama) == before
         handle.remove()
@@ -202,7 +196,7 @@ class TestNotReached:
         assert not caplog.records
 
     def test_but_an_answer_that_is_not_given_is(self, llama, tokenizer):
-        with pytest.raises(EditFailed, match="1 of 1 facts not reached after 1 steps .*stop_loss 0"):
+        with pytest.raises(EditFailed, match=r"1 of 1 facts not reached after 1 steps .*stop_loss 0"):
             apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams(stop_loss=0, num_steps=1, on_failure="raise"))
 
     def test_a_fact_that_the_mean_hides(self, facts):
@@ -214,7 +208,9 @@ class TestNotReached:
         assert RowEdit({}, (5.0, 0.3), answers[:1]).failed(stop_loss=0.4) == ()
 
     def test_many_are_counted(self, llama, tokenizer, caplog):
-        requests = [request((ONE_TOKEN[0], word)) for word in "Rome Paris Madrid Lima Latin Tiber Oslo".split()]
+        requests = [
+            request((ONE_TOKEN[0], word)) for word in ["Rome", "Paris", "Madrid", "Lima", "Latin", "Tiber", "Oslo"]
+        ]
         with caplog.at_level(logging.WARNING):
             apply_kne_to_model(llama, tokenizer, requests, tiny_hparams(num_steps=2))
         assert (
@@ -262,7 +258,7 @@ class TestRestore:
         assert fingerprint(llama) == before
 
     def test_several_edits_are_undone_last_first(self, llama):
-        """As its docstring says: an earlier edit's originals take back later edits of the same matrices, and only those."""
+        """As documented: an earlier edit's originals undo later edits of the same matrices as well, and only those."""
         before = weights(llama)
         first = write_rows(llama, edit_of(llama, rows={0: (1, 2), 1: (3,)}))
         after_first = weights(llama)
@@ -285,74 +281,6 @@ class TestRestore:
             llama.lm_head.weight.zero_()
         restore(llama, {"lm_head.weight": value})
         assert weights(llama) == before
-
-
-class TestKeptEnsemble:
-    def test_a_changed_file_is_localised_again(self, llama, tokenizer, computed, data_file):  # noqa: F811
-        hparams = tiny_hparams(localization_data=data_file, localization_size=3)
-        first = find_ensemble(llama, tokenizer, [], hparams)
-        with open(data_file, "w") as stream:
-            json.dump([DATA[0], {**DATA[1], "target_new": "Oslo"}, DATA[2]], stream)
-        second = find_ensemble(llama, tokenizer, [], hparams)
-        assert second is not first and second.neurons != first.neurons
-        assert computed == [record["prompt"] for record in DATA] + [DATA[1]["prompt"]]
-
-    def test_the_same_content_elsewhere_is_not(self, llama, tokenizer, computed, data_file, tmp_path):  # noqa: F811
-        first = find_ensemble(llama, tokenizer, [], tiny_hparams(localization_data=data_file, localization_size=3))
-        (tmp_path / "other.json").write_text(json.dumps(DATA, indent=3))
-        again = find_ensemble(
-            llama, tokenizer, [], tiny_hparams(localization_data=str(tmp_path / "other.json"), localization_size=3)
-        )
-        assert again is first
-
-    def test_another_tokenizer_is_another_ensemble(self, llama, tokenizer, data_file):  # noqa: F811
-        from tokenizers import processors
-
-        hparams = tiny_hparams(localization_data=data_file, localization_size=3)
-        first = find_ensemble(llama, tokenizer, [], hparams)
-        other = make_tokenizer()
-        assert find_ensemble(llama, other, [], hparams) is first, "another object, the same tokens"
-        other.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<unk> $A", special_tokens=[("<unk>", 2)]
-        )
-        assert find_ensemble(llama, other, [], hparams).neurons != first.neurons
-
-    def test_copies_have_the_ensemble_of_the_original(self, llama, tokenizer, data_file, monkeypatch):  # noqa: F811
-        hparams = tiny_hparams(localization_data=data_file, localization_size=3)
-        calls, real = [], localization.localize
-        monkeypatch.setattr(localization, "localize", lambda *a: calls.append(1) or real(*a))
-        copies = [apply_kne_to_model(llama, tokenizer, [one], hparams, copy=True)[0] for one in REQUESTS[:2]]
-        apply_kne_to_model(copies[0], tokenizer, [REQUESTS[2]], hparams)  # a sequence that begins with a copy
-        assert calls == [1]
-
-    def test_what_a_copy_finds_later_is_not_the_originals(self, llama, tokenizer, data_file):  # noqa: F811
-        hparams = tiny_hparams(localization_data=data_file, localization_size=3)
-        copy, _ = apply_kne_to_model(llama, tokenizer, REQUESTS, hparams, copy=True)
-        others = tiny_hparams(localization_data=data_file, localization_size=2)
-        found = find_ensemble(copy, tokenizer, [], others)
-        assert find_ensemble(llama, tokenizer, [], others).neurons != found.neurons
-
-    def test_an_ensemble_file_is_read_anew(self, llama, tokenizer, tmp_path):
-        path = tmp_path / "ensemble.json"
-        hparams = tiny_hparams(ensemble=str(path))
-        for rows in ((1, 2), (3,)):
-            NeuronEnsemble({LLAMA_DOWN: {0: rows}}, {LLAMA_DOWN: 24}).save(path)
-            assert find_ensemble(llama, tokenizer, [], hparams).neurons == {LLAMA_DOWN: {0: rows}}
-
-    def test_the_prompts_of_the_penalty_are_read_anew(self, data_file):  # noqa: F811
-        """The same length at the same time of change: the content decides."""
-        import os
-
-        from kne_easyedit.editing.objectives import unrelated_prompts
-
-        hparams = tiny_hparams(kl_weight=0.1, kl_data=data_file, kl_size=1)
-        assert unrelated_prompts(hparams, []) == ["The capital of Spain is"]
-        was = os.stat(data_file)
-        content = open(data_file).read().replace("The capital of Spain is", "The language Spain is")
-        with open(data_file, "w") as stream:
-            stream.write(content)
-        os.utime(data_file, ns=(was.st_atime_ns, was.st_mtime_ns))
-        assert unrelated_prompts(hparams, []) == ["The language Spain is"]
 
 
 class TestProgress:

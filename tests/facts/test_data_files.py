@@ -178,7 +178,7 @@ class TestAnswers:
 
     def test_a_prompt_that_is_no_beginning_of_prompt_and_answer(self, tokenizer):
         """Without a blank the answer's letters join the last word: cut by the prompt's length, half of them would be lost."""
-        with pytest.raises(ValueError, match="prompt: 'in was i' is tokenised differently.*'nxyz'.*separator"):
+        with pytest.raises(ValueError, match=r"prompt: 'in was i' is tokenised differently.*'nxyz'.*separator"):
             encode(tokenizer, "in was i", "nxyz", "")
 
     def test_a_separator_that_joins_the_prompts_last_token_is_no_wrong_cut(self):
@@ -244,13 +244,13 @@ class TestSeparator:
     def test_other_methods_are_refused_by_name(self, tmp_path):
         hparams = {"KNE": tiny_hparams(separator=""), "FT": settings("FT")}
         with pytest.raises(
-            ValueError, match="separator: FT joins prompt and answer by ' ', KNE by ''; .*run KNE alone"
+            ValueError, match=r"separator: FT joins prompt and answer by ' ', KNE by ''; .*run KNE alone"
         ):
             run(job_of([to_request(FACT)], tmp_path, hparams))
 
     def test_without_its_patch_it_is_refused(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(patches, "applied", lambda: [])
-        with pytest.raises(ValueError, match="separator: .*evaluation-separator.*switches off"):
+        monkeypatch.setattr(patches, "applied", list)
+        with pytest.raises(ValueError, match=r"separator: .*evaluation-separator.*switches off"):
             run(
                 job_of(
                     [to_request({"prompt": "xy", "target_new": "zy"})], tmp_path, {"KNE": tiny_hparams(separator="")}
@@ -302,7 +302,7 @@ class TestBadRecords:
         assert not (job.folder / "results.jsonl").exists()
 
     def test_tokens_that_the_model_does_not_know(self, tokenizer):
-        with pytest.raises(ValueError, match="request: tokenizer: token .* the model knows those below 7"):
+        with pytest.raises(ValueError, match=r"request: tokenizer: token .* the model knows those below 7"):
             require_evaluable(to_request(FACT), tokenizer, make_llama(vocab_size=7))
 
     @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ class TestBadRecords:
             raise IndexError("half-way")
 
         monkeypatch.setattr(MethodEditor, "apply", broken)
-        with pytest.raises(RuntimeError, match="KNE: record 0 has failed .half-way. and left the model other than"):
+        with pytest.raises(RuntimeError, match=r"KNE: record 0 has failed .half-way. and left the model other than"):
             run(job_of([to_request(FACT)], tmp_path, mode="sequential", skip_bad=True))
 
     def test_a_free_answer_ends_where_the_model_does(self, tokenizer):
@@ -539,7 +539,7 @@ class TestShapes:
         record = json.loads(case("schema-mquake.json").read_text(encoding="utf-8"))[0]
         record["requested_rewrite"] *= 2
         with pytest.raises(
-            ValueError, match="requested_rewrite: 2 rewrites in one MQuAKE case.*write a record of each"
+            ValueError, match=r"requested_rewrite: 2 rewrites in one MQuAKE case.*write a record of each"
         ):
             to_request(record)
 

@@ -46,7 +46,7 @@ def test_all_files_come_with_digests_and_once(publisher, tmp_path, capsys):
 def test_a_file_that_has_changed_is_named(publisher, tmp_path):
     list(fetch(tmp_path))
     (tmp_path / FILES[1]).write_text("other")
-    with pytest.raises(ValueError, match="test_cf.json: has changed since it was downloaded"):
+    with pytest.raises(ValueError, match=r"test_cf.json: has changed since it was downloaded"):
         list(fetch(tmp_path))
 
 

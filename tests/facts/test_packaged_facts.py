@@ -73,7 +73,7 @@ def test_size_and_variety():
 
 
 def test_relations_are_interleaved():
-    for start in range(0, len(RECORDS) - 19):
+    for start in range(len(RECORDS) - 19):
         window = Counter(r["relation"] for r in RECORDS[start : start + 20])
         assert len(window) >= 8 and max(window.values()) <= 5
 

@@ -376,6 +376,6 @@ class TestDoctor:
         assert finding.status.lower() == status
         assert (
             status == "ok"
-            or "files are quantised (gptq)" in finding.text
-            and finding.way_out == "load the model unquantised"
+            or ("files are quantised (gptq)" in finding.text
+            and finding.way_out == "load the model unquantised")
         )
