@@ -15,11 +15,12 @@ from kne_easyedit.bridge.fluency import fluency_variant
 from kne_easyedit.bridge.importing import EasyEditNotFound, describe, is_legacy, load, locate
 from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
 from kne_easyedit.bridge.method_editor import MethodEditor, compare
-from kne_easyedit.bridge.methods import METHODS
+from kne_easyedit.bridge.methods import LABELS, METHODS, traits_of
 from kne_easyedit.bridge.registry import editor_for, load_method, register, require_method
 from kne_easyedit.bridge.text_source import TextSource, use_text_source
 
 __all__ = [
+    "LABELS",
     "METHODS",
     "EasyEditNotFound",
     "LoadedModel",
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "load_method",
     "locate",
+    "traits_of",
     "prepare_tokenizer",
     "register",
     "use_text_source",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from kne_easyedit.bridge.methods import RIGHT_PADDED
+from kne_easyedit.bridge.methods import traits_of
 
 
 class LoadedModel(str):
@@ -36,4 +36,4 @@ def prepare_tokenizer(tokenizer, alg_name: str) -> None:
     """Padding as EasyEdit sets it when it loads a model for this method."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
-    tokenizer.padding_side = "right" if alg_name in RIGHT_PADDED else "left"
+    tokenizer.padding_side = traits_of(alg_name).padding_side

@@ -10,11 +10,10 @@ from types import ModuleType
 import torch
 
 from kne_easyedit.bridge.importing import module
+from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.models.devices import dtype_of
 
-OWN_TYPE = ("QLoRA", "MEND")
-"""Methods whose type EasyEdit chooses: quantised weights, and that of the trained hypernetwork."""
 _wanted: contextvars.ContextVar[torch.dtype | None] = contextvars.ContextVar(
     "type of the model that an editor loads", default=None
 )
@@ -33,7 +32,8 @@ def _model_type(easyeditor: ModuleType) -> bool:
 
     @functools.wraps(original)
     def init(self, hparams):
-        token = _wanted.set(None if getattr(hparams, "alg_name", None) in OWN_TYPE else dtype_of(hparams))
+        own_type = traits_of(str(getattr(hparams, "alg_name", None))).own_type
+        token = _wanted.set(None if own_type else dtype_of(hparams))
         try:
             original(self, hparams)
         finally:

@@ -19,15 +19,7 @@ from torch import nn
 
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.bridge.importing import is_legacy, module
-from kne_easyedit.bridge.methods import (
-    ACCUMULATING,
-    NAME,
-    ONE_FACT,
-    ORIGINALS_IF_ASKED,
-    SCRIPTS,
-    require_request,
-    require_undoable,
-)
+from kne_easyedit.bridge.methods import NAME, SCRIPTS, require_request, require_undoable, traits_of
 from kne_easyedit.bridge.registry import editor_for, register
 from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
 from kne_easyedit.bridge.undo import Undo, undone_on_errors
@@ -65,9 +57,7 @@ class MethodEditor:
     def require_batch(self, size: int) -> None:
         """Raises ValueError if this method cannot edit ``size`` facts at once; tells it how many otherwise."""
         alg_name = self.hparams.alg_name
-        if size > 1 and (
-            alg_name in ONE_FACT or not module("editors.batch_editor").BatchEditor.is_batchable_method(alg_name)
-        ):
+        if size > 1 and not is_batchable(alg_name):
             raise ValueError(
                 f"batch_size: {alg_name} edits one fact at a time, not {size}; EasyEdit counts it among the singleton methods"
             )
@@ -76,9 +66,11 @@ class MethodEditor:
 
     def require_sequence(self) -> None:
         """Raises ValueError if this method cannot edit on top of an edit of its own."""
-        if self.hparams.alg_name == "LoRA" and is_legacy():
+        alg_name = self.hparams.alg_name
+        if traits_of(alg_name).restarts_in_2023 and is_legacy():
             raise ValueError(
-                "mode: LoRA of the EasyEdit of 2023 begins a new adapter with every edit and loses those before; take a newer EasyEdit"
+                f"mode: {alg_name} of the EasyEdit of 2023 begins a new adapter with every edit and loses those before; "
+                f"take a newer EasyEdit"
             )
 
     def apply(self, requests: Sequence[Mapping]) -> None:
@@ -88,13 +80,14 @@ class MethodEditor:
         What a method of EasyEdit has changed when it fails half-way, it does not tell: compare the model's digest.
         """
         alg_name = self.hparams.alg_name
+        method = traits_of(alg_name)
         for request in requests:
             require_request(alg_name, request)
         if self._undo:
             self.require_sequence()
         printed = _Tee(sys.stdout)
         own = {"on_trained": self._trained, "on_step": self.on_step} if alg_name == NAME else {}
-        if alg_name in ACCUMULATING:
+        if method.accumulates:
             own["reset_cache"] = not self._undo  # else it goes by edits that were undone
         self.losses = []
 
@@ -110,7 +103,7 @@ class MethodEditor:
                         self.hparams,
                         copy=False,
                         return_orig_weights=alg_name != NAME,
-                        keep_original_weight=is_legacy() or alg_name in ORIGINALS_IF_ASKED,
+                        keep_original_weight=is_legacy() or method.originals_if_asked,
                         **own,
                     )
                 if alg_name != NAME and not self._undo.remember(edited, originals, alg_name):
@@ -158,6 +151,12 @@ class MethodEditor:
         if getattr(self.hparams, "use_chat_template", False):
             return replace_settings(self.hparams, use_chat_template=False)
         return self.hparams
+
+
+def is_batchable(alg_name: str) -> bool:
+    """Whether a method edits several facts at once."""
+    batchable = module("editors.batch_editor").BatchEditor.is_batchable_method
+    return not traits_of(alg_name).one_fact and batchable(alg_name)
 
 
 class _Tee(io.StringIO):

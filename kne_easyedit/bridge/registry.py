@@ -16,7 +16,7 @@ from torch import nn
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.bridge.importing import is_legacy, load, module
 from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
-from kne_easyedit.bridge.methods import METHODS, NAME, ONLY, Method
+from kne_easyedit.bridge.methods import LABELS, NAME, traits_of
 from kne_easyedit.editing.edit import apply_kne_to_model
 from kne_easyedit.hparams import KNEHyperParams
 
@@ -59,14 +59,14 @@ def editor_for(hparams, model: nn.Module, tokenizer):
 def load_method(method: str, path: str | Path):
     """The hyperparameters of a method from a YAML file, as an object of EasyEdit's (or KNE's) own class.
 
-    ``method`` is a name of EasyEdit's, ``KNE``, or a label of `METHODS` (``FT-M``, ``FT-L``, ``AdaLoRA``). Settings
+    ``method`` is a name of EasyEdit's, ``KNE``, or a label of a variant (``FT-M``, ``FT-L``, ``AdaLoRA``). Settings
     that this version's class does not know are dropped with a warning: versions differ, files are shared.
     Raises ValueError for an unknown method, a file of another method, or one that this version cannot do.
     """
     kind = require_method(method)
     if kind is KNEHyperParams:
         return KNEHyperParams.from_hparams(path)
-    wanted = METHODS.get(method, Method(method, method))
+    wanted = traits_of(method)
     config = _read(Path(path))
     if not isinstance(config, dict) or config.get("alg_name") != wanted.alg_name:
         raise ValueError(
@@ -76,9 +76,10 @@ def load_method(method: str, path: str | Path):
     for name, value in wanted.settings.items():
         if config.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {config[name]!r}, but {method} is {name}: {value}")
-        if name not in fields and ONLY[name] != value:
+        if name not in fields and wanted.settings_of_2023[name] != value:
             raise ValueError(
-                f"methods: this EasyEdit's {wanted.alg_name} knows {ONLY[name]} only, not {method} ({name}: {value})"
+                f"methods: this EasyEdit's {wanted.alg_name} knows {wanted.settings_of_2023[name]} only, "
+                f"not {method} ({name}: {value})"
             )
         config[name] = value
     return _built(kind, config, path)
@@ -110,10 +111,10 @@ def require_method(method: str) -> type:
     """The hyperparameter class of a method. Raises ValueError, with the nearest names, if EasyEdit has no such method."""
     easyeditor = register()
     known = module("util.alg_dict").ALG_DICT
-    name = METHODS[method].alg_name if method in METHODS else method
+    name = traits_of(method).alg_name
     kind = _class_of(easyeditor, name)
     if name not in known or kind is None:
-        names = {n.upper(): n for n in [*known, *METHODS]}
+        names = {n.upper(): n for n in [*known, *LABELS]}
         near = [names[n] for n in difflib.get_close_matches(method.upper(), names, n=2, cutoff=0.4)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
         raise ValueError(f"methods: {method!r} is unknown to this EasyEdit; {hint}")

@@ -16,6 +16,7 @@ from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit.bridge.fluency import fluency_variant
 from kne_easyedit.bridge.importing import module
+from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.models.fingerprint import model_digest
 
@@ -147,8 +148,6 @@ _EVALUATED = (
     "eval_metric",
 )
 """Arguments of ``edit`` on which figures before the edit depend; ``test_generation`` does by the fluency variant."""
-_OWN_EVALUATION = ("IKE", "GRACE")
-"""Methods that EasyEdit evaluates in a way of their own, before the edit, too."""
 
 
 def _evaluation_digest(editor, arguments: dict) -> str:
@@ -156,7 +155,7 @@ def _evaluation_digest(editor, arguments: dict) -> str:
     parts = [
         {name: arguments.get(name) for name in _EVALUATED},
         settings,
-        editor.alg_name if editor.alg_name in _OWN_EVALUATION else None,
+        editor.alg_name if traits_of(editor.alg_name).own_evaluation else None,
         model_digest(editor.model) if isinstance(editor.model, nn.Module) else str(editor.model_name),
         fluency_variant() if arguments.get("test_generation") else None,
     ]

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 
 from kne_easyedit.bridge.importing import script_builtins
-from kne_easyedit.bridge.methods import METHODS
+from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.registry import load_method, register, require_method
 from kne_easyedit.bridge.script_patches import bad_records_left_out
 from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
@@ -283,7 +283,7 @@ def _names(tree: ast.AST) -> set[str]:
 
 
 class _Labelled:
-    """Stands for a hyperparameter class where the method is a label of `METHODS`: that class with the label's settings."""
+    """Stands for the hyperparameter class of a variant (FT-M, AdaLoRA): that class with the settings of its label."""
 
     def __init__(self, label: str):
         self.label = label
@@ -296,7 +296,7 @@ class _Labelled:
 def hyperparameters(method: str) -> type | _Labelled:
     """The hyperparameter class of a method, as the registry has it. Raises ValueError for an unknown one."""
     kind = require_method(method)
-    return _Labelled(method) if method in METHODS and METHODS[method].alg_name != method else kind
+    return _Labelled(method) if traits_of(method).alg_name != method else kind
 
 
 class _Table(dict):

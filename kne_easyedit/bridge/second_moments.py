@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from kne_easyedit._util.interrupts import safe_point
+from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.patches import applied
 from kne_easyedit.bridge.runtime_patches import forget_second_moments
 from kne_easyedit.bridge.text_source import BATCH, TextSource, batches
@@ -30,13 +31,14 @@ from kne_easyedit.models.state import preserve_state
 logger = logging.getLogger(__name__)
 
 PATCH = "second-moments"
-BY_ADJUSTMENT = ("ROME", "R-ROME")
-"""Methods that use second moments only if ``mom2_adjustment`` is set."""
 
 
 def needs_second_moments(hparams: Any) -> bool:
     """Whether a method uses second moments under these settings: MEMIT and related methods always, ROME if asked to."""
-    return hasattr(hparams, "mom2_dataset") and (hparams.alg_name not in BY_ADJUSTMENT or hparams.mom2_adjustment)
+    if not hasattr(hparams, "mom2_dataset"):
+        return False
+    setting = traits_of(hparams.alg_name).moments_setting
+    return setting is None or bool(getattr(hparams, setting))
 
 
 @torch.no_grad()

@@ -16,14 +16,12 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from kne_easyedit.bridge.methods import ORIGINALS_IF_ASKED
+from kne_easyedit.bridge.methods import NAME, traits_of
 from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.bridge.runtime_patches import remembered_switches
 from kne_easyedit.editing.row_edit import RowEdit, restore
 from kne_easyedit.models.targets import rows
 
-ONE_LAYER = ("GRACE", "WISE")
-"""Methods that put a layer of their own in the place of one, and what they give for undoing leaves a copy of that one there."""
 EDITS = ("edit", "batch_edit", "edit_requests", "normal_edit", "generate_edit", "edit_dataset")
 """Methods of EasyEdit's editor that edit, as far as a version has them."""
 
@@ -45,7 +43,7 @@ class Undo:
 
     def remember(self, edited: nn.Module, originals, alg_name: str = "") -> bool:
         """Keeps what a method of EasyEdit has given for undoing its edit; each has its own way. False if it gave nothing."""
-        if alg_name in ONE_LAYER:
+        if traits_of(alg_name).replaces_layer:
             if not self._steps:
                 self._steps.append(self._layers_back)
         elif callable(originals):
@@ -171,11 +169,11 @@ class _Recorder:
         self.apply, self.undo, self.alg_name, self.legacy = apply, undo, alg_name, legacy
 
     def __call__(self, *args, **kwargs):
-        if self.alg_name == "KNE":
+        if self.alg_name == NAME:
             return self.apply(*args, **{**kwargs, "on_trained": self.undo.remember_rows})
         # Before May 2024 originals were given only to who asked for them, and written back by the editor if it got any.
         asked = not self.legacy or kwargs.get("keep_original_weight")
-        if not asked or self.alg_name in ORIGINALS_IF_ASKED:
+        if not asked or traits_of(self.alg_name).originals_if_asked:
             kwargs = {**kwargs, "keep_original_weight": True}
         result = self.apply(*args, **kwargs)
         if not (isinstance(result, tuple) and len(result) == 2):  # prompts of in-context editing

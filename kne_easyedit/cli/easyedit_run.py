@@ -45,9 +45,7 @@ def _easyedit_run(arguments) -> int:
     given = {"file": arguments.stats_text, "samples": arguments.stats_samples}
     text_source = TextSource(**{name: value for name, value in given.items() if value is not None})
     try:
-        return run_script(
-            arguments.script, arguments.arguments, skip_bad=arguments.skip_bad, text_source=text_source
-        )
+        return run_script(arguments.script, arguments.arguments, skip_bad=arguments.skip_bad, text_source=text_source)
     except KeyboardInterrupt:
         print("kne: interrupted; EasyEdit's scripts begin again from the start", file=sys.stderr)
         return 130

@@ -303,8 +303,8 @@ def _steps(hparams: dict[str, object], records: int, data: str, out: Path) -> li
 
 def _require_modules(method: str, hparams, file: Path, model) -> None:
     """Raises ValueError if a shipped file, made for another model, names layers or modules that this one lacks."""
-    from kne_easyedit.doctor.examination import modules
     from kne_easyedit.doctor.findings import OK
+    from kne_easyedit.doctor.modules import modules
 
     for finding in modules({method: hparams}, model):
         if finding.status != OK:
