@@ -27,7 +27,6 @@ __all__ = [
     "MethodEditor",
     "TextSource",
     "compare",
-    "require_method",
     "describe",
     "editor_for",
     "fluency_variant",
@@ -35,8 +34,9 @@ __all__ = [
     "load",
     "load_method",
     "locate",
-    "traits_of",
     "prepare_tokenizer",
     "register",
+    "require_method",
+    "traits_of",
     "use_text_source",
 ]

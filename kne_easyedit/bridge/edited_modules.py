@@ -25,8 +25,13 @@ def in_features(module: Any) -> int:
     return module.weight.numel() // out_features(module)
 
 
+def matrix_size(module: Any) -> int:
+    """Number of weights of a linear layer."""
+    return module.weight.numel()
+
+
 def state_bytes(model: Any, itemsize: int) -> int:
-    """What one layer keeps of one token for the backward pass. Measured on Llama, GPT-2 and GPT-J: 0.5 to 0.9 of this."""
+    """Bytes that a layer keeps of a token for the backward pass. Measured on Llama, GPT-2, GPT-J: 0.5 to 0.9 of it."""
     config = model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
     return itemsize * (12 * config.hidden_size + 5 * inner)

@@ -18,6 +18,7 @@ from kne_easyedit.bridge.edited_modules import (
     depth,
     fine_tuned,
     in_features,
+    matrix_size,
     rewritten,
     state_bytes,
     vocabulary,
@@ -27,7 +28,7 @@ from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.targets import Target, resolve_target
 
 MemoryFormula: TypeAlias = Callable[[nn.Module, Any, int], dict[str, int]]
-"""(model, hyperparameters, bytes per weight) -> bytes by purpose. Raises ValueError for modules that the model lacks."""
+"""(model, hyperparameters, bytes per weight) -> bytes by purpose. Raises ValueError for a module that is missing."""
 PRECISE = 4
 """Bytes of a float32."""
 
@@ -38,7 +39,7 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int) -> dict[str, i
     rows = _kne_rows(model, hparams)
     needed = {
         # Whole matrices: EasyEdit undoes by no less.
-        "originals": itemsize * sum(module.weight.numel() for target, _ in rows for module in target.modules),
+        "originals": itemsize * sum(matrix_size(module) for target, _ in rows for module in target.modules),
         # W_kne, its gradient, and AdamW's two moments.
         "trained rows": 4 * precise * sum(n * in_features(target.modules[0]) for target, n in rows),
         # The difference of the weights, before it is added.
@@ -85,10 +86,10 @@ def rome(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
     edited = rewritten(model, hparams)
     squares = [in_features(module) ** 2 for module in edited] if hparams.mom2_adjustment else [0]
     return {
-        "originals": itemsize * sum(module.weight.numel() for module in edited),
+        "originals": itemsize * sum(matrix_size(module) for module in edited),
         # A matrix of rank one, in full.
-        "update": PRECISE * max(module.weight.numel() for module in edited),
-        # Each layer keeps the inverse (d1, d1) of its second moments; an inversion has these and their factors beside it.
+        "update": PRECISE * max(matrix_size(module) for module in edited),
+        # Each layer keeps the inverse (d1, d1) of its second moments; an inversion needs these and their factors, too.
         "second moments": PRECISE * (sum(squares) + 2 * max(squares)),
     }
 
@@ -98,9 +99,9 @@ def memit(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
     edited = rewritten(model, hparams)
     squares = [in_features(module) ** 2 for module in edited]
     return {
-        "originals": itemsize * sum(module.weight.numel() for module in edited),
+        "originals": itemsize * sum(matrix_size(module) for module in edited),
         # A layer's update and its new weights, in float64.
-        "update": 2 * 8 * max(module.weight.numel() for module in edited),
+        "update": 2 * 8 * max(matrix_size(module) for module in edited),
         # (d1, d1) in float32 for each layer.
         "second moments": PRECISE * sum(squares),
         # In float64: the weighted moments, keys times keys, and their sum (later its factors).

@@ -80,7 +80,7 @@ class Method:
     texts_at_once: int | None = None
     """Texts in one pass of an edit; None: by the settings."""
     edits: str = "modules"
-    """What the settings name: ``modules``; ``parameters`` (by a part of their names); ``adapter`` (``target_modules``)."""
+    """What the settings name: ``modules``, ``parameters`` (part of a name), or ``adapter`` (``target_modules``)."""
     only_modules: tuple[str, ...] | None = None
     """Settings of module names that the method reads; None: all."""
     unused_modules: tuple[str, ...] = ()
@@ -186,8 +186,8 @@ METHODS: Mapping[str, Method] = {
         _causal("SPHERE", accumulates=True, model_names=("llama", "gpt2-xl")),
         Method(
             "SimIE",
-            irreversible="starts every edit from the first weights that it has seen, so that undoing one does not end its "
-            "effect",
+            irreversible="starts every edit from the first weights that it has seen, so that undoing one does not end "
+            "its effect",
         ),
         Method(
             "ULTRAEDIT",
@@ -237,8 +237,9 @@ def require_runnable(hparams: Hyperparameters) -> None:
     words = method.model_names
     if words and not any(word in str(hparams.model_name).lower() for word in words):
         raise ValueError(
-            f"methods: {name} knows the shape of the weights by words in model_name only ({', '.join(words)}), and there "
-            f"is none in {str(hparams.model_name)!r}; give the model's folder such a name if its weights are of that shape"
+            f"methods: {name} knows the shape of the weights by words in model_name only ({', '.join(words)}), "
+            f"and there is none in {str(hparams.model_name)!r}; "
+            f"give the model's folder such a name if its weights are of that shape"
         )
     archive = getattr(hparams, "archive", None)
     if method.trained_editor and not (archive and Path(archive).is_file()):

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,8 +63,8 @@ def second_moments(
     body = getattr(model, "base_model", model)  # without the head, whose logits are not needed
     mask: torch.Tensor
 
-    def hook(name: str):
-        def add(_, inputs) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             rows = inputs[0][mask].to(dtype)
             count, total = found.get(name, (0, 0))
             found[name] = (count + len(rows), total + rows.T @ rows)

@@ -46,7 +46,7 @@ def data_records(
     for request in requests if tokenizer is not None else ():
         try:
             require_evaluable(request, tokenizer, model, separator, by_subject)  # the probes, too
-        except ValueError as error:
+        except ValueError as error:  # noqa: PERF203  (every bad record is reported)
             bad[request["index"]] = str(error)
     if bad:
         text = f"{len(bad)} of {total} records of {data} cannot be used: {', '.join(map(str, sorted(bad)))}"

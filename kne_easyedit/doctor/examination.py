@@ -29,8 +29,8 @@ def examine(
         data: A KnowEdit file, or ``embedded``.
         records: Number of records; None: all.
         offset: The first record.
-        trial: Whether to edit a few records. The trial is left out if a check has failed that it depends on; bad records
-            do not stop it as long as there are good ones.
+        trial: Whether to edit a few records. It is left out if a check has failed that it depends on; bad records do
+            not stop it as long as there are good ones.
 
     Yields:
         What is found, in the order of the checks.

@@ -47,7 +47,7 @@ def memory_needed(config_or_model: Any, hparams: Any, tokens: int = TOKENS) -> d
     return {
         "weights": itemsize * count_parameters(model),
         **(formula(model, hparams, itemsize) if formula else {}),
-        # Every layer keeps its states for the backward pass; logits have copies, their softmax and gradients in float32.
+        # Every layer keeps its states for the backward pass; logits: copies, softmax and gradients in float32.
         "activations (estimated)": texts
         * (depth(model) * state_bytes(model, itemsize) + 4 * PRECISE * vocabulary(model)),
     }
