@@ -10,6 +10,7 @@ from pathlib import Path
 from kne_easyedit._util.files import parse_json
 from kne_easyedit.benchmark.schema import check_line, check_manifest
 from kne_easyedit.benchmark.store import read_lines
+from kne_easyedit.bridge.methods import METHODS
 
 NAMES = {
     "test_cf": "counterfact",
@@ -49,7 +50,7 @@ class Collection:
     @property
     def methods(self) -> list[str]:
         """Baselines in the paper's order, KNE and its variants last."""
-        known = ["FT", "FT-M", "FT-L", "LoRA", "AdaLoRA", "KN", "ROME", "MEMIT"]
+        known = list(METHODS)
         found = dict.fromkeys(line["method"] for line in self.lines)
         return sorted(
             found, key=lambda name: (name.startswith("KNE"), known.index(name) if name in known else len(known), name)

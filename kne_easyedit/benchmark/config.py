@@ -10,8 +10,8 @@ from kne_easyedit._util.digest import digest
 from kne_easyedit._util.settings import EVALUATORS, replace_settings
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.benchmark.schema import require_name
-from kne_easyedit.bridge import second_moments as statistics
 from kne_easyedit.bridge.methods import NAME as KNE
+from kne_easyedit.bridge.second_moments import needs_second_moments
 from kne_easyedit.facts.records import load_records, load_requests
 from kne_easyedit.models.loading import load_model
 
@@ -83,9 +83,9 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
     hparams = replace_settings(hparams, **overrides)
     i, n = shard_of(settings["shard"])
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
-    statistics.configure(**settings["statistics"])
+    text_source = bridge.TextSource.from_settings(settings["statistics"])
     second_moment_prompts = None
-    if statistics.needs_second_moments(hparams):
+    if needs_second_moments(hparams):
         # Text for second moments is sampled after facts that are not edited: dense in it, the edited subjects would resist.
         apart = data["localization"]
         second_moment_prompts = [
@@ -103,6 +103,7 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
         skip_bad=settings["on_bad_record"] == "skip",
         complaints=complaints,
         before_folder=Path(settings["out"]) / "before",
+        text_source=text_source,
         second_moment_prompts=second_moment_prompts,
         others=other_folders(folder),
         **evaluation,

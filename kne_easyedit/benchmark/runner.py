@@ -34,9 +34,9 @@ from kne_easyedit.benchmark.store import Lines, exclusive_lock
 from kne_easyedit.benchmark.summary import retention, summarize
 from kne_easyedit.benchmark.unedited import UneditedEvaluations, plain, with_old_answer, without_outputs
 from kne_easyedit.bridge import patches
-from kne_easyedit.bridge import second_moments as statistics
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.output import easyedit_output
+from kne_easyedit.bridge.second_moments import needs_second_moments, prepare
 from kne_easyedit.facts.encoding import SEPARATOR
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.facts.records import with_chat_template
@@ -66,12 +66,7 @@ class _Runner:
     def __init__(self, job: Run, again: bool):
         self.job = job
         bridge.register()
-        prompts = (
-            job.second_moment_prompts
-            if job.second_moment_prompts is not None
-            else [request["prompt"] for request in job.requests]
-        )
-        statistics.configure(prompts=tuple(prompts))
+        self.text_source = job.moments_text
         self.weights = model_digest(job.model)
         self.model_name = str(next(iter(job.hparams.values())).model_name)
         self.variant = bridge.fluency_variant()
@@ -130,7 +125,9 @@ class _Runner:
             editors = {}
             for method, hparams in self.hparams.items():
                 with self.quiet():
-                    editors[method] = bridge.MethodEditor(hparams, job.model, deepcopy(job.tokenizer))
+                    editors[method] = bridge.MethodEditor(
+                        hparams, job.model, deepcopy(job.tokenizer), text_source=self.text_source
+                    )
                     editors[method].on_step = (
                         self._show_step if job.workers == 1 else None
                     )  # the bar is of this process
@@ -140,7 +137,7 @@ class _Runner:
             self.moments = {
                 method: self._moments(editor)
                 for method, editor in editors.items()
-                if statistics.needs_second_moments(editor.hparams)
+                if needs_second_moments(editor.hparams)
             }
             self._write_manifest(editors)
             with tqdm(total=len(self.requests) * len(editors), desc="edit", unit="edit") as self.bar:
@@ -399,7 +396,8 @@ class _Runner:
 
     def _moments(self, editor: bridge.MethodEditor) -> dict:
         """Makes second moments before the first edit, so that no edit pays for them, and describes them."""
-        return statistics.prepare(self.job.model, editor.tokenizer, editor.hparams, self.job.folder.resolve() / OUTPUT)
+        folder = self.job.folder.resolve() / OUTPUT
+        return prepare(self.job.model, editor.tokenizer, editor.hparams, folder, self.text_source)
 
     def _write_manifest(self, editors: dict[str, bridge.MethodEditor]) -> None:
         """What was run where, before anything is edited: a run that dies leaves it, too."""

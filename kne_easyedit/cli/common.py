@@ -26,11 +26,11 @@ def method_of(path: Path, methods=()) -> str | None:
 
     Raises FileNotFoundError, or ValueError with the file's name, for what is no YAML file of settings.
     """
-    from kne_easyedit.bridge import METHODS
+    from kne_easyedit.bridge import LABELS
 
     config = read_settings(path)
     folder = path.resolve().parent.name
-    return folder if folder in METHODS or folder in methods else config.get("alg_name")
+    return folder if folder in LABELS or folder in methods else config.get("alg_name")
 
 
 def read_settings(path: Path) -> dict:

@@ -122,11 +122,11 @@ def _run(arguments) -> int:
         raise ValueError(f"--model: {model!r} names no model")
     hparams, borrowed = _load_all(methods, arguments.hparams, model)
     _override(hparams, overrides, arguments)
-    from kne_easyedit.bridge import second_moments as statistics
+    from kne_easyedit.bridge import TextSource
 
     skip = arguments.on_bad_record == "skip"
     requests, complaints = _load_records(arguments.data, arguments.records, arguments.offset, arguments.on_bad_record)
-    statistics.configure(file=arguments.stats_text, samples=arguments.stats_samples)
+    text_source = TextSource(arguments.stats_text, arguments.stats_samples)
     return _execute(
         hparams,
         requests,
@@ -141,6 +141,7 @@ def _run(arguments) -> int:
         batch_size=arguments.batch_size,
         retention_every=arguments.retention_every,
         chat_template=arguments.chat_template,
+        text_source=text_source,
         workers=arguments.workers,
         show=SHOWN,
     )
@@ -302,8 +303,8 @@ def _steps(hparams: dict[str, object], records: int, data: str, out: Path) -> li
 
 def _require_modules(method: str, hparams, file: Path, model) -> None:
     """Raises ValueError if a shipped file, made for another model, names layers or modules that this one lacks."""
-    from kne_easyedit.doctor.examination import modules
     from kne_easyedit.doctor.findings import OK
+    from kne_easyedit.doctor.modules import modules
 
     for finding in modules({method: hparams}, model):
         if finding.status != OK:

@@ -13,8 +13,7 @@ from methods import HPARAMS, LABELS, edit_inputs, records, settings, tokenizer_f
 from rounding import A_MODEL, roundings
 
 from kne_easyedit import bridge
-from kne_easyedit.bridge import MethodEditor, compare
-from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge import MethodEditor, TextSource, compare, use_text_source
 from kne_easyedit.bridge.importing import module
 
 ORIGINALS_WANTED = {"keep_original_weight": True}  # needed before May 2024, ignored since
@@ -25,7 +24,8 @@ NO_EFFECT = {"FT": "lr", "FT-L": "lr", "LoRA": "lr", "AdaLoRA": "lr", "ROME": "v
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs and ./stats
-    monkeypatch.setattr(statistics, "SOURCE", statistics.TextSource(samples=20, length=8))
+    with use_text_source(TextSource(samples=20, length=8)):
+        yield
 
 
 def knows(label: str, setting: str) -> bool:
@@ -323,7 +323,7 @@ def test_every_shipped_file_loads_under_its_folders_name(path):
             bridge.load_method(label, path)
         return
     hparams = bridge.load_method(label, path)
-    assert hparams.alg_name == bridge.METHODS.get(label, SimpleNamespace(alg_name=label)).alg_name
+    assert hparams.alg_name == bridge.traits_of(label).alg_name
     assert hparams.alg_name in module("util.alg_dict").ALG_DICT
     for field in dataclasses.fields(hparams):  # YAML reads 5e-4 as a text
         if field.type in (int, float, "int", "float") and field.name != "device":
