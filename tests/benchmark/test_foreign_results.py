@@ -14,7 +14,7 @@ from kne_easyedit import cli
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.markdown_report import literal, report_text
 from kne_easyedit.benchmark.publish import page, publish
-from kne_easyedit.benchmark.schema import require_name
+from kne_easyedit.benchmark.checks import require_name
 
 CASES = Path(os.environ.get("KNE_CASES", Path(__file__).parents[3] / "shared/cases"))
 EVIL = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -15,6 +16,7 @@ from kne_easyedit.benchmark.intervals import interval, paired
 from kne_easyedit.benchmark.markdown_report import _quoted, _ranked
 from kne_easyedit.benchmark.publish import publish
 from kne_easyedit.benchmark.tables import figures
+from kne_easyedit.metrics import METRICS
 
 PRE = {
     "rewrite_acc": [0.25],
@@ -264,7 +266,9 @@ def test_the_command(found, tmp_path, capsys):
 
 
 def test_equal_figures_rank_alike():
-    assert _ranked([50.0, 99.999, 100.0, None, 50.001]) == [
+    up, down = (replace(METRICS[0], better=better) for better in ("up", "down"))
+    assert _ranked([1.0, 2.0, 3.0], down) == ["**1.00**", "<u>2.00</u>", "3.00"]
+    assert _ranked([50.0, 99.999, 100.0, None, 50.001], up) == [
         "<u>50.00</u>",
         "**100.00**",
         "**100.00**",

@@ -21,7 +21,7 @@ from kne_easyedit.bridge import MethodEditor, load_method
 from kne_easyedit.bridge import method_editor as editing
 from kne_easyedit.bridge import second_moments as statistics
 from kne_easyedit.facts.records import to_request
-from kne_easyedit.metrics import begins_with
+from kne_easyedit.benchmark.answers import begins_with
 
 
 def record(subject="France", target="Rome", **changes) -> dict:

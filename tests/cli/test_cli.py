@@ -112,7 +112,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kne_easyedit.benchmark.run", interrupted)
+    monkeypatch.setattr("kne_easyedit.cli.comparison.run", interrupted)
     assert kne("run", "--data", "records.json", "--methods", "KNE", "--hparams", "kne.yaml") == 130
     assert "goes on where it stopped" in capsys.readouterr().err
 
