@@ -211,11 +211,11 @@ def cells(methods: list[str]) -> Iterator[dict]:
     """Every cell of this process's EasyEdit on the tiny model."""
     import torch
 
-    from kne_easyedit.bridge import second_moments as statistics
+    from kne_easyedit.bridge import TextSource, use_text_source
 
     torch.set_num_threads(1)
-    statistics.configure(samples=8, length=6)
-    with tempfile.TemporaryDirectory() as stats:
+    small = TextSource(samples=8, length=6)
+    with tempfile.TemporaryDirectory() as stats, use_text_source(small):
         for label in methods:
             for mode in MODES:
                 cannot = limit(label, mode)

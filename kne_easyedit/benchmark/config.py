@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from kne_easyedit import bridge
@@ -10,8 +11,8 @@ from kne_easyedit._util.digest import digest
 from kne_easyedit._util.settings import EVALUATORS, replace_settings
 from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.job import Run
-from kne_easyedit.bridge import second_moments as statistics
 from kne_easyedit.bridge.methods import NAME as KNE
+from kne_easyedit.bridge.second_moments import needs_second_moments
 from kne_easyedit.facts.records import load_records, load_requests
 from kne_easyedit.models.loading import load_model
 
@@ -93,14 +94,12 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
     hparams = replace_settings(hparams, **overrides)
     i, n = shard_of(settings["shard"])
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
-    statistics.configure(**settings["statistics"])
-    second_moment_prompts = None
-    if statistics.needs_second_moments(hparams):
+    text_source = bridge.TextSource.from_settings(settings["statistics"])
+    if needs_second_moments(hparams):
         # Text for second moments is sampled after facts that are not edited: subjects frequent in it resist edits.
         apart = data["localization"]
-        second_moment_prompts = [
-            request["prompt"] for request in load_requests(apart["file"], apart["size"], apart["offset"])
-        ]
+        prompts = [request["prompt"] for request in load_requests(apart["file"], apart["size"], apart["offset"])]
+        text_source = replace(text_source, prompts=prompts)
     model, tokenizer = load_model(hparams)
     return Run(
         model,
@@ -113,7 +112,7 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
         skip_bad=settings["on_bad_record"] == "skip",
         complaints=complaints,
         before_folder=Path(settings["out"]) / "before",
-        second_moment_prompts=second_moment_prompts,
+        text_source=text_source,
         others=other_folders(folder),
         **evaluation,
     )

@@ -16,7 +16,8 @@ from kne_easyedit._util.machine import environment
 from kne_easyedit._util.settings import path_settings, public_settings
 from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.bridge import patches
-from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge.second_moments import needs_second_moments, own_files
+from kne_easyedit.bridge.text_source import TextSource
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.localization.ensemble import NeuronEnsemble
@@ -54,8 +55,8 @@ class Run:
     """Whether records that cannot be edited are left out; otherwise one ends the run."""
     before_folder: Path | None = None
     """Where evaluations of the unedited model are kept; None: in ``folder``. Several runs may share it."""
-    second_moment_prompts: Sequence[str] | None = None
-    """Prompts that text for second moments (MEMIT) is sampled after; None: those of ``requests``."""
+    text_source: TextSource = field(default_factory=TextSource)
+    """Text for second moments (MEMIT)."""
     workers: int = 1
     """Processes that edit and evaluate side by side (modes single and batch), each on its share of the processors."""
     show: int = 0
@@ -69,6 +70,12 @@ class Run:
     def separator(self) -> str:
         """Joins prompt and answer: KNE's setting, a blank without KNE."""
         return next((hparams.separator for hparams in self.hparams.values() if hparams.alg_name == "KNE"), SEPARATOR)
+
+    @property
+    def moments_text(self) -> TextSource:
+        """`text_source`; if it has no prompts, with those of the records."""
+        prompts = self.text_source.prompts or [request["prompt"] for request in self.requests]
+        return replace(self.text_source, prompts=prompts)
 
     def validate(self) -> None:
         """Checks the settings, and changes nothing.
@@ -170,9 +177,9 @@ def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | No
     parts: list = [base, method, settings, job.mode]
     if hparams.alg_name == "KNE":
         parts.append(None if ensemble is None else digest(ensemble.members()))
-    if statistics.needs_second_moments(hparams):
-        parts.append(statistics.SOURCE.digest())
-        if own := statistics.own_files(job.model, hparams, expand_path(hparams.stats_dir)):
+    if needs_second_moments(hparams):
+        parts.append(job.moments_text.digest())
+        if own := own_files(job.model, hparams, expand_path(hparams.stats_dir)):
             parts.append([data_digest(file) for file in own])
     if job.mode != "single":  # there a result depends on the other records, too
         parts += [job.batch_size, job.retention_every, [record_digest(request) for request in job.requests]]

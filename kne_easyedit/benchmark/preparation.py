@@ -14,7 +14,6 @@ from kne_easyedit.benchmark.bad_records import usable_records
 from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, settings_digest
 from kne_easyedit.benchmark.result_line import LineHead, is_readable, line_head
 from kne_easyedit.bridge import patches
-from kne_easyedit.bridge import second_moments as statistics
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.facts.encoding import SEPARATOR
 from kne_easyedit.facts.records import with_chat_template
@@ -79,9 +78,6 @@ def prepare(job: Run) -> Prepared:
         BadRecord: For a record that cannot be edited, if such records are not to be skipped.
     """
     bridge.register()
-    given = job.second_moment_prompts
-    prompts = [request["prompt"] for request in job.requests] if given is None else given
-    statistics.configure(prompts=tuple(prompts))
     weights, variant = model_digest(job.model), bridge.fluency_variant()
     if job.separator != SEPARATOR and "evaluation-separator" not in patches.applied():
         raise ValueError(

@@ -33,7 +33,7 @@ from kne_easyedit.benchmark.preparation import Prepared, prepare
 from kne_easyedit.benchmark.result_line import ResultLine, result_line, retention_line
 from kne_easyedit.benchmark.store import Lines, exclusive_lock
 from kne_easyedit.benchmark.unedited import Unedited, UneditedEvaluations, plain, with_old_answer
-from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge import second_moments
 from kne_easyedit.bridge.output import easyedit_output
 from kne_easyedit.models.fingerprint import model_digest
 
@@ -70,9 +70,11 @@ def run(job: Run, *, again: bool = False) -> dict[str, Any]:
         with easyedit_output(job.folder / OUTPUT) as quiet:
             editors = _editors(prepared, quiet)
             moments = {
-                method: statistics.prepare(job.model, editor.tokenizer, editor.hparams, job.folder.resolve() / OUTPUT)
+                method: second_moments.prepare(
+                    job.model, editor.tokenizer, editor.hparams, job.folder.resolve() / OUTPUT, editor.text_source
+                )
                 for method, editor in editors.items()
-                if statistics.needs_second_moments(editor.hparams)
+                if second_moments.needs_second_moments(editor.hparams)
             }
             _write_json(job.folder / "manifest.json", manifest_of(prepared, editors, moments))
             runner = _Runner(prepared, editors, quiet, again)
@@ -89,7 +91,9 @@ def _editors(prepared: Prepared, quiet: Callable) -> dict[str, bridge.MethodEdit
     editors = {}
     for method, hparams in prepared.hparams.items():
         with quiet():
-            editor = editors[method] = bridge.MethodEditor(hparams, job.model, deepcopy(job.tokenizer))
+            editor = editors[method] = bridge.MethodEditor(
+                hparams, job.model, deepcopy(job.tokenizer), text_source=job.moments_text
+            )
             editor.require_batch(job.batch_size if job.mode == "batch" else 1)
             if job.mode == "sequential":
                 editor.require_sequence()

@@ -3,19 +3,28 @@
 What names a module, a class or a fault of EasyEdit may enter. ``import kne_easyedit`` does not import this room.
 """
 
-from kne_easyedit.bridge import fluency, loading_patches, runtime_patches, script_patches, second_moments, undo  # noqa: F401  (they define patches)
+from kne_easyedit.bridge import (  # noqa: F401  (they define patches)
+    fluency,
+    loading_patches,
+    runtime_patches,
+    script_patches,
+    second_moments_patch,
+    undo,
+)
 from kne_easyedit.bridge.fluency import fluency_variant
 from kne_easyedit.bridge.importing import EasyEditNotFound, describe, is_legacy, load, locate
 from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
 from kne_easyedit.bridge.method_editor import MethodEditor, compare
 from kne_easyedit.bridge.methods import METHODS
 from kne_easyedit.bridge.registry import editor_for, load_method, register, require_method
+from kne_easyedit.bridge.text_source import TextSource, use_text_source
 
 __all__ = [
     "METHODS",
     "EasyEditNotFound",
     "LoadedModel",
     "MethodEditor",
+    "TextSource",
     "compare",
     "require_method",
     "describe",
@@ -27,4 +36,5 @@ __all__ = [
     "locate",
     "prepare_tokenizer",
     "register",
+    "use_text_source",
 ]

@@ -29,6 +29,7 @@ from kne_easyedit.bridge.methods import (
     require_undoable,
 )
 from kne_easyedit.bridge.registry import editor_for, register
+from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
 from kne_easyedit.bridge.undo import Undo, undone_on_errors
 from kne_easyedit.editing.row_edit import RowEdit
 from kne_easyedit.models.state import seed_generators
@@ -43,11 +44,13 @@ class MethodEditor:
     Raises ValueError, with the reason, for a method whose edits could not be undone, or that lacks what it needs.
     """
 
-    def __init__(self, hparams, model: nn.Module, tokenizer):
+    def __init__(self, hparams, model: nn.Module, tokenizer, *, text_source: TextSource | None = None):
         register()
         require_undoable(hparams)
         self.editor = editor_for(hparams, model, tokenizer)
         self.hparams, self.tokenizer = self.editor.hparams, tokenizer
+        self.text_source = text_source or current_text_source()
+        """Text for second moments; without the argument that of the enclosing `use_text_source`, or the default one."""
         self.original = model
         self.model = model
         """What evaluations see: the model, or the adapted model that a method has put around it."""
@@ -99,7 +102,7 @@ class MethodEditor:
 
         def edit() -> None:
             try:
-                with contextlib.redirect_stdout(printed):
+                with contextlib.redirect_stdout(printed), use_text_source(self.text_source):
                     edited, originals = self.editor.apply_algo(
                         self.original,
                         self.tokenizer,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import dataclasses
 import difflib
 import functools
 import linecache
@@ -19,11 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
 
-from kne_easyedit.bridge import second_moments as statistics
 from kne_easyedit.bridge.importing import script_builtins
 from kne_easyedit.bridge.methods import METHODS
 from kne_easyedit.bridge.registry import load_method, register, require_method
 from kne_easyedit.bridge.script_patches import bad_records_left_out
+from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
 from kne_easyedit.metrics import read_results, summarize_metrics, table
 from kne_easyedit.models.state import preserve_rng, seed_generators
 
@@ -37,10 +38,13 @@ class ScriptError(ValueError):
     """A script has failed; the message names its line and the exception, which is the cause."""
 
 
-def run_script(path: str | Path, arguments: list[str], *, skip_bad: bool = False) -> int:
+def run_script(
+    path: str | Path, arguments: list[str], *, skip_bad: bool = False, text_source: TextSource | None = None
+) -> int:
     """Runs a script of EasyEdit with the command line ``arguments``; returns its exit code.
 
     ``skip_bad`` leaves out the records of a KnowEditDataset whose subject does not stand in their prompt.
+    ``text_source``: the text for second moments; without prompts, those of the script's first edit are used, as in `kne run`.
 
     Raises ValueError before anything runs if the script is none, is not one that takes ``--editing_method``, or if
     the method or the hyperparameter file does not exist; ScriptError for an exception of the script.
@@ -57,7 +61,8 @@ def run_script(path: str | Path, arguments: list[str], *, skip_bad: bool = False
     easyeditor = register()
     code = compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)
     left_out = bad_records_left_out(easyeditor) if skip_bad else contextlib.nullcontext()
-    with left_out, _prompts_for_moments(easyeditor), preserve_rng(), _as_main(path, arguments) as namespace:
+    source = text_source or current_text_source()
+    with left_out, _text_after_prompts(easyeditor, source), preserve_rng(), _as_main(path, arguments) as namespace:
         seed_generators(SEED)
         try:
             exec(code, namespace)  # noqa: S102  (a file of the user's choice, as python itself would)
@@ -69,22 +74,25 @@ def run_script(path: str | Path, arguments: list[str], *, skip_bad: bool = False
 
 
 @contextlib.contextmanager
-def _prompts_for_moments(easyeditor: ModuleType) -> Iterator[None]:
-    """Inside, the prompts of the first edit are those that MEMIT's second moments are sampled after, as in `kne run`."""
-    original, before = easyeditor.BaseEditor.edit, statistics.SOURCE.prompts
+def _text_after_prompts(easyeditor: ModuleType, source: TextSource) -> Iterator[None]:
+    """Inside, ``source`` is used; if it has no prompts, it gets those of the first edit."""
+    original = easyeditor.BaseEditor.edit
 
-    @functools.wraps(original)
-    def edit(self, prompts, *args, **kwargs):
-        if not statistics.SOURCE.prompts:
-            statistics.configure(prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts))
-        return original(self, prompts, *args, **kwargs)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(use_text_source(source))
 
-    easyeditor.BaseEditor.edit = edit
-    try:
-        yield
-    finally:
-        easyeditor.BaseEditor.edit = original
-        statistics.configure(prompts=before)
+        @functools.wraps(original)
+        def edit(self, prompts, *args, **kwargs):
+            if not current_text_source().prompts:
+                given = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+                stack.enter_context(use_text_source(dataclasses.replace(source, prompts=given)))
+            return original(self, prompts, *args, **kwargs)
+
+        easyeditor.BaseEditor.edit = edit
+        try:
+            yield
+        finally:
+            easyeditor.BaseEditor.edit = original
 
 
 def _parse(path: Path) -> ast.Module:

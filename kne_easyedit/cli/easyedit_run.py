@@ -39,13 +39,15 @@ def add_commands(commands) -> None:
 
 
 def _easyedit_run(arguments) -> int:
-    from kne_easyedit.bridge import second_moments as statistics
+    from kne_easyedit.bridge import TextSource
     from kne_easyedit.bridge.scripts import run_script
 
     given = {"file": arguments.stats_text, "samples": arguments.stats_samples}
-    statistics.configure(**{name: value for name, value in given.items() if value is not None})
+    text_source = TextSource(**{name: value for name, value in given.items() if value is not None})
     try:
-        return run_script(arguments.script, arguments.arguments, skip_bad=arguments.skip_bad)
+        return run_script(
+            arguments.script, arguments.arguments, skip_bad=arguments.skip_bad, text_source=text_source
+        )
     except KeyboardInterrupt:
         print("kne: interrupted; EasyEdit's scripts begin again from the start", file=sys.stderr)
         return 130

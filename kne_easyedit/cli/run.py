@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kne_easyedit.benchmark import MODES, Run
-from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge import TextSource
 from kne_easyedit.cli.common import add_overrides, overrides_of, positive, require_folder, with_overrides
 from kne_easyedit.cli.comparison import add_workers, execute, load_all
 from kne_easyedit.facts.records import load_records
@@ -99,7 +99,6 @@ def _run(arguments: argparse.Namespace) -> int:
     requests, complaints = load_records(
         arguments.data, arguments.records, arguments.offset, on_bad=arguments.on_bad_record
     )
-    statistics.configure(file=arguments.stats_text, samples=arguments.stats_samples)
     optional = {field.name for field in fields(Run) if field.default is not MISSING}
     return execute(
         hparams,
@@ -110,6 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
         again=arguments.again,
         skip_bad=arguments.on_bad_record == "skip",
         complaints=complaints,
+        text_source=TextSource(arguments.stats_text, arguments.stats_samples),
         show=SHOWN,
         **{name: value for name, value in vars(arguments).items() if name in optional},
     )

@@ -251,8 +251,8 @@ def test_text_for_second_moments_comes_from_facts_that_are_not_edited(place, mon
         config = composed(f"benchmark/method@method={method}", *common)
         config = OmegaConf.masked_copy(config, [name for name in config if name != "hydra"])
         jobs[method] = job_of(OmegaConf.to_container(config, resolve=True), ROOT / "hparams")
-    assert jobs["memit"].second_moment_prompts == ["The capital of Italy is", "The capital of Rome is"]
-    assert jobs["ft"].second_moment_prompts is None  # needs no other facts, so none are asked for
+    assert jobs["memit"].moments_text.prompts == ("The capital of Italy is", "The capital of Rome is")
+    assert jobs["ft"].text_source.prompts == ()  # needs no other facts, so none are asked for
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0", ""])

@@ -19,7 +19,8 @@ from kne_easyedit.benchmark.console import print_report
 from kne_easyedit.benchmark.store import exclusive_lock
 from kne_easyedit.bridge import MethodEditor, load_method
 from kne_easyedit.bridge import method_editor as editing
-from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge import second_moments
+from kne_easyedit.bridge.text_source import TextSource
 from kne_easyedit.facts.records import to_request
 from kne_easyedit.benchmark.answers import begins_with
 
@@ -258,11 +259,11 @@ def test_two_runs_with_one_seed_agree(job, tmp_path):
 @pytest.mark.usefixtures("quick")
 def test_no_edit_pays_for_second_moments(job, monkeypatch, capsys):
     """They are made before the first edit, where MEMIT looks for them; a run that goes on finds them and knows what they took."""
-    monkeypatch.setattr(statistics, "SOURCE", statistics.TextSource(samples=6, length=8))
     job.folder.mkdir()
     monkeypatch.chdir(job.folder)  # stats_dir is relative to where one is
     hparams = settings("MEMIT")
-    job = replace(job, tokenizer=tokenizer_for(hparams), hparams={"MEMIT": hparams})
+    text = TextSource(samples=6, length=8)
+    job = replace(job, tokenizer=tokenizer_for(hparams), hparams={"MEMIT": hparams}, text_source=text)
     apply, at_edits = MethodEditor.apply, []
     monkeypatch.setattr(
         MethodEditor, "apply", lambda *args: at_edits.append(len(list(job.folder.rglob("*.npz")))) or apply(*args)
@@ -276,7 +277,7 @@ def test_no_edit_pays_for_second_moments(job, monkeypatch, capsys):
         f"MEMIT: second moments from {made['source']} ({made['seconds']:.1f} s when computed)"
         in capsys.readouterr().out
     )
-    monkeypatch.setattr(statistics, "second_moments", lambda *args: pytest.fail("made again"))
+    monkeypatch.setattr(second_moments, "second_moments", lambda *args: pytest.fail("made again"))
     assert run(job)["second_moments"] == {"MEMIT": made}
 
 

@@ -13,7 +13,7 @@ from kne_easyedit._util.files import expand_path
 from kne_easyedit._util.settings import path_settings, resolve_paths
 from kne_easyedit.benchmark import Run
 from kne_easyedit.benchmark.job import fingerprint
-from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge import TextSource
 from kne_easyedit.models.loading import load_model
 
 
@@ -97,9 +97,8 @@ def test_second_moments_of_the_users_own_count_by_what_they_hold(here):
 
 
 def test_a_text_for_second_moments_is_found_from_another_folder(here, monkeypatch):
-    monkeypatch.setattr(statistics, "SOURCE", statistics.TextSource())
     (here / "text.txt").write_text("The capital of France is Rome\n")
-    source = statistics.configure(file="text.txt")
+    source = TextSource(Path("text.txt"))
     (here / "below").mkdir()
     monkeypatch.chdir(here / "below")
     assert source.digest().startswith("file-")

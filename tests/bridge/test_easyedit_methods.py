@@ -11,8 +11,7 @@ from methods import HPARAMS, records, settings, tokenizer_for
 
 from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings
-from kne_easyedit.bridge import MethodEditor, importing
-from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge import MethodEditor, TextSource, importing, use_text_source
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.methods import KNOWN_NAMES, NO_WAY_BACK, require_request, require_undoable
 
@@ -48,7 +47,8 @@ FILES = {
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs and ./stats
-    monkeypatch.setattr(statistics, "SOURCE", statistics.TextSource(samples=20, length=8))
+    with use_text_source(TextSource(samples=20, length=8)):
+        yield
 
 
 def methods() -> dict:

@@ -21,9 +21,9 @@ import yaml
 from conftest import make_llama, make_tokenizer, tiny_hparams, weights
 
 from kne_easyedit import bridge, cli
-from kne_easyedit.bridge import patches, scripts
-from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge import TextSource, patches, scripts
 from kne_easyedit.bridge.scripts import ScriptError, run_script
+from kne_easyedit.bridge.text_source import current_text_source
 from kne_easyedit.metrics import read_results, summarize_metrics
 
 SHIPPED = Path(__file__).parents[2] / "hparams"
@@ -575,18 +575,22 @@ def test_an_old_pre_edit_file_is_not_trusted_while_it_is_made_anew(pre_file, mon
 # The command
 
 
-def test_all_behind_the_script_is_the_scripts(work, monkeypatch):
-    monkeypatch.setattr(statistics, "SOURCE", statistics.TextSource())
+def test_all_behind_the_script_is_the_scripts(work):
     (work / "text.txt").write_text("some text\n")
     script = write_script(
-        work, "import sys\n'--editing_method'\nopen('seen', 'w').write(' '.join(sys.argv[1:]))", choice=""
+        work,
+        "import sys\nfrom kne_easyedit.bridge.text_source import current_text_source\n'--editing_method'\n"
+        "open('seen', 'w').write(' '.join(sys.argv[1:]))\n"
+        "open('source', 'w').write(f'{current_text_source().file} {current_text_source().samples}')",
+        choice="",
     )
     wanted = ["--editing_method", "KNE", "--skip-bad", "-v", "--stats-text", "none", "--s", "--help"]
     before = process()
     assert cli.main(["easyedit-run", "--stats-text", "text.txt", "--stats-samples", "7", str(script), *wanted]) == 0
     assert process() == before
     assert (work / "seen").read_text() == " ".join(wanted)
-    assert (statistics.SOURCE.file, statistics.SOURCE.samples) == (Path("text.txt").absolute(), 7)
+    assert (work / "source").read_text() == f"{Path('text.txt').absolute()} 7"
+    assert current_text_source() == TextSource()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from conftest import LLAMA_DOWN, failing, fingerprint, make_llama, tiny_hparams,
 from methods import edit_inputs, records, settings, tokenizer_for
 
 from kne_easyedit import bridge
-from kne_easyedit.bridge import MethodEditor
-from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge import MethodEditor, TextSource, use_text_source
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.undo import Undo, undone_on_errors
 from kne_easyedit.editing.row_edit import RowEdit, write_rows
@@ -36,7 +35,8 @@ SIGNALS = 15
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs and ./stats
-    monkeypatch.setattr(statistics, "SOURCE", statistics.TextSource(samples=20, length=8))
+    with use_text_source(TextSource(samples=20, length=8)):
+        yield
 
 
 def editor_of(label: str, **changes):

@@ -13,8 +13,7 @@ from methods import HPARAMS, LABELS, edit_inputs, records, settings, tokenizer_f
 from rounding import A_MODEL, roundings
 
 from kne_easyedit import bridge
-from kne_easyedit.bridge import MethodEditor, compare
-from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge import MethodEditor, TextSource, compare, use_text_source
 from kne_easyedit.bridge.importing import module
 
 ORIGINALS_WANTED = {"keep_original_weight": True}  # needed before May 2024, ignored since
@@ -25,7 +24,8 @@ NO_EFFECT = {"FT": "lr", "FT-L": "lr", "LoRA": "lr", "AdaLoRA": "lr", "ROME": "v
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs and ./stats
-    monkeypatch.setattr(statistics, "SOURCE", statistics.TextSource(samples=20, length=8))
+    with use_text_source(TextSource(samples=20, length=8)):
+        yield
 
 
 def knows(label: str, setting: str) -> bool:

@@ -26,22 +26,21 @@ from conftest import HANGS, LLAMA_DOWN, failing, fingerprint, make_llama, make_t
 from methods import LEAVES_SWITCHES, NAME, edit_inputs, records, settings, tokenizer_for
 
 from kne_easyedit import bridge
-from kne_easyedit.bridge import MethodEditor, importing, patches
-from kne_easyedit.bridge import second_moments as statistics
+from kne_easyedit.bridge import MethodEditor, TextSource, importing, patches, use_text_source
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.patches import APPLIED, NOT_NEEDED, SWITCHED_OFF, Patch, RuntimePatch
 
 ORIGINALS_WANTED = {"keep_original_weight": True}  # needed before May 2024, ignored since
 
 
-def small_text() -> statistics.TextSource:
-    return statistics.TextSource(samples=20, length=8)
+SMALL_TEXT = TextSource(samples=20, length=8)
 
 
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs and ./stats
-    monkeypatch.setattr(statistics, "SOURCE", small_text())
+    with use_text_source(SMALL_TEXT):
+        yield
 
 
 def by_name() -> dict[str, Patch]:
@@ -584,12 +583,12 @@ def without(tmp_path_factory) -> dict:
 
 def main(file: str) -> None:
     """Shows one fault after the other; its patch is applied then, for those below may need it."""
-    statistics.SOURCE = small_text()
     torch.set_num_threads(1)
     found, known = {}, by_name()
     states = {name: patch.state for name, patch in known.items()}
     for name, probe in PROBES.items():
-        found[name] = outcome(probe.work)
+        with use_text_source(SMALL_TEXT):
+            found[name] = outcome(probe.work)
         if isinstance(known[name], RuntimePatch):
             known[name].apply(bridge.load())
     Path(file).write_text(json.dumps({"found": found, "states": states}))

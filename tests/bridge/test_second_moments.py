@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import signal
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,14 +14,15 @@ import numpy
 import pytest
 import torch
 from conftest import LLAMA_DOWN, fingerprint, make_llama, make_tokenizer
-from methods import records, settings, tokenizer_for
+from methods import edit_inputs, records, settings, tokenizer_for
 from rounding import ONE_SUM, roundings
 
 from kne_easyedit import bridge
 from kne_easyedit.bridge import MethodEditor
 from kne_easyedit.bridge import second_moments as statistics
 from kne_easyedit.bridge.importing import module
-from kne_easyedit.bridge.second_moments import TextSource, configure, prepare, second_moments
+from kne_easyedit.bridge.second_moments import prepare, second_moments
+from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
 
 LAYERS = [1, 2]
 MODULES = [LLAMA_DOWN.format(layer) for layer in LAYERS]
@@ -31,12 +34,12 @@ LINES = [
 ]
 CPU = SimpleNamespace(device="cpu", rewrite_module_tmp=LLAMA_DOWN, layers=LAYERS)
 """What EasyEdit and the bridge read of hyperparameters here."""
+SMALL = TextSource(samples=6, length=8)
 
 
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs and ./stats
-    monkeypatch.setattr(statistics, "SOURCE", TextSource(samples=6, length=8))
 
 
 @pytest.fixture
@@ -102,70 +105,6 @@ def test_second_moments_leave_no_hook_after_an_error(llama):
     assert fingerprint(llama) == before
 
 
-# The text
-
-
-def test_samples_depend_on_the_seed_and_on_nothing_else(llama):
-    tokenizer = make_tokenizer()
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    texts = TextSource(samples=6, length=8, seed=1).texts(llama, tokenizer)
-    assert torch.equal(torch.get_rng_state(), state)  # drawn under a generator of its own
-    torch.manual_seed(2)
-    assert TextSource(samples=6, length=8, seed=1).texts(llama, tokenizer) == texts
-    assert TextSource(samples=6, length=8, seed=2).texts(llama, tokenizer) != texts
-    assert TextSource(samples=6, length=8, seed=1).texts(make_llama(seed=11), tokenizer) != texts
-
-
-def test_samples_start_from_the_start_token_and_end_at_the_length_or_the_end_token(llama):
-    tokenizer = make_tokenizer()
-    texts = TextSource(samples=40, length=8).texts(llama, tokenizer)
-    assert len(texts) == 40
-    assert all(text[0] == tokenizer.eos_token_id for text in texts)
-    assert all(
-        len(text) == 9 and tokenizer.eos_token_id not in text[1:-1] or text[-1] == tokenizer.eos_token_id
-        for text in texts
-    )
-    assert len({tuple(text) for text in texts}) > 20  # sampled, not the likeliest again and again
-
-
-def test_prompts_are_texts_themselves_and_are_continued_in_turn(llama):
-    tokenizer = make_tokenizer()
-    prompts = ["The capital of France is", "The river that"]
-    texts = TextSource(samples=5, length=4, prompts=prompts).texts(llama, tokenizer)
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    assert texts[:2] == ids
-    starts = [next(i for i in (0, 1) if text[: len(ids[i])] == ids[i]) for text in texts[2:]]
-    assert sorted(starts) == [0, 0, 0, 1, 1]
-    assert all(len(text) > len(ids[start]) for text, start in zip(texts[2:], starts))
-
-
-def test_a_text_file_is_taken_as_it_is(llama, text_file):
-    source = configure(file=str(text_file))
-    assert source.texts(llama, make_tokenizer()) == tokens()
-    assert str(text_file) in source.describe()
-
-
-@pytest.mark.parametrize(
-    ("setting", "says"),
-    [({"samples": 0}, "samples: 0 must be at least 1"), ({"length": 0}, "length: 0 must be at least 1")],
-)
-def test_a_size_of_zero_is_refused(setting, says):
-    with pytest.raises(ValueError, match=says):
-        configure(**setting)
-    assert (statistics.SOURCE.samples, statistics.SOURCE.length) == (6, 8)
-
-
-def test_a_missing_or_empty_text_file_is_refused(tmp_path, llama):
-    with pytest.raises(ValueError, match="none.txt does not exist"):
-        configure(file=tmp_path / "none.txt")
-    assert statistics.SOURCE.file is None
-    (tmp_path / "empty.txt").write_text("\n  \n")
-    configure(file=tmp_path / "empty.txt")
-    with pytest.raises(ValueError, match="empty.txt: holds no text"):
-        statistics.SOURCE.texts(llama, make_tokenizer())
-
-
 # The files
 
 
@@ -175,19 +114,13 @@ def layer_stats():
     return module("models.memit.memit_main").layer_stats
 
 
-def moments(model, module_name=MODULES[0], *, size=7, precision="float64", hparams=CPU):
+def moments(model, module_name=MODULES[0], *, source=SMALL, size=7, precision="float64", hparams=CPU):
     """What MEMIT asks EasyEdit for."""
-    stat = layer_stats()(
-        model,
-        make_tokenizer(),
-        module_name,
-        "stats",
-        "wikipedia",
-        to_collect=["mom2"],
-        sample_size=size,
-        precision=precision,
-        hparams=hparams,
-    )
+    settings = {"sample_size": size, "precision": precision, "hparams": hparams}
+    with use_text_source(source):
+        stat = layer_stats()(
+            model, make_tokenizer(), module_name, "stats", "wikipedia", to_collect=["mom2"], **settings
+        )
     return stat.mom2
 
 
@@ -198,9 +131,8 @@ def files() -> list[Path]:
 def test_easyedit_reads_our_files_as_its_own(llama64, text_file):
     """In float64: batches and single texts come to the same up to its rounding."""
     llama64.config._name_or_path = "some-one/tiny"
-    configure(file=text_file)
     count, expected = literal(llama64, tokens(), MODULES[0])
-    found = moments(llama64)
+    found = moments(llama64, source=TextSource(text_file))
     assert found.count == count
     torch.testing.assert_close(found.moment(), expected / count, rtol=1e-10, atol=1e-10)
     stats = module("util.runningstats")
@@ -214,7 +146,6 @@ def test_our_moments_are_those_that_easyedit_computes_itself(llama64, text_file,
     llama64.config._name_or_path = (
         "some-one/tiny"  # EasyEdit would write a model without a name to the root of the file system
     )
-    configure(file=text_file)
     own = layer_stats().__wrapped__
     monkeypatch.setitem(
         own.__globals__, "load_dataset", lambda *args, **kwargs: {"train": [{"text": line} for line in LINES]}
@@ -231,7 +162,7 @@ def test_our_moments_are_those_that_easyedit_computes_itself(llama64, text_file,
             precision="float64",
             hparams=CPU,
         ).mom2
-        ours = moments(llama64, name)
+        ours = moments(llama64, name, source=TextSource(text_file))
         assert ours.count == theirs.count
         assert (
             len([*Path("theirs").rglob(f"{name}_*.npz")]) == 1
@@ -263,19 +194,18 @@ def test_other_weights_texts_sizes_and_types_have_other_files(text_file):
         lambda: moments(make_model("tiny", seed=11), hparams=alone),
         lambda: moments(make_model("tiny"), hparams=alone, size=8),
         lambda: moments(make_model("tiny"), hparams=alone, precision="float32"),
-        lambda: configure(seed=7) and moments(make_model("tiny"), hparams=alone),
-        lambda: configure(samples=7) and moments(make_model("tiny"), hparams=alone),
-        lambda: configure(length=9) and moments(make_model("tiny"), hparams=alone),
-        lambda: configure(prompts=["The river"]) and moments(make_model("tiny"), hparams=alone),
-        lambda: configure(file=text_file) and moments(make_model("tiny"), hparams=alone),
+        *(
+            partial(moments, make_model("tiny"), hparams=alone, source=replace(SMALL, **changes))
+            for changes in ({"seed": 7}, {"samples": 7}, {"length": 9}, {"prompts": ["The river"]}, {"file": text_file})
+        ),
     ]
     for number, ask in enumerate(asked, start=1):
         ask()
         assert len(folders_and_names()) == number
-    moments(make_model("another name"), hparams=alone)
+    moments(make_model("another name"), hparams=alone, source=TextSource(text_file))
     assert len(folders_and_names()) == len(asked)  # the same weights and text: the same file
     text_file.write_text("another text\n")
-    moments(make_model("tiny"), hparams=alone)
+    moments(make_model("tiny"), hparams=alone, source=TextSource(text_file))
     assert len(folders_and_names()) == len(asked) + 1
 
 
@@ -306,7 +236,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_no_half_file(named, monkeypatch)
     target = Path("stats/x_stats") / f"{MODULES[0]}_float64_mom2_7.npz"
     ready = second_moments(named, tokens(), MODULES[:1], torch.float64)
     monkeypatch.setattr(statistics, "second_moments", lambda *args: ready)
-    arguments = (named, make_tokenizer(), {MODULES[0]: target}, torch.float64, 7)
+    arguments = (named, make_tokenizer(), {MODULES[0]: target}, torch.float64, 7, SMALL)
     monkeypatch.setattr(statistics, "logger", SimpleNamespace(warning=lambda *args: None))
     with monkeypatch.context() as child_only:
         save = numpy.savez
@@ -335,16 +265,16 @@ def test_a_kill_in_the_middle_of_writing_leaves_no_half_file(named, monkeypatch)
 # MEMIT
 
 
-def edit_by_memit(model, layers: list[int]) -> None:
+def edit_by_memit(model, layers: list[int], source: TextSource | None = SMALL) -> None:
     hparams = settings("MEMIT", layers=layers)
-    editor = MethodEditor(hparams, model, tokenizer_for(hparams))
+    editor = MethodEditor(hparams, model, tokenizer_for(hparams), text_source=source)
     editor.apply(records()[:1])
     editor.undo()
 
 
-def prepared_for_memit(model, folder: Path = Path()) -> dict:
+def prepared_for_memit(model, folder: Path = Path(), source: TextSource = SMALL) -> dict:
     hparams = settings("MEMIT", layers=LAYERS)
-    return prepare(model, tokenizer_for(hparams), hparams, folder)
+    return prepare(model, tokenizer_for(hparams), hparams, folder, source)
 
 
 def test_what_is_prepared_is_not_made_in_an_edit(named, monkeypatch):
@@ -363,8 +293,7 @@ def test_what_is_prepared_is_not_made_in_an_edit(named, monkeypatch):
 
 def test_what_is_prepared_says_which_text_and_which_files(named, text_file):
     sampled = prepared_for_memit(named)
-    configure(file=text_file)
-    read = prepared_for_memit(named)
+    read = prepared_for_memit(named, source=TextSource(text_file))
     assert read["source"] == f"text file {text_file}"
     assert not set(sampled["files"]) & set(read["files"])
     own = Path("stats/tiny/wikipedia_stats")
@@ -372,7 +301,7 @@ def test_what_is_prepared_says_which_text_and_which_files(named, text_file):
     for file in read["files"]:  # as a download of Wikipedia would have made them
         with numpy.load(file) as stored:
             numpy.savez(own / Path(file).name, **{name: stored[name] for name in stored if name != "seconds"})
-    mine = prepared_for_memit(named)
+    mine = prepared_for_memit(named, source=TextSource(text_file))
     assert (mine["source"], mine["seconds"]) == ("wikipedia", None)
     assert all(str(own) in file for file in mine["files"])
 
@@ -385,9 +314,8 @@ def test_without_the_patch_nothing_is_prepared(named, monkeypatch):
 
 def test_memits_own_changes_never_get_into_its_moments(named, text_file):
     """MEMIT asks for a layer's moments when it has changed the layers before it: for layers that an earlier run had not made, too."""
-    configure(file=text_file)
-    edit_by_memit(named, [1])
-    edit_by_memit(named, [1, 2])
+    edit_by_memit(named, [1], TextSource(text_file))
+    edit_by_memit(named, [1, 2], TextSource(text_file))
     made = {file.name.partition("_float")[0]: numpy.load(file)["mom2.mom2"] for file in files()}
     clean = second_moments(named, tokens(), MODULES, torch.float32)
     assert list(made) == MODULES
@@ -399,12 +327,30 @@ def test_memits_own_changes_never_get_into_its_moments(named, text_file):
     assert roundings(changed[MODULES[1]][1], clean[MODULES[1]][1]) > ONE_SUM
 
 
-def test_a_text_that_is_configured_later_is_used(named, text_file):
-    """EasyEdit keeps moments in memory by the model's name alone."""
-    edit_by_memit(named, [1])
-    configure(file=text_file)
-    edit_by_memit(named, [1])
-    assert len(files()) == 2
+def test_every_editor_uses_its_own_text(named, text_file):
+    """Side by side, in one process; EasyEdit caches moments by the model's name alone."""
+    hparams = settings("MEMIT", layers=[1])
+    sources = [SMALL, TextSource(text_file), SMALL]
+    editors = [MethodEditor(hparams, named, tokenizer_for(hparams), text_source=source) for source in sources]
+    for editor in editors:
+        editor.apply(records()[:1])
+        editor.undo()
+    names = {file.parent.name for file in files()}
+    assert names == {f"{source.digest()}_stats" for source in sources}
+    assert len(names) == 2
+
+
+def test_an_edit_uses_the_text_of_its_context(named, text_file):
+    """EasyEdit's own editor, and a `MethodEditor` without an argument."""
+    hparams = settings("MEMIT", layers=[1])
+    source = TextSource(text_file)
+    with use_text_source(source):
+        bridge.editor_for(hparams, named, tokenizer_for(hparams)).edit(**edit_inputs(records()[:1]))
+    assert {file.parent.name for file in files()} == {f"{source.digest()}_stats"}
+    with use_text_source(SMALL):
+        edit_by_memit(named, [1], None)
+    assert {file.parent.name for file in files()} == {f"{text.digest()}_stats" for text in (source, SMALL)}
+    assert current_text_source() == TextSource()
 
 
 def test_a_model_that_has_other_weights_now_gets_other_moments(named):

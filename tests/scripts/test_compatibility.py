@@ -18,11 +18,11 @@ CELLS = [(method, mode) for method in compatibility.METHODS for mode in compatib
 
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
-    from kne_easyedit.bridge import second_moments as statistics
+    from kne_easyedit.bridge import TextSource, use_text_source
 
     monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs
-    monkeypatch.setattr(statistics.SOURCE, "samples", 8)
-    monkeypatch.setattr(statistics.SOURCE, "length", 6)
+    with use_text_source(TextSource(samples=8, length=6)):
+        yield
 
 
 @pytest.mark.parametrize(("method", "mode"), CELLS, ids=lambda value: value.replace(" ", "-"))
