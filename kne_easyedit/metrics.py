@@ -187,6 +187,11 @@ def retention_metrics(*summaries: Mapping[str, Any]) -> list[Metric]:
     return [metric for metric in qualities(*summaries) if metric.from_easyedit and metric.unit == PERCENT]
 
 
+def own_metrics() -> list[Metric]:
+    """The metrics that runs of ours measure, and EasyEdit does not."""
+    return [metric for metric in METRICS if not metric.from_easyedit]
+
+
 def paper_metrics() -> list[tuple[Metric, int]]:
     """The rows of the paper's tables: each metric with its place in the lists of ``paper.json``."""
     return [(metric, metric.paper_column) for metric in METRICS if metric.paper_column is not None]

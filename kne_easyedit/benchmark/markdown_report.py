@@ -181,7 +181,7 @@ def _times(records: object, seeds: int) -> str:
 def _by_category(found: Collection) -> str:
     rows = [["data", "figure", "category", "records", "*no edit*", *_labels(found)]]
     for data in found.data_sets:
-        for metric in with_categories():
+        for metric in with_categories(compared(found)):
             of_method = [categories(found.of(data, method), metric) for method in found.methods]
             before = categories(unedited(found, data), metric)
             counts = [category_records(found.of(data, method), metric) for method in found.methods]

@@ -13,7 +13,7 @@ from kne_easyedit.benchmark.answers import begins_with
 from kne_easyedit.benchmark.checks import LONGEST, is_int, require
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.benchmark.unedited import Unedited
-from kne_easyedit.metrics import METRICS, check_metrics, is_number
+from kne_easyedit.metrics import check_metrics, is_number, own_metrics
 
 VERSION = 1
 """Of the schema. It goes up when a field changes its meaning; a field that is only added leaves it as it is."""
@@ -158,7 +158,7 @@ def parse_result(line: Mapping[str, Any]) -> ResultLine:
         require(len(text) <= LONGEST and text.isprintable(), name, text, f"one line of at most {LONGEST} characters")
     require(is_int(line["index"]), "index", line["index"], "a number of a record")
     require(line.get("seed") is None or is_int(line["seed"]), "seed", line.get("seed"), "a whole number")
-    for name in (metric.path[0] for metric in METRICS if not metric.from_easyedit):
+    for name in (metric.path[0] for metric in own_metrics()):
         require(line.get(name) is None or is_number(line[name]), name, line.get(name), "a finite number")
     losses = line.get("losses")
     # A loss may be NaN: an edit that diverges is a finding.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kne_easyedit.metrics import METRICS, retention_metrics, summarize_metrics
+from kne_easyedit.metrics import own_metrics, retention_metrics, summarize_metrics
 
 
 def summarize(lines: Sequence[Mapping]) -> dict[str, float | int | None]:
@@ -18,7 +18,7 @@ def summarize(lines: Sequence[Mapping]) -> dict[str, float | int | None]:
         ``records``, the number of lines.
     """
     summary = summarize_metrics([line["metrics"] for line in lines])
-    return summary | {metric.key: metric.summarize(lines) for metric in METRICS if not metric.from_easyedit}
+    return summary | {metric.key: metric.summarize(lines) for metric in own_metrics()}
 
 
 def retention(lines: Sequence[Mapping]) -> list[dict]:

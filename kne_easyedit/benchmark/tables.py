@@ -11,7 +11,7 @@ from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.intervals import Interval, interval, paired
 from kne_easyedit.benchmark.labels import is_kne
 from kne_easyedit.benchmark.summary import summarize
-from kne_easyedit.metrics import METRICS, Metric, qualities
+from kne_easyedit.metrics import Metric, qualities
 
 
 def compared(found: Collection) -> list[Metric]:
@@ -19,7 +19,7 @@ def compared(found: Collection) -> list[Metric]:
     return qualities(summarize(found.lines))
 
 
-def with_categories(metrics: Sequence[Metric] = METRICS) -> list[Metric]:
+def with_categories(metrics: Sequence[Metric]) -> list[Metric]:
     """Those of the metrics that are means over categories."""
     return [metric for metric in metrics if metric.by_category]
 
@@ -46,7 +46,7 @@ def figures(found: Collection) -> dict:
                     "seeds": seeds_of(lines),
                     "categories": {
                         metric.key: {name: fmean(its) for name, its in categories(lines, metric).items()}
-                        for metric in with_categories()
+                        for metric in with_categories(metrics)
                     },
                     "intervals": {metric.key: _plain(mean(lines, metric)) for metric in metrics},
                     "lead_of": {

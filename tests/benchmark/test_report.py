@@ -111,7 +111,7 @@ def test_what_records_share_cancels_out_of_a_difference():
     generator = numpy.random.default_rng(2)
     hardness = generator.normal(0, 30, 60)
     ours = {i: h + 5 + generator.normal(0, 1) for i, h in enumerate(hardness)}
-    theirs = {i: h for i, h in enumerate(hardness)} | {"only theirs": 1000.0}
+    theirs = dict(enumerate(hardness)) | {"only theirs": 1000.0}
     difference = paired(ours, theirs)
     assert difference.records == 60
     assert 4 < difference.low < difference.mean < difference.high < 6
@@ -139,7 +139,7 @@ def test_settings_never_mix(tmp_path):
     write(tmp_path / "a/results.jsonl", [line("KNE", 0, 1.0)])
     write(tmp_path / "b/results.jsonl", [line("KNE", 1, 1.0, fingerprint="other")])
     with pytest.raises(
-        ValueError, match="a/results.jsonl and .*b/results.jsonl: KNE on counterfact under different settings"
+        ValueError, match=r"a/results\.jsonl and .*b/results\.jsonl: KNE on counterfact under different settings"
     ):
         collect([tmp_path])
 

@@ -18,8 +18,8 @@ from kne_easyedit.models.loading import load_model
 pytestmark = pytest.mark.easyedit
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
+@pytest.fixture(name="tiny")
+def tiny_fixture(tmp_path, monkeypatch):
     """A tiny model on disk, its hyperparameter file, and two records."""
     monkeypatch.chdir(tmp_path)
     make_llama().save_pretrained(tmp_path / "tiny-model")
