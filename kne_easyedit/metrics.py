@@ -1,4 +1,4 @@
-"""Figures from EasyEdit's lists of metrics, whoever made them: its editors, its example scripts, or a run of ours.
+"""The metrics, one table for every command, report and figure; and what is read from EasyEdit's results by it.
 
 Standard library only, so that a table of results costs no import of torch.
 """
@@ -7,64 +7,231 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+from typing import Any, Literal
 
 from kne_easyedit._util.files import parse_json
+from kne_easyedit._util.markdown import markdown_table
 
-FIGURES = ("edit_success", "rephrase", "portability", "locality", "fluency")
+PERCENT, ENTROPY, SECONDS, BYTES = "percent", "n-gram entropy x 100", "seconds", "bytes"
+_SCALE = {PERCENT: 100, ENTROPY: 100, SECONDS: 1, BYTES: 1}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: what it means, where a result line has it, how records are averaged, and where it is shown."""
+
+    key: str
+    """Its name in summaries, in ``report.json`` and in the head of a column."""
+    short: str
+    """Its name in the tables of a report."""
+    meaning: str
+    """One sentence, without a full stop."""
+    unit: str
+    """`PERCENT`, `ENTROPY`, `SECONDS` or `BYTES`."""
+    better: Literal["up", "down", "unedited"]
+    """Whether more or less of it is better, or what is near the unedited model. Tables rank ``unedited`` as ``up``."""
+    path: tuple[str, ...]
+    """The keys that lead to it in a result line. Below ``metrics`` are EasyEdit's own: only those can be read from the
+    results of its scripts, and only those are measured again on earlier facts of a sequence."""
+    aggregate: Callable[[Sequence[float]], float] = fmean
+    """How values of records become one value."""
+    by_category: bool = False
+    """``path`` leads to a section; a record's value is the mean over its categories, which a report shows, too."""
+    quality: bool = True
+    """A report compares the methods by it, with intervals. Others are costs."""
+    optional: bool = False
+    """Shown only if any record has it."""
+    in_run_table: bool = True
+    """Whether the table that `kne run` prints has it."""
+    paper_column: int | None = None
+    """Its place in the lists of ``benchmark/paper.json``; None if the paper's tables lack it."""
+
+    @property
+    def label(self) -> str:
+        """Its name in a text or a figure."""
+        return self.key.replace("_", " ")
+
+    @property
+    def from_easyedit(self) -> bool:
+        """Whether EasyEdit's evaluator gives it; otherwise a run of ours does."""
+        return self.path[0] == "metrics"
+
+    def value(self, line: Mapping) -> float | None:
+        """The metric of one result line in its `unit`; None if the line does not have it."""
+        return self._scaled(self._read(line))
+
+    def summarize(self, lines: Iterable[Mapping]) -> float | None:
+        """The metric of some result lines in its `unit`; None if no line has it."""
+        values = [value for line in lines if (value := self._read(line)) is not None]
+        return self._scaled(self.aggregate(values)) if values else None
+
+    def categories(self, line: Mapping) -> dict[str, float]:
+        """Category -> its value in one result line, in the metric's `unit`. Empty for a metric without categories."""
+        found = self._found(line) if self.by_category else None
+        means = {name.removesuffix("_acc"): _mean(values) for name, values in _categories(found)}
+        return {name: _SCALE[self.unit] * value for name, value in means.items() if value is not None}
+
+    def _read(self, line: Mapping) -> float | None:
+        found = self._found(line)
+        return _mean(values for _, values in _categories(found)) if self.by_category else _number(found)
+
+    def _found(self, line: Mapping) -> Any:
+        found: Any = line
+        for key in self.path:
+            found = (found or {}).get(key)
+        return found
+
+    def _scaled(self, value: float | None) -> float | None:
+        return None if value is None else _SCALE[self.unit] * value
+
+
+METRICS = (
+    Metric(
+        "edit_success",
+        "ES",
+        "share of the new answer's tokens that the edited model predicts, the right ones before it given",
+        PERCENT,
+        "up",
+        ("metrics", "post", "rewrite_acc"),
+        paper_column=0,
+    ),
+    Metric(
+        "exact_match",
+        "EM",
+        "share of records whose free greedy answer begins with the new answer",
+        PERCENT,
+        "up",
+        ("exact_match",),
+    ),
+    Metric(
+        "rephrase",
+        "REPH",
+        "as edit_success, for the prompt in other words",
+        PERCENT,
+        "up",
+        ("metrics", "post", "rephrase_acc"),
+        optional=True,
+    ),
+    Metric(
+        "portability",
+        "PORT",
+        "as edit_success, for what follows from the edit: aliases, reasoning, inverse relations",
+        PERCENT,
+        "up",
+        ("metrics", "post", "portability"),
+        by_category=True,
+        paper_column=1,
+    ),
+    Metric(
+        "locality",
+        "LOC",
+        "share of predicted tokens that the edit left as they were, on unrelated facts",
+        PERCENT,
+        "up",
+        ("metrics", "post", "locality"),
+        by_category=True,
+        paper_column=2,
+    ),
+    Metric(
+        "fluency",
+        "FLU",
+        "entropy of the 2- and 3-grams of free text (EasyEdit's ngram_entropy x 100); "
+        "near the unedited model's is good",
+        ENTROPY,
+        "unedited",
+        ("metrics", "post", "fluency", "ngram_entropy"),
+        paper_column=3,
+    ),
+    Metric(
+        "seconds_per_edit",
+        "SEC",
+        "time to compute and write one edit, median; localisation, second moments and evaluation apart",
+        SECONDS,
+        "down",
+        ("seconds",),
+        median,  # a first edit warms up, a machine may pause: not the mean
+        quality=False,
+    ),
+    Metric(
+        "peak_bytes",
+        "MEM",
+        "peak memory of an edit above what was held before it, largest of the edits that were measured",
+        BYTES,
+        "down",
+        ("peak_bytes",),
+        max,
+        quality=False,
+        in_run_table=False,
+    ),
+)
+"""All metrics, in the order of every table. A new one is one entry here."""
+
+
+def qualities(*summaries: Mapping[str, Any]) -> list[Metric]:
+    """The metrics by which methods are compared, an optional one only if one of the ``summaries`` has it."""
+    return [metric for metric in METRICS if metric.quality and _is_shown(metric, summaries)]
+
+
+def run_columns(*summaries: Mapping[str, Any]) -> list[Metric]:
+    """The metrics in the table that `kne run` prints of these ``summaries``."""
+    return [metric for metric in METRICS if metric.in_run_table and _is_shown(metric, summaries)]
+
+
+def retention_metrics(*summaries: Mapping[str, Any]) -> list[Metric]:
+    """Metrics that a sequence measures again on facts edited earlier: EasyEdit's own that need no generated text."""
+    return [metric for metric in qualities(*summaries) if metric.from_easyedit and metric.unit == PERCENT]
+
+
+def own_metrics() -> list[Metric]:
+    """The metrics that runs of ours measure, and EasyEdit does not."""
+    return [metric for metric in METRICS if not metric.from_easyedit]
+
+
+def paper_metrics() -> list[tuple[Metric, int]]:
+    """The rows of the paper's tables: each metric with its place in the lists of ``paper.json``."""
+    return [(metric, metric.paper_column) for metric in METRICS if metric.paper_column is not None]
+
+
+def _is_shown(metric: Metric, summaries: Iterable[Mapping[str, Any]]) -> bool:
+    return not metric.optional or any(summary.get(metric.key) is not None for summary in summaries)
 
 
 def summarize_metrics(metrics: Sequence[Mapping]) -> dict[str, float | int | None]:
-    """The figures of one method: means over records, in percent (fluency: n-gram entropy x 100), and ``records``.
+    """The summary of EasyEdit's metrics of some records.
 
     As in EasyEdit's run_knowedit_llama2.py: a record's portability (locality) is the mean over its categories of the
-    mean over a category's prompts; what a record lacks is left out. None where no record has it. Only keys that end
-    in ``_acc`` count: EasyEdit leaves token ids and descriptions of metrics beside them.
+    mean over a category's prompts. Only keys that end in ``_acc`` count: EasyEdit leaves token ids and descriptions of
+    metrics beside them.
+
+    Args:
+        metrics: One mapping a record, with ``post`` (and maybe ``pre``), as EasyEdit's editors return it.
+
+    Returns:
+        Key of a `Metric` -> mean over the records that have it, in its unit (None if no record has it); and
+        ``records``, their number.
     """
-    posts = [record["post"] for record in metrics]
-    figures = {
-        "edit_success": _mean(post.get("rewrite_acc") for post in posts),
-        "rephrase": _mean(post.get("rephrase_acc") for post in posts),
-        "portability": _mean(_section(post, "portability") for post in posts),
-        "locality": _mean(_section(post, "locality") for post in posts),
-        "fluency": _mean((post.get("fluency") or {}).get("ngram_entropy") for post in posts),
-    }
-    return {**{name: None if value is None else 100 * value for name, value in figures.items()}, "records": len(posts)}
-
-
-def by_category(metrics: Sequence[Mapping], section: str) -> dict[str, list[float]]:
-    """What ``portability`` or ``locality`` (the ``section``) is the mean of: category -> one figure (percent) a record that has it."""
-    found: dict[str, list[float]] = {}
-    for record in metrics:
-        for name, values in (record["post"].get(section) or {}).items():
-            if name.endswith("_acc") and (value := _mean(values)) is not None:
-                found.setdefault(name.removesuffix("_acc"), []).append(100 * value)
-    return found
-
-
-def begins_with(answer: str, target: str) -> bool:
-    """Whether a free answer begins with the wanted one: blanks and capitals do not count, but words end where they end."""
-    answer, target = " ".join(answer.split()).casefold(), " ".join(target.split()).casefold()
-    following = answer[len(target) :][:1]
-    return answer.startswith(target) and (not following.isalnum() or is_unspaced_script(following))
-
-
-def is_unspaced_script(character: str) -> bool:
-    """Whether it is of a script that sets no blanks between words: Chinese, Japanese, Thai and their kin."""
-    return unicodedata.east_asian_width(character) in "WF" or unicodedata.name(character, "").startswith(
-        ("THAI ", "LAO ", "KHMER ", "MYANMAR ")
-    )
+    lines = [{"metrics": record} for record in metrics]
+    summary = {metric.key: metric.summarize(lines) for metric in METRICS if metric.from_easyedit}
+    return {**summary, "records": len(lines)}
 
 
 def read_results(path: str | Path) -> list[dict]:
-    """The records of a results file, each as ``{"method": str | None, "metrics": {...}}``.
+    """The records of a results file of EasyEdit's scripts, or of `kne run`.
 
-    Takes the JSON list that EasyEdit's scripts dump (no method stands in it) and the ``results.jsonl`` of ``kne run``.
-    Raises FileNotFoundError, or ValueError that says what was found and what is wanted.
+    Args:
+        path: The JSON list that EasyEdit's scripts write (without methods), or the ``results.jsonl`` of `kne run`.
+
+    Returns:
+        One ``{"method": str | None, "metrics": {...}}`` a record.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: With what was found and what is expected, for any other file.
     """
     path = Path(path)
     if not path.is_file():
@@ -82,29 +249,27 @@ def read_results(path: str | Path) -> list[dict]:
     return _read_lines(path, json.dumps(found))  # a results.jsonl of one line, maybe
 
 
-def check_metrics(metrics) -> None:
-    """Raises ValueError, naming the field, for metrics that no figure can be made of; fields that no figure reads may be anything.
+def check_metrics(metrics: object) -> None:
+    """Checks the metrics of one record: what any `Metric` reads of them are finite numbers, or lists of these.
 
-    Wanted is a mapping whose ``post`` (and ``pre``, if it is there) maps names to finite numbers, lists of them, and sections of these.
+    Args:
+        metrics: A mapping with ``post`` (and maybe ``pre``). Fields that no metric reads may be anything.
+
+    Raises:
+        ValueError: Names the field that no metric can be read from.
     """
     if not isinstance(metrics, dict) or not isinstance(metrics.get("post"), dict):
         raise ValueError(f"metrics that are {_describe(metrics)}")
     for when in ("pre", "post"):
-        figures = metrics.get(when) or {}
-        if not isinstance(figures, dict):
-            raise ValueError(f"metrics.{when} that is {_describe(figures)}")
-        for name in ("rewrite_acc", "rephrase_acc"):
-            _require_numbers(figures.get(name), f"metrics.{when}.{name}")
-        for section in ("portability", "locality", "fluency"):
-            found = figures.get(section) or {}
-            if not isinstance(found, dict):
-                raise ValueError(f"metrics.{when}.{section} that is {_describe(found)}")
-            for name, values in found.items():
-                if name.endswith("_acc") or name == "ngram_entropy":
-                    _require_numbers(values, f"metrics.{when}.{section}.{name}")
+        found = metrics.get(when) or {}
+        if not isinstance(found, dict):
+            raise ValueError(f"metrics.{when} that is {_describe(found)}")
+        for metric in METRICS:
+            if metric.from_easyedit:
+                _check_metric(metric, found, f"metrics.{when}")
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
     """Whether it is a finite number, no larger than a float can be."""
     try:
         return isinstance(value, Real) and math.isfinite(value)
@@ -112,35 +277,47 @@ def is_number(value) -> bool:
         return False
 
 
-def _require_numbers(values, where: str, depth: int = 0) -> None:
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Summaries as a Markdown table.
+
+    Args:
+        rows: Label -> summary, of `summarize_metrics` or `benchmark.summarize`.
+
+    Returns:
+        One row a label. Of EasyEdit's metrics the optional ones have a column if any row has them; so have those that
+        only runs of ours measure.
+    """
+    of_easyedit = [metric.key for metric in qualities(*rows.values()) if metric.from_easyedit]
+    ours = [metric.key for metric in qualities(*rows.values()) if not metric.from_easyedit]
+    extra = [key for key in ours if any(summary.get(key) is not None for summary in rows.values())]
+    return markdown_table(rows, [*of_easyedit, *extra, "records"])
+
+
+def _check_metric(metric: Metric, found: dict, where: str) -> None:
+    """``found``: what is below ``metrics.post`` or ``metrics.pre`` (``where``)."""
+    *sections, last = metric.path[2:]
+    for section in [*sections, *([last] if metric.by_category else [])]:
+        found, where = found.get(section) or {}, f"{where}.{section}"
+        if not isinstance(found, dict):
+            raise ValueError(f"{where} that is {_describe(found)}")
+    fields = _categories(found) if metric.by_category else [(last, found.get(last))]
+    for name, values in fields:
+        _require_numbers(values, f"{where}.{name}")
+
+
+def _require_numbers(values: object, where: str, depth: int = 0) -> None:
     if isinstance(values, list) and depth < 4:
         for value in values:
             _require_numbers(value, where, depth + 1)
     elif values is not None and not is_number(values):
-        raise ValueError(
-            f"{where} that is {_describe(values)}{'' if not isinstance(values, Real) else ' and not finite'}, wanted are numbers"
-        )
-
-
-def table(rows: Mapping[str, Mapping]) -> str:
-    """Summaries as a Markdown table, one row a label. The exact match of free answers has a column if any row has it."""
-    extra = ["exact_match"] if any(figures.get("exact_match") is not None for figures in rows.values()) else []
-    columns = [*FIGURES, *extra, "records"]
-    width = max(map(len, ["method", *rows]))
-    header = f"| {'method':<{width}} | " + " | ".join(columns) + " |"
-    rule = f"|{'-' * (width + 2)}|" + "|".join("-" * (len(name) + 1) + ":" for name in columns) + "|"
-    lines = [
-        f"| {label:<{width}} | " + " | ".join(f"{_cell(figures.get(n)):>{len(n)}}" for n in columns) + " |"
-        for label, figures in rows.items()
-    ]
-    return "\n".join([header, rule, *lines])
+        how = " and not finite" if isinstance(values, Real) else ""
+        raise ValueError(f"{where} that is {_describe(values)}{how}, wanted are numbers")
 
 
 def _read_lines(path: Path, text: str) -> list[dict]:
-    records = []
-    for number, line in enumerate(
-        text.removesuffix("\n").split("\n") if text else [], start=1
-    ):  # U+2028 and its kin end no line
+    records: list[dict] = []
+    # U+2028 and other separators of Unicode end no line.
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         where = f"line {number}"
         try:
             found = parse_json(line)
@@ -155,7 +332,7 @@ def _read_lines(path: Path, text: str) -> list[dict]:
     return records
 
 
-def _record(path: Path, where: str, method: str | None, metrics) -> dict:
+def _record(path: Path, where: str, method: str | None, metrics: object) -> dict:
     try:
         check_metrics(metrics)
     except ValueError as error:
@@ -165,19 +342,20 @@ def _record(path: Path, where: str, method: str | None, metrics) -> dict:
 
 def _unreadable(path: Path, found: str) -> ValueError:
     return ValueError(
-        f"{path}: found {found}; wanted is a JSON list of EasyEdit's metrics (each with 'post'), as its scripts write it, "
-        f"or a results.jsonl of `kne run` (each line with 'method' and 'metrics')"
+        f"{path}: found {found}; wanted is a JSON list of EasyEdit's metrics (each with 'post'), as its scripts write "
+        f"it, or a results.jsonl of `kne run` (each line with 'method' and 'metrics')"
     )
 
 
-def _describe(value) -> str:
+def _describe(value: object) -> str:
     if isinstance(value, dict):
         return f"a mapping of {', '.join(map(repr, list(value)[:4])) or 'nothing'}"
     return f"a {type(value).__name__}"
 
 
-def _section(post: Mapping, section: str) -> float | None:
-    return _mean(values for name, values in (post.get(section) or {}).items() if name.endswith("_acc"))
+def _categories(section: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    """The entries of a section that are accuracies."""
+    return [(name, values) for name, values in (section or {}).items() if name.endswith("_acc")]
 
 
 def _mean(values: Iterable) -> float | None:
@@ -186,9 +364,6 @@ def _mean(values: Iterable) -> float | None:
     return fmean(numbers) if numbers else None
 
 
-def _number(value) -> float | None:
-    return value if value is None or isinstance(value, Real) else _mean(value)
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+def _number(value: Any) -> float | None:
+    is_single = value is None or isinstance(value, Real)  # numpy's numbers are Real, too
+    return value if is_single else _mean(value)

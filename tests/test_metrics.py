@@ -1,4 +1,4 @@
-"""Figures from EasyEdit's metrics, and the two kinds of results files that they come from."""
+"""The table of metrics, what is read by it from EasyEdit's metrics, and the two kinds of results files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kne_easyedit import cli
+from kne_easyedit import cli, metrics
 from kne_easyedit.metrics import read_results, summarize_metrics, table
 
 RICH = {
@@ -40,12 +40,12 @@ def test_what_no_record_has_is_none():
 
 def test_as_the_script_of_easyedit_counts():
     """The closing eval() of run_knowedit_llama2.py, word for word in what it computes."""
-    metrics = [RICH, {"post": {**RICH["post"], "rewrite_acc": [1.0], "portability": {"Alias_acc": [0.0, 1.0, 1.0]}}}]
+    both = [RICH, {"post": {**RICH["post"], "rewrite_acc": [1.0], "portability": {"Alias_acc": [0.0, 1.0, 1.0]}}}]
     expected = []
-    for record in metrics:
+    for record in both:
         cases = [sum(values) / len(values) * 100 for values in record["post"]["portability"].values()]
         expected.append(sum(cases) / len(cases))
-    assert summarize_metrics(metrics)["portability"] == pytest.approx(sum(expected) / len(expected))
+    assert summarize_metrics(both)["portability"] == pytest.approx(sum(expected) / len(expected))
 
 
 def write(path, content) -> str:
@@ -87,9 +87,9 @@ def test_other_files_are_refused_with_what_was_found(tmp_path, content, found):
 
 def test_no_text_and_no_file(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match="picture.png: found no text"):
+    with pytest.raises(ValueError, match=r"picture\.png: found no text"):
         read_results(tmp_path / "picture.png")
-    with pytest.raises(FileNotFoundError, match="nowhere.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist"):
         read_results(tmp_path / "nowhere.json")
 
 
@@ -125,3 +125,56 @@ def test_lines_of_different_settings_are_not_merged(tmp_path, capsys):
     second = write(tmp_path / "second.jsonl", json.dumps(line("KNE", 1, RICH, fingerprint="other")))
     assert cli.main(["summarize", first, second]) == 1
     assert "KNE on counterfact under different settings" in capsys.readouterr().err
+
+
+# The table
+
+
+LINE = {
+    "method": "KNE",
+    "index": 0,
+    "record": "r",
+    "fingerprint": "f",
+    "data": "test_cf",
+    "prompt": "p",
+    "target_new": "t",
+    "before": "b",
+    "after": "a",
+    "exact_match": 1.0,
+    "seconds": 2.0,
+    "peak_bytes": 7,
+    "metrics": RICH,
+}
+
+
+def test_every_metric_is_read_from_a_result_line():
+    found = {metric.key: metric.value(LINE) for metric in metrics.METRICS}
+    assert found == pytest.approx(
+        {
+            "edit_success": 50.0,
+            "exact_match": 100.0,
+            "rephrase": 100.0,
+            "portability": 50.0,
+            "locality": 20.0,
+            "fluency": 500.0,
+            "seconds_per_edit": 2.0,
+            "peak_bytes": 7,
+        }
+    )
+    assert all(metric.value({"metrics": {"post": {}}}) is None for metric in metrics.METRICS)
+
+
+def test_names_of_metrics_are_unique_and_sections_have_categories():
+    for name in ("key", "short", "meaning", "path"):
+        assert len({getattr(metric, name) for metric in metrics.METRICS}) == len(metrics.METRICS)
+    found = {metric.key: metric.categories(LINE) for metric in metrics.METRICS if metric.by_category}
+    assert found == {"portability": {"Reasoning": 75.0, "Alias": 25.0}, "locality": {"Near": 20.0}}
+    assert metrics.METRICS[0].categories(LINE) == {}
+
+
+def test_records_are_averaged_as_the_metric_says():
+    lines = [{**LINE, "seconds": seconds, "peak_bytes": peak} for seconds, peak in ((1.0, 5), (2.0, None), (90.0, 7))]
+    assert {m.key: m.summarize(lines) for m in metrics.METRICS if not m.quality} == {
+        "seconds_per_edit": 2.0,
+        "peak_bytes": 7,
+    }

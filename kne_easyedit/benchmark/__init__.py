@@ -5,6 +5,6 @@ What runs, keeps, sums up or shows a comparison may enter. Nothing here knows ho
 
 from kne_easyedit.benchmark.job import MODES, Run
 from kne_easyedit.benchmark.runner import run
-from kne_easyedit.benchmark.summary import METRICS, summarize
+from kne_easyedit.benchmark.summary import summarize
 
-__all__ = ["METRICS", "MODES", "Run", "run", "summarize"]
+__all__ = ["MODES", "Run", "run", "summarize"]

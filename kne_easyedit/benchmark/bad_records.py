@@ -1,4 +1,4 @@
-"""Bad records of a run: found before the first edit, or by what an edit raises; then left out, or the run ends."""
+"""Bad records of a run, found before the first edit or by an exception of an edit: left out, or the run ends."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 
 import torch
 
+from kne_easyedit.benchmark.answers import is_unspaced_script
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.facts.encoding import SEPARATOR
 from kne_easyedit.facts.records import BadRecord, require_evaluable
-from kne_easyedit.metrics import is_unspaced_script
 
 logger = logging.getLogger(__name__)
 
 NO_RECORDS_FAULT = (MemoryError, OSError, ImportError, NameError, NotImplementedError, torch.cuda.OutOfMemoryError)
-"""What the machine or a method fails with, whatever the record. All else that is raised while a record is edited or asked
-(EasyEdit's code knows no exceptions of its own: IndexError, KeyError, TypeError, RuntimeError, ...) is the record's."""
+"""Failures of the machine or of a method, whatever the record. All else that is raised while a record is edited or
+evaluated is the record's (EasyEdit has no exceptions of its own: IndexError, KeyError, RuntimeError, ...)."""
 
 
 def is_record_error(error: Exception) -> bool:
-    """Whether another record might do better. torch tells of full memory on a CPU by a RuntimeError."""
+    """Whether the record is at fault, not machine or method. Full memory on a CPU is a RuntimeError of torch."""
     out_of_memory = isinstance(error, RuntimeError) and any(
         text in str(error) for text in ("out of memory", "not enough memory")
     )
@@ -29,7 +29,7 @@ def is_record_error(error: Exception) -> bool:
 
 
 def describe_error(method: str, error: Exception) -> str:
-    """Who failed and how; KNE's own messages say which field, those of EasyEdit's code say nothing without their kind."""
+    """Method and message; with the exception's type unless it is KNE's own ValueError, which names the field."""
     return (
         f"{method}: {error}"
         if type(error) is ValueError and str(error)
@@ -38,7 +38,17 @@ def describe_error(method: str, error: Exception) -> str:
 
 
 def report_bad_record(job: Run, chunk: Sequence[dict], why: str, error: Exception) -> None:
-    """Notes that these records are left out. Raises BadRecord if bad records are not to be skipped."""
+    """Adds to the job's complaints that these records are left out.
+
+    Args:
+        job: The run.
+        chunk: The records that failed together.
+        why: The message.
+        error: The cause.
+
+    Raises:
+        BadRecord: If bad records are not to be skipped.
+    """
     numbers = ", ".join(str(request["index"]) for request in chunk)
     complaint = f"{job.data}: record {numbers}: {why}"
     if not job.skip_bad:
@@ -48,9 +58,15 @@ def report_bad_record(job: Run, chunk: Sequence[dict], why: str, error: Exceptio
 
 
 def usable_records(job: Run, requests: Sequence[dict]) -> list[dict]:
-    """The requests that every method can edit and every evaluator ask; complains about the others, before any edit is paid for.
+    """The requests that every method can edit and every evaluator can ask. The others are complaints of the job.
 
-    Raises ValueError if there are none.
+    Args:
+        job: The run.
+        requests: Its records, in the chat template if there is one.
+
+    Raises:
+        BadRecord: If one is bad and bad ones are not to be skipped.
+        ValueError: If all are bad.
     """
     if job.separator == SEPARATOR and 2 * sum(
         is_unspaced_script(request["prompt"][-1:] or " ") for request in job.requests
@@ -65,7 +81,7 @@ def usable_records(job: Run, requests: Sequence[dict]) -> list[dict]:
         try:
             require_evaluable(request, job.tokenizer, job.model, job.separator, by_subject)
             found.append(request)
-        except ValueError as error:
+        except ValueError as error:  # noqa: PERF203  (a bad record must not end the loop)
             report_bad_record(job, [request], str(error), error)
     if not found:
         raise ValueError(f"records: none of {job.data} can be edited; the first complaint: {job.complaints[0]}")

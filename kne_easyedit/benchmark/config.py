@@ -1,15 +1,16 @@
-"""From the configuration of scripts/run_benchmark.py to a run: one method on one part of one data set."""
+"""Builds a run from the configuration of scripts/run_benchmark.py: one method on one shard of one data set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from kne_easyedit import bridge
 from kne_easyedit._util.digest import digest
 from kne_easyedit._util.settings import EVALUATORS, replace_settings
+from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.job import Run
-from kne_easyedit.benchmark.schema import require_name
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.second_moments import needs_second_moments
 from kne_easyedit.facts.records import load_records, load_requests
@@ -17,10 +18,15 @@ from kne_easyedit.models.loading import load_model
 
 
 def job_folder(settings: Mapping) -> Path:
-    """Where a job's files lie: told by what it is, so that the same job finds them again, and no other job has them.
+    """The folder of a job's results, one for each combination of settings.
 
-    Model, data set, label, seed and shard are to be read in it; all other settings are in a digest behind the label.
-    Raises ValueError, naming the setting, for a name that would lead out of ``out``.
+    Model, data set, label, seed and shard are parts of its path; all other settings are in a digest behind the label.
+
+    Args:
+        settings: The configuration.
+
+    Raises:
+        ValueError: Names the setting, for a name that would lead out of ``out``.
     """
     i, n = shard_of(settings["shard"])
     model, data, method = settings["model"]["file"], settings["data"]["name"], settings["method"]["label"]
@@ -31,15 +37,14 @@ def job_folder(settings: Mapping) -> Path:
 
 
 def distinguishing(settings: Mapping) -> dict:
-    """The settings that make one job differ from another, but for its seed, its shard, and where results and downloads lie."""
+    """The settings that distinguish jobs, without the seed, the shard, and the folders of results and downloads."""
     return {name: value for name, value in settings.items() if name not in ("out", "knowedit", "seed", "shard")}
 
 
 def other_folders(folder: Path) -> list[Path]:
-    """Folders of jobs of the same model and data set: lines of the same settings are taken over from there.
+    """Folders of jobs of the same model and data set, from which lines of the same settings are taken over.
 
-    So a run over more records goes on where one over fewer stopped, and so does one that was cut into other shards, or
-    was made when folders had other names.
+    So a run over more records resumes one over fewer, and so does one in other shards.
     """
     return [file.parent for file in sorted(folder.parents[2].glob("*/*/*/results.jsonl")) if file.parent != folder]
 
@@ -53,9 +58,15 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def job_of(settings: Mapping, hparams_folder: Path) -> Run:
-    """The run that the configuration describes, its model loaded. Raises ValueError, FileNotFoundError before that.
+    """The run that a configuration describes, with its model loaded.
 
-    Relative paths mean the working directory.
+    Args:
+        settings: The configuration; relative paths in it mean the working directory.
+        hparams_folder: The folder of the hyperparameter files, one folder a method.
+
+    Raises:
+        ValueError: Names the setting, before the model is loaded.
+        FileNotFoundError: If there is no hyperparameter file for the model, or no data file.
     """
     _check(settings)
     folder = job_folder(settings)
@@ -84,13 +95,11 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
     i, n = shard_of(settings["shard"])
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
     text_source = bridge.TextSource.from_settings(settings["statistics"])
-    second_moment_prompts = None
     if needs_second_moments(hparams):
-        # Text for second moments is sampled after facts that are not edited: dense in it, the edited subjects would resist.
+        # Text for second moments is sampled after facts that are not edited: subjects frequent in it resist edits.
         apart = data["localization"]
-        second_moment_prompts = [
-            request["prompt"] for request in load_requests(apart["file"], apart["size"], apart["offset"])
-        ]
+        prompts = [request["prompt"] for request in load_requests(apart["file"], apart["size"], apart["offset"])]
+        text_source = replace(text_source, prompts=prompts)
     model, tokenizer = load_model(hparams)
     return Run(
         model,
@@ -104,14 +113,13 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
         complaints=complaints,
         before_folder=Path(settings["out"]) / "before",
         text_source=text_source,
-        second_moment_prompts=second_moment_prompts,
         others=other_folders(folder),
         **evaluation,
     )
 
 
 def _check(settings: Mapping) -> None:
-    """Raises ValueError, naming the setting, for a value of the wrong type: an override takes anything."""
+    """Raises ValueError, naming the setting, for a value of the wrong type; Hydra's overrides are not typed."""
     kinds = {
         "seed": int,
         "shard": str,
@@ -144,7 +152,7 @@ def _check(settings: Mapping) -> None:
             if not isinstance(value, Mapping) or part not in value:
                 raise ValueError(f"{name}: missing in the configuration")
             value = value[part]
-        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(
                 f"{name}: {value!r} is a {type(value).__name__}, wanted is {getattr(kind, '__name__', kind)}"
             )

@@ -1,15 +1,26 @@
-"""What a person reads after a run: the table, what its columns mean, and answers before and after."""
+"""What `kne run` prints when it ends: the table, what its columns mean, and answers before and after."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from kne_easyedit._util.markdown import markdown_table
+from kne_easyedit.benchmark.answers import one_line
+from kne_easyedit.benchmark.result_line import parse_result
 from kne_easyedit.benchmark.store import read_lines
-from kne_easyedit.benchmark.summary import METRICS
+from kne_easyedit.metrics import retention_metrics, run_columns
 
 
-def print_report(summary: dict, folder: Path, examples: int = 3) -> None:
-    """Prints the summary of a run and the first answers of its ``results.jsonl``."""
+def print_report(summary: Mapping[str, Any], folder: Path, examples: int = 3) -> None:
+    """Prints the summary of a run and the first answers of its ``results.jsonl``.
+
+    Args:
+        summary: What `benchmark.run` returns.
+        folder: The run's folder.
+        examples: How many records are shown with their answers.
+    """
     easyedit, found = summary["easyedit"], summary["localization"]
     print(f"\nEasyEdit: {easyedit['kind']} {easyedit['version']}; fluency variant: {summary['fluency_variant']}")
     print(f"Patches of it that were applied (kne doctor explains them): {', '.join(easyedit['patches']) or 'none'}")
@@ -23,51 +34,40 @@ def print_report(summary: dict, folder: Path, examples: int = 3) -> None:
     for method, its in found.items():
         if its["facts"]:
             print(
-                f"{method}: localised on {its['facts']} facts ({its['seconds_per_fact']:.1f} s each when computed, {its['seconds']:.1f} s now): "
+                f"{method}: localised on {its['facts']} facts "
+                f"({its['seconds_per_fact']:.1f} s each when computed, {its['seconds']:.1f} s now): "
                 f"{its['neurons']} neurons, {its['parameter_share']:.2%} of all parameters"
             )
     mode = f"{summary['batch_size']} facts an edit" if summary["mode"] == "batch" else f"{summary['mode']} edits"
-    print(f"\n{summary['records']} records, {mode}\n\n{table(summary['methods'])}\n")
-    for name, meaning in METRICS.items():
-        print(f"  {name:<16} {meaning}")
-    lines = [line for _, line in read_lines(folder / "results.jsonl")]
-    own_lines = {(line["index"], line["method"]): line for line in lines}
-    lines = sorted(own_lines.values(), key=lambda line: line["index"])  # workers finish in any order
-    width = max(8, *map(len, summary["methods"]))
-    print("\nAnswers before and after (greedy):")
-    for index in dict.fromkeys(line["index"] for line in lines[: examples * len(summary["methods"])]):
-        own = [line for line in lines if line["index"] == index]
-        print(f"\n  {own[0]['prompt']}  ->  {own[0]['target_new']}")
-        print(f"    {'before':<{width}} {_one_line(own[0]['before'])}")
-        for line in own:
-            print(f"    {line['method']:<{width}} {_one_line(line['after'])}")
+    columns = run_columns(*summary["methods"].values())
+    table = markdown_table(summary["methods"], [metric.key for metric in columns], width=8)
+    print(f"\n{summary['records']} records, {mode}\n\n{table}\n")
+    for metric in columns:
+        print(f"  {metric.key:<16} {metric.meaning}")
+    _print_answers(summary, folder, examples)
     for method, figures in summary["methods"].items():
         for stop in figures.get("retention", ()):
-            print(f"{method} after {stop['edits']} edits, all of them asked again: " + _figures_of(stop))
+            shown = ", ".join(
+                f"{metric.key} {stop[metric.key]:.2f}"
+                for metric in retention_metrics(stop)
+                if stop[metric.key] is not None
+            )
+            print(f"{method} after {stop['edits']} edits, all of them asked again: {shown}")
     for complaint in summary["skipped"]:
         print(f"skipped: {complaint}")
     ensembles = sorted(path.name for path in folder.glob("ensemble*"))
     print(f"\nWritten to {folder}: {', '.join(['summary.json', 'results.jsonl', *ensembles])}")
 
 
-def table(methods: dict[str, dict]) -> str:
-    """The figures of the methods as a Markdown table."""
-    width = max(8, *map(len, methods))
-    header = f"| {'method':<{width}} | " + " | ".join(METRICS) + " |"
-    rule = f"|{'-' * (width + 2)}|" + "|".join("-" * (len(name) + 1) + ":" for name in METRICS) + "|"
-    rows = [
-        f"| {method:<{width}} | "
-        + " | ".join(f"{'-' if figures[n] is None else f'{figures[n]:.2f}':>{len(n)}}" for n in METRICS)
-        + " |"
-        for method, figures in methods.items()
-    ]
-    return "\n".join([header, rule, *rows])
-
-
-def _figures_of(stop: dict) -> str:
-    names = ("edit_success", "portability", "locality")
-    return ", ".join(f"{name} {stop[name]:.2f}" for name in names if stop[name] is not None)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:70] or "(ends at once)"
+def _print_answers(summary: Mapping[str, Any], folder: Path, examples: int) -> None:
+    lines = [parse_result(line) for _, line in read_lines(folder / "results.jsonl")]
+    latest = {(line["index"], line["method"]): line for line in lines}
+    lines = sorted(latest.values(), key=lambda line: line["index"])  # workers finish in any order
+    width = max(8, *map(len, summary["methods"]))
+    print("\nAnswers before and after (greedy):")
+    for index in dict.fromkeys(line["index"] for line in lines[: examples * len(summary["methods"])]):
+        own = [line for line in lines if line["index"] == index]
+        print(f"\n  {own[0]['prompt']}  ->  {own[0]['target_new']}")
+        print(f"    {'before':<{width}} {one_line(own[0]['before'] or '')}")
+        for line in own:
+            print(f"    {line['method']:<{width}} {one_line(line['after'] or '')}")

@@ -1,17 +1,19 @@
-"""The pictures of a report. A method has one colour and one marker in all of them."""
+"""The figures of a report and of a run. A method has one colour and one marker in all figures of a report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kne_easyedit._util.plotting import GRID, new_figure, write_figure
 from kne_easyedit.benchmark.collect import Collection
+from kne_easyedit.benchmark.labels import is_kne, suffix
 from kne_easyedit.benchmark.summary import summarize
-from kne_easyedit.benchmark.tables import QUALITY, is_kne, mean
-from kne_easyedit.bridge.methods import NAME as KNE
+from kne_easyedit.benchmark.tables import compared, mean
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.figures import draw_ensemble
+from kne_easyedit.metrics import PERCENT, retention_metrics
 
 BASELINES = list(
     zip(("#7a7a7a", "#b5532a", "#c99a2e", "#6b8e23", "#8c6bb1", "#d16ba5", "#4a7ebb", "#2e8b57"), "osv^<>ph")
@@ -21,7 +23,18 @@ VARIANTS = list(zip(("#0b3c4d", "#1f9fc4", "#5bc0de", "#14708a"), "DX*P"))
 
 
 def draw_all(found: Collection, folder: Path) -> dict[str, str]:
-    """Draws into ``folder``; returns the captions by file name."""
+    """Draws the figures of a report.
+
+    Args:
+        found: The result lines.
+        folder: Where the files are written, as PNG.
+
+    Returns:
+        File name -> caption, of the figures that there is something to draw for.
+
+    Raises:
+        ImportError: If matplotlib or scipy is missing.
+    """
     looks = _looks(found.methods)
     drawn = {}
     for name, caption, draw in (
@@ -33,12 +46,14 @@ def draw_all(found: Collection, folder: Path) -> dict[str, str]:
         ),
         (
             "time.png",
-            "Seconds to compute and write one edit (logarithmic): median, and the middle 90 % of the records; evaluation, localisation and second moments apart.",
+            "Seconds to compute and write one edit (logarithmic): median, and the middle 90 % of the records; "
+            "evaluation, localisation and second moments apart.",
             _time,
         ),
         (
             "losses.png",
-            "Loss over the training steps of an edit, median over records; of KNE the middle half is shaded. What is added to the loss differs from method to method.",
+            "Loss over the training steps of an edit, median over records; of KNE the middle half is shaded. "
+            "What is added to the loss differs from method to method.",
             _losses,
         ),
     ):
@@ -55,20 +70,20 @@ def _looks(methods: list[str]) -> dict[str, tuple[str, str]]:
     return {m: looks[i % len(looks)] for group, looks in groups for i, m in enumerate(group)}
 
 
-def _intervals(found: Collection, looks: dict[str, tuple[str, str]]):
+def _intervals(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
     """Data sets by figures; in each panel one line a method."""
-    data_sets, metrics = found.data_sets, [name for name in QUALITY if name != "fluency"]
-    figure = new_figure(figsize=(12, len(data_sets) * (0.26 * len(looks) + 0.9)), layout="constrained")
+    data_sets, metrics = found.data_sets, [metric for metric in compared(found) if metric.unit == PERCENT]
+    figure = new_figure(figsize=(3 * len(metrics), len(data_sets) * (0.26 * len(looks) + 0.9)), layout="constrained")
     axes = figure.subplots(len(data_sets), len(metrics), squeeze=False, sharey=True)
     for data, row in zip(data_sets, axes):
-        for name, axis in zip(metrics, row):
+        for metric, axis in zip(metrics, row):
             for place, (method, (colour, marker)) in enumerate(looks.items()):
-                if value := mean(found.of(data, method), name):
+                if value := mean(found.of(data, method), metric):
                     axis.plot(
                         (value.low, value.high), (place, place), color=colour, linewidth=2.5 if is_kne(method) else 1.5
                     )
                     axis.plot(value.mean, place, marker, color=colour, markersize=7)
-            axis.set(xlim=(-3, 103), title=f"{data}: {name.replace('_', ' ')}")
+            axis.set(xlim=(-3, 103), title=f"{data}: {metric.label}")
             axis.title.set_fontsize(10)
             axis.set_yticks(range(len(looks)), looks)
             axis.set_ylim(len(looks) - 0.5, -0.5)
@@ -76,12 +91,12 @@ def _intervals(found: Collection, looks: dict[str, tuple[str, str]]):
     return figure
 
 
-def _tradeoff(found: Collection, looks: dict[str, tuple[str, str]]):
+def _tradeoff(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
     data_sets = found.data_sets
     figure = new_figure(figsize=(12, 4 * len(data_sets) + 0.5), layout="constrained")
     axes = figure.subplots(len(data_sets), 3, squeeze=False)
     pairs = (("edit_success", "locality"), ("edit_success", "portability"), ("portability", "locality"))
-    handles = {}
+    handles: dict[str, Any] = {}
     for data, row in zip(data_sets, axes):
         for axis, (x, y) in zip(row, pairs):
             for method, (colour, marker) in looks.items():
@@ -102,11 +117,11 @@ def _tradeoff(found: Collection, looks: dict[str, tuple[str, str]]):
     return figure
 
 
-def _time(found: Collection, looks: dict[str, tuple[str, str]]):
+def _time(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
     import numpy
 
-    times = {m: [line["seconds"] for line in found.lines if line["method"] == m and line.get("seconds")] for m in looks}
-    times = {m: values for m, values in times.items() if values}
+    seconds = {m: [s for line in found.lines if line["method"] == m and (s := line["seconds"])] for m in looks}
+    times = {m: values for m, values in seconds.items() if values}
     if not times:
         return None
     figure = new_figure(figsize=(9, 0.4 * len(times) + 1), layout="constrained")
@@ -128,16 +143,15 @@ def _time(found: Collection, looks: dict[str, tuple[str, str]]):
     return figure
 
 
-def _losses(found: Collection, looks: dict[str, tuple[str, str]]):
+def _losses(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
     import numpy
 
     figure = new_figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
-    drawn = {}
+    drawn: dict[str, Any] = {}
     for method, (colour, _) in looks.items():
-        runs = [
-            line["losses"] for line in found.lines if line["method"] == method and len(line.get("losses") or []) > 1
-        ]
+        of_method = [line["losses"] or [] for line in found.lines if line["method"] == method]
+        runs = [losses for losses in of_method if len(losses) > 1]
         if not runs:
             continue
         length = max(map(len, runs))
@@ -156,26 +170,35 @@ def _losses(found: Collection, looks: dict[str, tuple[str, str]]):
     return figure
 
 
-def _plain_ticks(axis) -> None:
-    """Figures as they are on a logarithmic axis, not powers of ten."""
+def _plain_ticks(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis, not powers of ten."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
-        def __call__(self, x, pos=None):
+        def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:g}" if super().__call__(x, pos) else ""
 
     axis.set_major_formatter(Plain())
     axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.7)))
 
 
-def _plain(axis) -> None:
+def _plain(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_axisbelow(True)
     axis.grid(color=GRID, linewidth=0.6)
 
 
 def draw_run(summary: Mapping, ensembles: Mapping[str, NeuronEnsemble], folder: Path) -> None:
-    """What one run leaves beside its summary: each KNE variant's ensemble, and of a sequence what was kept."""
+    """Draws the figures of one run: the ensemble of each KNE variant, and of a sequence the retention.
+
+    Args:
+        summary: Of the run.
+        ensembles: Label -> ensemble.
+        folder: Where the files are written, as PNG.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
     if summary["mode"] == "sequential":
         found = {method: figures["retention"] for method, figures in summary["methods"].items()}
         draw_retention(found, folder / "retention.png", f"{summary['records']} sequential edits, {summary['data']}")
@@ -185,24 +208,25 @@ def draw_run(summary: Mapping, ensembles: Mapping[str, NeuronEnsemble], folder: 
         draw_ensemble(ensemble, folder / f"ensemble{suffix(method)}.png", title)
 
 
-def suffix(method: str) -> str:
-    """KNE's files have plain names; those of its variants are told apart."""
-    return "" if method == KNE else f"-{method}"
-
-
 def draw_retention(found: dict[str, list[dict]], path: str | Path, title: str = "") -> None:
-    """What a sequence of edits leaves of earlier ones: figures over the number of edits, one line a method, as PNG.
+    """What a sequence retains of its edits: one panel a metric, over the number of edits; one line a method.
 
-    ``found``: method -> entries with ``edits`` and the figures, as `benchmark.summary.retention` gives them.
+    Args:
+        found: Label -> the entries of `benchmark.summary.retention`.
+        path: The file, PNG.
+        title: Above the panels.
+
+    Raises:
+        ImportError: If matplotlib is missing.
     """
-    names = ("edit_success", "portability", "locality")
-    figure = new_figure(figsize=(11, 3.6), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), sharey=True), names):
+    metrics = retention_metrics(*(stop for stops in found.values() for stop in stops))
+    figure = new_figure(figsize=(11 / 3 * len(metrics), 3.6), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, len(metrics), sharey=True), metrics):
         for method, stops in found.items():
-            points = [(stop["edits"], stop[name]) for stop in stops if stop[name] is not None]
+            points = [(stop["edits"], stop[metric.key]) for stop in stops if stop.get(metric.key) is not None]
             if points:
                 axis.plot(*zip(*points), "o-", markersize=4, label=method)
-        axis.set(xlabel="edits made", title=name.replace("_", " "), ylim=(-3, 103))
+        axis.set(xlabel="edits made", title=metric.label, ylim=(-3, 103))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color=GRID, linewidth=0.6)
     figure.axes[0].set_ylabel("percent, over all facts edited so far")

@@ -1,23 +1,25 @@
-"""Hydra's sweeps, looked at before their first job: what their report will refuse costs no edit."""
+"""Checks a sweep of Hydra's before its first job: what its report would refuse is refused before any edit."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from kne_easyedit.benchmark.collect import data_name
 from kne_easyedit.benchmark.config import distinguishing
+from kne_easyedit.benchmark.labels import data_name
 
 
 class RequireLabels:
-    """A callback of Hydra's: ends a sweep, in the process that starts it, if its jobs cannot stand in one report.
+    """A callback of Hydra's: ends a sweep, in the process that starts it, if its jobs cannot be in one report.
 
-    There, whatever launcher is chosen, all jobs are known; a job knows itself only. Of sweepers other than Hydra's own,
-    which find their jobs as they go, nothing is said.
+    Only there all jobs are known, with any launcher. Sweepers other than Hydra's own are not checked: they choose their
+    jobs as they go.
     """
 
-    def on_multirun_start(self, config, **_) -> None:
+    def on_multirun_start(self, config: Any, **_: Any) -> None:
+        """Called by Hydra with its configuration. Raises SystemExit, with the reason, to end the sweep."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,19 +28,20 @@ class RequireLabels:
         if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
             return
         loader = GlobalHydra.instance().config_loader()
-        given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${...} in them is each job's own
+        # Interpolations (${...}) in them are resolved by each job.
+        given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         found = OverridesParser.create(config_loader=loader).parse_overrides(given)
-        jobs = []
+        jobs: list[Any] = []
         for overrides in (job for batch in BasicSweeper.split_arguments(found, max_batch_size=None) for job in batch):
             job = loader.load_sweep_config(config, list(overrides))
-            keys = [key for key in job if key != "hydra"]
+            keys = [str(key) for key in job if key != "hydra"]
             jobs.append(OmegaConf.to_container(OmegaConf.masked_copy(job, keys), resolve=True))
         if clash := first_clash(jobs):
             raise SystemExit(f"kne: {clash}")  # an exception Hydra would turn into a warning
 
 
 def first_clash(jobs: Iterable[Mapping]) -> str | None:
-    """What is wrong with some jobs as one report: two of one model, data set and label whose settings differ; None if nothing is."""
+    """Why jobs cannot be in one report: two of one model, data set and label differ in settings. None if they can."""
     known: dict[tuple, dict] = {}
     for job in jobs:
         key = (job["model"]["file"], data_name(Path(str(job["data"]["file"])).stem), job["method"]["label"])
@@ -49,14 +52,15 @@ def first_clash(jobs: Iterable[Mapping]) -> str | None:
             shown = "; ".join(f"{name}: {first.get(name)} and {settings.get(name)}" for name in names)
             example = f"'method.label=\"{key[2]}-${{{names[0]}}}\"'"
             return (
-                f"method.label: two jobs of this sweep would both be called {key[2]!r} in the report on {key[1]}, and differ in {shown}; "
+                f"method.label: two jobs of this sweep would both be called {key[2]!r} in the report on {key[1]}, "
+                f"and differ in {shown}; "
                 f"give each a label of its own, for example {example}, or run them with different 'out'"
             )
     return None
 
 
 def _of_results(job: Mapping) -> dict:
-    """The settings that a line of results depends on; which records are edited does not count where each is edited alone."""
+    """The settings that a result line depends on; in mode single the other records do not count."""
     settings = json.loads(json.dumps(distinguishing(job), default=str))
     del settings["on_bad_record"], settings["data"]["name"]
     if settings["evaluation"]["mode"] == "single":
@@ -64,6 +68,7 @@ def _of_results(job: Mapping) -> dict:
     return settings
 
 
-def _flat(settings: Mapping, where: str = ""):
+def _flat(settings: Mapping, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Path of a setting -> value, for all settings below."""
     for name, value in settings.items():
         yield from _flat(value, f"{where}{name}.") if isinstance(value, Mapping) else [(f"{where}{name}", value)]

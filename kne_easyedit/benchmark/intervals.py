@@ -1,4 +1,4 @@
-"""How sure a mean over records is: bootstrap intervals, and differences over the same records."""
+"""Bootstrap intervals of means over records, and of differences over the same records."""
 
 from __future__ import annotations
 
@@ -25,10 +25,21 @@ class Interval:
 
 
 def interval(values: Sequence[float], records: Sequence[Hashable] | None = None, seed: int = 0) -> Interval | None:
-    """The mean of some values, and its 95 % interval; None for no values, a point for one record.
+    """The mean of some values, and its 95 % percentile interval of a cluster bootstrap.
 
-    ``records`` says of which record each value is (None: each of its own). Records are drawn with replacement, each with
-    all its values (a cluster bootstrap), `RESAMPLES` times, under ``seed``: the same record under more seeds is no new one.
+    Records are drawn with replacement, each with all its values, `RESAMPLES` times: one record under several seeds is
+    not several records.
+
+    Args:
+        values: One or more values of each record, in any unit.
+        records: The record of each value; None if each value is of a record of its own.
+        seed: Of the bootstrap.
+
+    Returns:
+        The mean and the interval in the unit of the values: None for no values, a point for one record.
+
+    Raises:
+        ImportError: If scipy is missing.
     """
     clusters: dict[Hashable, list[float]] = {}
     for record, value in zip(range(len(values)) if records is None else records, values, strict=True):
@@ -36,6 +47,8 @@ def interval(values: Sequence[float], records: Sequence[Hashable] | None = None,
     if not clusters:
         return None
     mean = float(numpy.asarray(values, dtype=float).mean())
+    samples: tuple[numpy.ndarray, ...]
+    statistic: Callable
     if len(set(map(len, clusters.values()))) == 1:  # then the mean over values is that over the records' means
         samples, statistic = (numpy.array([fmean(its) for its in clusters.values()]),), numpy.mean
         constant = numpy.ptp(samples[0]) == 0
@@ -73,9 +86,16 @@ def paired(
     record_of: Callable[[Key], Hashable] | None = None,
     seed: int = 0,
 ) -> Interval | None:
-    """The mean difference over what both have, with its interval: what they share cancels out.
+    """The mean difference over the keys that both have, with its interval: what the values share cancels out.
 
-    ``record_of`` says of which record a key is (None: each key stands for its own), as in `interval`.
+    Args:
+        ours: Key -> value.
+        theirs: Key -> value that is subtracted.
+        record_of: The record of a key; None if each key is a record of its own.
+        seed: As in `interval`.
+
+    Returns:
+        As `interval`.
     """
     both = [key for key in ours if key in theirs]
     return interval([ours[key] - theirs[key] for key in both], record_of and [record_of(key) for key in both], seed)

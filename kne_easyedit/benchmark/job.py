@@ -1,10 +1,11 @@
-"""What one run is made of, and the fingerprints that tell its lines from those of other runs."""
+"""The settings of a run, and the fingerprints by which its lines are distinguished from those of other runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -13,33 +14,37 @@ from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import expand_path
 from kne_easyedit._util.machine import environment
 from kne_easyedit._util.settings import path_settings, public_settings
-from kne_easyedit.benchmark.schema import require_name
+from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.bridge import patches
 from kne_easyedit.bridge.second_moments import needs_second_moments, own_files
 from kne_easyedit.bridge.text_source import TextSource
-from kne_easyedit.facts.encoding import SEPARATOR
+from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 
 MODES = ("single", "sequential", "batch")
 _WITHOUT_EFFECT = {"stats_dir", "cache_dir", "chunk_rows", "localization_data", "ensemble"}
-"""Settings that say where things lie; what they hold is in the fingerprint by its content."""
+"""Settings that name places or work alike whatever their value; what the places hold is in the fingerprint."""
 
 
 @dataclass
 class Run:
-    """The settings of a run. ``hparams`` maps method labels to their hyperparameter objects."""
+    """The settings of a run: a model, records, methods, and how they are edited and evaluated."""
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: Tokenizer
     requests: Sequence[dict]
-    hparams: dict[str, object]
+    hparams: dict[str, Any]
+    """Label -> hyperparameters of the method, KNE's or EasyEdit's."""
     data: str
+    """The file of the records, for fingerprints and reports."""
     folder: Path
+    """Where results are written."""
     seed: int = 42
     mode: str = "single"
     """``single``: every edit is undone before the next. ``sequential``: edits stay, and facts edited earlier are
-    evaluated again every ``retention_every`` edits and at the end. ``batch``: ``batch_size`` facts an edit, then undone."""
+    evaluated again every ``retention_every`` edits and at the end. ``batch``: ``batch_size`` facts an edit, undone
+    before the next."""
     batch_size: int = 1
     retention_every: int = 10
     chat_template: bool = False
@@ -47,12 +52,11 @@ class Run:
     fluency: bool = True
     """Whether text is sampled for the fluency metric; without it an evaluation takes about half the time."""
     skip_bad: bool = False
+    """Whether records that cannot be edited are left out; otherwise one ends the run."""
     before_folder: Path | None = None
-    """Where evaluations of the unedited model are kept and looked up; None: in ``folder``. Several runs may share it."""
-    text_source: TextSource = TextSource()
-    """Text for second moments (MEMIT); see `moments_text`."""
-    second_moment_prompts: Sequence[str] | None = None
-    """Prompts that text for second moments (MEMIT) is sampled after; None: those of ``requests``."""
+    """Where evaluations of the unedited model are kept; None: in ``folder``. Several runs may share it."""
+    text_source: TextSource = field(default_factory=TextSource)
+    """Text for second moments (MEMIT)."""
     workers: int = 1
     """Processes that edit and evaluate side by side (modes single and batch), each on its share of the processors."""
     show: int = 0
@@ -60,34 +64,38 @@ class Run:
     complaints: list[str] = field(default_factory=list)
     """Records left out so far, and why."""
     others: Sequence[Path] = ()
-    """Folders of other jobs: lines there that are of these settings are not computed again."""
+    """Folders of other jobs: lines there of the same settings are not computed again."""
 
     @property
     def separator(self) -> str:
-        """What joins prompt and answer: KNE's setting, a blank without KNE."""
+        """Joins prompt and answer: KNE's setting, a blank without KNE."""
         return next((hparams.separator for hparams in self.hparams.values() if hparams.alg_name == "KNE"), SEPARATOR)
 
     @property
     def moments_text(self) -> TextSource:
-        """``text_source`` with the prompts that samples continue."""
-        prompts = self.second_moment_prompts
-        if prompts is None:
-            prompts = self.text_source.prompts or [request["prompt"] for request in self.requests]
+        """`text_source`; if it has no prompts, with those of the records."""
+        prompts = self.text_source.prompts or [request["prompt"] for request in self.requests]
         return replace(self.text_source, prompts=prompts)
 
     def validate(self) -> None:
-        """Raises ValueError, naming the field, for settings that do not go together. Changes nothing."""
+        """Checks the settings, and changes nothing.
+
+        Raises:
+            ValueError: Names the field, for settings that are out of range or do not go together.
+        """
         if self.mode not in MODES:
             raise ValueError(f"mode: {self.mode!r} must be one of {', '.join(MODES)}")
-        if self.batch_size < 1 or self.batch_size > 1 and self.mode != "batch":
+        if self.batch_size < 1 or (self.batch_size > 1 and self.mode != "batch"):
             raise ValueError(
-                f"batch_size: {self.batch_size} with mode {self.mode}; several facts an edit need mode batch, and at least 1"
+                f"batch_size: {self.batch_size} with mode {self.mode}; "
+                f"several facts an edit need mode batch, and at least 1"
             )
         if self.retention_every < 1:
             raise ValueError(f"retention_every: {self.retention_every} must be at least 1")
-        if self.workers < 1 or self.workers > 1 and self.mode == "sequential":
+        if self.workers < 1 or (self.workers > 1 and self.mode == "sequential"):
             raise ValueError(
-                f"workers: {self.workers} with mode {self.mode}; a sequence is one process's work, and at least 1 is needed"
+                f"workers: {self.workers} with mode {self.mode}; "
+                f"a sequence is one process's work, and at least 1 is needed"
             )
         if not self.requests:
             raise ValueError(
@@ -103,7 +111,8 @@ class Run:
         for method, hparams in self.hparams.items():
             if getattr(hparams, "use_chat_template", False) and not self.chat_template:
                 raise ValueError(
-                    f"use_chat_template: {method}'s hparams ask for it, the run does not; ask for it there (--chat-template): all methods share it"
+                    f"use_chat_template: {method}'s hparams ask for it, the run does not; "
+                    f"ask for it there (--chat-template): all methods share it"
                 )
         for method, hparams in self.hparams.items():
             found = getattr(hparams, "separator", SEPARATOR)
@@ -120,30 +129,52 @@ class Run:
             for method, hparams in self.hparams.items():
                 if hparams.alg_name == "KNE" and hparams.batch_size != 1:
                     raise ValueError(
-                        f"batch_size: {method}'s hparams say {hparams.batch_size}; mode {self.mode} edits one fact at a time, set it to 1"
+                        f"batch_size: {method}'s hparams say {hparams.batch_size}; "
+                        f"mode {self.mode} edits one fact at a time, set it to 1"
                     )
 
 
 def record_digest(request: Mapping) -> str:
-    """Stands for a record's content; its number in the file does not count."""
+    """Digest of a record's content; its number in the file does not count."""
     return digest({k: v for k, v in request.items() if k != "index"})
 
 
 def base_fingerprint(job: Run, weights: str, variant: str) -> list:
-    """What evaluations of the unedited model depend on, the record and the tokenizer's side apart."""
+    """What evaluations of the unedited model depend on, the record and the tokenizer's padding side apart.
+
+    Args:
+        job: The run.
+        weights: Digest of the model's parameters.
+        variant: Of EasyEdit's fluency metric.
+    """
     versions = {k: v for k, v in environment(job.model).items() if k not in ("platform", "cpus")}
-    base = [weights, variant, versions, bridge.describe(), sorted(patches.switched_off()), job.seed, job.chat_template]
+    base: list = [
+        weights,
+        variant,
+        versions,
+        bridge.describe(),
+        sorted(patches.switched_off()),
+        job.seed,
+        job.chat_template,
+    ]
     if job.separator != SEPARATOR:
         base.append(["separator", job.separator])
     return base if job.fluency else [*base, "no fluency"]
 
 
 def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | None) -> str:
-    """Everything that a method's results depend on, the single record apart. Files count by what they hold."""
+    """Digest of what a method's results depend on, the single record apart. Files count by their content.
+
+    Args:
+        job: The run.
+        method: Its label.
+        base: `base_fingerprint`.
+        ensemble: Of KNE, if it localises before the first edit.
+    """
     hparams = job.hparams[method]
     settings = {name: str(value) for name, value in public_settings(hparams).items() if name not in _WITHOUT_EFFECT}
     settings |= {name: _content(value) for name, value in path_settings(hparams).items() if name in settings}
-    parts = [base, method, settings, job.mode]
+    parts: list = [base, method, settings, job.mode]
     if hparams.alg_name == "KNE":
         parts.append(None if ensemble is None else digest(ensemble.members()))
     if needs_second_moments(hparams):
@@ -156,11 +187,19 @@ def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | No
 
 
 def settings_digest(job: Run, method: str, weights: str, variant: str, ensemble: NeuronEnsemble | None) -> str:
-    """The fingerprint without the seed: lines under several seeds may be averaged if they agree in it."""
+    """The fingerprint without the seed: lines of several seeds may be averaged if they agree in it.
+
+    Args:
+        job: The run.
+        method: Its label.
+        weights: As for `base_fingerprint`.
+        variant: As for `base_fingerprint`.
+        ensemble: As for `fingerprint`.
+    """
     seedless = replace(job, seed=0)
     return fingerprint(seedless, method, base_fingerprint(seedless, weights, variant), ensemble)
 
 
 def _content(path: str) -> str:
-    """What stands for a file: its content; for a folder, or a file that is not there yet, its name."""
+    """Digest of a file's content; for a folder, or a file that does not exist yet, its name."""
     return data_digest(expand_path(path)) or expand_path(path).name

@@ -10,34 +10,36 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
-from kne_easyedit.benchmark.collect import Collection, data_name, records_of, seeds_of
+from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.intervals import Interval
-from kne_easyedit.benchmark.summary import METRICS, summarize
+from kne_easyedit.benchmark.labels import data_name, is_kne
+from kne_easyedit.benchmark.result_line import ResultLine
+from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.benchmark.tables import (
-    QUALITY,
-    SECTIONS,
-    SHORT,
     baselines_mean,
     categories,
     category_records,
-    is_kne,
+    compared,
     lead,
     mean,
     unedited,
+    with_categories,
 )
+from kne_easyedit.metrics import Metric, paper_metrics
 
-COUNTS = "records (PORT, LOC)"
-"""Not every record has probes of what follows from the edit, or of what must stay."""
-PAPER = ("edit_success", "portability", "locality", "fluency")
-"""The columns of the paper's tables."""
 _MARKS = re.compile(r"[\\`*\[\]|<>#!~$]|(?<!\w)_|_(?!\w)")
 _NUMBER = re.compile(r"(\*\*|<u>)?([+-]?\d|-$)")
 
 
 def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> str:
-    """The report as Markdown. ``pictures``: captions by file name.
+    """The report as Markdown.
 
-    Whatever comes from a file or the caller (labels, names, prompts, answers, settings, versions) goes through `literal`.
+    Text from a file or the caller (labels, names, prompts, answers, settings, versions) goes through `literal`.
+
+    Args:
+        found: The result lines and manifests.
+        title: Its first line.
+        pictures: File name of a figure -> caption.
     """
 
     def shown(*names: str) -> list[str]:
@@ -47,24 +49,26 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
     parts += [
         "## Results in the paper's layout",
         "Means over records, in percent; fluency is n-gram entropy x 100. Best **bold**, second <u>underlined</u>."
-        " *No edit* is the model before, *baselines* the mean of the methods that are not KNE; both stand apart. A row *records*"
-        " stands where methods have different numbers of them.",
+        " *No edit* is the model before, *baselines* the mean of the methods that are not KNE; both stand apart."
+        " A row *records* stands where methods have different numbers of them.",
     ]
     parts.append(_layout(found))
     parts += [
         "What the rows mean:",
-        "\n".join(f"- **{SHORT[name]}**, {name.replace('_', ' ')}: {METRICS[name]}." for name in QUALITY),
+        "\n".join(f"- **{metric.short}**, {metric.label}: {metric.meaning}." for metric in compared(found)),
     ]
     parts += shown("tradeoff.png")
     parts += [
         "## How sure the means are",
-        "Mean and 95 % bootstrap interval over records (10,000 resamples); a record under several seeds is drawn with all of them.",
+        "Mean and 95 % bootstrap interval over records (10,000 resamples);"
+        " a record under several seeds is drawn with all of them.",
         *shown("intervals.png"),
         _table_of_intervals(found),
     ]
     parts += [
         "## Portability and locality by category",
-        "Means over the records that have the category, in percent, and how many these are (of the method with the most).",
+        "Means over the records that have the category, in percent,"
+        " and how many these are (of the method with the most).",
         _by_category(found),
     ]
     for ours in filter(is_kne, found.methods):
@@ -73,7 +77,8 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
             label = literal(ours)
             parts += [
                 f"## {label} against each method",
-                f"{label} minus the method over the same records, with the 95 % interval; **bold** where the interval leaves out 0.",
+                f"{label} minus the method over the same records, with the 95 % interval;"
+                " **bold** where the interval leaves out 0.",
             ]
             parts.append(markdown(rows))
     parts += ["## Cost", _costs(found)]
@@ -97,11 +102,14 @@ def _setting(found: Collection) -> str:
         for data in found.data_sets
     )
     return (
-        f"Model {every(lambda m: m['model']['name'])} ({every(lambda m: m['environment']['dtype'])}); records {counts}; "
-        f"mode {every(lambda m: m['mode'])}; seed {every(lambda m: m.get('seed'))}; EasyEdit {every(lambda m: m['easyedit']['version'][:10])} "
+        f"Model {every(lambda m: m['model']['name'])} ({every(lambda m: m['environment']['dtype'])}); "
+        f"records {counts}; "
+        f"mode {every(lambda m: m['mode'])}; seed {every(lambda m: m.get('seed'))}; "
+        f"EasyEdit {every(lambda m: m['easyedit']['version'][:10])} "
         f"({every(lambda m: m['easyedit']['kind'])}); fluency variant {every(lambda m: m['fluency_variant'])}; "
         f"chat template {every(lambda m: 'used' if m['chat_template'] else 'not used')}; "
-        f"machine {every(lambda m: m['machine']['processor'])}, {every(lambda m: m['machine']['cpus'])} CPUs (torch's threads: {every(lambda m: m['machine']['threads'])})"
+        f"machine {every(lambda m: m['machine']['processor'])}, {every(lambda m: m['machine']['cpus'])} CPUs "
+        f"(torch's threads: {every(lambda m: m['machine']['threads'])})"
         + (
             f", {every(lambda m: ', '.join(map(str, m['machine']['gpus'])))}"
             if any(m["machine"]["gpus"] for m in manifests)
@@ -117,10 +125,10 @@ def _layout(found: Collection) -> str:
     for data in found.data_sets:
         summaries = {method: summarize(lines) for method in found.methods if (lines := found.of(data, method))}
         before = summarize(unedited(found, data))
-        for i, name in enumerate(QUALITY):
-            apart = [_number(value, "{:.2f}") for value in (before[name], baselines_mean(found, data, name))]
-            values = [summaries[m][name] if m in summaries else None for m in found.methods]
-            rows.append([literal(data) if i == 0 else "", SHORT[name], *apart, *_ranked(values)])
+        for i, metric in enumerate(compared(found)):
+            apart = [_number(value, "{:.2f}") for value in (before[metric.key], baselines_mean(found, data, metric))]
+            values = [summaries[m][metric.key] if m in summaries else None for m in found.methods]
+            rows.append([literal(data) if i == 0 else "", metric.short, *apart, *_ranked(values, metric)])
         records = {
             method: _times(records_of(lines), seeds_of(lines))
             for method in summaries
@@ -131,10 +139,10 @@ def _layout(found: Collection) -> str:
     return markdown(rows)
 
 
-def _ranked(values: Sequence[float | None]) -> list[str]:
-    """Best bold, second underlined; equal figures (as printed) rank alike."""
+def _ranked(values: Sequence[float | None], metric: Metric) -> list[str]:
+    """Best bold, second underlined; equal values (as printed) rank alike."""
     printed = [None if value is None else round(value, 2) for value in values]
-    order = sorted({value for value in printed if value is not None}, reverse=True)
+    order = sorted({value for value in printed if value is not None}, reverse=metric.better != "down")
     marks = {order[0]: "**{}**"} if order else {}
     if len(order) > 1:
         marks[order[1]] = "<u>{}</u>"
@@ -142,20 +150,27 @@ def _ranked(values: Sequence[float | None]) -> list[str]:
 
 
 def _table_of_intervals(found: Collection) -> str:
-    rows = [["data", "method", *(SHORT[name] for name in QUALITY), COUNTS]]
+    metrics = compared(found)
+    rows = [["data", "method", *(metric.short for metric in metrics), _counts_head(metrics)]]
     for data in found.data_sets:
         for method in found.methods:
             if lines := found.of(data, method):
-                means = [mean(lines, name) for name in QUALITY]
-                rows.append(
-                    [literal(data), literal(method), *map(_with_interval, means), _counts(means, seeds_of(lines))]
-                )
+                means = [mean(lines, metric) for metric in metrics]
+                counts = _counts(metrics, means, seeds_of(lines))
+                rows.append([literal(data), literal(method), *map(_with_interval, means), counts])
     return markdown(rows)
 
 
-def _counts(values: Sequence[Interval | None], seeds: int) -> str:
-    of = {name: value.records if value else 0 for name, value in zip(QUALITY, values)}
-    return _times(f"{of['edit_success']} ({of['portability']}, {of['locality']})", seeds)
+def _counts_head(metrics: Sequence[Metric]) -> str:
+    """Not every record has probes of what follows from the edit, or of what must stay."""
+    return f"records ({', '.join(metric.short for metric in with_categories(metrics))})"
+
+
+def _counts(metrics: Sequence[Metric], values: Sequence[Interval | None], seeds: int) -> str:
+    """How many records have the first metric, and in parentheses those with categories."""
+    of = {metric.key: value.records if value else 0 for metric, value in zip(metrics, values)}
+    apart = ", ".join(str(of[metric.key]) for metric in with_categories(metrics))
+    return _times(f"{of[metrics[0].key]} ({apart})", seeds)
 
 
 def _times(records: object, seeds: int) -> str:
@@ -166,45 +181,31 @@ def _times(records: object, seeds: int) -> str:
 def _by_category(found: Collection) -> str:
     rows = [["data", "figure", "category", "records", "*no edit*", *_labels(found)]]
     for data in found.data_sets:
-        of_method = {method: categories(found.of(data, method)) for method in found.methods}
-        before = categories(unedited(found, data))
-        for section in SECTIONS:
-            counts = [category_records(found.of(data, method), section) for method in found.methods]
-            for name in sorted({name for sections in of_method.values() for name in sections[section]}):
-                values = [of_method[method][section].get(name, []) for method in found.methods]
-                apart = _number(fmean(before[section][name]) if name in before[section] else None, "{:.2f}")
+        for metric in with_categories(compared(found)):
+            of_method = [categories(found.of(data, method), metric) for method in found.methods]
+            before = categories(unedited(found, data), metric)
+            counts = [category_records(found.of(data, method), metric) for method in found.methods]
+            for name in sorted({name for its in of_method for name in its}):
+                means = [fmean(its[name]) if name in its else None for its in of_method]
+                apart = _number(fmean(before[name]) if name in before else None, "{:.2f}")
                 most = str(max(count.get(name, 0) for count in counts))
-                rows.append(
-                    [
-                        literal(data),
-                        SHORT[section],
-                        literal(name.replace("_", " ")),
-                        most,
-                        apart,
-                        *_ranked([fmean(its) if its else None for its in values]),
-                    ]
-                )
+                category = literal(name.replace("_", " "))
+                rows.append([literal(data), metric.short, category, most, apart, *_ranked(means, metric)])
     return markdown(rows)
 
 
 def _table_of_leads(found: Collection, ours: str) -> list[list[str]]:
-    rows = [["data", f"{literal(ours)} minus", *(SHORT[name] for name in QUALITY), COUNTS]]
+    metrics = compared(found)
+    rows = [["data", f"{literal(ours)} minus", *(metric.short for metric in metrics), _counts_head(metrics)]]
     for data in found.data_sets:
+        mine = found.of(data, ours)
         for method in found.methods:
-            if method != ours and found.of(data, method) and found.of(data, ours):
-                leads = [lead(found, data, ours, method, name) for name in QUALITY]
-                seeds = len(
-                    {line.get("seed") for line in found.of(data, method)}
-                    & {line.get("seed") for line in found.of(data, ours)}
-                )
-                rows.append(
-                    [
-                        literal(data),
-                        literal(method),
-                        *(_with_interval(value, sign=True) for value in leads),
-                        _counts(leads, seeds),
-                    ]
-                )
+            theirs = found.of(data, method)
+            if method != ours and theirs and mine:
+                leads = [lead(found, data, ours, method, metric) for metric in metrics]
+                seeds = len({line["seed"] for line in theirs} & {line["seed"] for line in mine})
+                shown = [_with_interval(value, sign=True) for value in leads]
+                rows.append([literal(data), literal(method), *shown, _counts(metrics, leads, seeds)])
     return rows
 
 
@@ -237,7 +238,7 @@ def _costs(found: Collection) -> str:
             if not (lines := found.of(data, method)):
                 continue
             summary = summarize(lines)
-            steps = [len(line["losses"]) for line in lines if line.get("losses")]
+            steps = [len(losses) for line in lines if (losses := line["losses"])]
             once = before.get((data, method))
             rows.append(
                 [
@@ -251,8 +252,8 @@ def _costs(found: Collection) -> str:
                 ]
             )
     text = (
-        "Time to compute and write one edit, evaluation apart. KNE's localisation and MEMIT's second moments are made once for a model,"
-        " before the first edit: they are counted apart, here also spread over the records."
+        "Time to compute and write one edit, evaluation apart. KNE's localisation and MEMIT's second moments are made"
+        " once for a model, before the first edit: they are counted apart, here also spread over the records."
     )
     return f"{text}\n\n{markdown(rows)}"
 
@@ -269,9 +270,9 @@ def _seconds_before(manifest: Mapping) -> dict[tuple[str, str], float | None]:
 def _answers(found: Collection, examples: int = 3) -> str:
     rows = [["data", "prompt", "new answer", "before", *_labels(found)]]
     for data in found.data_sets:
-        by_record: dict[str, dict[str, dict]] = {}
+        by_record: dict[str, dict[str, ResultLine]] = {}
         for line in found.lines:
-            if line["data"] == data and "after" in line:
+            if line["data"] == data and line["after"] is not None:
                 by_record.setdefault(line["record"], {})[line["method"]] = line
         for lines in list(by_record.values())[:examples]:
             one = next(iter(lines.values()))
@@ -279,9 +280,9 @@ def _answers(found: Collection, examples: int = 3) -> str:
             rows.append(
                 [
                     literal(data),
-                    _quoted(one.get("prompt"), 90),
-                    _quoted(one.get("target_new")),
-                    _quoted(one.get("before")),
+                    _quoted(one["prompt"], 90),
+                    _quoted(one["target_new"]),
+                    _quoted(one["before"]),
                     *after,
                 ]
             )
@@ -299,16 +300,10 @@ def _paper(found: Collection) -> str:
         for data, of_data in of_model.items():
             lines = found.of(data, "KNE") if same else []
             mine = summarize(lines) if lines else {}
-            for i, name in enumerate(PAPER):
-                quoted = [f"{of_data[m][i]:.2f}" if m in of_data else "-" for m in columns]
-                rows.append(
-                    [
-                        data if i == 0 else "",
-                        SHORT[name],
-                        *quoted,
-                        *([_number(mine.get(name), "{:.2f}")] if same else []),
-                    ]
-                )
+            for i, (metric, column) in enumerate(paper_metrics()):
+                quoted = [f"{of_data[m][column]:.2f}" if m in of_data else "-" for m in columns]
+                own = [_number(mine.get(metric.key), "{:.2f}")] if same else []
+                rows.append([data if i == 0 else "", metric.short, *quoted, *own])
         where = (
             "the model of this report; records, versions and metrics may still differ"
             if same
@@ -349,6 +344,7 @@ def _what_was_run(found: Collection) -> str:
 
 
 def manifest_line(manifest: Mapping) -> str:
+    """The versions and weights that a run was made with, as one line."""
     environment = manifest["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "transformers", "peft"))
     return literal(
@@ -366,9 +362,13 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def literal(value: object, length: int | None = None) -> str:
-    """Any value as one line of text that Markdown and HTML show as it stands: no markup, no link, no picture, no formula.
+    """Any value as one line of text without any effect in Markdown and HTML: no markup, link, picture or formula.
 
-    ``length``: what is longer is cut. An underscore within a word is none of Markdown's marks, and stays.
+    An underscore within a word is not markup, and stays.
+
+    Args:
+        value: Its ``str`` is taken; blanks are merged, what is not printed becomes a blank.
+        length: Characters after which the text is cut; None for all of it.
     """
     line = "".join(c if c.isprintable() else " " for c in " ".join(str(value).split()))
     cut = line if length is None or len(line) <= length else line[: length - 1] + "…"

@@ -1,12 +1,13 @@
-"""The report of a comparison: one Markdown text, the same as a self-contained HTML page, its pictures and figures."""
+"""The files of a report: Markdown, the same as a self-contained HTML page, figures, and the numbers as JSON."""
 
 from __future__ import annotations
 
 import base64
 import html
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit.benchmark import collect
@@ -15,9 +16,18 @@ from kne_easyedit.benchmark.tables import figures
 
 
 def publish(found: collect.Collection, folder: Path, title: str = "KnowEdit comparison") -> Path:
-    """Writes ``report.md``, ``report.html``, ``report.json``, the runs' ``manifests.json`` and the pictures into ``folder``.
+    """Writes ``report.md``, ``report.html``, ``report.json``, the runs' ``manifests.json`` and the figures.
 
-    Returns the page's path.
+    Args:
+        found: The result lines.
+        folder: Where the files are written.
+        title: Of the report.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ImportError: If matplotlib, scipy or markdown-it-py is missing.
     """
     from kne_easyedit.benchmark.figures import draw_all
 
@@ -31,9 +41,16 @@ def publish(found: collect.Collection, folder: Path, title: str = "KnowEdit comp
 
 
 def page(text: str, title: str, folder: Path, pictures: Collection[str] = ()) -> str:
-    """The Markdown as one HTML file that needs no other: ``pictures``, names of files in ``folder``, are inside, and no others.
+    """The Markdown as one self-contained HTML page. HTML in the text stays text, except ``<u>``; there are no links.
 
-    HTML within the text stays text, but for ``<u>``; there are no links. Raises ImportError without markdown-it-py.
+    Args:
+        text: The report.
+        title: Of the page.
+        folder: Where the pictures are.
+        pictures: Names of the files that are embedded; other images of the text become their captions.
+
+    Raises:
+        ImportError: If markdown-it-py is missing.
     """
     try:
         from markdown_it import MarkdownIt
@@ -42,7 +59,7 @@ def page(text: str, title: str, folder: Path, pictures: Collection[str] = ()) ->
     renderer = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "reference"])
     renderer.inline.ruler.push("underline", _underline)
 
-    def image(self, tokens, index, options, env) -> str:
+    def image(self: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
         name, caption = str(tokens[index].attrs["src"]), html.escape(tokens[index].content)
         return f'<img src="{_embedded(folder / name)}" alt="{caption}">' if name in pictures else caption
 
@@ -52,7 +69,7 @@ def page(text: str, title: str, folder: Path, pictures: Collection[str] = ()) ->
     return PAGE.format(title=html.escape(title), body=body)
 
 
-def _underline(state, silent: bool) -> bool:
+def _underline(state: Any, silent: bool) -> bool:
     """A rule of markdown-it: ``<u>`` and ``</u>``, which Markdown has no mark for."""
     for tag, kind, nesting in (("<u>", "underline_open", 1), ("</u>", "underline_close", -1)):
         if state.src.startswith(tag, state.pos):
@@ -68,7 +85,8 @@ def _embedded(picture: Path) -> str:
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\
+<title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 86rem; margin: 2rem auto; padding: 0 1rem; }}

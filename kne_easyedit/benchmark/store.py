@@ -1,4 +1,4 @@
-"""JSON lines on disk: appended safely, read in spite of a torn end, never mixed and never lost."""
+"""JSON lines on disk: appended durably, read in spite of a torn end; lines of other settings are moved aside."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,16 @@ logger = logging.getLogger(__name__)
 class Lines:
     """A file of JSON objects, one a line, each with a ``fingerprint`` of the settings that it belongs to.
 
-    ``keep(line)`` says whether a line that is there already belongs to the run that opens the file. Lines that do not
-    are moved to a file of their own beside it, which nothing overwrites; those in such files that belong to it (again)
-    are taken back, unless the file has a line of the same ``key``, so that settings tried before are not computed again.
-    So are those that stand under the same name in ``others``: folders of other jobs. What is no JSON object is moved to a
-    file of its own, too; only half a line at the end, as a kill leaves it, goes.
+    Lines of other runs are moved to a file of their own beside it, which nothing overwrites. Lines in such files that
+    belong to the run that opens the file are taken back, unless the file has a line of the same key: settings tried
+    before are not computed again. What is no JSON object is moved to a file of its own, too; only an incomplete last
+    line, as a killed process leaves it, is dropped.
+
+    Args:
+        path: The file; it need not exist.
+        keep: Whether a line belongs to the run that opens the file.
+        key: The fields of which a run has one line for each combination of values.
+        others: Folders of other jobs: lines of this run in files of the same name there are taken over.
     """
 
     def __init__(
@@ -35,7 +40,7 @@ class Lines:
         self.path = path
         pieces = list(_pieces(path))
         found = [piece.line for piece in pieces if piece.line is not None]
-        # The torn end of a killed run is made again; whatever else cannot be read may be all that is left of something.
+        # The incomplete line of a killed run is computed again; anything else may be the only copy of a result.
         if unreadable := [piece.content for piece in pieces if piece.line is None and not piece.torn]:
             name = _free_name(path, "unreadable")
             atomic_write(name, b"\n".join(unreadable) + b"\n")
@@ -48,16 +53,17 @@ class Lines:
         ]
         aside = [line for file in _aside(path) for line in _objects(file)]
         own = [line for line in (*elsewhere, *aside, *found) if keep(line)]
-        self.lines = list({tuple(line.get(name) for name in key): line for line in own}.values())  # the latest of each
+        # The latest of each key.
+        self.lines: list[Mapping] = list({tuple(line.get(name) for name in key): line for line in own}.values())
         known = set(map(_text_of, aside))
         if strange := [line for line in found if not keep(line) and _text_of(line) not in known]:
             name = _free_name(path, "other")
             atomic_write(name, _text(strange))
             logger.warning("%s: %s lines of other settings moved to %s", path, len(strange), name.name)
         if self.lines or found or path.exists():
-            atomic_write(path, _text(self.lines))  # without what a kill has torn
+            atomic_write(path, _text(self.lines))  # without the incomplete line
 
-    def append(self, line: dict) -> None:
+    def append(self, line: Mapping) -> None:
         """Adds a line; it is on the disk when this returns."""
         self.lines.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,9 +74,10 @@ class Lines:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """The objects of a file with the numbers of their lines, from 1; half a line at the end, as a kill leaves it, is left out.
+    """The objects of a file with the numbers of their lines, from 1. An incomplete last line is left out.
 
-    Raises ValueError, with the file and the line, for anything else that is no JSON object.
+    Raises:
+        ValueError: With the file and the line, for anything else that is no JSON object.
     """
     for piece in _pieces(path):
         if piece.line is not None:
@@ -85,7 +92,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What stands between two line ends of a file."""
+    """One line of a file."""
 
     number: int
     content: bytes
@@ -93,13 +100,13 @@ class _Piece:
     """None if it is no JSON object."""
     fault: str
     torn: bool
-    """Whether it is the beginning of a line of ours, and the file ends there."""
+    """Whether it is an incomplete last line."""
 
 
 def _pieces(path: Path) -> Iterator[_Piece]:
     r"""The lines of a file, blank ones left out; nothing if there is no file.
 
-    A line ends with ``\n`` alone: JSON escapes that within texts, but not the line separators of Unicode (U+2028, U+0085, ...).
+    A line ends with ``\n`` only: JSON escapes that within texts, but not Unicode's line separators (U+2028, U+0085).
     """
     *ended, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for number, content in enumerate([*ended, last], start=1):
@@ -122,7 +129,7 @@ def _objects(path: Path) -> list[dict]:
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Holds ``folder`` for this process. Raises ValueError if another run writes into it."""
+    """Holds a folder for this process, without effect on Windows. Raises ValueError if another run writes into it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -139,11 +146,11 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _text(lines: Iterable[dict]) -> str:
+def _text(lines: Iterable[Mapping]) -> str:
     return "".join(map(_text_of, lines))
 
 
-def _text_of(line: dict) -> str:
+def _text_of(line: Mapping) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
@@ -160,6 +167,6 @@ def _free_name(path: Path, what: str) -> Path:
 
 
 def _number(aside: Path) -> int:
-    """That of a name that `_free_name` gave; 0 for one that somebody else did."""
+    """The number in a name of `_free_name`; 0 for any other name."""
     number = aside.stem.rpartition("-")[2]
     return int(number) if number.isdigit() else 0

@@ -1,52 +1,38 @@
-"""Figures of a method from the lines of its records."""
+"""The metrics of a method from the result lines of its records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import fmean, median
+from collections.abc import Mapping, Sequence
 
-from kne_easyedit.metrics import summarize_metrics
-
-METRICS = {
-    "edit_success": "share of the new answer's tokens that the edited model predicts, the right ones before it given",
-    "exact_match": "share of records whose free greedy answer begins with the new answer",
-    "portability": "as edit_success, for what follows from the edit: aliases, reasoning, inverse relations",
-    "locality": "share of predicted tokens that the edit left as they were, on unrelated facts",
-    "fluency": "entropy of the 2- and 3-grams of free text (EasyEdit's ngram_entropy x 100); near the unedited model's is good",
-    "seconds_per_edit": "time to compute and write one edit, median; localisation, second moments and evaluation apart",
-}
+from kne_easyedit.metrics import own_metrics, retention_metrics, summarize_metrics
 
 
-def summarize(lines: Sequence[dict]) -> dict[str, float | None]:
-    """The figures of one method from its lines: those of `summarize_metrics`, exact match (percent), seconds per edit (median), peak memory.
+def summarize(lines: Sequence[Mapping]) -> dict[str, float | int | None]:
+    """The summary of one method.
 
-    None where no line has one.
+    Args:
+        lines: Its result lines (`benchmark.result_line.ResultLine`).
+
+    Returns:
+        Key of a `kne_easyedit.metrics.Metric` -> its value over the lines, in its unit, or None if no line has it; and
+        ``records``, the number of lines.
     """
-    figures = summarize_metrics([line["metrics"] for line in lines])
-    exact = _mean(line.get("exact_match") for line in lines)
-    seconds = [line["seconds"] for line in lines if line.get("seconds") is not None]
-    peaks = [line["peak_bytes"] for line in lines if line.get("peak_bytes") is not None]
-    return {
-        **figures,
-        "exact_match": None if exact is None else 100 * exact,
-        "seconds_per_edit": median(seconds)
-        if seconds
-        else None,  # a first edit warms up, a machine may pause: not the mean
-        "peak_bytes": max(peaks, default=None),
-    }
+    summary = summarize_metrics([line["metrics"] for line in lines])
+    return summary | {metric.key: metric.summarize(lines) for metric in own_metrics()}
 
 
-def retention(lines: Sequence[dict]) -> list[dict]:
-    """A sequential run's facts evaluated again: one entry for each number of edits after which that was done."""
+def retention(lines: Sequence[Mapping]) -> list[dict]:
+    """The summary of a sequence's facts that were evaluated again.
+
+    Args:
+        lines: The retention lines of one method (`benchmark.result_line.RetentionLine`).
+
+    Returns:
+        One entry for each number of edits (``edits``) after which facts were evaluated, in ascending order.
+    """
     counts = sorted({line["after"] for line in lines})
-    return [{"edits": count, **_retained([line for line in lines if line["after"] == count])} for count in counts]
-
-
-def _retained(lines: Sequence[dict]) -> dict:
-    figures = summarize_metrics([line["metrics"] for line in lines])
-    return {name: figures[name] for name in ("edit_success", "portability", "locality", "records")}
-
-
-def _mean(values) -> float | None:
-    values = [value for value in values if value is not None]
-    return fmean(values) if values else None
+    found = {
+        count: summarize_metrics([line["metrics"] for line in lines if line["after"] == count]) for count in counts
+    }
+    names = [*(metric.key for metric in retention_metrics(*found.values())), "records"]
+    return [{"edits": count, **{name: summary[name] for name in names}} for count, summary in found.items()]

@@ -1,4 +1,4 @@
-"""Figures and answers of the unedited model: what every method is compared with."""
+"""Metrics and answers of the unedited model, which every method is compared with: measured once and kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypedDict
 
 from kne_easyedit import bridge
 from kne_easyedit._util.digest import digest
@@ -19,53 +20,63 @@ from kne_easyedit.bridge.methods import traits_of
 logger = logging.getLogger(__name__)
 
 
-class UneditedEvaluations:
-    """Measures a record before its edit: once for all methods that see the tokens alike, and kept for other runs.
+class Unedited(TypedDict):
+    """What a file in the folder ``before`` holds: one record, evaluated before its edit."""
 
-    ``base``: what such figures depend on beside the record (`job.base_fingerprint`); ``records``: number -> digest.
+    metrics: dict[str, Any]
+    """EasyEdit's."""
+    answer: str
+    """The free greedy answer."""
+
+
+class UneditedEvaluations:
+    """Evaluates records before their edits: once for all methods that see the tokens alike, and kept for other runs.
+
+    Args:
+        job: The run.
+        base: What such an evaluation depends on, the record apart (`job.base_fingerprint`).
+        records: Number of a record -> its digest.
+        quiet: A context in which nothing is printed.
     """
 
     def __init__(
-        self, job: Run, base: list, records: Mapping[int, str], quiet: Callable[[], contextlib.AbstractContextManager]
+        self,
+        job: Run,
+        base: list,
+        records: Mapping[int, str],
+        quiet: Callable[[], contextlib.AbstractContextManager],
     ):
         self.job, self.base, self.records, self.quiet = job, base, records, quiet
         self.folder = job.before_folder or job.folder / "before"
 
-    def of(self, editor: bridge.MethodEditor, request: dict) -> dict:
-        """``metrics`` and ``answer`` of the unedited model."""
+    def of(self, editor: bridge.MethodEditor, request: dict) -> Unedited:
+        """The evaluation of one record, from its file if there is one."""
         path = self.folder / f"{digest([self.base, _view(editor), self.records[request['index']]])[:32]}.json"
         if (known := _known(path)) is not None:
             return known
         with self.quiet():
             metrics = plain(editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed))
-        found = {
-            "metrics": metrics,
-            "answer": free_answer(self.job.model, self.job.tokenizer, request, self.job.separator),
-        }
-        atomic_write(path, json.dumps(found, ensure_ascii=False))
-        return json.loads(json.dumps(found))
+        answer = free_answer(self.job.model, self.job.tokenizer, request, self.job.separator)
+        text = json.dumps({"metrics": metrics, "answer": answer}, ensure_ascii=False)
+        atomic_write(path, text)
+        return json.loads(text)
 
 
 def plain(metrics: dict) -> dict:
-    """Figures without numpy's types, as JSON gives them back."""
+    """Metrics without numpy's types, as JSON returns them."""
     return json.loads(json.dumps(metrics, default=float))
 
 
-def without_outputs(metrics: dict) -> dict:
-    """What the lines keep of an evaluation before the edit: predicted tokens serve the comparison only."""
-    locality = {name: values for name, values in metrics.get("locality", {}).items() if not name.endswith("_output")}
-    return {**metrics, "locality": locality}
-
-
-def with_old_answer(editor: bridge.MethodEditor, request: dict, was: dict) -> dict:
-    """KN attributes the old answer, which some records lack: there it is what the unedited model says, up to the first stop."""
+def with_old_answer(editor: bridge.MethodEditor, request: dict, unedited: Unedited) -> dict:
+    """For a method that needs the old answer (KN): where a record lacks it, the unedited model's up to the first stop."""
     if not traits_of(editor.hparams.alg_name).needs_ground_truth or request["ground_truth"] is not None:
         return request
-    return {**request, "ground_truth": re.split(r"[.,;\n]", was["answer"].strip())[0].strip() or was["answer"].strip()}
+    answer = unedited["answer"].strip()
+    return {**request, "ground_truth": re.split(r"[.,;\n]", answer)[0].strip() or answer}
 
 
 def _view(editor: bridge.MethodEditor) -> list:
-    """How the evaluator sees a record under this method's settings."""
+    """How EasyEdit's evaluator sees a record under this method's settings."""
     hparams = editor.hparams
     view = [editor.tokenizer.padding_side, hparams.max_length, traits_of(hparams.alg_name).own_evaluation]
     if getattr(hparams, "evaluation_type", None):  # added only then: files of earlier runs keep their names
@@ -73,14 +84,14 @@ def _view(editor: bridge.MethodEditor) -> list:
     return view
 
 
-def _known(path: Path) -> dict | None:
-    """What an earlier run has measured; None if there is nothing, or nothing whole: then it is measured again."""
+def _known(path: Path) -> Unedited | None:
+    """What an earlier run has measured; None if there is no complete file: then it is measured again."""
     if not path.is_file():
         return None
     try:
         found = parse_json(path.read_bytes())
         if isinstance(found, dict) and isinstance(found.get("metrics"), dict) and isinstance(found.get("answer"), str):
-            return found
+            return Unedited(metrics=found["metrics"], answer=found["answer"])
         reason = "holds no figures"
     except ValueError as error:
         reason = str(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,10 +21,19 @@ def shipped() -> Path:
     return checkout if (checkout / "KNE").is_dir() else Path(str(files("kne_easyedit.shipped_hparams")))
 
 
-def method_of(path: Path, methods=()) -> str | None:
-    """Which method a hyperparameter file is of: its folder's name if that is one of ``methods`` (or a label), else its alg_name.
+def method_of(path: Path, methods: Collection[str] = ()) -> str | None:
+    """The method of a hyperparameter file.
 
-    Raises FileNotFoundError, or ValueError with the file's name, for what is no YAML file of settings.
+    Args:
+        path: The file.
+        methods: Names that its folder may have, beside the labels that are known.
+
+    Returns:
+        The name of its folder if that is a method's, else its ``alg_name``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: With the file's name, if it is no YAML file of settings.
     """
     from kne_easyedit.bridge import LABELS
 
@@ -34,7 +43,7 @@ def method_of(path: Path, methods=()) -> str | None:
 
 
 def read_settings(path: Path) -> dict:
-    """The settings of a hyperparameter file. Raises FileNotFoundError, or ValueError with the file's name, for anything else."""
+    """The settings of a hyperparameter file. Raises as `method_of`."""
     if not path.is_file():
         what = "is a folder, wanted is a YAML file in it" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"hparams: {path} {what}; shipped ones are under {shipped()}")
@@ -50,6 +59,7 @@ def read_settings(path: Path) -> dict:
 
 
 def positive(text: str) -> int:
+    """The type of an option that takes a number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
@@ -81,7 +91,7 @@ def add_overrides(parser: argparse.ArgumentParser, help_of_set: str) -> None:
 
 
 def overrides_of(settings: Sequence[str]) -> dict[str, object]:
-    """What ``--set`` says: name -> value, read as YAML reads it. Raises ValueError, with the text, for anything but NAME=VALUE."""
+    """The settings given by ``--set NAME=VALUE``: name -> value as YAML reads it. Raises ValueError for other texts."""
     overrides = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -99,7 +109,11 @@ def overrides_of(settings: Sequence[str]) -> dict[str, object]:
 def with_overrides(
     hparams: KNEHyperParams, overrides: Mapping[str, object], model: str | None, modules: Sequence[str] | None
 ) -> KNEHyperParams:
-    """KNE's settings as `overrides_of` and the other arguments change them. Raises ValueError that names the option."""
+    """KNE's settings, changed by ``--set`` (`overrides_of`), ``--model`` and ``--modules``.
+
+    Raises:
+        ValueError: Names the options.
+    """
     given = {
         **overrides,
         **({"model_name": model} if model else {}),
@@ -113,10 +127,11 @@ def with_overrides(
         raise ValueError(f"{' and '.join(_options(overrides, model, modules))}: {error}") from error
 
 
-def load_settings(arguments) -> KNEHyperParams:
-    """The hyperparameters that `add_settings`' arguments name; relative paths in them mean the working directory.
+def load_settings(arguments: argparse.Namespace) -> KNEHyperParams:
+    """The hyperparameters that the arguments of `add_settings` name, with absolute paths.
 
-    Raises as `KNEHyperParams.from_hparams`.
+    Raises:
+        FileNotFoundError, ValueError: As `read_settings` and `KNEHyperParams.from_hparams`.
     """
     if arguments.hparams.exists():
         read_settings(arguments.hparams)

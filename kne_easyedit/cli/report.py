@@ -1,13 +1,16 @@
-"""``kne report``: tables, pictures and a page from the results of any number of runs."""
+"""``kne report``: tables, figures and a page from the results of any number of runs."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from kne_easyedit.cli.common import require_folder
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser's subcommands."""
     parser = commands.add_parser(
         "report", help="Markdown and a self-contained HTML page from results: tables, intervals, pictures, answers"
     )
@@ -23,7 +26,7 @@ def add_commands(commands) -> None:
     parser.set_defaults(command=_report)
 
 
-def _report(arguments) -> int:
+def _report(arguments: argparse.Namespace) -> int:
     from kne_easyedit.benchmark.collect import collect
     from kne_easyedit.benchmark.publish import publish
 

@@ -1,11 +1,14 @@
-"""``kne summarize``: the figures of results files, of EasyEdit's scripts or of ours, in one table."""
+"""``kne summarize``: one table of results files, of EasyEdit's scripts or of our runs."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser's subcommands."""
     parser = commands.add_parser(
         "summarize", help="one table of results: of EasyEdit's scripts (JSON), and of ours (folders or results.jsonl)"
     )
@@ -19,7 +22,7 @@ def add_commands(commands) -> None:
     parser.set_defaults(command=_summarize)
 
 
-def _summarize(arguments) -> int:
+def _summarize(arguments: argparse.Namespace) -> int:
     from kne_easyedit.metrics import read_results, summarize_metrics, table
 
     paths = list(dict.fromkeys(arguments.files))

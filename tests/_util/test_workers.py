@@ -201,6 +201,6 @@ def test_a_run_that_stops_is_one_line_on_the_screen(tmp_path, monkeypatch, capsy
     def stopped(arguments):
         raise WorkerDied("workers: a process ended without a word")
 
-    monkeypatch.setattr("kne_easyedit.cli.run._demo", stopped)
+    monkeypatch.setattr("kne_easyedit.cli.demo._demo", stopped)
     assert cli.main(["demo"]) == 1
     assert capsys.readouterr().err == "kne: workers: a process ended without a word\n"

@@ -11,10 +11,10 @@ import pytest
 from test_report import LINES, MANIFEST, line, write
 
 from kne_easyedit import cli
+from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.markdown_report import literal, report_text
 from kne_easyedit.benchmark.publish import page, publish
-from kne_easyedit.benchmark.schema import require_name
 
 CASES = Path(os.environ.get("KNE_CASES", Path(__file__).parents[3] / "shared/cases"))
 EVIL = [
@@ -132,9 +132,12 @@ def test_what_is_quoted_is_shown_as_it_stands(text):
 
 
 def test_html_and_pictures_of_the_text_itself_are_shut_out(tmp_path, secret):
-    """Should anything slip through `literal`: the renderer passes no HTML, follows no link, embeds only what it is told."""
+    """Should anything slip through `literal`: the renderer passes no HTML and no link, embeds only named pictures."""
     (tmp_path / "own.png").write_bytes(b"\x89PNG")
-    text = '![a](own.png) ![b](../secret.txt) ![c](secret.txt) <b onclick="x">d</b> [e](javascript:f) <https://g.h> <u>i</u>\n\n<script>j</script>'
+    text = (
+        '![a](own.png) ![b](../secret.txt) ![c](secret.txt) <b onclick="x">d</b> [e](javascript:f) <https://g.h> '
+        "<u>i</u>\n\n<script>j</script>"
+    )
     html = page(text, "t", tmp_path, ["own.png"])
     assert html.count("<img") == 1 and 'alt="a"' in html and "<u>i</u>" in html
     assert (
@@ -249,7 +252,7 @@ def test_half_characters_do_not_end_a_report(tmp_path):
 
 @pytest.mark.parametrize("label", ["../up", "a/b", "x" * 101, ""])
 def test_labels_of_a_run_are_names_of_files(label):
-    with pytest.raises(ValueError, match="method.label: "):
+    with pytest.raises(ValueError, match=r"method\.label: "):
         require_name("method.label", label)
     assert require_name("method.label", "KNE-p=0.02, up_proj (É)") == "KNE-p=0.02, up_proj (É)"
 
@@ -261,6 +264,6 @@ def test_a_run_under_such_a_label_does_not_begin(tmp_path):
 
     request = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France", "index": 0}
     job = Run(make_llama(), make_tokenizer(), [request], {"../../up": tiny_hparams()}, "d", tmp_path / "out")
-    with pytest.raises(ValueError, match="method.label: '../../up'"):
+    with pytest.raises(ValueError, match=r"method\.label: '\.\./\.\./up'"):
         run(job)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Sweeps of scripts/run_benchmark.py: every job keeps its results, and what the report would refuse is refused first."""
+"""Sweeps of scripts/run_benchmark.py: every job keeps its results; what a report would refuse is refused first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import LLAMA_DOWN
 from omegaconf import OmegaConf
-from test_run_benchmark import ROOT, command, composed, environment, place, run  # noqa: F401  (place is a fixture)
+from test_run_benchmark import ROOT, command, composed, environment, place_fixture, run  # noqa: F401  (a fixture)
 
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.config import job_folder, job_of
@@ -80,7 +80,7 @@ def test_names_never_leave_their_folder(field, name):
 
 
 @pytest.mark.parametrize("launcher", ["two_workers"])
-def test_every_job_of_a_sweep_keeps_its_results(place, launcher):  # noqa: F811
+def test_every_job_of_a_sweep_keeps_its_results(place, launcher):
     """Over what the method's own settings do not say; with two workers they may not even meet in one folder."""
     out = f"swept-{launcher}"
     run(
@@ -104,7 +104,7 @@ def test_every_job_of_a_sweep_keeps_its_results(place, launcher):  # noqa: F811
     assert [len(collect([place / out]).of("records", label)) for label in ("FT-False", "FT-True")] == [2, 2]
 
 
-def test_a_longer_run_takes_over_the_lines_of_a_shorter_one_and_of_one_of_old(place):  # noqa: F811
+def test_a_longer_run_takes_over_the_lines_of_a_shorter_one_and_of_one_of_old(place):
     run(place, "longer", "benchmark/method@method=ft", "data.records=1", *FAST)
     (short,) = (place / "longer").rglob("results.jsonl")
     old = short.parents[2].with_name("FT")  # as folders were called when all settings were the shipped ones
@@ -120,7 +120,7 @@ MODULES = f'++method.settings.target_modules=["{LLAMA_DOWN}"],["model.layers.{{}
 
 
 @pytest.mark.parametrize("launcher", ["basic", "two_workers"])
-def test_a_sweep_whose_report_would_be_refused_does_not_start(place, launcher):  # noqa: F811
+def test_a_sweep_whose_report_would_be_refused_does_not_start(place, launcher):
     out = f"refused-{launcher}"
     arguments = command(place, out, "benchmark/method@method=kne", MODULES, f"hydra/launcher={launcher}")
     done = subprocess.run(arguments, cwd=place, env=environment(place), capture_output=True, text=True, timeout=300)
@@ -178,7 +178,7 @@ def test_odd_values_in_a_configuration_are_named(override, message):
         job_of(settings(override), ROOT / "hparams")
 
 
-def test_relative_paths_mean_where_the_command_was_given_whatever_hydra_does(place):  # noqa: F811
+def test_relative_paths_mean_where_the_command_was_given_whatever_hydra_does(place):
     run(
         place,
         "moved",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -15,6 +16,7 @@ from kne_easyedit.benchmark.intervals import interval, paired
 from kne_easyedit.benchmark.markdown_report import _quoted, _ranked
 from kne_easyedit.benchmark.publish import publish
 from kne_easyedit.benchmark.tables import figures
+from kne_easyedit.metrics import METRICS
 
 PRE = {
     "rewrite_acc": [0.25],
@@ -109,7 +111,7 @@ def test_what_records_share_cancels_out_of_a_difference():
     generator = numpy.random.default_rng(2)
     hardness = generator.normal(0, 30, 60)
     ours = {i: h + 5 + generator.normal(0, 1) for i, h in enumerate(hardness)}
-    theirs = {i: h for i, h in enumerate(hardness)} | {"only theirs": 1000.0}
+    theirs = dict(enumerate(hardness)) | {"only theirs": 1000.0}
     difference = paired(ours, theirs)
     assert difference.records == 60
     assert 4 < difference.low < difference.mean < difference.high < 6
@@ -137,7 +139,7 @@ def test_settings_never_mix(tmp_path):
     write(tmp_path / "a/results.jsonl", [line("KNE", 0, 1.0)])
     write(tmp_path / "b/results.jsonl", [line("KNE", 1, 1.0, fingerprint="other")])
     with pytest.raises(
-        ValueError, match="a/results.jsonl and .*b/results.jsonl: KNE on counterfact under different settings"
+        ValueError, match=r"a/results\.jsonl and .*b/results\.jsonl: KNE on counterfact under different settings"
     ):
         collect([tmp_path])
 
@@ -264,7 +266,9 @@ def test_the_command(found, tmp_path, capsys):
 
 
 def test_equal_figures_rank_alike():
-    assert _ranked([50.0, 99.999, 100.0, None, 50.001]) == [
+    up, down = (replace(METRICS[0], better=better) for better in ("up", "down"))
+    assert _ranked([1.0, 2.0, 3.0], down) == ["**1.00**", "<u>2.00</u>", "3.00"]
+    assert _ranked([50.0, 99.999, 100.0, None, 50.001], up) == [
         "<u>50.00</u>",
         "**100.00**",
         "**100.00**",

@@ -7,8 +7,8 @@ import logging
 
 import pytest
 from conftest import tiny_hparams
+from runs import counting, job_fixture, lines_of, record  # noqa: F401  (a fixture)
 from test_report import line, write
-from test_runner import counting, job, lines_of, record  # noqa: F401  (job is a fixture)
 
 from kne_easyedit.benchmark import run
 from kne_easyedit.benchmark.collect import collect
@@ -45,7 +45,7 @@ def test_separators_within_a_text_end_no_line(tmp_path, mark):
     publish(collect([path]), tmp_path / "report")
 
 
-def test_a_run_with_separators_in_its_texts_goes_on(job, monkeypatch, capsys):  # noqa: F811
+def test_a_run_with_separators_in_its_texts_goes_on(job, monkeypatch, capsys):
     from kne_easyedit.benchmark import runner
 
     job.requests[0] = {**job.requests[0], "target_new": "Rome"}
@@ -87,7 +87,7 @@ def test_only_the_torn_end_of_a_killed_run_goes(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("content", [b"", b'{"metrics": {', b"[]", b'{"metrics": {}}', b"\xff"])
-def test_torn_figures_before_the_edit_are_computed_again(job, monkeypatch, caplog, content):  # noqa: F811
+def test_torn_figures_before_the_edit_are_computed_again(job, monkeypatch, caplog, content):
     run(job)
     expected = lines_of(job)
     (first, *_) = sorted((job.folder / "before").glob("*.json"))
@@ -105,7 +105,7 @@ def test_torn_figures_before_the_edit_are_computed_again(job, monkeypatch, caplo
 
 
 @pytest.mark.parametrize("form", ["relative", "absolute", "~", "variable"])
-def test_a_file_counts_by_what_it_holds_and_lies_where_the_command_was_given(job, tmp_path, monkeypatch, form):  # noqa: F811
+def test_a_file_counts_by_what_it_holds_and_lies_where_the_command_was_given(job, tmp_path, monkeypatch, form):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -132,7 +132,7 @@ def test_a_file_counts_by_what_it_holds_and_lies_where_the_command_was_given(job
     assert run_with("") != first  # the same name with another content
 
 
-def test_a_relative_ensemble_is_read_within_a_run(job, tmp_path, monkeypatch):  # noqa: F811
+def test_a_relative_ensemble_is_read_within_a_run(job, tmp_path, monkeypatch):
     run(job)
     (job.folder / "ensemble.json").rename(tmp_path / "mine.json")
     monkeypatch.chdir(tmp_path)
@@ -151,7 +151,7 @@ THREE = [
 
 
 def test_a_record_under_three_seeds_is_no_new_knowledge(tmp_path):
-    """Every line three times: neither the mean nor its interval moves (quarters and their means are exact), nor does the number of records."""
+    """Every line three times: mean, interval (quarters and their means are exact) and number of records stay."""
     write(tmp_path / "one/results.jsonl", ONE)
     write(tmp_path / "three/results.jsonl", THREE)
     one, three = (figures(collect([tmp_path / name]))["counterfact"]["KNE"] for name in ("one", "three"))
@@ -162,7 +162,7 @@ def test_a_record_under_three_seeds_is_no_new_knowledge(tmp_path):
 
 
 def test_the_interval_is_that_of_a_cluster_bootstrap():
-    """Against numpy, record by record, with different numbers of seeds; drawing lines instead of records would be narrower."""
+    """Against numpy, record by record, with different numbers of seeds; drawing lines would give a narrower one."""
     import numpy
 
     values = [0.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.25, 0.25, 1.0, 1.0, 1.0, 0.75, 0.0, 0.0]
@@ -183,7 +183,7 @@ def test_the_interval_is_that_of_a_cluster_bootstrap():
 
 def test_differences_draw_records_too():
     ours = {(record, seed): s for record, s in enumerate(SUCCESS) for seed in range(3)}
-    theirs = {key: 0.5 for key in ours}
+    theirs = dict.fromkeys(ours, 0.5)
     once = paired(dict(enumerate(SUCCESS)), dict.fromkeys(range(7), 0.5))
     assert paired(ours, theirs, lambda key: key[0]) == once
 
@@ -203,7 +203,7 @@ def test_other_settings_are_never_averaged_whatever_the_seed(tmp_path, changes):
         collect([tmp_path])
 
 
-def test_lines_of_a_run_say_what_seeds_may_differ_in(job):  # noqa: F811
+def test_lines_of_a_run_say_what_seeds_may_differ_in(job):
     settings = {}
     for name, changes in {"seed": {"seed": 7}, "template": {"chat_template": True}, "first": {}}.items():
         job.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -13,7 +13,7 @@ import pytest
 from conftest import HANGS, make_llama, make_tokenizer, with_same_threads
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_runner import record
+from runs import record
 
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.config import job_of, shard_of
@@ -29,8 +29,8 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", name="place")
+def place_fixture(tmp_path_factory) -> Path:
     """A folder with a model, three records and facts to localise on."""
     folder = tmp_path_factory.mktemp("benchmark")
     make_llama().save_pretrained(folder / "tiny-model")
@@ -73,7 +73,7 @@ def figures_of(folder: Path) -> list[dict]:
     drop = ("seconds", "peak_bytes")
     return sorted(
         ({k: v for k, v in line.items() if k not in drop} for line in collect([folder]).lines),
-        key=lambda l: (l["method"], l["index"]),
+        key=lambda line: (line["method"], line["index"]),
     )
 
 
@@ -251,11 +251,11 @@ def test_text_for_second_moments_comes_from_facts_that_are_not_edited(place, mon
         config = composed(f"benchmark/method@method={method}", *common)
         config = OmegaConf.masked_copy(config, [name for name in config if name != "hydra"])
         jobs[method] = job_of(OmegaConf.to_container(config, resolve=True), ROOT / "hparams")
-    assert jobs["memit"].second_moment_prompts == ["The capital of Italy is", "The capital of Rome is"]
-    assert jobs["ft"].second_moment_prompts is None  # needs no other facts, so none are asked for
+    assert jobs["memit"].moments_text.prompts == ("The capital of Italy is", "The capital of Rome is")
+    assert jobs["ft"].text_source.prompts == ()  # needs no other facts, so none are asked for
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0", ""])
 def test_a_shard_that_is_none(text):
-    with pytest.raises(ValueError, match="shard: .* is no part i/n"):
+    with pytest.raises(ValueError, match=r"shard: .* is no part i/n"):
         shard_of(text)

@@ -18,8 +18,8 @@ from kne_easyedit.models.loading import load_model
 pytestmark = pytest.mark.easyedit
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
+@pytest.fixture(name="tiny")
+def tiny_fixture(tmp_path, monkeypatch):
     """A tiny model on disk, its hyperparameter file, and two records."""
     monkeypatch.chdir(tmp_path)
     make_llama().save_pretrained(tmp_path / "tiny-model")
@@ -112,7 +112,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kne_easyedit.benchmark.run", interrupted)
+    monkeypatch.setattr("kne_easyedit.cli.comparison.run", interrupted)
     assert kne("run", "--data", "records.json", "--methods", "KNE", "--hparams", "kne.yaml") == 130
     assert "goes on where it stopped" in capsys.readouterr().err
 

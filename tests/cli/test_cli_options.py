@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import kne, tiny  # noqa: F401  (tiny is a fixture)
+from test_cli import kne, tiny_fixture  # noqa: F401  (a fixture)
 
 from kne_easyedit import cli
 from kne_easyedit._util.progress import suppress_progress_bars
@@ -24,7 +24,7 @@ def manifest(folder: Path) -> dict:
     return json.loads((folder / "out/manifest.json").read_text())
 
 
-def test_run_takes_what_its_sisters_take(tiny):  # noqa: F811
+def test_run_takes_what_its_sisters_take(tiny):
     (tiny / "tiny-model").rename(tiny / "elsewhere")
     assert kne(*RUN, "--model", "elsewhere", "--modules", UP, "--set", "num_steps=3", "KNE.stop_loss=0") == 0
     found = manifest(tiny)
@@ -33,7 +33,7 @@ def test_run_takes_what_its_sisters_take(tiny):  # noqa: F811
     assert (settings["target_modules"], settings["num_steps"], settings["stop_loss"]) == ([UP], 3, 0)
 
 
-def test_one_file_with_a_model_of_ones_own_serves_baselines_too(tiny):  # noqa: F811
+def test_one_file_with_a_model_of_ones_own_serves_baselines_too(tiny):
     arguments = [*RUN, "--set", "FT.layers=[2]", "FT.num_steps=2", "FT.lr=1e-3"]
     arguments[arguments.index("KNE")] = "KNE,FT"
     assert kne(*arguments) == 0
@@ -41,19 +41,20 @@ def test_one_file_with_a_model_of_ones_own_serves_baselines_too(tiny):  # noqa: 
     assert (found["layers"], found["num_steps"], found["lr"]) == ([2], 2, 1e-3)
 
 
-def test_a_shipped_file_that_does_not_fit_the_model_is_refused_before_the_run(tiny, capsys):  # noqa: F811
+def test_a_shipped_file_that_does_not_fit_the_model_is_refused_before_the_run(tiny, capsys):
     arguments = [*RUN]
     arguments[arguments.index("KNE")] = "KNE,FT"
     assert kne(*arguments) == 1
     error = capsys.readouterr().err
     assert re.search(
-        r"FT: the shipped \S*FT/smollm2-135m.yaml does not fit this model: layers: \[21\] out of range; .*--set FT.NAME=VALUE",
+        r"FT: the shipped \S*FT/smollm2-135m.yaml does not fit this model: layers: \[21\] out of range; "
+        r".*--set FT.NAME=VALUE",
         error,
     )
     assert not (tiny / "out").exists()
 
 
-def test_two_files_with_different_models_are_told_apart(tiny, capsys):  # noqa: F811
+def test_two_files_with_different_models_are_told_apart(tiny, capsys):
     (tiny / "ft.yaml").write_text((ROOT / "hparams/FT/smollm2-135m.yaml").read_text())
     assert kne("run", "--data", "records.json", "--hparams", "kne.yaml", "ft.yaml") == 1
     error = capsys.readouterr().err
@@ -106,7 +107,7 @@ def test_two_files_with_different_models_are_told_apart(tiny, capsys):  # noqa: 
         ),
     ],
 )
-def test_odd_values_are_one_clear_line(tiny, capsys, arguments, message):  # noqa: F811
+def test_odd_values_are_one_clear_line(tiny, capsys, arguments, message):
     ft = (ROOT / "hparams/FT/smollm2-135m.yaml").read_text()
     (tiny / "ft.yaml").write_text(ft)
     (tiny / "unknown.yaml").write_text(ft.replace("num_steps: 25", "nonsense: 25"))
@@ -123,7 +124,7 @@ def test_odd_values_are_one_clear_line(tiny, capsys, arguments, message):  # noq
     "arguments",
     [["--records", "0"], ["--records", "x"], ["--title", "caf\udce9"], ["--out", "a\x00b"], ["--batch-size", "0"]],
 )
-def test_what_the_parser_refuses(tiny, capsys, arguments):  # noqa: F811
+def test_what_the_parser_refuses(tiny, capsys, arguments):
     command = ["report", "."] if "--title" in arguments else RUN
     with pytest.raises(SystemExit) as refused:
         kne(*command, *arguments)
@@ -133,7 +134,7 @@ def test_what_the_parser_refuses(tiny, capsys, arguments):  # noqa: F811
 
 @pytest.mark.parametrize("content", [bytes(range(256)), b"a: [1, 2", b"- 1", b"[" * 5000, b""])
 @pytest.mark.parametrize("command", ["localize", "explain"])
-def test_files_that_hold_no_settings(tiny, capsys, command, content):  # noqa: F811
+def test_files_that_hold_no_settings(tiny, capsys, command, content):
     (tiny / "odd.yaml").write_bytes(content)
     for path in ("odd.yaml", "."):
         assert kne(command, "--hparams", path, "--size", "1") == 1
@@ -144,7 +145,7 @@ def test_files_that_hold_no_settings(tiny, capsys, command, content):  # noqa: F
 @pytest.mark.parametrize(
     "command", [["localize", "--size", "1"], ["explain", "--size", "1"], ["report", "."], ["data", "fetch"]]
 )
-def test_a_file_in_the_place_of_the_results(tiny, capsys, command):  # noqa: F811
+def test_a_file_in_the_place_of_the_results(tiny, capsys, command):
     assert cli.main([*command, "--out", "kne.yaml"]) == 1
     assert "--out: kne.yaml is a file, wanted is a folder" in capsys.readouterr().err
 
@@ -152,7 +153,7 @@ def test_a_file_in_the_place_of_the_results(tiny, capsys, command):  # noqa: F81
 # The screen
 
 
-def test_the_screen_shows_our_bars_and_no_others(tiny, capfd):  # noqa: F811
+def test_the_screen_shows_our_bars_and_no_others(tiny, capfd):
     assert kne(*RUN) == 0
     out, error = capfd.readouterr()
     bars = set(re.findall(r"(?:^|\r|\n)([^\r\n:]+): +\d+%", error))

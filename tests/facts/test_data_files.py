@@ -21,7 +21,7 @@ from kne_easyedit.facts.encoding import chat_prompt, encode, encode_request
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.facts.records import BadRecord, load_records, load_requests, require_evaluable, to_request
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.metrics import begins_with
+from kne_easyedit.benchmark.answers import begins_with
 
 CASES = Path(os.environ.get("KNE_CASES", Path(__file__).parents[3] / "shared/cases"))
 FACT = {"subject": "Peru", "prompt": "The capital of Peru is", "target_new": "Oslo", "ground_truth": "Lima"}

@@ -1,0 +1,44 @@
+"""Names and order of methods and data sets in results, reports and file names, by the labels in result lines."""
+
+from __future__ import annotations
+
+from kne_easyedit.bridge.methods import METHODS
+from kne_easyedit.bridge.methods import NAME as KNE
+
+_DATA_SETS = {
+    "test_cf": "counterfact",
+    "ZsRE-test-all": "zsre",
+    "recent_test": "recent",
+    "train_cf": "counterfact (train)",
+    "recent_train": "recent (train)",
+}
+"""File of KnowEdit, without its ending -> name of the data set. The first three are the paper's, in its order."""
+_PAPER_DATA_SETS = list(_DATA_SETS.values())[:3]
+_BASELINES = [label for label in METHODS if label != KNE]
+"""The paper's first, in the order of its tables."""
+
+
+def data_name(stem: str) -> str:
+    """The data set of a file, by the file's name without its ending."""
+    return _DATA_SETS.get(stem, stem)
+
+
+def data_set_order(name: str) -> tuple:
+    """Sorting key of data sets: the paper's order, others behind."""
+    return _PAPER_DATA_SETS.index(name) if name in _PAPER_DATA_SETS else len(_PAPER_DATA_SETS), name
+
+
+def method_order(label: str) -> tuple:
+    """Sorting key of methods: baselines in the paper's order, others behind, KNE and its variants last."""
+    known = _BASELINES.index(label) if label in _BASELINES else len(_BASELINES)
+    return is_kne(label), known, label
+
+
+def is_kne(label: str) -> bool:
+    """Whether a label is KNE's or that of a variant of it."""
+    return label == KNE or label.startswith(f"{KNE}-")
+
+
+def suffix(label: str) -> str:
+    """What the names of a KNE variant's files end with; those of KNE itself have plain names."""
+    return "" if label == KNE else f"-{label}"

@@ -1,0 +1,199 @@
+"""The schema of the lines that a run writes: of ``results.jsonl`` and of ``retention.jsonl``. Built and read only here.
+
+Lines without ``schema_version`` were written before there was one; `parse_result` brings them to the present schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from kne_easyedit.benchmark.answers import begins_with
+from kne_easyedit.benchmark.checks import LONGEST, is_int, require
+from kne_easyedit.benchmark.job import Run
+from kne_easyedit.benchmark.unedited import Unedited
+from kne_easyedit.metrics import check_metrics, is_number, own_metrics
+
+VERSION = 1
+"""Of the schema. It goes up when a field changes its meaning; a field that is only added leaves it as it is."""
+
+
+class LineHead(TypedDict):
+    """What says which run, method and record a line is of."""
+
+    schema_version: int
+    fingerprint: str
+    """Digest of everything that the method's results depend on, the single record apart."""
+    settings: str | None
+    """The fingerprint without the seed. None in lines written before it was added."""
+    method: str
+    """Its label in the run."""
+    index: int
+    """Number of the record in its file."""
+    record: str
+    """Digest of the record's content."""
+
+
+class ResultLine(LineHead):
+    """One record edited by one method. What lines of earlier versions may lack is None there."""
+
+    data: str | None
+    """Name of the data file without its ending; in a `Collection` the data set's name."""
+    seed: int | None
+    mode: str | None
+    batch_size: int | None
+    chat_template: bool | None
+    prompt: str | None
+    subject: str | None
+    target_new: str | None
+    seconds: float | None
+    """To compute and write the edit; in a batch, the batch's divided by its size."""
+    peak_bytes: int | None
+    """Peak memory of the edit above what was held before; measured for a method's first edit only."""
+    losses: list[float] | None
+    """Of the training steps."""
+    before: str | None
+    """The free greedy answer of the unedited model."""
+    after: str | None
+    """The free greedy answer after the edit."""
+    exact_match: float | None
+    """1.0 if ``after`` begins with ``target_new``, else 0.0."""
+    metrics: dict[str, Any]
+    """EasyEdit's, before (``pre``) and after (``post``) the edit."""
+
+
+class RetentionLine(LineHead):
+    """One record of a sequence evaluated again."""
+
+    after: int
+    """Number of edits that had been made."""
+    metrics: dict[str, Any]
+    """EasyEdit's, after them (``post``)."""
+
+
+def line_head(*, fingerprint: str, settings: str, method: str, index: int, record: str) -> LineHead:
+    """The head of a line of the present schema."""
+    return {
+        "schema_version": VERSION,
+        "fingerprint": fingerprint,
+        "settings": settings,
+        "method": method,
+        "index": index,
+        "record": record,
+    }
+
+
+def result_line(
+    head: LineHead,
+    job: Run,
+    request: Mapping[str, Any],
+    unedited: Unedited,
+    answer: str,
+    post: dict,
+    *,
+    seconds: float,
+    peak_bytes: int | None,
+    losses: Sequence[float],
+) -> ResultLine:
+    """The line of one record edited by one method.
+
+    Args:
+        head: Which run, method and record.
+        job: The run.
+        request: The record as it was edited.
+        unedited: Metrics and answer of the unedited model.
+        answer: The free greedy answer after the edit.
+        post: EasyEdit's metrics after the edit, compared with those before.
+        seconds: To compute and write the edit.
+        peak_bytes: Its peak memory; None if it was not measured.
+        losses: Of the training steps; empty for a method that has none.
+    """
+    return {
+        **head,
+        "data": Path(job.data).stem,
+        "seed": job.seed,
+        "mode": job.mode,
+        "batch_size": job.batch_size,
+        "chat_template": job.chat_template,
+        "prompt": request["prompt"],
+        "subject": request["subject"],
+        "target_new": request["target_new"],
+        "seconds": seconds,
+        "peak_bytes": peak_bytes,
+        "losses": [round(loss, 4) for loss in losses],
+        "before": unedited["answer"],
+        "after": answer,
+        "exact_match": float(begins_with(answer, request["target_new"])),
+        "metrics": {"pre": _without_outputs(unedited["metrics"]), "post": post},
+    }
+
+
+def retention_line(head: LineHead, after: int, post: dict) -> RetentionLine:
+    """The line of one record evaluated again after so many edits."""
+    return {**head, "after": after, "metrics": {"post": post}}
+
+
+def parse_result(line: Mapping[str, Any]) -> ResultLine:
+    """A line of ``results.jsonl`` in the present schema.
+
+    Args:
+        line: A JSON object of this version, or of an earlier one: what it lacks is None in the result.
+
+    Raises:
+        ValueError: Names the field, for a line that no report can be made of, or one of a later version.
+    """
+    for name in _REQUIRED:
+        if name not in line:
+            raise ValueError(f"has no {name!r}; wanted is a results.jsonl of `kne run` or run_benchmark.py")
+    if not is_readable(line):
+        found = line.get("schema_version")
+        raise ValueError(f"schema_version: {found!r}; this version of kne_easyedit reads up to {VERSION}: update it")
+    for name in _TEXTS:
+        require(line.get(name) is None or isinstance(line[name], str), name, line.get(name), "a text")
+    for name in ("method", "fingerprint", "record"):
+        require(bool(line[name]), name, line[name], "a text that is not empty")
+    for name in ("method", "data", "mode"):
+        text = line.get(name) or ""
+        require(len(text) <= LONGEST and text.isprintable(), name, text, f"one line of at most {LONGEST} characters")
+    require(is_int(line["index"]), "index", line["index"], "a number of a record")
+    require(line.get("seed") is None or is_int(line["seed"]), "seed", line.get("seed"), "a whole number")
+    for name in (metric.path[0] for metric in own_metrics()):
+        require(line.get(name) is None or is_number(line[name]), name, line.get(name), "a finite number")
+    losses = line.get("losses")
+    # A loss may be NaN: an edit that diverges is a finding.
+    numbers = losses is None or (isinstance(losses, list) and all(isinstance(x, float) or is_number(x) for x in losses))
+    require(numbers, "losses", losses, "a list of numbers")
+    try:
+        check_metrics(line["metrics"])
+    except ValueError as error:
+        raise ValueError(f"has {error}") from error
+    return cast(ResultLine, {**dict.fromkeys(ResultLine.__annotations__), **line, "schema_version": VERSION})
+
+
+def is_readable(line: Mapping[str, Any]) -> bool:
+    """Whether a line's version is this one or an earlier one."""
+    version = line.get("schema_version", 0)
+    return is_int(version) and 0 <= version <= VERSION
+
+
+_REQUIRED = ("method", "metrics", "fingerprint", "index", "record")
+_TEXTS = (
+    "fingerprint",
+    "method",
+    "record",
+    "data",
+    "mode",
+    "settings",
+    "prompt",
+    "subject",
+    "target_new",
+    "before",
+    "after",
+)
+
+
+def _without_outputs(metrics: dict) -> dict:
+    """The metrics without the predicted tokens, which only serve the comparison."""
+    locality = {name: values for name, values in metrics.get("locality", {}).items() if not name.endswith("_output")}
+    return {**metrics, "locality": locality}
