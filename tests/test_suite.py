@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import os
 import re
 import subprocess
@@ -114,13 +113,3 @@ def test_a_unit_test_that_imports_easyedit_or_converts_the_model_fails_and_says_
 def test_no_session_of_several_workers_passes_that_did_not_run_its_tests(tmp_path, source, said):
     done = pytest_on(tmp_path, source, "-n", "2", "--dist", "worksteal")
     assert done.returncode != 0 and said in done.stdout, done.stdout + done.stderr
-
-
-# What is installed
-
-
-def test_every_package_of_the_tests_is_pinned():
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / ".ci/constraints.txt").read_text(), re.MULTILINE))
-    assert {*config["options.extras_require"]["test"].split(), "execnet"} <= pinned.keys()
