@@ -23,7 +23,7 @@ ROOT = HERE.parent
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_sums_in_another_order_are_equal_up_to_rounding_and_a_wrong_term_is_not(dtype, scale):
-    """Whatever the magnitude and the type: a limit that fits one number alone would be too wide or too narrow elsewhere."""
+    """Whatever the magnitude and the type: a limit for one number alone would fit no other."""
     a, b = (torch.randn(50, 40, generator=torch.Generator().manual_seed(seed)).to(dtype) * scale for seed in (1, 2))
     one, other = a.T @ b, sum(torch.outer(x, y) for x, y in zip(a.flip(0), b.flip(0)))
     assert roundings(one, other) < ONE_SUM
