@@ -71,7 +71,7 @@ test-wheel: dist
 	build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(UNRESOLVED)
 	cd build/wheel && venv/bin/kne demo --records $(RECORDS)
 
-$(READY): setup.cfg pyproject.toml .ci/constraints.txt .ci/oldest.txt
+$(READY): setup.cfg .ci/constraints.txt .ci/oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[$(RUN_EXTRAS)]'
 	$(PIP) install --quiet --no-deps $(UNRESOLVED)

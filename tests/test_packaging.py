@@ -18,6 +18,8 @@ import yaml
 from conftest import HANGS
 from packaging.requirements import Requirement
 
+from kne_easyedit import __version__
+
 ROOT = Path(__file__).parents[1]
 COPIED = ("*.cff", "*.in", "*.md", "*.toml", "LICENSE", "Makefile", "hparams", "kne_easyedit", "setup.cfg", "tests")
 """The sources of a distribution: everything else here is made of them, or is not published."""
@@ -57,6 +59,14 @@ def packages(config: configparser.ConfigParser) -> dict[str, Path]:
 def test_every_folder_of_modules_is_a_package_that_is_installed(config):
     folders = {path.parent for path in (ROOT / "kne_easyedit").rglob("__init__.py")}
     assert {*folders, ROOT / "hparams"} == set(packages(config).values())
+    assert all((folder / "__init__.py").is_file() for folder in packages(config).values())
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert citation["version"] == __version__ and citation["preferred-citation"]["url"].endswith("/2412.20637")
+    assert f"## [{__version__}] - {citation['date-released']}" in changelog
 
 
 def left_out(config: configparser.ConfigParser) -> list[str]:
@@ -186,10 +196,26 @@ def test_the_wheel_holds_the_package_its_data_and_nothing_else(built):
         f"kne_easyedit/{path.relative_to(ROOT / 'kne_easyedit')}" for path in (ROOT / "kne_easyedit").rglob("*.py")
     }
     shipped |= {"kne_easyedit/facts/facts.json", "kne_easyedit/benchmark/paper.json", "kne_easyedit/py.typed"}
-    settings = [path.relative_to(ROOT / "hparams") for path in (ROOT / "hparams").rglob("*") if path.is_file()]
+    settings = {path.relative_to(ROOT / "hparams") for path in (ROOT / "hparams").rglob("*") if path.is_file()}
     shipped |= {f"kne_easyedit/shipped_hparams/{path}" for path in settings if path.suffix != ".pyc"}
     assert {name for name in files if ".dist-info/" not in name} == shipped
     assert files["kne_easyedit/facts/facts.json"] == (ROOT / "kne_easyedit/facts/facts.json").read_bytes()
+
+
+def test_an_installed_package_finds_its_settings_and_data(built, tmp_path):
+    """Run from the unpacked wheel, with no checkout around it."""
+    with zipfile.ZipFile(built[0]) as archive:
+        archive.extractall(tmp_path)
+    program = """
+from pathlib import Path
+import kne_easyedit
+from kne_easyedit.cli.common import shipped
+from kne_easyedit.facts import load_records
+assert Path(kne_easyedit.__file__).parents[1] == Path.cwd(), kne_easyedit.__file__
+print((shipped() / "KNE/smollm2-135m.yaml").is_file(), len(load_records("embedded")[0]) > 20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
+    assert done.stdout == "True True\n", done.stderr[-2000:]
 
 
 def test_the_wheel_says_what_it_needs_and_brings_the_command_and_the_licence(built, config):
