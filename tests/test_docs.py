@@ -47,7 +47,7 @@ def run_block(block: str, namespace: dict) -> None:
 @pytest.mark.model
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_blocks_run_as_printed(page, real_folder, tmp_path, monkeypatch):
-    """On the real model; blocks of a page build on those before. They run where they may leave files, beside our hparams."""
+    """On the real model; blocks of a page build on those before, and run in a folder where they may leave files."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hparams").symlink_to(ROOT / "hparams")
     namespace = {"__name__": "__main__"}

@@ -56,7 +56,9 @@ def imports(path: Path, known: set[str]) -> Iterator[str]:
                     yield name if name in known else base
         elif isinstance(node, ast.Import):
             yield from (
-                alias.name.removeprefix("kne_easyedit.") for alias in node.names if alias.name.startswith("kne_easyedit.")
+                alias.name.removeprefix("kne_easyedit.")
+                for alias in node.names
+                if alias.name.startswith("kne_easyedit.")
             )
 
 
