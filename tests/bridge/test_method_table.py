@@ -120,7 +120,7 @@ def test_the_labels_of_variants():
 
 
 EXCEPTIONS = {
-    "cli/run.py": {"FT"},  # the two methods of `kne demo`
+    "cli/demo.py": {"FT"},  # the two methods of `kne demo`
 }
 """Method names that a module may contain: a choice of methods, no trait of one."""
 
