@@ -30,7 +30,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from kne_easyedit.attribution import replay
+from kne_easyedit.attribution import attention
 from kne_easyedit.attribution.engine import attribute, attribute_facts
 from kne_easyedit.attribution.quadrature import riemann
 from kne_easyedit.attribution.replay import ReplayMismatch, UnsupportedModel
@@ -443,4 +443,4 @@ class TestTemplates:
         attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, 1)
         assert llama.config._attn_implementation == "sdpa"
         with pytest.raises(LookupError):
-            replay._PREFIX.get()
+            attention.PREFIX.get()
