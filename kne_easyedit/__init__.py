@@ -1,8 +1,7 @@
 """KNE, Knowledge Neuronal Ensemble (arXiv 2412.20637), as a plugin of EasyEdit.
 
-What this module names is the public API. Data flows one way through the rooms: facts -> models -> attribution ->
-localization -> editing -> bridge (EasyEdit) -> benchmark -> doctor, cli. Importing the package imports neither EasyEdit
-nor matplotlib.
+`__all__` is the public API. Data flows one way through the rooms: facts -> models -> attribution -> localization ->
+editing -> bridge (EasyEdit) -> benchmark -> doctor, cli. Importing the package imports neither EasyEdit nor matplotlib.
 """
 
 from kne_easyedit._version import __version__

@@ -1,12 +1,13 @@
-"""Measure edits. Every figure of docs/performance.md on editing comes from one of these commands.
+"""Measures edits. Every figure on editing in docs/performance.md comes from one of these commands.
 
     python scripts/bench_editing.py step      # one training step against a plain forward and backward pass
     python scripts/bench_editing.py profile   # where an edit's time goes
     python scripts/bench_editing.py methods   # seconds an edit: KNE, and EasyEdit's FT and AdaLoRA
-    python scripts/bench_editing.py workers   # threads of one process against processes of one thread; --busy: beside other work
+    python scripts/bench_editing.py workers   # threads of one process against processes of one thread; --busy: on a
+                                              # machine that has other work
     python scripts/bench_editing.py memory    # memory above the weights for Llama-2-7B's architecture, by calculation
 
-What is compared is interleaved, and medians are taken: machines are noisy. The facts are the first of --data.
+Measurements are interleaved, and medians are taken: machines are noisy. The facts are the first of --data.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +38,7 @@ from kne_easyedit.editing.adapter import ADAPTER, row_adapter
 from kne_easyedit.editing.objectives import answer_loss
 from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.editing.row_training import train_rows
-from kne_easyedit.facts.encoding import collate, encode_request
+from kne_easyedit.facts.encoding import IGNORE, Batch, Tokenizer, collate, encode_request
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.localization.localizer import find_ensemble
 from kne_easyedit.models.devices import device_of
@@ -44,6 +47,7 @@ from kne_easyedit.models.state import preserve_state
 
 
 def main() -> None:
+    """Runs one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hparams", type=Path, default=shipped() / "KNE" / "smollm2-135m.yaml")
     parser.add_argument("--data", default="embedded")
@@ -73,51 +77,59 @@ def main() -> None:
     )
 
 
-def step(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int) -> None:
+def step(
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int
+) -> None:
     """One step of KNE (loss, gradients of the rows, AdamW) against loss and gradients of the embedded prompt only."""
     ensemble, ratios = find_ensemble(model, tokenizer, requests, hparams), []
     for request in requests:
         batch = collate([encode_request(tokenizer, request)]).to(device_of(model))
-
-        def plain() -> None:
-            embedded = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_(True)
-            with torch.enable_grad():
-                out = model(inputs_embeds=embedded, attention_mask=batch.attention_mask, use_cache=False)
-                answers = batch.labels[:, 1:] != -100
-                loss = nn.functional.cross_entropy(out.logits[:, :-1][answers].float(), batch.labels[:, 1:][answers])
-                torch.autograd.grad(loss, embedded)
-
         with preserve_state(model):
             times: dict[str, list[float]] = {"KNE": [], "plain": []}
             for _ in range(repeats + 1):
-                times["plain"].append(timed(plain))
+                times["plain"].append(timed(partial(plain_pass, model, batch)))
                 with row_adapter(model, ensemble, hparams) as layers:
                     parameters = [layer.lora_A[ADAPTER].weight for layer in layers.values()]
-                    optimizer = torch.optim.AdamW(parameters, lr=hparams.lr)
-
-                    def trained() -> None:
-                        with torch.enable_grad():
-                            loss = answer_loss(model, batch)
-                            loss.item()
-                            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-                                parameter.grad = gradient
-                            optimizer.step()
-
-                    trained()  # AdamW makes its moments in the first step
+                    trained = partial(training_step, model, batch, torch.optim.AdamW(parameters, lr=hparams.lr))
+                    trained()  # AdamW creates its moments in the first step
                     times["KNE"].append(median(timed(trained) for _ in range(3)))
         kne, without = (median(values[1:]) for values in (times["KNE"], times["plain"]))
         ratios.append(kne / without)
         print(
-            f"{batch.input_ids.shape[1]:>3} tokens: KNE {1000 * kne:6.1f} ms, plain {1000 * without:6.1f} ms, ratio {ratios[-1]:.2f}"
+            f"{batch.input_ids.shape[1]:>3} tokens: KNE {1000 * kne:6.1f} ms, plain {1000 * without:6.1f} ms, "
+            f"ratio {ratios[-1]:.2f}"
         )
     print(f"median ratio {median(ratios):.2f}")
 
 
-def profile(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int) -> None:
+def plain_pass(model: Any, batch: Batch) -> None:
+    """The answers' loss, and its gradient with respect to the embedded tokens."""
+    embedded = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_(True)
+    with torch.enable_grad():
+        out = model(inputs_embeds=embedded, attention_mask=batch.attention_mask, use_cache=False)
+        answers = batch.labels[:, 1:] != IGNORE
+        loss = nn.functional.cross_entropy(out.logits[:, :-1][answers].float(), batch.labels[:, 1:][answers])
+        torch.autograd.grad(loss, embedded)
+
+
+def training_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+    """What `train_rows` does in one step."""
+    parameters = optimizer.param_groups[0]["params"]
+    with torch.enable_grad():
+        loss = answer_loss(model, batch)
+        loss.item()
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
+        optimizer.step()
+
+
+def profile(
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int
+) -> None:
     """Share of an edit that is spent outside the model's forward passes and autograd."""
     inside = {"forward": 0.0, "backward": 0.0}
     shares = []
-    for request in requests * repeats:
+    for request in list(requests) * repeats:
         inside.update(forward=0.0, backward=0.0)
         with timing(model, "forward", inside, "forward"), timing(torch.autograd, "grad", inside, "backward"):
             start = time.perf_counter()
@@ -129,18 +141,21 @@ def profile(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEH
         restore(model, originals)
         shares.append(1 - sum(inside.values()) / total)
         print(
-            f"{total:5.2f} s, {edit.steps:>2} steps: forward {inside['forward'] / total:5.1%}, backward {inside['backward'] / total:5.1%}, "
-            f"writing the rows {writing / total:5.1%}, all outside {shares[-1]:5.1%}"
+            f"{total:5.2f} s, {edit.steps:>2} steps: forward {inside['forward'] / total:5.1%}, "
+            f"backward {inside['backward'] / total:5.1%}, writing the rows {writing / total:5.1%}, "
+            f"all outside {shares[-1]:5.1%}"
         )
     print(f"median outside forward and backward {median(shares):.1%}")
 
 
-def methods(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int) -> None:
+def methods(
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int
+) -> None:
     """Seconds an edit of three methods, on the same facts, taking turns."""
     from kne_easyedit import bridge
 
     settings = {"KNE": hparams} | {
-        m: bridge.load_method(m, shipped() / m / f"{arguments_model(hparams)}.yaml") for m in ("FT", "AdaLoRA")
+        m: bridge.load_method(m, shipped() / m / f"{model_file(hparams)}.yaml") for m in ("FT", "AdaLoRA")
     }
     found: dict[str, list[float]] = {method: [] for method in settings}
     steps: dict[str, list[int]] = {method: [] for method in settings}
@@ -153,24 +168,25 @@ def methods(model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEH
                     for method, its in settings.items():
                         with contextlib.redirect_stdout(io.StringIO()):
                             editor = bridge.MethodEditor(its, model, tokenizer)
-                            found[method].append(timed(lambda: editor.apply([request])))
+                            found[method].append(timed(partial(editor.apply, [request])))
                             steps[method].append(len(editor.losses))
                             editor.undo()
         finally:
             os.chdir(here)
     for method, values in found.items():
         print(
-            f"{method:<8} {median(values):6.2f} s an edit, {median(steps[method]):.0f} losses computed; {median(values) / median(found['KNE']):5.2f} of KNE's time"
+            f"{method:<8} {median(values):6.2f} s an edit, {median(steps[method]):.0f} losses computed; "
+            f"{median(values) / median(found['KNE']):5.2f} of KNE's time"
         )
 
 
 def workers(
-    model: nn.Module, tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int, busy: int
+    model: Any, tokenizer: Tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int, busy: int
 ) -> None:
     """Ten training steps and fifty tokens of text a fact: how many facts a minute by one process and by one a core."""
     ensemble, work = find_ensemble(model, tokenizer, requests, hparams), replace(hparams, num_steps=10, stop_loss=0.0)
 
-    def of_one_fact(request: dict):
+    def of_one_fact(request: dict) -> Iterator[str]:
         train_rows(model, [encode_request(tokenizer, request)], ensemble, work)
         tokens = tokenizer(request["prompt"], return_tensors="pt")
         model.generate(
@@ -183,6 +199,10 @@ def workers(
         "1 process, 1 thread": (1, 1),
         f"{available_cores()} processes, 1 thread each": (available_cores(), 1),
     }
+
+    def all_facts(processes: int) -> None:
+        list(run_parallel(of_one_fact, facts, processes))
+
     facts = (list(requests) * available_cores())[: 2 * available_cores()]
     found: dict[str, list[float]] = {name: [] for name in arrangements}
     with contextlib.ExitStack() as others:
@@ -192,10 +212,11 @@ def workers(
         for _ in range(repeats):
             for name, (processes, threads) in arrangements.items():
                 torch.set_num_threads(threads)
-                found[name].append(timed(lambda: list(run_parallel(of_one_fact, facts, processes))))
+                found[name].append(timed(partial(all_facts, processes)))
     for name, seconds in found.items():
         print(
-            f"{name:<28} {60 * len(facts) / median(seconds):6.1f} facts a minute, with {busy} other processes on {available_cores()} cores"
+            f"{name:<28} {60 * len(facts) / median(seconds):6.1f} facts a minute, with {busy} other processes on "
+            f"{available_cores()} cores"
         )
 
 
@@ -221,16 +242,17 @@ def memory() -> None:
         )
 
 
-def arguments_model(hparams: KNEHyperParams) -> str:
+def model_file(hparams: KNEHyperParams) -> str:
+    """The name of the shipped settings for the model."""
     return Path(str(hparams.model_name)).name
 
 
 @contextlib.contextmanager
-def timing(owner, name: str, into: dict[str, float], key: str):
+def timing(owner: Any, name: str, into: dict[str, float], key: str) -> Iterator[None]:
     """Adds the seconds that ``owner.name(...)`` takes to ``into[key]``."""
     original = getattr(owner, name)
 
-    def timed_call(*args, **kwargs):
+    def timed_call(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         try:
             return original(*args, **kwargs)
@@ -247,7 +269,8 @@ def timing(owner, name: str, into: dict[str, float], key: str):
             setattr(owner, name, original)
 
 
-def timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that ``work()`` takes."""
     start = time.perf_counter()
     work()
     if torch.cuda.is_available():

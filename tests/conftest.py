@@ -36,7 +36,7 @@ from kne_easyedit.models import smollm2 as real_model
 from kne_easyedit.models.targets import resolve_target
 
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
-WORDS = (
+WORDS = (  # noqa: SIM905  (a list of words reads worse)
     "The the capital language river name mother city of in is was to that through flows spoken What Where ? . "
     "France Spain Peru Italy Rome Paris Madrid Lima Latin Tiber and Marie Ada Oslo"
 ).split()
@@ -62,16 +62,16 @@ process imports one EasyEdit."""
 HERE = str(Path(__file__).parent)
 if HERE not in os.environ.get("PYTHONPATH", "").split(
     os.pathsep
-):  # processes that tests start find conftest and its kin, too
+):  # processes that tests start import conftest and the other helpers, too
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH"))))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads; a name that is none is then refused at once
 
 THREADS = int(os.environ.get("KNE_TEST_THREADS") or 1)
-"""Of torch in tests of tiny models, whose tensors wait for each other on several: on a busy machine that is 50 times
-slower. `make test-kernels` asks for more all the same: sums are then cut in other places."""
+"""Threads of torch in tests of tiny models: several wait for each other, on a busy machine 50 times as long. `make
+test-kernels` uses more on purpose: sums are then split in other places."""
 
 HANGS = 1800
-"""Seconds after which a process is taken to hang. No test takes a tenth of it on the slowest machine."""
+"""Seconds after which a process counts as hanging. No test takes a tenth of that on the slowest machine."""
 
 
 def with_same_threads() -> dict[str, str]:
@@ -82,12 +82,12 @@ def with_same_threads() -> dict[str, str]:
 # What a test needs
 
 TIERS = ("unit", "easyedit", "model")
-"""Markers, of which every test has one: it needs neither, EasyEdit, or the real model (and perhaps EasyEdit)."""
+"""Markers, one for every test: it needs nothing, EasyEdit, or the real model (and perhaps EasyEdit)."""
 
 
 @cache
 def tier_of(module: Path) -> str:
-    """By what the module says (``pytestmark = pytest.mark.…``), else by what it imports."""
+    """The marker that a module sets (``pytestmark = pytest.mark.…``), else the one that its imports show."""
     text = module.read_text(encoding="utf-8")
     if said := re.search(rf"^pytestmark = pytest\.mark\.({'|'.join(TIERS)})$", text, re.MULTILINE):
         return said[1]
@@ -106,7 +106,7 @@ BROAD = (
     "test_modes",
     "test_interrupts",
 )
-"""Modules that try the same law on many models, types or processes."""
+"""Modules that test the same property on many models, types or processes."""
 
 
 def pytest_collection_modifyitems(items):
@@ -119,7 +119,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def no_more_than_its_marker_says(request, monkeypatch):
-    """`make test-fast` runs where there is neither EasyEdit nor the real model: a test of it that needs them fails, by name."""
+    """`make test-fast` runs without EasyEdit and the real model: a test of it that needs them fails, and says so."""
     needs = next(tier for tier in TIERS if request.node.get_closest_marker(tier))
     if needs != "model":
         converted = "the real model is needed: put `pytestmark = pytest.mark.model` into the module"
@@ -140,7 +140,7 @@ def real_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(real_folder):
-    """The model in float32 and its tokenizer, loaded once a worker. Tests leave it as it was."""
+    """The model in float32 and its tokenizer, loaded once a worker. Tests must not change it."""
     return AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
         real_folder
     )
@@ -199,7 +199,7 @@ def facts(tokenizer):
 
 
 def sharpened(model: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
-    """Random weights, large enough that probabilities are far from uniform: a bug shows. Biases and norms count, too."""
+    """Random weights, biases and norms, large enough that probabilities are far from uniform: a bug shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -284,9 +284,9 @@ def make_family(name: str, dtype: torch.dtype) -> Family:
 
 
 class NoDetours(TorchFunctionMode):
-    """Inside, whoever asks for float32 gets float64: norms, softmax, rotary embeddings, logits of any family's own code.
+    """Inside, float32 becomes float64: in norms, softmax, rotary embeddings and logits of any family's own code.
 
-    For float64 models only. The package asks for float32 at least, so that its own code does the same in here and outside.
+    For float64 models only. The package asks for float32 at least, so that its own code is the same with and without.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -339,7 +339,7 @@ def all_layers(model: nn.Module, template: str = LLAMA_DOWN):
     return resolve_target(model, template)
 
 
-# "As it was found"
+# A model's state
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_state_dict_pre_hooks")
 
@@ -356,7 +356,7 @@ def weights(model: nn.Module) -> dict[str, str]:
 
 
 def fingerprint(model: nn.Module) -> dict:
-    """All that an edit must leave, or put back, as it found it. Equal only for the same model object."""
+    """All of a model that an edit must preserve or restore. Equal only for the same model object."""
     return {
         "weights": weights(model),
         "buffers": {name: bits(buffer) for name, buffer in model.named_buffers()},

@@ -10,13 +10,13 @@ ONE_SUM = 64
 The error of a sum of n terms grows with sqrt(n) (at worst n) roundings of its largest partial sum; here n is below a
 hundred, and partial sums are not much larger than the results."""
 A_MODEL = 1024
-"""The same through all layers of a model, forward and back: each layer carries the roundings of those before it on, and
-the tests' sharp weights magnify them. Seen are up to 60, by whatever kernel (`make test-kernels`); what is computed wrongly
-is a thousand times as much as allowed."""
+"""The same through all layers of a model, forward and backward: roundings add up over the layers, and the tests'
+sharp weights magnify them. Up to 60 were measured over all kernels (`make test-kernels`); a wrong computation gives a
+thousand times the bound."""
 
 
 def roundings(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> float:
-    """The largest difference in units of ``eps * max |expected|``; ``dtype`` is that of the computation, where it is not that of both.
+    """The largest difference in units of ``eps * max |expected|``, in the type of the computation (``dtype`` if given).
 
     Entries share one unit: what rounds in a product is its largest terms, however small the sum.
     """

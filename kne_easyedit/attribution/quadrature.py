@@ -1,4 +1,4 @@
-"""How the path integral of Eq. 5 becomes a sum: pure functions ``m -> (nodes, weights)`` on [0, 1], in float64."""
+"""Quadratures of the path integral of Eq. 5: pure functions ``m -> (nodes, weights)`` on [0, 1], in float64."""
 
 from __future__ import annotations
 
@@ -11,15 +11,34 @@ Quadrature = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def riemann(steps: int) -> tuple[Tensor, Tensor]:
-    """Nodes ``i/m`` and weights ``1/m``, ``i = 1..m``: the right Riemann sum of Eq. 5. Its error falls as ``1/m``."""
+    """The right Riemann sum of Eq. 5: nodes ``i/m`` and weights ``1/m``, ``i = 1..m``. Its error falls as ``1/m``.
+
+    Args:
+        steps: ``m``.
+
+    Returns:
+        Nodes and weights, each ``(m,)`` in float64.
+
+    Raises:
+        ValueError: ``steps`` is no whole number of at least 1.
+    """
     _require_steps(steps)
     return torch.arange(1, steps + 1, dtype=torch.float64) / steps, torch.full((steps,), 1 / steps, dtype=torch.float64)
 
 
 def gauss_legendre(steps: int) -> tuple[Tensor, Tensor]:
-    """The ``m`` nodes and weights that integrate polynomials up to degree ``2m - 1`` exactly.
+    """The Gauss-Legendre rule: ``m`` nodes that integrate polynomials up to degree ``2m - 1`` exactly.
 
-    Not the paper's sum but the integral it stands for: few steps come nearer to it than many of `riemann`.
+    It is not the paper's sum, but approximates the same integral: with few steps better than `riemann` with many.
+
+    Args:
+        steps: ``m``.
+
+    Returns:
+        Nodes and weights, each ``(m,)`` in float64.
+
+    Raises:
+        ValueError: ``steps`` is no whole number of at least 1.
     """
     import numpy
 

@@ -1,110 +1,36 @@
-"""Replay single decoder layers at chosen positions against a frozen prefix.
+"""Replays single decoder layers at chosen positions against a frozen prefix.
 
-Attention is causal: if only the hidden state *at* a position changes, no earlier position does. So after one
-clean pass that keeps every layer's keys and values, any number of variants ("rows") of a position can be run
-through a layer as queries that see the clean prefix and themselves, and nothing else. The layers are the
-model's own modules, called with the arguments they got in the clean pass; only their attention is exchanged,
-through transformers' ``AttentionInterface`` (or the ``_attn`` method of the older, eager-only models).
+Attention is causal: if only the hidden state *at* a position changes, no earlier position does. So after one clean pass
+that keeps every layer's keys and values, any number of variants ("rows") of a position can be run through a layer as
+queries that see the clean prefix and themselves, and nothing else. The layers are the model's own modules, called with
+the arguments of the clean pass; only their attention is replaced, through transformers' ``AttentionInterface`` (or the
+``_attn`` method of the older, eager-only models).
 
-Nothing is trusted: `sweep.Sweep` first runs the clean hidden states through every layer and through the output
-head and compares with what the model computed itself (`Replay.require_equal`).
+This is checked, not assumed: `preparation.prepare` first runs the clean hidden states through every layer and through
+the output head, and compares them with what the model computed itself (`Replay.require_equal`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import safe_point
+from kne_easyedit.attribution.attention import (
+    ATTENTION_NAME,
+    PREFIX,
+    Prefix,
+    attention_interface,
+    prefix_attention,
+)
 from kne_easyedit.facts.encoding import Batch
-from kne_easyedit.models.devices import device_of
-
-ATTENTION_NAME = "kne_shared_prefix"
-
-
-@dataclass
-class Prefix:
-    """What the rows of one layer attend to, beside themselves."""
-
-    keys: Tensor
-    """``(facts, kv_heads, prefix, head_dim)`` of the clean pass."""
-    values: Tensor
-    positions: Tensor
-    """``(facts, rows)``: the position of each row; it sees the keys before it."""
-    softcapped: bool = True
-    """Whether the model's own attention heeds a softcap (torch's fused one does not)."""
-    used: bool = False
-
-
-_PREFIX: ContextVar[Prefix] = ContextVar("kne_prefix")
-
-
-def attend(
-    prefix: Prefix,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attention of independent rows over a shared prefix and over themselves.
-
-    query ``(facts, heads, rows, head_dim)``, key and value ``(facts, kv_heads, rows, head_dim)``, ``sinks``
-    ``(heads,)``: scores that take their share and give nothing; returns ``(facts, heads, rows, head_dim)``. The
-    prefix is never expanded: its share is one product a head.
-    """
-    facts, heads, n_rows, width = query.shape
-    kv_heads, length = prefix.keys.shape[1:3]
-    grouped = query.reshape(
-        facts, kv_heads, -1, width
-    )  # heads of one group share keys: (facts, kv_heads, group*rows, width)
-    scores = (grouped @ prefix.keys.to(query.dtype).transpose(-1, -2)).view(facts, kv_heads, -1, n_rows, length)
-    own = (grouped.view(facts, kv_heads, -1, n_rows, width) * key.unsqueeze(2)).sum(-1, keepdim=True)
-    scores = torch.cat([scores, own], -1) * scaling  # (facts, kv_heads, group, rows, prefix + 1)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    at = torch.arange(length, device=query.device)
-    hidden = at >= prefix.positions.unsqueeze(-1)  # (facts, rows, prefix): the clean self and the future
-    if window is not None:
-        hidden |= at <= prefix.positions.unsqueeze(-1) - window
-    mask = torch.zeros(hidden.shape, dtype=scores.dtype, device=query.device).masked_fill_(hidden, float("-inf"))
-    scores = scores + nn.functional.pad(mask, (0, 1))[:, None, None]
-    if sinks is not None:
-        scores = torch.cat([sinks.to(scores).view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1), scores], -1)
-    # Softmax in float32 at least, as the models' own eager attention does for half precision.
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-    shared = weights[..., -1 - length : -1].reshape(facts, kv_heads, -1, length) @ prefix.values.to(value.dtype)
-    out = shared.view(facts, kv_heads, -1, n_rows, value.shape[-1]) + weights[..., -1:] * value.unsqueeze(2)
-    return out.reshape(facts, heads, n_rows, value.shape[-1])
-
-
-def _attention_interface(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
-    """`attend` under the signature of transformers' AttentionInterface."""
-    prefix = _PREFIX.get()
-    prefix.used = True
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softcap = kwargs.get("softcap") if prefix.softcapped else None
-    out = attend(prefix, query, key, value, scaling, kwargs.get("sliding_window"), softcap, kwargs.get("s_aux"))
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _eager_attn(attention: nn.Module):
-    """`attend` under the signature of GPT-J's and its kin's ``_attn`` method."""
-
-    def _attn(query, key, value, attention_mask=None, *args, **kwargs):
-        prefix = _PREFIX.get()
-        prefix.used = True
-        return attend(prefix, query, key, value, 1.0 / float(attention.scale_attn)), None
-
-    return _attn
+from kne_easyedit.models.devices import device_of, input_embeddings
 
 
 class UnsupportedModel(NotImplementedError):
@@ -112,19 +38,19 @@ class UnsupportedModel(NotImplementedError):
 
 
 class ReplayMismatch(UnsupportedModel):
-    """They can, but give something else than the model itself: the self-check's verdict."""
+    """The layers can be replayed, but give other results than the model itself: the self-check failed."""
 
 
 @dataclass
 class Clean:
-    """What the clean pass leaves behind. ``facts`` is the batch, ``s`` the longest answer."""
+    """The states of the clean pass at the predicting positions; ``s`` is the length of the longest answer."""
 
     positions: Tensor
-    """``(facts, s)`` predicting positions; a shorter answer repeats its last."""
+    """``(facts, s)``; a shorter answer repeats its last position."""
     inputs: list[Tensor]
-    """Hidden state that enters each layer at the positions: ``(facts, s, hidden)``; last entry: that leaves the last."""
+    """Hidden states that enter each layer, ``(facts, s, hidden)``; the last entry: those that leave the last layer."""
     neurons: dict[str, Tensor]
-    """Module name -> its output ``w`` at the positions, ``(facts, s, d2)``."""
+    """Module name -> its output ``w``, ``(facts, s, d2)``."""
     logits: Tensor
     """``(facts, s, vocabulary)``."""
 
@@ -133,24 +59,36 @@ class Replay:
     """Runs rows through single decoder layers of ``model``. Use as a context manager, in evaluation mode."""
 
     def __init__(self, model: nn.Module, layers_path: str):
-        self.model = model
-        self.layers: Sequence[nn.Module] = model.get_submodule(layers_path)
+        self.model: Any = model
+        self.layers = cast(nn.ModuleList, model.get_submodule(layers_path))
         self._arguments: list[dict] = []
-        self._cache = None
+        self._cache: Any = None
         self._values: list[int] = []
 
     def __enter__(self) -> Replay:
         from transformers import AttentionInterface
 
-        AttentionInterface.register(ATTENTION_NAME, _attention_interface)
+        AttentionInterface.register(ATTENTION_NAME, attention_interface)
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *_: object) -> None:
         self._arguments, self._cache = [], None
 
     @torch.no_grad()
     def clean_pass(self, batch: Batch, positions: Tensor, modules: Mapping[str, nn.Module]) -> Clean:
-        """One ordinary forward pass of a right-padded batch, keeping what the replay needs, and what ``modules`` give."""
+        """One ordinary forward pass, which keeps what the replay needs.
+
+        Args:
+            batch: The facts, padded on the right.
+            positions: The predicting positions, ``(facts, s)``.
+            modules: Module name -> module whose output is kept.
+
+        Returns:
+            The states at the positions.
+
+        Raises:
+            UnsupportedModel: The model keeps no keys and values, or a module has no output at every position.
+        """
         from transformers import DynamicCache
 
         if "past_key_values" not in inspect.signature(self.model.forward).parameters:
@@ -176,7 +114,8 @@ class Replay:
             )
         if len(self._cache.layers) < len(self.layers):
             raise UnsupportedModel(
-                f"{type(self.model).__name__}: layer {len(self._cache.layers)} keeps no keys and values; its prefix cannot be shared"
+                f"{type(self.model).__name__}: layer {len(self._cache.layers)} keeps no keys and values; its prefix "
+                f"cannot be shared"
             )
         self._arguments = [captured[i] for i in range(len(self.layers))]
         self._values = [len(outputs[i]) if isinstance(outputs[i], tuple) else 0 for i in range(len(self.layers))]
@@ -193,32 +132,32 @@ class Replay:
         )
 
     def layer(self, index: int, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Rows ``hidden`` ``(facts, rows, d)`` at ``positions`` ``(facts, rows)`` through decoder layer ``index``."""
+        """Rows ``(facts, rows, hidden)`` at ``positions`` ``(facts, rows)`` through decoder layer ``index``."""
         safe_point()
         cached = self._cache.layers[index]
         prefix = Prefix(
             cached.keys, cached.values, positions.to(hidden.device), self.model.config._attn_implementation != "sdpa"
         )
-        token = _PREFIX.set(prefix)
+        token = PREFIX.set(prefix)
         try:
-            with _own_attention(self.layers[index]):
+            with prefix_attention(self.layers[index]):
                 out = self.layers[index](hidden, **self._at(index, prefix.positions))
         finally:
-            _PREFIX.reset(token)
+            PREFIX.reset(token)
         if not prefix.used:
             raise UnsupportedModel(
-                f"{type(self.model).__name__}: the attention of layer {index} ({type(self.layers[index]).__name__}) uses "
-                f"neither transformers' AttentionInterface nor an _attn method, so its prefix cannot be shared"
+                f"{type(self.model).__name__}: the attention of layer {index} ({type(self.layers[index]).__name__}) "
+                f"uses neither transformers' AttentionInterface nor an _attn method, so its prefix cannot be shared"
             )
         return _first(out)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """All that comes after the layers: ``(rows, d)`` -> logits ``(rows, vocabulary)``.
+        """All that comes after the layers: ``(rows, hidden)`` -> logits ``(rows, vocabulary)``.
 
-        The model itself runs, its layers only hand on ``hidden``: norm, output head, and whatever a model does
-        to its logits then are its own.
+        The model itself runs, with layers that only return ``hidden``: so the norm, the output head, and what a model
+        does to its logits are its own.
         """
-        embeddings = self.model.get_input_embeddings().weight
+        embeddings = input_embeddings(self.model)
         before = [layer.__dict__.get("forward") for layer in self.layers]
         try:
             for layer, values in zip(self.layers, self._values):
@@ -234,7 +173,10 @@ class Replay:
                     layer.forward = own
 
     def require_equal(self, replayed: Tensor, own: Tensor, where: str) -> None:
-        """The self-check: raises ReplayMismatch unless a replayed clean state equals the model's ``own``."""
+        """The self-check: raises ReplayMismatch unless a replayed clean state equals the model's ``own``.
+
+        Raises FloatingPointError if ``own`` is not finite. ``where`` is for the message.
+        """
         own = own.to(replayed.device)
         # Some models compute attention in float32 whatever their dtype; half precision rounds in another order.
         epsilon = max(torch.finfo(own.dtype).eps, torch.finfo(torch.float32).eps)
@@ -247,32 +189,32 @@ class Replay:
         difference = (replayed - own).abs().max().float()
         if not difference <= min(200 * epsilon, 0.05) * scale:  # 200 roundings of bfloat16 would let anything pass
             raise ReplayMismatch(
-                f"{model}: replaying {where} gives another result than the model itself (difference {difference:.2e}, largest "
-                f"value {scale:.2e}); scores would be wrong, so none are computed. attribution_engine: whole runs the whole "
-                f"model instead, which is slow"
+                f"{model}: replaying {where} gives another result than the model itself (difference {difference:.2e}, "
+                f"largest value {scale:.2e}); scores would be wrong, so none are computed. attribution_engine: whole "
+                f"runs the whole model instead, which is slow"
             )
 
     def _at(self, index: int, positions: Tensor) -> dict:
-        """The layer's arguments of the clean pass, as they are for rows at ``positions``."""
+        """The layer's arguments of the clean pass, for rows at ``positions``."""
         return {name: _for_rows(name, value, positions, self.model) for name, value in self._arguments[index].items()}
 
 
 @contextmanager
 def replaced_output(name: str, module: nn.Module, rows: Tensor, start: int, total: int) -> Iterator[None]:
-    """Inside, ``rows`` ``(facts, n, d2)`` take the place of what ``module`` gives for rows ``start..start+n`` of ``total``.
+    """Inside, ``rows`` ``(facts, n, d2)`` replace the module's output for rows ``start..start+n`` of ``total``.
 
-    These rows are not even computed. The module may be called with facts and rows folded into one dimension.
+    Those outputs are not computed. The module may be called with facts and rows folded into one dimension.
     """
     facts, stop = len(rows), start + rows.shape[1]
-    shape = ()
+    shape: tuple[int, ...] = ()
 
-    def without(_, args):
+    def without(_: nn.Module, args: tuple) -> tuple:
         nonlocal shape
         shape = args[0].shape[:-1]
         x = unfolded(name, args[0], facts, total)
         return (torch.cat([x[:, :start], x[:, stop:]], 1) if stop < total else x[:, :start].contiguous()), *args[1:]
 
-    def together(_, args, out):
+    def together(_: nn.Module, args: tuple, out: Tensor) -> Tensor:
         return torch.cat([out[:, :start], rows.to(out.device), out[:, start:]], 1).reshape(*shape, out.shape[-1])
 
     with ExitStack() as hooks:
@@ -281,21 +223,23 @@ def replaced_output(name: str, module: nn.Module, rows: Tensor, start: int, tota
         yield
 
 
-def unfolded(name: str, values, batch: int, length: int) -> Tensor:
-    """What a linear module takes or gives, as ``(batch, length, d)``: some layers fold the first two into one dimension.
+def unfolded(name: str, values: object, batch: int, length: int) -> Tensor:
+    """Input or output of a linear module as ``(batch, length, d)``: some layers fold the first two dimensions.
 
-    Raises UnsupportedModel if it is not one vector for every position.
+    Raises:
+        UnsupportedModel: It is not one vector for every position.
     """
-    leading = [n for n in values.shape[:-1] if n > 1] if isinstance(values, Tensor) else None
-    if leading not in ([n for n in (batch, length) if n > 1], [n for n in (batch * length,) if n > 1]):
+    sound = ([n for n in (batch, length) if n > 1], [n for n in (batch * length,) if n > 1])
+    if not isinstance(values, Tensor) or [n for n in values.shape[:-1] if n > 1] not in sound:
         raise UnsupportedModel(
-            f"target_modules: {name} does not give one vector for every position (an expert or its router?); its output at the "
-            f"predicting position is not defined, choose another module"
+            f"target_modules: {name} does not give one vector for every position (an expert or its router?); its "
+            f"output at the predicting position is not defined, choose another module"
         )
     return values.reshape(batch, length, values.shape[-1])
 
 
 def never_called(name: str) -> UnsupportedModel:
+    """The error for a module that the forward pass does not call."""
     return UnsupportedModel(
         f"target_modules: {name} is not called in this model's forward pass; it has no output to attribute"
     )
@@ -307,28 +251,8 @@ def gather(values: Tensor, positions: Tensor) -> Tensor:
     return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
-@contextmanager
-def _own_attention(layer: nn.Module) -> Iterator[None]:
-    """Inside, the attention of ``layer`` is `attend`; afterwards it is what it was before."""
-    modules = list(layer.modules())
-    configs = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
-    eager = [m for m in modules if callable(getattr(type(m), "_attn", None)) and hasattr(m, "scale_attn")]
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = ATTENTION_NAME
-        for module in eager:
-            module._attn = _eager_attn(module)
-        yield
-    finally:
-        for config, name in zip(configs, before):
-            config._attn_implementation = name
-        for module in eager:
-            module.__dict__.pop("_attn", None)
-
-
-def _capture_arguments(into: dict, index: int):
-    def hook(layer, args, kwargs):
+def _capture_arguments(into: dict[int, dict], index: int) -> Callable[..., None]:
+    def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
         bound = inspect.signature(layer.forward).bind(*args, **kwargs)
         arguments = dict(bound.arguments)
         for name, parameter in inspect.signature(layer.forward).parameters.items():
@@ -340,10 +264,10 @@ def _capture_arguments(into: dict, index: int):
     return hook
 
 
-def capture_output(into: dict, key):
-    """A forward hook that puts what the module gives into ``into[key]``."""
+def capture_output(into: dict[Any, Any], key: int | str) -> Callable[..., None]:
+    """A forward hook that stores the module's output in ``into[key]``."""
 
-    def hook(module, args, out):
+    def hook(module: nn.Module, args: tuple, out: object) -> None:
         into[key] = out
 
     return hook
@@ -353,11 +277,11 @@ def _first(out: Tensor | tuple) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _constant(value):
+def _constant(value: object) -> Callable[..., object]:
     return lambda *args, **kwargs: value
 
 
-def _for_rows(name: str, value, positions: Tensor, model: nn.Module):
+def _for_rows(name: str, value: Any, positions: Tensor, model: nn.Module) -> Any:
     """One layer argument of the clean pass, gathered at the rows' positions (or dropped: caches and masks)."""
     if name in ("past_key_values", "past_key_value", "layer_past", "attention_mask", "causal_mask", "cache_position"):
         return None

@@ -82,7 +82,7 @@ def probability_changes(
 
     Takes one forward sweep of a single point a path.
     """
-    changes = {name: 0.0 for found in prepared.modules.values() for name in found}
+    changes = {name: torch.zeros(()) for found in prepared.modules.values() for name in found}
     for tokens in torch.arange(prepared.answers.longest).split(points_per_chunk):
         hidden, leaves = _forward(replay, prepared, tokens, torch.zeros(len(tokens)))
         at_zero, _ = head_gradient(replay, prepared.answers, hidden, tokens)

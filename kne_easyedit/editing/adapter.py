@@ -44,10 +44,11 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: EditSetting
     require_editable(model, originals)
     exact = {name: re.escape(name) for name in chosen}  # PEFT matches names as suffixes, but patterns in full
     earlier_config = model.__dict__.get("peft_config")  # older PEFT leaves it when it unloads
+    alpha: Any = hparams.alpha  # PEFT computes with a float as well
     config = LoraConfig(
         r=1,  # overridden for every module by rank_pattern
         rank_pattern={f"^{exact[name]}": len(indices) for name, indices in chosen.items()},
-        lora_alpha=hparams.alpha,
+        lora_alpha=alpha,
         use_rslora=True,
         target_modules="|".join(exact.values()),
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in originals.values()),

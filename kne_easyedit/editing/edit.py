@@ -38,9 +38,9 @@ def compute_edit(
     ensemble: NeuronEnsemble | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> RowEdit:
-    """Locates the ensemble (unless given) and trains its rows on ``requests`` together (Eq. 4-11). Does not change the model.
+    """Locates the ensemble (unless given) and trains its rows on ``requests`` together (Eq. 4-11).
 
-    Training that did not reach every answer is no error here: `RowEdit.failed` tells.
+    The model is not changed. Not reaching every answer is no error here: see `RowEdit.failed`.
 
     Args:
         model: A causal language model of transformers.
@@ -152,9 +152,9 @@ def apply_kne_to_model(
         if shortfall and hparams.on_failure == "raise":
             raise EditFailed(f"{shortfall}. Nothing was written (on_failure: raise)")
         if shortfall:
-            # Logged, not `warnings.warn`: shown every time, in notebooks and EasyEdit's scripts alike, and by `kne run`,
-            # which redirects stderr to a file while it edits. Logged before the edit is written: Ctrl-C in a call after
-            # that would lose the originals.
+            # Logged, not `warnings.warn`: shown every time, in notebooks and EasyEdit's scripts alike, and by `kne
+            # run`, which redirects stderr to a file while it edits. Logged before the edit is written: Ctrl-C in a call
+            # after that would lose the originals.
             logger.warning("%s", shortfall)
         model = _copied(model) if copy else model
     originals = write_rows(model, edit)

@@ -39,7 +39,8 @@ class Objective(Protocol):
 class Divergence:
     """Mean ``KL(before || now)``, in nats, of the next token's distribution after each of some prompts.
 
-    ``before`` are the distributions of ``model`` when the objective is built, ``(prompts, vocabulary)`` in float32 at least.
+    ``before`` are the distributions of ``model`` when the objective is built, ``(prompts, vocabulary)`` in float32 at
+    least.
 
     Args:
         model: The model before the edit.
@@ -133,7 +134,7 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The logits ``(tokens, vocabulary)`` that predict the answers' tokens, fact by fact, and these tokens ``(tokens,)``.
+    """The logits ``(tokens, vocabulary)`` that predict the answers' tokens, and these tokens ``(tokens,)``, by fact.
 
     Positions count from the first token that is not padding, so that the padding side makes no difference.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str,
         ValueError: The model cannot be trained (`require_trainable`).
     """
     require_trainable(model)
-    modules = {name: model.get_submodule(name) for name in edit.deltas}
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in edit.deltas}
     originals: dict[str, Tensor] = {}
 
     def put_back() -> None:
@@ -111,9 +112,9 @@ def _require_trained_loss(model: nn.Module, edit: RowEdit) -> None:
         logits, labels = answer_logits(model, batch)
         loss, trained = cross_entropy(logits, labels).item(), edit.losses[-1]
     # Rounding of the written rows moves the logits by some units in the last place of the largest one. Measured on 220
-    # edits, the loss moves by up to 3.3 units in tiny models (float64 to bfloat16) and by 0.85 in SmolLM2 (bfloat16), so
-    # 32 units are more than rounding in any type. In half precision an edit may gain less than 32 units: there it counts
-    # as lost if half of its gain is, unless that is within 4 units.
+    # edits, the loss moves by up to 3.3 units in tiny models (float64 to bfloat16) and by 0.85 in SmolLM2 (bfloat16),
+    # so 32 units are more than rounding in any type. In half precision an edit may gain less than 32 units: there it
+    # counts as lost if half of its gain is, unless that is within 4 units.
     unit = torch.finfo(logits.dtype).eps * logits.abs().max().item()
     allowed = min(32 * unit, max(4 * unit, abs(edit.losses[0] - trained) / 2))
     if not abs(loss - trained) <= allowed:
@@ -121,9 +122,9 @@ def _require_trained_loss(model: nn.Module, edit: RowEdit) -> None:
         kinds = sorted({f"{type(module).__name__} in {module.weight.dtype}" for module in modules})
         raise EditLost(
             f"the edit was trained to a loss of {trained:.4g}, but the written model has {loss:.4g} (rounding explains "
-            f"{allowed:.2g}), so its weights were put back. {next(iter(edit.deltas))} and its like ({', '.join(kinds)}) do "
-            f"not keep what is written, or the model has changed since the training; load it unquantised, in float32 or "
-            f"bfloat16"
+            f"{allowed:.2g}), so its weights were put back. {next(iter(edit.deltas))} and its like "
+            f"({', '.join(kinds)}) do not keep what is written, or the model has changed since the training; load it "
+            f"unquantised, in float32 or bfloat16"
         )
 
 
@@ -145,8 +146,8 @@ def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         parameter = parameters.get(name)
         if parameter is None:
             raise ValueError(
-                f"originals: {type(model).__name__} has no parameter {name!r}; they are of another model, or its modules "
-                f"were exchanged"
+                f"originals: {type(model).__name__} has no parameter {name!r}; they are of another model, or its "
+                f"modules were exchanged"
             )
         if not isinstance(value, Tensor) or value.shape != parameter.shape or value.dtype != parameter.dtype:
             given = (

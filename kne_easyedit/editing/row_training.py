@@ -46,13 +46,14 @@ def train_rows(
         model: A causal language model of transformers.
         facts: The facts to learn (`encode`).
         ensemble: The rows to train.
-        hparams: ``lr``, ``num_steps``, ``stop_loss``, ``weight_decay``, ``alpha``, ``initialization``, ``seed`` are read.
+        hparams: ``lr``, ``num_steps``, ``stop_loss``, ``weight_decay``, ``alpha``, ``initialization``, ``seed`` are
+            read.
         objectives: Further terms of the loss; none: the paper's training.
         on_step: Called before each step with its number, from 1, and the cross-entropy in nats.
 
     Returns:
-        The edit: for each module ``(n, d1)`` to add to its rows, the cross-entropy before every step and at the end, and
-        how well each fact is answered.
+        The edit: for each module ``(n, d1)`` to add to its rows, the cross-entropy before every step and at the end,
+        and how well each fact is answered.
 
     Raises:
         FloatingPointError: The cross-entropy is not finite.

@@ -59,9 +59,9 @@ def _download(name: str, file: Path) -> None:
             downloaded = hf_hub_download(REPOSITORY, name, repo_type="dataset", local_dir=temporary)
         except Exception as error:  # huggingface_hub and its HTTP library raise a dozen types for this
             raise ConnectionError(
-                f"{name} cannot be downloaded from {REPOSITORY} ({type(error).__name__}). Without network: get the files "
-                f"by hand from https://huggingface.co/datasets/{REPOSITORY} and name their folder by KNOWEDIT=FOLDER (the "
-                f"folder that holds 'benchmark'), or name single files by --data"
+                f"{name} cannot be downloaded from {REPOSITORY} ({type(error).__name__}). Without network: get the "
+                f"files by hand from https://huggingface.co/datasets/{REPOSITORY} and name their folder by "
+                f"KNOWEDIT=FOLDER (the folder that holds 'benchmark'), or name single files by --data"
             ) from error
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.part")

@@ -1,8 +1,8 @@
 """Encodes facts as token ids, label masks and padded batches.
 
-Prompt and target are joined by the separator alone (by default a blank): neither has blanks where they meet. The target's
-tokens are those after the length of the prompt tokenised alone. EasyEdit's evaluators follow the same rule, so that what
-is scored is what is trained; where it would split at a wrong place, the fact is refused.
+Prompt and target are joined by the separator alone (by default a blank): neither has blanks where they meet. The
+target's tokens are those after the length of the prompt tokenised alone. EasyEdit's evaluators follow the same rule, so
+that what is scored is what is trained; where it would split at a wrong place, the fact is refused.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def encode(tokenizer: Tokenizer, prompt: str, target: str, separator: str = SEPA
 
     Raises:
         ValueError: Prompt or target is blank; the target has no tokens; the prompt is tokenised differently before the
-            target, so that its length would split at a wrong place; or the tokenizer appends an end token to every text.
+            target, so that its length would split at a wrong place; or the tokenizer appends an end token to every
+            text.
     """
     prompt = natural(require_text(prompt, "prompt"))
     target = natural_answer(require_text(target, "target_new"))
@@ -114,23 +115,23 @@ def encode(tokenizer: Tokenizer, prompt: str, target: str, separator: str = SEPA
     ids = tokenizer(text)["input_ids"]
     if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token not in prompt:
         raise ValueError(
-            f"tokenizer: {type(tokenizer).__name__} appends {tokenizer.eos_token!r} to every text, so the answer cannot "
-            f"follow the prompt; load it with add_eos_token=False"
+            f"tokenizer: {type(tokenizer).__name__} appends {tokenizer.eos_token!r} to every text, so the answer "
+            f"cannot follow the prompt; load it with add_eos_token=False"
         )
     if not prompt_ids:
         raise ValueError(f"prompt: {shorten(prompt)} has no tokens; nothing predicts the answer's first token")
     if len(ids) <= len(prompt_ids):
         raise ValueError(
-            f"target_new: {shorten(target)} has no tokens of its own after the prompt {shorten(prompt)}; choose another "
-            f"target"
+            f"target_new: {shorten(target)} has no tokens of its own after the prompt {shorten(prompt)}; choose "
+            f"another target"
         )
     if ids[: len(prompt_ids)] != prompt_ids and not _begins_at(
         tokenizer, text, len(prompt_ids), len(prompt), len(prompt + separator)
     ):
         raise ValueError(
-            f"prompt: {shorten(prompt)} is tokenised differently where the answer {shorten(target)} follows it (separator "
-            f"{separator!r}), so that EasyEdit's evaluators would cut at a wrong place; end the prompt elsewhere or choose "
-            f"another separator"
+            f"prompt: {shorten(prompt)} is tokenised differently where the answer {shorten(target)} follows it "
+            f"(separator {separator!r}), so that EasyEdit's evaluators would cut at a wrong place; end the prompt "
+            f"elsewhere or choose another separator"
         )
     return Fact(prompt, target, tuple(ids), len(prompt_ids))
 
@@ -217,8 +218,8 @@ def check_request(request: Mapping) -> None:
         return
     if not isinstance(subject, str) or not subject.strip():
         raise ValueError(
-            f"request.subject: {shorten(subject)} is not a text with at least one visible character; leave 'subject' out "
-            f"if there is none"
+            f"request.subject: {shorten(subject)} is not a text with at least one visible character; leave 'subject' "
+            f"out if there is none"
         )
     if require_text(subject, "request.subject") not in request["prompt"]:
         raise ValueError(

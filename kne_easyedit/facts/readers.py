@@ -94,7 +94,7 @@ def _json_lines(text: str) -> list | None:
             continue
         try:
             records.append(json.loads(line))
-        except (ValueError, RecursionError) as error:  # noqa: PERF203  (each line by itself)
+        except (ValueError, RecursionError) as error:
             records.append(Unreadable(f"line {number}: no JSON ({error})"))
     return records if any(isinstance(record, dict) for record in records) else None
 

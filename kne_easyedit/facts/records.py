@@ -119,8 +119,8 @@ def _load(path: str | Path, size: int | None, offset: int, on_bad: str) -> tuple
 def to_request(record: Mapping, unused: Counter | None = None) -> dict:
     """One record, of any of the `schemas`, as an EasyEdit request.
 
-    Prompts end, and answers begin and end, without blanks (`encoding.natural`). Probes with an empty answer are left out,
-    as in EasyEdit's own script.
+    Prompts end, and answers begin and end, without blanks (`encoding.natural`). Probes with an empty answer are left
+    out, as in EasyEdit's own script.
 
     Args:
         record: The record as it was read.

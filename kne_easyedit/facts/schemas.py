@@ -1,8 +1,8 @@
 """Maps the records of known data sets to one plain form, KnowEdit's: one function for each schema.
 
 A plain record has ``prompt``, ``target_new``, and maybe ``subject``, ``ground_truth``, ``rephrase_prompt``,
-``portability`` and ``locality``: mappings of categories to lists of probes (``prompt``, ``ground_truth``). To add a data
-set, write such a function and add it to `SCHEMAS`. `records.to_request` checks the values afterwards.
+``portability`` and ``locality``: mappings of categories to lists of probes (``prompt``, ``ground_truth``). To add a
+data set, write such a function and add it to `SCHEMAS`. `records.to_request` checks the values afterwards.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def _mquake(record: Mapping) -> dict:
     if len(rewrites) != 1:
         raise ValueError(
             f"requested_rewrite: {len(rewrites)} rewrites in one MQuAKE case, whose questions follow from all of them "
-            f"together; write a record of each (prompt, subject, target_new) and edit them by --mode batch or sequential"
+            f"together; write a record of each (prompt, subject, target_new) and edit them by --mode batch or "
+            f"sequential"
         )
     rewrite = rewrites[0] if isinstance(rewrites[0], Mapping) else {}
     plain, hops = _rewritten(rewrite), _listed(record.get("new_single_hops"))

@@ -1,20 +1,32 @@
-"""Which device and which number type: from settings, and of a loaded model."""
+"""Device and number type, from settings and of a loaded model."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the input embeddings: where token ids belong, also in a model spread over several."""
-    return model.get_input_embeddings().weight.device
+    """The device of the input embeddings: the one for token ids, also in a model spread over several."""
+    return input_embeddings(model).device
 
 
-def resolve_device(device: int | str):
-    """The torch device of a ``device`` setting. Raises ValueError if this machine does not have it."""
-    import torch
+def input_embeddings(model: Any) -> Tensor:
+    """The weight of the input embeddings, ``(vocabulary, hidden)``."""
+    return model.get_input_embeddings().weight
 
+
+def resolve_device(device: int | str) -> torch.device:
+    """The torch device of a ``device`` setting.
+
+    Args:
+        device: A name of torch's, or the number of a GPU.
+
+    Raises:
+        ValueError: This machine does not have it.
+    """
     name = f"cuda:{device}" if str(device).isdigit() else str(device)
     resolved = torch.device(name)
     if resolved.type == "cuda":
@@ -29,10 +41,14 @@ def resolve_device(device: int | str):
     return resolved
 
 
-def dtype_of(hparams) -> torch.dtype:
-    """The type of the weights that ``fp16`` or ``bf16`` of a method's settings ask for; float32 if neither does, or neither is there.
+def dtype_of(hparams: Any) -> torch.dtype:
+    """The number type in which a method's settings load the model: ``bf16``, ``fp16``, else float32.
 
-    Raises ValueError if both do.
+    Args:
+        hparams: Settings of any method; it may lack both names.
+
+    Raises:
+        ValueError: Both are set.
     """
     bf16, fp16 = getattr(hparams, "bf16", False), getattr(hparams, "fp16", False)
     if bf16 and fp16:

@@ -1,14 +1,15 @@
-"""Which modules can take a change of a row exactly, and why others cannot: asked before an edit computes anything.
+"""Which modules can be edited exactly, and why others cannot: checked before an edit computes anything.
 
 An edit adds to rows of a weight matrix and reads nothing else. So the weight must be stored as it is used: a plain
-floating-point parameter, whole, on this machine, of this module alone. Attribution asks for none of it: it needs
-outputs only, and takes models that cannot be edited.
+floating-point parameter, whole, on this machine, of this module alone. Attribution needs outputs only, so that it also
+works on models that cannot be edited.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ _RECOMPUTED = {
     ("weight_g", "weight_v"): ("under weight_norm", "torch.nn.utils.remove_weight_norm(module)"),
     ("weight_orig", "weight_u"): ("under spectral_norm", "torch.nn.utils.remove_spectral_norm(module)"),
 }
-"""Names of tensors from which a hook makes the weight anew in every pass -> what that is, and what ends it."""
+"""Names of tensors from which a hook computes the weight in every pass -> what that is, and what removes it."""
 
 
 _WRAPPERS = {
@@ -32,14 +33,11 @@ _WRAPPERS = {
     "DistributedDataParallel": ("wrapped in DistributedDataParallel", "edit what is wrapped (model.module)"),
     "DataParallel": ("wrapped in DataParallel", "edit what is wrapped (model.module)"),
 }
-"""Names of classes that hold a model -> what that is, and the way out."""
+"""Names of classes that wrap a model -> what they are, and what to do."""
 
 
 def require_bare(model: nn.Module) -> None:
-    """Raises ValueError for a model that is wrapped, or carries a PEFT adapter.
-
-    Rows are trained, and written, into the base weights of plain modules alone.
-    """
+    """Raises ValueError for a model that is wrapped, or carries a PEFT adapter: only base weights are edited."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -55,9 +53,14 @@ def require_bare(model: nn.Module) -> None:
 
 
 def require_editable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError for the first of ``modules`` (names and linear layers of ``model``) that cannot take a row exactly.
+    """Checks that rows of these modules can be edited exactly; changes nothing.
 
-    The message has the module's name, what is in the way, and the way out. Nothing is changed.
+    Args:
+        model: The model.
+        modules: Names and linear layers of ``model``.
+
+    Raises:
+        ValueError: One cannot; the message has its name, the reason, and what to do.
     """
     owners: dict[object, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -66,11 +69,12 @@ def require_editable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None
     for name, module in modules.items():
         found = _obstacle(model, name, module)
         if found is None:
-            others = {owner for place in _places(module.weight) for owner in owners[place]} - {f"{name}.weight"}
-            found = others and (
-                f"shared with {', '.join(sorted(others))}, which an edit would change, too",
-                "untie them: give each a copy",
-            )
+            others = {owner for place in _places(cast(Tensor, module.weight)) for owner in owners[place]} - {
+                f"{name}.weight"
+            }
+            if others:
+                shared = f"shared with {', '.join(sorted(others))}, which an edit would change, too"
+                found = shared, "untie them: give each a copy"
         if found:
             kind, way_out = found
             raise ValueError(
@@ -78,15 +82,15 @@ def require_editable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None
             )
 
 
-def stored_quantisation(model: nn.Module) -> str | None:
-    """The kind of quantisation that the model's configuration names: what loading its files gives. None if they are plain."""
+def stored_quantisation(model: Any) -> str | None:
+    """The kind of quantisation that the model's configuration names; None if there is none."""
     config = getattr(model.config, "quantization_config", None)
     config = config if config is None or isinstance(config, Mapping) else config.to_dict()
     return None if config is None or config.get("dequantize") else str(config.get("quant_method", "of an unknown kind"))
 
 
-def _obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, str] | None:
-    """What is in the way, and the way out. Known kinds first, since the general rule cannot name them."""
+def _obstacle(model: nn.Module, name: str, module: Any) -> tuple[str, str] | None:
+    """What is in the way, and what to do. Known kinds first, since the general rule cannot name them."""
     own = module._parameters.get("weight")
     if found := known_kind(module, own):
         return found
@@ -135,14 +139,14 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, str]
     return None
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def _shape(module: Any) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return module.weight.shape[0], module.nf  # Conv1D
 
 
-def _is_product(module: nn.Module) -> bool:
-    """Whether the output is ``x W^T + b``. Known of `nn.Linear`; tried where a subclass, or somebody else, has put another forward."""
+def _is_product(module: Any) -> bool:
+    """Whether the output is ``x W^T + b``: known of `nn.Linear`, tried out where ``forward`` is another."""
     if getattr(module.forward, "__func__", None) is nn.Linear.forward:
         return True
     weight = rows(module).detach()
@@ -151,11 +155,11 @@ def _is_product(module: nn.Module) -> bool:
     x = torch.randn(2, weight.shape[1], generator=generator).to(weight)
     bias = torch.zeros((), device=weight.device) if module.bias is None else module.bias.detach()
     try:
-        with default_modes(module), torch.no_grad():  # the caller's autocast would round it
+        with default_modes(module), torch.no_grad():  # the caller's autocast would round
             found = module.forward(x).to(weight.device, precise)
             wanted = x.to(precise) @ weight.to(precise).t() + bias.to(precise)
             terms = x.to(precise).abs() @ weight.to(precise).abs().t() + bias.to(precise).abs()
-    except Exception:  # noqa: BLE001  (whatever a foreign forward makes of a plain matrix: it is no plain product)
+    except Exception:  # noqa: BLE001  (a foreign forward that fails on a plain matrix is no plain product)
         return False
     rounding = torch.finfo(weight.dtype).eps * (8 + math.sqrt(weight.shape[1])) * terms
     return found.shape == wanted.shape and bool(((found - wanted).abs() <= rounding).all())
@@ -167,14 +171,13 @@ def _offloads(module: nn.Module) -> bool:
 
 
 def _upwards(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The module and all that hold it."""
-    yield model
-    for part in name.split("."):
-        model = getattr(model, part)
-        yield model
+    """The model, the module ``name``, and all modules between them."""
+    parts = name.split(".")
+    for end in range(len(parts) + 1):
+        yield model.get_submodule(".".join(parts[:end]))
 
 
 def _places(weight: Tensor) -> list[object]:
-    """What two parameters have in common if a change of one is a change of the other."""
+    """Keys that two parameters share if changing one changes the other."""
     plain = type(weight) is nn.Parameter and weight.layout is torch.strided and not weight.is_meta and weight.numel()
     return [id(weight), ("address", weight.device, weight.data_ptr())] if plain else [id(weight)]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,10 @@ from torch.nn import functional
 def fast_linear(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers of ``model`` with frozen float32 weights on a CPU multiply by the faster library.
 
-    The results are those of `torch.nn.functional.linear` up to rounding. Afterwards the layers are as they were;
-    inside `preserve_state`, where Ctrl-C waits, also after that.
+    The results are those of `torch.nn.functional.linear` up to rounding. Afterwards the layers are as they were, also
+    after Ctrl-C if this is used inside `preserve_state`, which defers it.
     """
-    chosen = (
+    chosen: list[Any] = (
         [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
         if onednn_is_faster()
         else []
@@ -38,7 +39,7 @@ def fast_linear(model: nn.Module) -> Iterator[None]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` by the faster library. ``weight`` and ``bias`` get no gradient from it unless it is torch's."""
+    """`torch.nn.functional.linear` by the faster library, which is used for frozen ``weight`` and ``bias`` only."""
     frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
     if (
         frozen
@@ -57,9 +58,9 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether this is a processor with AVX-512 that is not Intel's, and a torch that has oneDNN.
+    """Whether the processor has AVX-512 and is not Intel's, and torch has oneDNN.
 
-    Looked up, not timed: processes that chose differently would round differently.
+    This is looked up, not timed: processes that chose differently would round differently.
     """
     return (
         "AVX512" in torch.backends.cpu.get_cpu_capability() and _vendor() not in ("", "GenuineIntel") and _has_onednn()
@@ -77,18 +78,18 @@ def _vendor() -> str:
 def _has_onednn() -> bool:
     try:
         return _onednn(torch.ones(1, 2), torch.ones(1, 2)).item() == 2
-    except (AttributeError, RuntimeError):  # a torch without it, or without this entry to it
+    except (AttributeError, RuntimeError):  # a torch without it, or without this function
         return False
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(context, x, weight, bias=None):
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         context.weight = weight
         return _onednn(x, weight, bias)
 
     @staticmethod
-    def backward(context, gradient):
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _onednn(gradient, context.weight.t()), None, None
 
 

@@ -1,10 +1,11 @@
-"""The digest that tells one loaded model from another."""
+"""A digest of a loaded model."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +16,22 @@ _NOT_IN_CONFIG = ("_name_or_path", "transformers_version", "use_cache", "archite
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 of all weights (names, types, shapes, bits), buffers and the configuration.
+    """SHA-256 (hex) of all weights (names, types, shapes, bits), buffers and the configuration.
 
-    It tells models apart, not files: the same path with other weights, or an edited model, has another digest.
+    It identifies the model, not its files: the same path with other weights, or an edited model, has another digest.
+
+    Raises:
+        ValueError: A weight is not loaded (on the meta device).
     """
 
     def of_tensor(item: tuple[str, Tensor]) -> str:
         name, tensor = item
         if tensor.is_meta:
             raise ValueError(
-                f"model: {name} is not loaded (on the meta device), and scores belong to all weights; load it without offload"
+                f"model: {name} is not loaded (on the meta device), and scores belong to all weights; load it without "
+                f"offload"
             )
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return hashlib.sha256(
             f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + hashlib.sha256(data).digest()
         ).hexdigest()
@@ -34,5 +39,6 @@ def model_digest(model: nn.Module) -> str:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets other threads run
         digests = list(pool.map(of_tensor, tensors))
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_IN_CONFIG}
+    settings: Any = model.config
+    config = {k: v for k, v in settings.to_dict().items() if k not in _NOT_IN_CONFIG}
     return digest([type(model).__name__, sorted(digests), config])

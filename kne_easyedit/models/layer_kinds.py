@@ -1,7 +1,7 @@
-"""Layers of other libraries that hold something else than a plain weight matrix, known by the names of their classes.
+"""Layers of other libraries whose weight is no plain matrix, recognised by the names of their classes.
 
-By name: none of these libraries is imported, and most are not installed. What is not listed here is found out by the
-general rule in `editable`; the list only makes the message say what the layer is.
+By name, since these libraries are not imported, and most are not installed. The general rule in `editable` finds layers
+that are not listed; the list only lets the message name the kind.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LIBRARIES = {
 
 
 def known_kind(*things: object) -> tuple[str, str] | None:
-    """What a layer (or its weight) is if it is none of torch's own kinds, and the way out; None for all others."""
+    """The kind of a layer (or weight) that is listed here, and what to do; None for all others."""
     for thing in things:
         for cls in type(thing).__mro__:
             if cls in (nn.Linear, nn.Module, object):

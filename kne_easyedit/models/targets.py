@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from kne_easyedit._util.messages import shorten
 from kne_easyedit.models.layer_kinds import known_kind
 
 LONGEST_TEMPLATE = 500
-"""Characters."""
+"""In characters."""
 SUGGESTIONS = 3
 _ROLES = {
     "attention output": "o_proj out_proj dense c_proj wo o out proj",
@@ -27,17 +28,18 @@ _ROLES = {
     "key": "k_proj key wk k k_lin",
     "value": "v_proj value wv v v_lin",
     "query, key, value": "qkv_proj query_key_value c_attn wqkv qkv in_proj attn_qkv",
-    "MLP output": "down_proj fc2 fc_out dense_4h_to_h w2 wo c_proj lin2 linear2 linear_2 output_linear out_proj proj_out",
+    "MLP output": "down_proj fc2 fc_out dense_4h_to_h w2 wo c_proj lin2 linear2 linear_2 output_linear out_proj "
+    "proj_out",
     "MLP input": "up_proj fc1 fc_in c_fc dense_h_to_4h w3 wi wi_1 lin1 linear1 linear_1 input_linear",
     "gate": "gate_proj w1 wi_0",
     "gate and input": "gate_up_proj gate_up",
 }
-"""What a linear layer of a decoder does -> the names that it has in the families of models."""
+"""The role of a linear layer in a decoder layer -> its names in the families of models."""
 _FUSED = {
     **dict.fromkeys(("query", "key", "value"), "query, key, value"),
     **dict.fromkeys(("gate", "MLP input"), "gate and input"),
 }
-"""Some families have several in one."""
+"""Role -> the role of the layer that holds it in families with fused layers."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,24 @@ def check_template(template: str) -> None:
 
 
 def resolve_target(model: nn.Module, template: str, layers: Sequence[int] = ()) -> Target:
-    """Finds the modules that ``template`` names in ``layers`` (empty: every decoder layer).
+    """Finds the modules that a template names.
 
-    Raises ValueError for a template that matches nothing (with the nearest that would), a layer out of
-    range, or modules that are no linear layers.
+    Args:
+        model: A decoder of transformers.
+        template: Such as ``model.layers.{}.mlp.down_proj``.
+        layers: Numbers of the decoder layers; empty: all.
+
+    Returns:
+        The modules, their names, and their number of output units ``d2``.
+
+    Raises:
+        ValueError: The template matches nothing (the message names the nearest that would), a layer is out of range, or
+            the modules are no linear layers.
     """
     check_template(template)
     modules = dict(model.named_modules())
-    path, leaf = template.split(".{}", 1)
-    n_layers = len(modules[path]) if isinstance(modules.get(path), nn.ModuleList) else 0
+    stack = modules.get(template.split(".{}", 1)[0])
+    n_layers = len(stack) if isinstance(stack, nn.ModuleList) else 0
     names = [template.format(i) for i in range(n_layers)]
     if not n_layers or not any(name in modules for name in names):
         raise ValueError(
@@ -103,8 +114,8 @@ def resolve_target(model: nn.Module, template: str, layers: Sequence[int] = ()) 
     found = tuple(modules[names[i]] for i in chosen)
     for name, module in zip((names[i] for i in chosen), found):
         if not is_linear(module):
-            if found := known_kind(module):
-                raise ValueError(f"target_modules: {name} is a {type(module).__name__}, {found[0]}; {found[1]}")
+            if kind := known_kind(module):
+                raise ValueError(f"target_modules: {name} is a {type(module).__name__}, {kind[0]}; {kind[1]}")
             raise ValueError(
                 f"target_modules: {name} is a {type(module).__name__}, not a linear layer{_nearest(model, template)}"
             )
@@ -115,26 +126,28 @@ def resolve_target(model: nn.Module, template: str, layers: Sequence[int] = ()) 
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear layer in either orientation."""
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
-def out_features(module: nn.Module) -> int:
-    """Number of output units of a linear layer in either orientation."""
+def out_features(module: Any) -> int:
+    """Number of output units, ``d2``, of a linear layer in either orientation."""
     return module.nf if _is_conv1d(module) else module.out_features
 
 
-def _in_features(module: nn.Module) -> int:
+def in_features(module: Any) -> int:
+    """Number of input units, ``d1``, of a linear layer in either orientation."""
     return module.weight.shape[0] if _is_conv1d(module) else module.in_features
 
 
-def rows(module: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """The weight (or a tensor of its shape) as a view ``(out, in)``: writing to it writes to the module."""
+def rows(module: Any, weight: Tensor | None = None) -> Tensor:
+    """The weight (or a tensor of its shape) as a view ``(d2, d1)``: writing to it writes to the module."""
     weight = module.weight if weight is None else weight
     return weight.t() if _is_conv1d(module) else weight
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of scalar parameters, tied ones once."""
+    """Number of scalar parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -149,9 +162,15 @@ def _nearest(model: nn.Module, template: str) -> str:
 
 
 def nearest_templates(model: nn.Module, template: str, alike: bool = True) -> list[str]:
-    """What a template that names no linear layer may have meant, best first: what does the same in a layer of the same model.
+    """Templates that one which names no linear layer may have meant, best first.
 
-    With ``alike`` linear layers of similar names stand in where none does the same.
+    Args:
+        model: The model.
+        template: The template.
+        alike: Where no layer has the same role, take those with similar names.
+
+    Returns:
+        At most `SUGGESTIONS` templates of the model.
     """
     templates: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -159,12 +178,12 @@ def nearest_templates(model: nn.Module, template: str, alike: bool = True) -> li
         if "{}" in found and is_linear(module):
             templates.setdefault(found, module)
     stacks = {found.split(".{}", 1)[0] for found in templates}
-    stack = template.split(".{}", 1)[0]
-    stack = stack if stack in stacks else _decoder_stack(model, stacks)
+    given = template.split(".{}", 1)[0]
+    stack = given if given in stacks else _decoder_stack(model, stacks)
     own = {found: module for found, module in templates.items() if found.split(".{}", 1)[0] == stack} or templates
     roles, wanted = _roles(own), _role_by_name(template)
     near: list[str] = []
-    for role in (wanted, _FUSED.get(wanted)):
+    for role in (wanted, _FUSED.get(wanted or "")):
         near = near or [found for found in own if role is not None and roles[found] == role]
     near = [found for found in near if found.rsplit(".", 1)[-1] == template.rsplit(".", 1)[-1]] or near
     if near or alike:
@@ -172,10 +191,10 @@ def nearest_templates(model: nn.Module, template: str, alike: bool = True) -> li
     return near
 
 
-def _decoder_stack(model: nn.Module, stacks: set[str]) -> str | None:
-    """The list of layers that reads the tokens: the nearest to their embeddings. A model that sees has others, too."""
+def _decoder_stack(model: Any, stacks: set[str]) -> str | None:
+    """The list of decoder layers nearest to the token embeddings: a model with vision has other lists, too."""
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    place = next((name for name, module in model.named_modules() if module is embeddings), None)
+    place: str | None = next((name for name, module in model.named_modules() if module is embeddings), None)
     if place is None:
         return None
 
@@ -187,10 +206,11 @@ def _decoder_stack(model: nn.Module, stacks: set[str]) -> str | None:
 
 
 def _roles(templates: Mapping[str, nn.Module]) -> dict[str, str | None]:
-    """What each linear layer of a decoder layer does: by its widths where they tell it, else by its name."""
-    shapes = {found: (_in_features(module), out_features(module)) for found, module in templates.items()}
+    """The role of each linear layer of a decoder layer: by its widths where they decide, else by its name."""
+    shapes = {found: (in_features(module), out_features(module)) for found, module in templates.items()}
     widths = Counter(width for shape in shapes.values() for width in shape)
-    hidden = max(widths, key=widths.get, default=0)  # all of them but the MLP's inner side, and most keys and values
+    # Most frequent: all have this width but the MLP's inner side, and most keys and values.
+    hidden = max(widths, key=lambda width: widths[width], default=0)
     roles = {}
     for found, (inputs, outputs) in shapes.items():
         role = _role_by_name(found)
@@ -214,7 +234,7 @@ def _role_by_name(template: str) -> str | None:
 
 
 def _part(template: str) -> str | None:
-    """The part of a decoder layer that a name speaks of, if it does."""
+    """The part of a decoder layer that a name mentions, if any."""
     parents = template.split(".{}.", 1)[-1].lower().split(".")[:-1]
     if any("att" in parent for parent in parents):
         return "attention"

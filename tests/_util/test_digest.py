@@ -15,7 +15,8 @@ from kne_easyedit._util.digest import digest
 
 CODE = """
 from kne_easyedit._util.digest import digest
-print(digest([{(name, i) for name in ("down", "up") for i in range(40)}, frozenset("abc"), type("Plain", (), {})(), {"b": 1, "a": 2}]))
+pairs = {(name, i) for name in ("down", "up") for i in range(40)}
+print(digest([pairs, frozenset("abc"), type("Plain", (), {})(), {"b": 1, "a": 2}]))
 """
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment, twice as well: either the edit is there and its originals are given, or nothing ever happened."""
+"""Ctrl-C at any moment, also twice: either the edit is made and its originals are returned, or nothing changed."""
 
 import os
 import random
@@ -12,7 +12,7 @@ import torch
 from conftest import LLAMA_DOWN, ONE_TOKEN, fingerprint, make_llama, tiny_hparams
 
 from kne_easyedit._util.interrupts import defer_interrupts, safe_point
-from kne_easyedit.attribution import replay
+from kne_easyedit.attribution import attention, replay
 from kne_easyedit.attribution.engine import attribute
 from kne_easyedit.editing import adapter, row_edit
 from kne_easyedit.editing import row_training as training
@@ -56,7 +56,7 @@ def everything(model):
         "attention": [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")],
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
         "generator": torch.get_rng_state().tolist(),
-        "prefix": replay._PREFIX.get(None),
+        "prefix": attention.PREFIX.get(None),
         "handler": signal.getsignal(signal.SIGINT),
     }
 
@@ -89,8 +89,9 @@ class TestHeld:
 
     def test_a_block_whose_end_is_interrupted_is_undone(self):
         undone = []
-        with pytest.raises(KeyboardInterrupt), defer_interrupts(
-            undo=lambda: (kill(), undone.append(1))
+        with (
+            pytest.raises(KeyboardInterrupt),
+            defer_interrupts(undo=lambda: (kill(), undone.append(1))),
         ):  # a second Ctrl-C, while the first is heeded
             kill()
         assert undone == [1]
@@ -152,8 +153,8 @@ class TestPlaces:
     @pytest.mark.parametrize(
         ("owner", "name"),
         [
-            (replay, "_own_attention"),
-            (replay, "attend"),
+            (replay, "prefix_attention"),
+            (attention, "attend"),
             (adapter, "_prepare"),
             (training, "_answers"),
             (row_edit, "_require_trained_loss"),
@@ -220,7 +221,7 @@ class TestPlaces:
 
 
 class Timer:
-    """Sends SIGINT some times after a delay. Its handler raises as Python's own does, while it is armed: late signals end no tests."""
+    """Sends SIGINT some times after a delay. Its handler raises, like Python's own, only while it is armed."""
 
     def __init__(self):
         self.armed, self.left = False, 0
@@ -246,7 +247,7 @@ class Timer:
 
 
 def attempt(timer, delay, times, interval, work):
-    """``work()`` under a timer: what it returned (None if it did not), and whether KeyboardInterrupt came, at most twice."""
+    """``work()`` under a timer: its result (or None), and whether KeyboardInterrupt came, at most twice."""
     result, hit = None, False
     try:
         try:
@@ -309,6 +310,7 @@ def test_real_signals_at_random_moments(model, tokenizer, timer, tmp_path, capsy
     with capsys.disabled():
         if SIGNALS >= 1000:
             print(
-                f" {SIGNALS} timers of {times} signal(s): {interrupted} edits interrupted, {SIGNALS - interrupted} came through",
+                f" {SIGNALS} timers of {times} signal(s): {interrupted} edits interrupted, "
+                f"{SIGNALS - interrupted} completed",
                 end="",
             )

@@ -123,7 +123,7 @@ def scores_of(family: str, case: Case, **changes) -> list[torch.Tensor]:
 
 
 def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], layers=slice(None)) -> None:
-    """Equal (of ``theirs``: these layers) but for rounding, fact by fact: one with large scores must not hide one with small.
+    """Equal (to these layers of ``theirs``) but for rounding, fact by fact: large scores must not hide small ones.
 
     What is zero may be rounded, too: the key of a single token, which attends to itself whatever its key is.
     """

@@ -15,7 +15,6 @@ from kne_easyedit.localization import localizer as localization
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.localizer import find_ensemble, forget, localize
 
-
 DATA = [
     {"subject": "Spain", "prompt": "The capital of Spain is", "target_new": "Lima", "ground_truth": ["Madrid"]},
     {"subject": "Peru", "prompt": "The language of Peru is", "target_new": "Latin", "ground_truth": ["Spanish"]},
@@ -156,7 +155,7 @@ class TestLocalisation:
 
 
 class TestKeptEnsemble:
-    def test_a_changed_file_is_localised_again(self, llama, tokenizer, computed, data_file):  # noqa: F811
+    def test_a_changed_file_is_localised_again(self, llama, tokenizer, computed, data_file):
         hparams = tiny_hparams(localization_data=data_file, localization_size=3)
         first = find_ensemble(llama, tokenizer, [], hparams)
         with open(data_file, "w") as stream:
@@ -165,7 +164,7 @@ class TestKeptEnsemble:
         assert second is not first and second.neurons != first.neurons
         assert computed == [record["prompt"] for record in DATA] + [DATA[1]["prompt"]]
 
-    def test_the_same_content_elsewhere_is_not(self, llama, tokenizer, computed, data_file, tmp_path):  # noqa: F811
+    def test_the_same_content_elsewhere_is_not(self, llama, tokenizer, computed, data_file, tmp_path):
         first = find_ensemble(llama, tokenizer, [], tiny_hparams(localization_data=data_file, localization_size=3))
         (tmp_path / "other.json").write_text(json.dumps(DATA, indent=3))
         again = find_ensemble(
@@ -173,7 +172,7 @@ class TestKeptEnsemble:
         )
         assert again is first
 
-    def test_another_tokenizer_is_another_ensemble(self, llama, tokenizer, data_file):  # noqa: F811
+    def test_another_tokenizer_is_another_ensemble(self, llama, tokenizer, data_file):
         from tokenizers import processors
 
         hparams = tiny_hparams(localization_data=data_file, localization_size=3)
@@ -185,7 +184,7 @@ class TestKeptEnsemble:
         )
         assert find_ensemble(llama, other, [], hparams).neurons != first.neurons
 
-    def test_copies_have_the_ensemble_of_the_original(self, llama, tokenizer, data_file, monkeypatch):  # noqa: F811
+    def test_copies_have_the_ensemble_of_the_original(self, llama, tokenizer, data_file, monkeypatch):
         hparams = tiny_hparams(localization_data=data_file, localization_size=3)
         calls, real = [], localization.localize
         monkeypatch.setattr(localization, "localize", lambda *a: calls.append(1) or real(*a))
@@ -193,7 +192,7 @@ class TestKeptEnsemble:
         apply_kne_to_model(copies[0], tokenizer, [REQUESTS[2]], hparams)  # a sequence that begins with a copy
         assert calls == [1]
 
-    def test_what_a_copy_finds_later_is_not_the_originals(self, llama, tokenizer, data_file):  # noqa: F811
+    def test_what_a_copy_finds_later_is_not_the_originals(self, llama, tokenizer, data_file):
         hparams = tiny_hparams(localization_data=data_file, localization_size=3)
         copy, _ = apply_kne_to_model(llama, tokenizer, REQUESTS, hparams, copy=True)
         others = tiny_hparams(localization_data=data_file, localization_size=2)
@@ -207,7 +206,7 @@ class TestKeptEnsemble:
             NeuronEnsemble({LLAMA_DOWN: {0: rows}}, {LLAMA_DOWN: 24}).save(path)
             assert find_ensemble(llama, tokenizer, [], hparams).neurons == {LLAMA_DOWN: {0: rows}}
 
-    def test_the_prompts_of_the_penalty_are_read_anew(self, data_file):  # noqa: F811
+    def test_the_prompts_of_the_penalty_are_read_anew(self, data_file):
         """The same length at the same time of change: the content decides."""
         from kne_easyedit.editing.objectives import unrelated_prompts
 

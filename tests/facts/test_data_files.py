@@ -1,60 +1,27 @@
-"""What people bring as data: shapes, formats, odd and bad records, from the file to the results. Nothing is dropped in silence."""
+"""Data of users: own categories, odd answers, separators, missing subjects, start tokens, from file to results."""
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
-import torch
-from conftest import fingerprint, make_gpt2, make_llama, make_tokenizer, tiny_hparams, weights
+from conftest import make_llama, make_tokenizer, tiny_hparams
+from data_files import FACT, FACT_PAIR, PROBE, case, job_of, lines_of, writer
 from methods import settings, tokenizer_for
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kne_easyedit.benchmark import Run, run
-from kne_easyedit.benchmark.answers import free_answer
-from kne_easyedit.benchmark.bad_records import is_record_error
-from kne_easyedit.bridge import MethodEditor, patches
+from kne_easyedit.benchmark import run
+from kne_easyedit.bridge import patches
 from kne_easyedit.facts.encoding import chat_prompt, encode, encode_request
-from kne_easyedit.facts.readers import data_digest
-from kne_easyedit.facts.records import BadRecord, load_records, load_requests, require_evaluable, to_request
+from kne_easyedit.facts.records import load_records, load_requests, to_request
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.benchmark.answers import begins_with
-
-CASES = Path(os.environ.get("KNE_CASES", Path(__file__).parents[3] / "shared/cases"))
-FACT = {"subject": "Peru", "prompt": "The capital of Peru is", "target_new": "Oslo", "ground_truth": "Lima"}
-PROBE = {"prompt": "The river of Rome is", "ground_truth": "Tiber"}
-
-
-def case(name: str) -> Path:
-    if not (CASES / name).is_file():
-        pytest.skip(f"{CASES / name} is not there; name its folder by KNE_CASES")
-    return CASES / name
 
 
 @pytest.fixture
 def file(tmp_path):
-    def write(content, name="data.json") -> Path:
-        path = tmp_path / name
-        data = content if isinstance(content, (bytes, str)) else json.dumps(content)
-        path.write_bytes(data if isinstance(data, bytes) else data.encode())
-        return path
-
-    return write
-
-
-def job_of(requests, tmp_path, hparams=None, **changes) -> Run:
-    requests = [{"index": i, **request} for i, request in enumerate(requests)]
-    hparams = hparams or {"KNE": tiny_hparams()}
-    return Run(
-        make_llama(), make_tokenizer(), requests, hparams, "FACTS", tmp_path / "out", **{"fluency": False, **changes}
-    )
-
-
-def lines_of(job) -> list[dict]:
-    return [json.loads(line) for line in (job.folder / "results.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    return writer(tmp_path)
 
 
 class TestCategories:
@@ -177,7 +144,7 @@ class TestAnswers:
                 to_request({**FACT, "locality": {"Own": [{"prompt": "x", "ground_truth": answer}]}})
 
     def test_a_prompt_that_is_no_beginning_of_prompt_and_answer(self, tokenizer):
-        """Without a blank the answer's letters join the last word: cut by the prompt's length, half of them would be lost."""
+        """Without a blank the answer's letters join the last word: cut at the prompt's length, half would be lost."""
         with pytest.raises(ValueError, match=r"prompt: 'in was i' is tokenised differently.*'nxyz'.*separator"):
             encode(tokenizer, "in was i", "nxyz", "")
 
@@ -267,308 +234,6 @@ class TestSeparator:
 
     def test_an_answer_may_go_on_without_a_blank(self):
         assert begins_with("罗马是意大利的首都", "罗马") and not begins_with("Romeo", "Rome")
-
-
-FACT_PAIR = ("The capital of France is", "Rome")
-
-
-class TestBadRecords:
-    def test_skip_edits_the_good_ones_and_lists_the_others(self, tmp_path):
-        """Also those that only tokenizer and model can tell (8: a probe, 9: the prompt is too long), before the first edit."""
-        path = case("bad-records.json")
-        requests, complaints = load_records(path, on_bad="skip")
-        job = job_of(requests, tmp_path, skip_bad=True, complaints=complaints)
-        before = fingerprint(job.model)
-        summary = run(job)
-        assert fingerprint(job.model) == before
-        assert [line["index"] for line in lines_of(job)] == [0]
-        assert sorted(int(text.split("record ")[1].split(":")[0]) for text in summary["skipped"]) == list(range(1, 14))
-        told = "\n".join(summary["skipped"])
-        assert "record 8: locality.Forgetfulness[0].prompt: " in told and "the model takes 64" in told
-        assert all(len(text) < 600 for text in summary["skipped"])  # a long value is cut
-
-    def test_fail_names_the_first(self):
-        with pytest.raises(
-            BadRecord, match=r"bad-records\.json: record 1: request\.subject: 5 is not a text.*--on-bad-record skip"
-        ):
-            load_records(case("bad-records.json"))
-
-    def test_fail_names_the_first_that_is_too_long(self, tmp_path):
-        job = job_of([to_request(FACT), to_request({**FACT, "rephrase_prompt": "city " * 99})], tmp_path)
-        with pytest.raises(
-            BadRecord, match=r"FACTS: record 1: rephrase_prompt: prompt: .* the model takes 64.*--on-bad-record skip"
-        ):
-            run(job)
-        assert not (job.folder / "results.jsonl").exists()
-
-    def test_tokens_that_the_model_does_not_know(self, tokenizer):
-        with pytest.raises(ValueError, match=r"request: tokenizer: token .* the model knows those below 7"):
-            require_evaluable(to_request(FACT), tokenizer, make_llama(vocab_size=7))
-
-    @pytest.mark.parametrize(
-        "value",
-        [None, True, 5, 1.5, float("nan"), "", " ", "\ud800", [], ["x"], {}, {"x": 1}, [[[[]]]], "{}", "\x00", 10**400],
-        ids=lambda value: repr(value)[:20],
-    )
-    @pytest.mark.parametrize(
-        "field",
-        [
-            "prompt",
-            "text",
-            "target_new",
-            "labels",
-            "subject",
-            "concept",
-            "ground_truth",
-            "rephrase_prompt",
-            "rephrase",
-            "portability",
-            "locality",
-            "locality_prompt",
-            "portability_ground_truth",
-            "requested_rewrite",
-            "src",
-            "alt",
-            "loc",
-            "target_old",
-            "questions",
-            "paraphrase_prompts",
-            "new_single_hops",
-            "neighborhood_prompts",
-        ],
-    )
-    def test_anything_anywhere_is_a_request_or_a_value_error(self, field, value):
-        shapes = [FACT]
-        for name in ("schema-counterfact.json", "schema-mquake.json", "schema-zsre-mend.json", "schema-cknowedit.json"):
-            shapes.append(json.loads(case(name).read_text(encoding="utf-8"))[0])
-        deep = [{**shape, section: {"Own": value}} for shape in shapes for section in ("portability", "locality")]
-        probes = [{**FACT, "locality": {"Own": [{**PROBE, key: value}]}} for key in PROBE]
-        for record in (
-            [{**shape, field: value} for shape in shapes]
-            + deep
-            + probes
-            + [{"requested_rewrite": {field: value}}, {"requested_rewrite": [value]}]
-        ):
-            try:
-                json.dumps(to_request(record), ensure_ascii=False).encode()
-            except ValueError as error:
-                str(error).encode()  # can be printed
-
-    @pytest.mark.parametrize(
-        "error",
-        [IndexError("x"), KeyError("x"), TypeError("x"), RuntimeError("x"), AssertionError(), ZeroDivisionError()],
-        ids=repr,
-    )
-    def test_what_easyedits_code_raises_is_skipped_by_its_kind(self, tmp_path, monkeypatch, error):
-        job = job_of([to_request(FACT), to_request({**FACT, "target_new": "Rome"})], tmp_path, skip_bad=True)
-        apply = MethodEditor.apply
-
-        def broken(self, requests):
-            if requests[0]["target_new"] == "Oslo":
-                raise error
-            return apply(self, requests)
-
-        monkeypatch.setattr(MethodEditor, "apply", broken)
-        (complaint,) = run(job)["skipped"]
-        assert complaint.startswith(f"FACTS: record 0: KNE: {type(error).__name__}")
-        assert [line["index"] for line in lines_of(job)] == [1]
-        job.skip_bad = False
-        with pytest.raises(BadRecord, match=f"record 0: KNE: {type(error).__name__}"):
-            run(job)
-
-    @pytest.mark.parametrize(
-        "error",
-        [MemoryError(), OSError("disk"), ImportError("x"), RuntimeError("DefaultCPUAllocator: not enough memory")],
-        ids=repr,
-    )
-    def test_what_is_no_records_fault_ends_the_run(self, tmp_path, monkeypatch, error):
-        def broken(self, requests):
-            raise error
-
-        monkeypatch.setattr(MethodEditor, "apply", broken)
-        assert not is_record_error(error)
-        with pytest.raises(type(error)):
-            run(job_of([to_request(FACT)], tmp_path, skip_bad=True))
-
-    def test_an_interrupt_while_a_fact_is_asked_undoes_its_edit(self, tmp_path, monkeypatch):
-        job = job_of([to_request(FACT)], tmp_path)
-        before, evaluate, calls = fingerprint(job.model), MethodEditor.evaluate, []
-
-        def interrupted(self, *args, **options):
-            calls.append(weights(job.model))
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return evaluate(self, *args, **options)
-
-        monkeypatch.setattr(MethodEditor, "evaluate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(job)
-        assert calls[0] == before["weights"] != calls[1]
-        assert fingerprint(job.model) == before
-
-    def test_a_sequence_goes_on_after_a_bad_record(self, tmp_path, monkeypatch):
-        """Its figures are those of the sequence without the record."""
-        facts = [
-            FACT,
-            {**FACT, "target_new": "Madrid"},
-            {**FACT, "subject": "Spain", "prompt": "The capital of Spain is", "target_new": "Rome"},
-        ]
-        good = job_of(
-            [to_request(facts[0]), {**to_request(facts[2]), "index": 2}],
-            tmp_path / "good",
-            mode="sequential",
-            retention_every=1,
-        )
-        run(good)
-        job = job_of(map(to_request, facts), tmp_path, mode="sequential", retention_every=1, skip_bad=True)
-        before, apply = fingerprint(job.model), MethodEditor.apply
-
-        def broken(self, requests):
-            if requests[0]["target_new"] != "Madrid":
-                return apply(self, requests)
-            algorithm, self.editor.apply_algo = self.editor.apply_algo, lambda *args, **options: {}["subject"]
-            try:
-                return apply(self, requests)
-            finally:
-                self.editor.apply_algo = algorithm
-
-        monkeypatch.setattr(MethodEditor, "apply", broken)
-        summary = run(job)
-        assert fingerprint(job.model) == before
-        assert summary["skipped"] == ["FACTS: record 1: KNE: KeyError: 'subject'"]
-
-        def figures(job):
-            return [(line["index"], line["losses"], line["metrics"], line["after"]) for line in lines_of(job)]
-
-        assert figures(job) == figures(good) and [line[0] for line in figures(job)] == [0, 2]
-        assert [stop["edits"] for stop in summary["methods"]["KNE"]["retention"]] == [1, 2]
-
-    def test_a_sequence_ends_where_a_failed_edit_left_the_model_changed(self, tmp_path, monkeypatch):
-        def broken(self, requests):
-            with torch.no_grad():
-                next(self.original.parameters()).view(-1)[0] += 1
-            raise IndexError("half-way")
-
-        monkeypatch.setattr(MethodEditor, "apply", broken)
-        with pytest.raises(RuntimeError, match=r"KNE: record 0 has failed .half-way. and left the model other than"):
-            run(job_of([to_request(FACT)], tmp_path, mode="sequential", skip_bad=True))
-
-    def test_a_free_answer_ends_where_the_model_does(self, tokenizer):
-        """GPT-2 has no position beyond its last: asked for more it would fail."""
-        model = make_gpt2(n_positions=8)
-        request = {"prompt": "The capital of Peru is", "target_new": "Oslo"}
-        assert free_answer(model, tokenizer, request) != free_answer(make_gpt2(), tokenizer, request)
-
-
-class TestFormats:
-    @pytest.mark.parametrize(("name", "records"), [("facts-with-bom.json", 1), ("facts.jsonl", 3), ("facts.csv", 3)])
-    def test_as_people_keep_their_facts(self, name, records):
-        requests, complaints = load_records(case(name))
-        assert len(requests) == records and complaints == []
-        assert requests[0] == {**to_request(FACT), "index": 0}
-        assert load_requests(case(name)) == requests and len(data_digest(case(name))) == 64
-
-    @pytest.mark.parametrize("ending", ["data.json", "data.txt", "data"])
-    def test_the_content_tells_the_format(self, file, ending):
-        lines = "\n".join(
-            [json.dumps(FACT), "", json.dumps({**FACT, "prompt": "The\u2028\x85 Peru is"}, ensure_ascii=False)]
-        )
-        requests, _ = load_records(file(lines, ending))
-        assert [request["prompt"] for request in requests] == [FACT["prompt"], "The\u2028\x85 Peru is"]
-        assert len(load_records(file("\n\ufeffprompt\ttarget_new\nA b\tc\n".lstrip("\n"), ending))[0]) == 1
-        assert load_records(file('prompt;target_new;subject\r\n"A; b";c;\r\n', ending))[0][0]["prompt"] == "A; b"
-        assert len(load_records(file(json.dumps(FACT), ending))[0]) == 1
-
-    def test_a_torn_line_is_a_bad_record_with_its_number(self, file):
-        text = json.dumps(FACT) + '\n{"prompt": "The cap\n\n' + json.dumps(FACT)
-        with pytest.raises(BadRecord, match="record 1: line 2: no JSON"):
-            load_records(file(text))
-        requests, (complaint,) = load_records(file(text), on_bad="skip")
-        assert [request["index"] for request in requests] == [0, 2]
-
-    @pytest.mark.parametrize(
-        ("rows", "message"),
-        [("A b,c,d\nA b,c", "line 2: 3 cells, the header has 2"), ('A b,c\n"A b,c', "line 3: no CSV")],
-    )
-    def test_a_row_of_other_cells(self, file, rows, message):
-        requests, (complaint,) = load_records(file(f"prompt,target_new\n{rows}"), on_bad="skip")
-        assert len(requests) == 1 and message in complaint
-
-    @pytest.mark.parametrize(
-        "content",
-        ["[" * 100_000, '[{"prompt": ' + "9" * 5000 + "}]", "name,age\nx,3\n", "prompt\nx\n", "{\n", "\x00"],
-        ids=lambda c: c[:20],
-    )
-    def test_no_data_file(self, file, content):
-        with pytest.raises(ValueError, match=r"data\.json: not a JSON file"):
-            load_records(file(content))
-
-
-class TestShapes:
-    def test_counterfact(self, caplog):
-        (first, second), _ = load_records(case("schema-counterfact.json"))
-        assert first == {
-            "prompt": "The capital of Norway is",
-            "target_new": "Lisbon",
-            "ground_truth": "Oslo",
-            "subject": "Norway",
-            "index": 0,
-            "rephrase_prompt": "Norway has its seat of government in",
-            "portability": {"Paraphrase": {"prompt": ["Norway, whose capital city is"], "ground_truth": ["Lisbon"]}},
-            "locality": {
-                "Neighborhood": {
-                    "prompt": ["The capital of Sweden is", "The capital of Finland is", "The capital of Denmark is"],
-                    "ground_truth": ["Oslo"] * 3,
-                }
-            },
-        }
-        assert second["prompt"] == "Haruki Murakami writes in"
-        assert "'generation_prompts' of CounterFact (2 times)" in caplog.text
-
-    def test_mquake(self):
-        (request,), _ = load_records(case("schema-mquake.json"))
-        assert (request["prompt"], request["subject"], request["target_new"]) == (
-            "Émile Zola is a citizen of",
-            "Émile Zola",
-            "Japan",
-        )
-        question = "What is the capital of the country of which Émile Zola is a citizen?"
-        assert request["portability"] == {"Multi_hop": {"prompt": [question], "ground_truth": ["Tokyo"]}}
-
-    def test_mquake_of_several_rewrites_says_how_to_convert_it(self):
-        record = json.loads(case("schema-mquake.json").read_text(encoding="utf-8"))[0]
-        record["requested_rewrite"] *= 2
-        with pytest.raises(
-            ValueError, match=r"requested_rewrite: 2 rewrites in one MQuAKE case.*write a record of each"
-        ):
-            to_request(record)
-
-    def test_zsre(self):
-        (request,), _ = load_records(case("schema-zsre-mend.json"))
-        assert (request["prompt"], request["target_new"], request["ground_truth"]) == (
-            "Which continent is Lake Superior on?",
-            "Africa",
-            "North America",
-        )
-        assert request["locality"]["Unrelated"]["ground_truth"] == ["William Shakespeare"]
-
-    def test_cknowedit(self):
-        """As in the case, and with the lists of probes that its published files have."""
-        path = case("schema-cknowedit.json")
-        (request,), _ = load_records(path)
-        assert (request["prompt"], request["target_new"], request["ground_truth"], request["subject"]) == (
-            "法国的首都是",
-            "罗马",
-            "巴黎",
-            None,
-        )
-        assert request["rephrase_prompt"] == "请问法国的首都是哪里？"
-        assert request["portability"] == {
-            "Portability": {"prompt": ["法国首都所在的河流是"], "ground_truth": ["台伯河"]}
-        }
-        record = json.loads(path.read_text(encoding="utf-8"))[0]
-        record["portability"] = [{"prompt": "法国首都所在的河流是", "answer": "台伯河"}]
-        assert {**to_request(record), "index": 0} == request
 
 
 class TestSubjects:

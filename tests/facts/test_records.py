@@ -154,7 +154,8 @@ class TestBadRecords:
         requests, complaints = load_records(file(RECORD, broken, RECORD), on_bad="skip")
         assert [request["index"] for request in requests] == [0, 2]
         (complaint,) = complaints
-        pytest.raises(ValueError, to_request, broken).match(message)
+        with pytest.raises(ValueError, match=message):
+            to_request(broken)
         assert "record 1: " in complaint
 
     def test_none_is_bad(self, file):

@@ -374,8 +374,6 @@ class TestDoctor:
         llama.config.quantization_config = stored
         (finding,) = modules({"KNE": tiny_hparams()}, llama)
         assert finding.status.lower() == status
-        assert (
-            status == "ok"
-            or ("files are quantised (gptq)" in finding.text
-            and finding.way_out == "load the model unquantised")
+        assert status == "ok" or (
+            "files are quantised (gptq)" in finding.text and finding.way_out == "load the model unquantised"
         )

@@ -1,4 +1,4 @@
-"""scripts/bench_editing.py on a tiny model: what it prints is what it says; the model and torch are left as they were."""
+"""scripts/bench_editing.py on a tiny model: its figures are right; the model and torch are left as they were."""
 
 from __future__ import annotations
 
