@@ -22,6 +22,7 @@ from kne_easyedit.models.loading import load_model
 
 
 def main() -> None:
+    """Generates texts, and prints their fluency in both variants."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--data", default="embedded", help="KnowEdit file whose prompts are continued (default %(default)s)"
@@ -38,7 +39,7 @@ def main() -> None:
     plain = evaluators.nltk
     lenient = type(nltk)("nltk")
     lenient.__dict__.update(vars(nltk), word_tokenize=partial(nltk.word_tokenize, preserve_line=True))
-    found = {PUNKT: [], NO_PUNKT: []}
+    found: dict[str, list[float]] = {PUNKT: [], NO_PUNKT: []}
     for request in tqdm(load_requests(arguments.data, arguments.records), unit="text"):
         torch.manual_seed(arguments.seed)
         texts = generate(model, tokenizer, [request["prompt"]], n_gen_per_prompt=1, max_out_len=100)
@@ -48,9 +49,8 @@ def main() -> None:
     differences = [a - b for a, b in zip(found[NO_PUNKT], found[PUNKT])]
     for variant, values in found.items():
         print(f"{variant:<14} {statistics.fmean(values):.2f}")
-    print(
-        f"{NO_PUNKT} - {PUNKT}: mean {statistics.fmean(differences):+.2f}, from {min(differences):+.2f} to {max(differences):+.2f}, {len(differences)} texts"
-    )
+    mean, low, high = statistics.fmean(differences), min(differences), max(differences)
+    print(f"{NO_PUNKT} - {PUNKT}: mean {mean:+.2f}, from {low:+.2f} to {high:+.2f}, {len(differences)} texts")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""EasyEdit's methods and records for the tiny models: the shipped settings, with layers, steps and rates that fit them."""
+"""EasyEdit's methods and records for the tiny models: the shipped settings, with fitting layers, steps and rates."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def settings(label: str, **changes):
 
 
 def tokenizer_for(hparams):
-    """A tokenizer of its own for each editor, padded as EasyEdit pads for the method; EasyEdit's FT and MEMIT ask for its start token."""
+    """A tokenizer of its own for each editor, padded as EasyEdit pads; EasyEdit's FT and MEMIT need its start token."""
     tokenizer = make_tokenizer()
     tokenizer.bos_token = "<eos>"
     bridge.prepare_tokenizer(tokenizer, hparams.alg_name)

@@ -26,10 +26,14 @@ def _split_without_punkt(easyeditor: ModuleType) -> bool:
 
 
 def fluency_variant() -> str:
-    """How EasyEdit's evaluators split words here: ``punkt`` (as is) or ``preserve_line``.
+    """How EasyEdit's evaluators split words here.
 
-    ``preserve_line`` splits words without splitting sentences first, so that a period inside a text stays with its
-    word. Raises RuntimeError if nltk's data is missing and the patch is switched off.
+    Returns:
+        ``punkt`` (unchanged), or ``preserve_line``: without splitting sentences first, so that a period inside a text
+        stays with its word.
+
+    Raises:
+        RuntimeError: nltk's data is missing, and the patch is switched off.
     """
     tokenize = module("evaluate.evaluate_utils").nltk.word_tokenize
     if isinstance(tokenize, functools.partial):

@@ -77,7 +77,14 @@ def placeholder(name: str, why: str) -> type:
 
 
 def locate() -> Path:
-    """The folder that holds the package ``easyeditor``: ``EASYEDIT_HOME`` first, then what is installed."""
+    """Finds EasyEdit: in ``EASYEDIT_HOME`` if that is set, else among the installed packages.
+
+    Returns:
+        The folder that contains the package ``easyeditor``.
+
+    Raises:
+        EasyEditNotFound: There is none.
+    """
     home = os.environ.get(HOME)
     if home:
         root = Path(home).expanduser().resolve()
@@ -91,9 +98,14 @@ def locate() -> Path:
 
 
 def load() -> ModuleType:
-    """Imports EasyEdit (once) and returns the package.
+    """Imports EasyEdit, once, and applies the patches.
 
-    Raises EasyEditNotFound if there is none, RuntimeError if another copy was imported before.
+    Returns:
+        The package ``easyeditor``.
+
+    Raises:
+        EasyEditNotFound: There is none.
+        RuntimeError: Another copy was imported before.
     """
     root = locate()
     known = sys.modules.get(PACKAGE)
@@ -125,7 +137,11 @@ def load() -> ModuleType:
 
 
 def describe() -> dict[str, str]:
-    """Which EasyEdit this is: ``kind`` (``checkout`` or ``installed``) and ``version``."""
+    """Identifies this EasyEdit.
+
+    Returns:
+        ``kind`` (``checkout`` or ``installed``) and ``version`` (of a checkout its commit).
+    """
     root = locate()
     if os.environ.get(HOME):
         return {"kind": "checkout", "version": _commit(root)}
@@ -153,7 +169,7 @@ def _commit(root: Path) -> str:
 
 @contextmanager
 def _no_side_effects() -> Iterator[None]:
-    """EasyEdit seeds every generator and sets up root logging when it is imported; neither was asked for."""
+    """Restores the generators, which EasyEdit seeds when it is imported, and root logging, which it configures."""
     import numpy
     import torch
 
@@ -242,9 +258,10 @@ def _why_missing(module: ModuleType, name: str) -> str:
 
 
 def is_legacy(editor: type | None = None) -> bool:
-    """Whether this EasyEdit (or the class of its ``editor``, while it is imported) is older than May 2024.
+    """Whether this EasyEdit is older than May 2024: there ``keep_original_weight=False`` lets edits accumulate.
 
-    There ``edit`` takes ``keep_original_weight``, and False lets edits accumulate.
+    Args:
+        editor: Its class ``BaseEditor``, if it is being imported.
     """
     kind: Any = editor or load().BaseEditor
     return "keep_original_weight" in inspect.signature(kind.edit).parameters

@@ -38,7 +38,12 @@ class LoadedModel(str):
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, alg_name: str) -> None:
-    """Sets padding side and pad token as EasyEdit does when it loads a model for this method."""
+    """Sets padding side and pad token as EasyEdit does when it loads a model.
+
+    Args:
+        tokenizer: It is changed.
+        alg_name: EasyEdit's name of the method.
+    """
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     tokenizer.padding_side = traits_of(alg_name).padding_side

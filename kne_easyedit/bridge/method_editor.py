@@ -23,7 +23,7 @@ from kne_easyedit.bridge.importing import is_legacy, module
 from kne_easyedit.bridge.methods import NAME, SCRIPTS, require_request, require_undoable, traits_of
 from kne_easyedit.bridge.registry import editor_for, register
 from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
-from kne_easyedit.bridge.undo import Undo, undone_on_errors
+from kne_easyedit.bridge.undo import Undo, undo_on_errors
 from kne_easyedit.editing.row_edit import RowEdit
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.models.state import seed_generators
@@ -133,7 +133,7 @@ class MethodEditor:
                     raise
                 failed.append(error)
 
-        undone_on_errors(edit, self.undo)
+        undo_on_errors(edit, self.undo)
         if failed:
             raise failed[0]
 
@@ -143,7 +143,7 @@ class MethodEditor:
 
     def undo(self) -> None:
         """Undoes every edit, the last one first."""
-        self._undo.take_back()
+        self._undo.restore_all()
         self.model = self.original
 
     def evaluate(self, request: Mapping, *, generation: bool, seed: int) -> dict:

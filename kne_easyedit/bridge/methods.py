@@ -46,7 +46,7 @@ class Method:
     one_fact: bool = False
     """Edits the first of several requests and silently drops the others."""
     accumulates: bool = False
-    """Adds every edit to what it stores of earlier ones, unless it is told to reset that (``reset_cache``)."""
+    """Adds every edit to what it stores of earlier ones, unless ``reset_cache`` is true."""
     restarts_in_2023: bool = False
     """In the EasyEdit of 2023 every edit begins anew and loses those before."""
 
@@ -217,7 +217,14 @@ def traits_of(name: str) -> Method:
 
 
 def require_undoable(hparams: Hyperparameters) -> None:
-    """Raises ValueError, with the reason and a way out, for a method that cannot be undone, or cannot run here."""
+    """Checks that a method can run here, and that its edits can be undone.
+
+    Args:
+        hparams: Settings of any method.
+
+    Raises:
+        ValueError: It cannot; the message says why, and what to do.
+    """
     name = hparams.alg_name
     if why := traits_of(name).irreversible:
         raise ValueError(f"methods: {name} {why}; {SCRIPTS}")
@@ -250,7 +257,15 @@ def require_runnable(hparams: Hyperparameters) -> None:
 
 
 def require_request(alg_name: str, request: Mapping[str, Any]) -> None:
-    """Raises ValueError if a request lacks a field that the method needs."""
+    """Checks that a request has the fields that a method needs.
+
+    Args:
+        alg_name: EasyEdit's name of the method.
+        request: One fact.
+
+    Raises:
+        ValueError: A field is missing or empty.
+    """
     needed = traits_of(alg_name).request_field
     if needed and not request.get(needed):
         raise ValueError(

@@ -252,7 +252,7 @@ def _tidy(apply):
     def tidy(model, *args, **kwargs):
         if not isinstance(model, torch.nn.Module):
             return apply(model, *args, **kwargs)
-        with _switches_kept(model) as after:
+        with _preserve_switches(model) as after:
             result = apply(model, *args, **kwargs)
             after.append(result[0] if isinstance(result, tuple) else None)
         return result
@@ -273,9 +273,9 @@ _LEFT_BEHIND = {
 
 
 @contextlib.contextmanager
-def _switches_kept(model: torch.nn.Module) -> Iterator[list[Any]]:
+def _preserve_switches(model: torch.nn.Module) -> Iterator[list[Any]]:
     """Restores the switches at the end; what the method has returned may be appended to the list."""
-    put_back = remembered_switches(model)
+    put_back = switches_restorer(model)
     results: list[Any] = []
     try:
         yield results
@@ -283,7 +283,7 @@ def _switches_kept(model: torch.nn.Module) -> Iterator[list[Any]]:
         put_back(results[0] if results else None)
 
 
-def remembered_switches(model: torch.nn.Module) -> Callable[..., None]:
+def switches_restorer(model: torch.nn.Module) -> Callable[..., None]:
     """Records all that EasyEdit's methods switch in a model.
 
     Args:

@@ -68,7 +68,7 @@ def subject_in_prompt(subject: str, prompt: str) -> bool:
 
 
 @contextlib.contextmanager
-def bad_records_left_out(easyeditor: ModuleType) -> Iterator[None]:
+def skip_bad_records(easyeditor: ModuleType) -> Iterator[None]:
     """Inside, a ``KnowEditDataset`` leaves out (and prints) the records whose subject does not stand in their prompt.
 
     Raises ValueError if this EasyEdit has no such class.

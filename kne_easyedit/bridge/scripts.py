@@ -24,7 +24,7 @@ from typing import Any
 from kne_easyedit.bridge.importing import script_builtins
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.registry import load_method, register, require_method
-from kne_easyedit.bridge.script_patches import bad_records_left_out
+from kne_easyedit.bridge.script_patches import skip_bad_records
 from kne_easyedit.bridge.script_syntax import METHOD_OPTION, OpenedMethods, constants_in, names_in
 from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
 from kne_easyedit.metrics import read_results, summarize_metrics, table
@@ -68,7 +68,7 @@ def run_script(
         )
     easyeditor = register()
     code = compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)
-    left_out = bad_records_left_out(easyeditor) if skip_bad else contextlib.nullcontext()
+    left_out = skip_bad_records(easyeditor) if skip_bad else contextlib.nullcontext()
     source = text_source or current_text_source()
     with left_out, _text_after_prompts(easyeditor, source), preserve_rng(), _as_main(path, arguments) as namespace:
         seed_generators(SEED)

@@ -34,7 +34,11 @@ PATCH = "second-moments"
 
 
 def needs_second_moments(hparams: Any) -> bool:
-    """Whether a method uses second moments under these settings: MEMIT and related methods always, ROME if asked to."""
+    """Whether a method uses second moments: MEMIT and related methods always, ROME by ``mom2_adjustment``.
+
+    Args:
+        hparams: Settings of any method.
+    """
     if not hasattr(hparams, "mom2_dataset"):
         return False
     setting = traits_of(hparams.alg_name).moments_setting
@@ -146,7 +150,16 @@ def prepare(model: nn.Module, tokenizer: Tokenizer, hparams: Any, folder: Path, 
 
 
 def own_files(model: nn.Module, hparams: Any, folder: Path) -> list[Path]:
-    """The user's own files (or EasyEdit's) in ``folder``, which take precedence over computed ones."""
+    """The user's own files of second moments, or EasyEdit's, which take precedence over computed ones.
+
+    Args:
+        model: The loaded model.
+        hparams: Settings of a method that `needs_second_moments`.
+        folder: The absolute path of ``stats_dir``.
+
+    Returns:
+        Existing files.
+    """
     wanted = Wanted.by(hparams, folder)
     return [file.path for layer in wanted.layers for file in _own(model, layer, wanted) if file.path.is_file()]
 
@@ -154,7 +167,18 @@ def own_files(model: nn.Module, hparams: Any, folder: Path) -> list[Path]:
 def files_of(
     model: nn.Module, tokenizer: Tokenizer, weights: KnownWeights, wanted: Wanted, source: TextSource
 ) -> list[Found]:
-    """One file per layer: the user's own (or EasyEdit's) if there is one, else ours, computed now if it is missing."""
+    """One file per layer: the user's own (or EasyEdit's) if there is one, else ours, computed now if it is missing.
+
+    Args:
+        model: The loaded model.
+        tokenizer: That of the model.
+        weights: What is known of the model's weights.
+        wanted: The layers, and the settings in the file names.
+        source: The text.
+
+    Returns:
+        Files in the order of the layers.
+    """
     digest = source.digest()
     key = (digest, str(wanted.folder), *wanted[2:])
     if weights.last_wanted != key:  # EasyEdit may have cached the moments of another text
@@ -259,7 +283,7 @@ def known_weights(model: nn.Module, editing: bool = False) -> KnownWeights:
 
 @torch.no_grad()
 def checksums(model: nn.Module) -> tuple[float, ...]:
-    """Sums of up to 4096 values of every parameter: tells other weights faster than a digest, which takes a second."""
+    """Sums of up to 4096 values of every parameter: detects other weights faster than a digest."""
     sums = []
     for parameter in model.parameters():
         flat = parameter.detach().flatten()

@@ -1,7 +1,7 @@
 """The text that second moments are computed from: a file, or samples of the model.
 
-A `TextSource` is handed over as an argument. EasyEdit calls ``layer_stats`` without our arguments: its patch takes the
-source of the enclosing `use_text_source`.
+A `TextSource` is passed as an argument. EasyEdit calls ``layer_stats`` without our arguments: its patch uses the source
+of the enclosing `use_text_source`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import nn
 from kne_easyedit.bridge.importing import is_legacy
 from kne_easyedit.bridge.methods import NAME, traits_of
 from kne_easyedit.bridge.patches import runtime_patch
-from kne_easyedit.bridge.runtime_patches import remembered_switches
+from kne_easyedit.bridge.runtime_patches import switches_restorer
 from kne_easyedit.editing.row_edit import RowEdit, restore
 from kne_easyedit.models.targets import rows
 
@@ -48,7 +48,7 @@ class Undo:
         """Keeps what a method of EasyEdit has returned for undoing its edit. False if that is nothing."""
         if traits_of(alg_name).replaces_layer:
             if not self._steps:
-                self._steps.append(self._layers_back)
+                self._steps.append(self._restore_layers)
         elif callable(originals):
             self._steps.append(torch.no_grad()(originals))
         elif hasattr(edited, "peft_config"):
@@ -60,7 +60,7 @@ class Undo:
             return False
         return True
 
-    def take_back(self) -> None:
+    def restore_all(self) -> None:
         """Undoes every edit, the last one first. A step that fails is repeated by the next call, which is harmless."""
         while self._steps:
             self._steps[-1]()
@@ -71,7 +71,7 @@ class Undo:
             self._steps.append(kind(self.model))
         return self._steps[-1]
 
-    def _layers_back(self) -> None:
+    def _restore_layers(self) -> None:
         for module, layers in self._layers:
             module._modules.update(layers)
 
@@ -144,7 +144,7 @@ def _safe(method: Callable, legacy: bool) -> Callable:
             self.apply_algo, _Recorder
         ):  # edit() calls edit_requests()
             return method(self, *args, **kwargs)
-        model, apply, put_back = self.model, self.apply_algo, remembered_switches(self.model)
+        model, apply, put_back = self.model, self.apply_algo, switches_restorer(self.model)
         recorder = _Recorder(apply, Undo(model), self.alg_name, legacy)
 
         def work():
@@ -152,14 +152,14 @@ def _safe(method: Callable, legacy: bool) -> Callable:
             return method(self, *args, **kwargs)
 
         def undo() -> None:
-            recorder.undo.take_back()
+            recorder.undo.restore_all()
             self.model = model
             put_back()
 
         def finish() -> None:
             self.apply_algo = apply
 
-        return undone_on_errors(work, undo, finish)
+        return undo_on_errors(work, undo, finish)
 
     return safe
 
@@ -185,7 +185,7 @@ class _Recorder:
         return edited, originals if asked or callable(originals) else {}
 
 
-def undone_on_errors(
+def undo_on_errors(
     work: Callable[[], Result], undo: Callable[[], None], finish: Callable[[], None] = lambda: None
 ) -> Result:
     """Calls ``work()``, and ``undo()`` after any exception in it, Ctrl-C included.

@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
         type=Path,
         default=[shipped() / "KNE" / f"{SHIPPED}.yaml"],
         metavar="FILE",
-        help="YAML files of the run's methods, told apart as in `kne run` (default: KNE's shipped one for SmolLM2)",
+        help="YAML files of the run's methods, identified as in `kne run` (default: KNE's shipped one for SmolLM2)",
     )
     parser.add_argument("--data", default="embedded", help="KnowEdit file, or 'embedded' (default %(default)s)")
     parser.add_argument("--records", type=positive, help="number of records (default: all)")

@@ -118,14 +118,14 @@ def test_a_missing_package_is_found_before_the_first_edit(monkeypatch):
     bridge.register()
     absent = importing.placeholder("sklearn.metrics.f1_score", "No module named 'sklearn'")
     monkeypatch.setattr(module("evaluate.evaluate_utils"), "f1_score", absent, raising=False)
-    with pytest.raises(ValueError, match="GRACE needs sklearn.metrics.f1_score.*No module named 'sklearn'; install"):
+    with pytest.raises(ValueError, match=r"GRACE needs sklearn.metrics.f1_score.*No module named 'sklearn'; install"):
         MethodEditor(SimpleNamespace(alg_name="GRACE", model_name="m"), make_llama(), make_tokenizer())
     monkeypatch.setattr(module("evaluate.evaluate_utils"), "f1_score", len)
     require_undoable(SimpleNamespace(alg_name="GRACE", model_name="m"))
 
 
 def test_a_missing_archive_is_found_before_the_first_edit(tmp_path):
-    with pytest.raises(ValueError, match="MEND needs .*archive: 'none.pt' does not exist"):
+    with pytest.raises(ValueError, match=r"MEND needs .*archive: 'none.pt' does not exist"):
         require_undoable(SimpleNamespace(alg_name="MEND", archive="none.pt"))
     (tmp_path / "some.pt").touch()
     require_undoable(SimpleNamespace(alg_name="MEND", archive=str(tmp_path / "some.pt")))
@@ -153,9 +153,9 @@ def test_a_file_that_is_not_enough_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"short.yaml: FTHyperParams cannot be made of it: TypeError: .*'num_steps'"):
         bridge.load_method("FT", file)
     file.write_text("a: [")
-    with pytest.raises(ValueError, match="short.yaml: not a YAML file"):
+    with pytest.raises(ValueError, match=r"short.yaml: not a YAML file"):
         bridge.load_method("FT", file)
-    with pytest.raises(FileNotFoundError, match="none.yaml does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"none.yaml does not exist"):
         bridge.load_method("FT", tmp_path / "none.yaml")
 
 

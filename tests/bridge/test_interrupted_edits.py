@@ -16,7 +16,7 @@ from methods import edit_inputs, records, settings, tokenizer_for
 from kne_easyedit import bridge
 from kne_easyedit.bridge import MethodEditor, TextSource, use_text_source
 from kne_easyedit.bridge.importing import module
-from kne_easyedit.bridge.undo import Undo, undone_on_errors
+from kne_easyedit.bridge.undo import Undo, undo_on_errors
 from kne_easyedit.editing.row_edit import RowEdit, write_rows
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 
@@ -130,7 +130,7 @@ def test_edits_of_earlier_calls_stay():
     editor = editor_of("KNE")
     edit(editor, keeping())
     before = fingerprint(editor.model)
-    with pytest.raises(Exception):  # noqa: B017, PT011  (each version fails in its own way)
+    with pytest.raises(Exception):  # noqa: B017  (each version fails in its own way)
         editor.edit_requests([records()[2], {"prompt": "no target"}], verbose=False, **keeping())
     assert fingerprint(editor.model) == before
 
@@ -207,22 +207,22 @@ def test_a_signal_while_edits_are_taken_back_waits():
         raise RuntimeError("no luck")
 
     with pytest.raises(KeyboardInterrupt):
-        undone_on_errors(work, undo, lambda: done.append("finished"))
+        undo_on_errors(work, undo, lambda: done.append("finished"))
     assert done == ["undone", "finished"]
-    assert undone_on_errors(lambda: "result", undo) == "result"
+    assert undo_on_errors(lambda: "result", undo) == "result"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_signal_after_the_work_undoes_it():
     done = []
     with pytest.raises(KeyboardInterrupt):
-        undone_on_errors(lambda: "result", lambda: done.append("undone"), lambda: signal.raise_signal(signal.SIGINT))
+        undo_on_errors(lambda: "result", lambda: done.append("undone"), lambda: signal.raise_signal(signal.SIGINT))
     assert done == ["undone"]
 
 
 def test_other_threads_edit_too():
     found = []
-    thread = threading.Thread(target=lambda: found.append(undone_on_errors(lambda: "result", lambda: None)))
+    thread = threading.Thread(target=lambda: found.append(undo_on_errors(lambda: "result", lambda: None)))
     thread.start()
     thread.join()
     assert found == ["result"]
@@ -309,7 +309,7 @@ def test_any_mix_of_edits_is_taken_back_bit_by_bit(seed):
             parameter, value = model.get_parameter(f"{name}.weight"), originals[f"{name}.weight"]
             assert undo.remember(model, lambda parameter=parameter, value=value: parameter.copy_(value))
     assert weights(model) != before
-    undo.take_back()
+    undo.restore_all()
     assert weights(model) == before
     assert not undo
     assert not undo.remember(model, {})

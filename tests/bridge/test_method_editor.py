@@ -1,4 +1,4 @@
-"""MethodEditor drives every weight-editing method of this EasyEdit: edit, evaluate, undo, alone, in a row, in batches."""
+"""MethodEditor on every weight-editing method of this EasyEdit: edit, evaluate, undo, alone, in a row, in batches."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_in_context_editing_is_refused_by_name():
 
 def one_at_a_time(label: str) -> bool:
     """KN takes the first of several requests, ROME is for one; the LoRA of 2023 is not among the batch methods."""
-    return label in ("KN", "ROME") or label == "AdaLoRA" and bridge.is_legacy()
+    return label in ("KN", "ROME") or (label == "AdaLoRA" and bridge.is_legacy())
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -198,7 +198,7 @@ def without_dropout(label: str) -> dict:
 
 @pytest.mark.parametrize("label", LABELS)
 def test_figures_are_those_of_easyedits_own_edit(label):
-    """Of ``edit`` and of ``edit_requests``, before and after the edit, for the same records with all kinds of probes."""
+    """Of ``edit`` and ``edit_requests``, before and after the edit, for the same records with all kinds of probes."""
     model = make_llama()
     ours = editor_of(label, model, **without_dropout(label))
     ours.editor.apply_algo = seeded(ours.editor.apply_algo)

@@ -217,7 +217,7 @@ def own_files(name: str) -> dict[str, Path]:
 
 @pytest.mark.parametrize("spelling", ["some-one_tiny", "tiny"])
 def test_a_file_of_the_users_own_goes_first(named, spelling):
-    """Whichever version made it: a download of Wikipedia would follow if EasyEdit did not find what the bridge has found."""
+    """Whichever version made it: a download of Wikipedia would follow if EasyEdit did not find the bridge's file."""
     path = own_files("some-one/tiny")[spelling]
     path.parent.mkdir(parents=True)
     state = {
@@ -313,7 +313,7 @@ def test_without_the_patch_nothing_is_prepared(named, monkeypatch):
 
 
 def test_memits_own_changes_never_get_into_its_moments(named, text_file):
-    """MEMIT asks for a layer's moments when it has changed the layers before it: for layers that an earlier run had not made, too."""
+    """MEMIT asks for a layer's moments when it has changed the layers before it, also for layers without a file yet."""
     edit_by_memit(named, [1], TextSource(text_file))
     edit_by_memit(named, [1, 2], TextSource(text_file))
     made = {file.name.partition("_float")[0]: numpy.load(file)["mom2.mom2"] for file in files()}

@@ -42,7 +42,7 @@ def test_samples_start_from_the_start_token_and_end_at_the_length_or_the_end_tok
     assert len(texts) == 40
     assert all(text[0] == tokenizer.eos_token_id for text in texts)
     assert all(
-        len(text) == 9 and tokenizer.eos_token_id not in text[1:-1] or text[-1] == tokenizer.eos_token_id
+        (len(text) == 9 and tokenizer.eos_token_id not in text[1:-1]) or text[-1] == tokenizer.eos_token_id
         for text in texts
     )
     assert len({tuple(text) for text in texts}) > 20  # sampled, not the likeliest again and again
@@ -80,11 +80,11 @@ def test_a_relative_path_is_that_of_the_place_where_it_was_given(text_file, monk
 
 
 def test_a_missing_or_empty_text_file_is_refused(tmp_path, llama):
-    with pytest.raises(ValueError, match="none.txt does not exist"):
+    with pytest.raises(ValueError, match=r"none.txt does not exist"):
         TextSource(tmp_path / "none.txt")
     (tmp_path / "empty.txt").write_text("\n  \n")
     source = TextSource(tmp_path / "empty.txt")
-    with pytest.raises(ValueError, match="empty.txt: holds no text"):
+    with pytest.raises(ValueError, match=r"empty.txt: holds no text"):
         source.texts(llama, make_tokenizer())
 
 

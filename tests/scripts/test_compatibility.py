@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parents[2] / "scripts" / "compatibility.py"
-spec = importlib.util.spec_from_file_location("compatibility", PATH)
-compatibility = sys.modules["compatibility"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compatibility)
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import compatibility_cells as compatibility
+import compatibility_page
 
 CELLS = [(method, mode) for method in compatibility.METHODS for mode in compatibility.MODES]
 
@@ -31,7 +30,7 @@ def test_a_cell_works_or_fails_for_the_reason_that_is_given(method, mode, tmp_pa
     if reason in (None, compatibility.FORGETS):
         compatibility.attempt(method, mode, tmp_path / "stats")
     else:  # a limit that is none any more must not stay in the table
-        with pytest.raises(Exception):  # noqa: B017, PT011  (each version fails in its own way)
+        with pytest.raises(Exception):  # noqa: B017  (each version fails in its own way)
             compatibility.attempt(method, mode, tmp_path / "stats")
 
 
@@ -68,8 +67,14 @@ def test_the_page_says_what_works_and_why_not():
             "cells": cells,
         }
     }
-    text = compatibility.text_of(found, {}, None)
+    text = compatibility_page.text_of(found, {}, None)
     assert "| edit | works with [1] | works |" in text
     assert "| sequential_edit | cannot [2] | works |" in text and "| batch_edit 1 | **fails** [3] |" in text
     assert "- [1] patches tied-head" in text and "- [2] no such thing" in text and "- [3] ValueError: boom" in text
     assert "| tied-head | a fault |" in text
+
+
+def test_the_tracked_page_has_the_texts_of_the_script():
+    page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    assert page.startswith(compatibility_page.HEAD)
+    assert compatibility_page.OTHERS in page
