@@ -94,10 +94,11 @@ def settings(label: str, stats: Path, tiny: bool):
 def limit(label: str, mode: str) -> str | None:
     """Why this EasyEdit cannot do it, whatever is patched; None if it can."""
     from kne_easyedit import bridge
-    from kne_easyedit.bridge.methods import METHODS as LABELS
+    from kne_easyedit.bridge.method_editor import is_batchable
+    from kne_easyedit.bridge.methods import traits_of
 
     editor = bridge.register().BaseEditor
-    alg_name = LABELS[label].alg_name if label in LABELS else label
+    alg_name = traits_of(label).alg_name
     name = mode.split()[0]
     try:
         bridge.load_method(label, HPARAMS / label / "smollm2-135m.yaml")
@@ -105,7 +106,7 @@ def limit(label: str, mode: str) -> str | None:
         return str(error)
     if name != "sequential_edit" and not hasattr(editor, name):
         return f"this version has no {name}"
-    if name in ("batch_edit", "normal_edit") and not _batchable(alg_name):
+    if name in ("batch_edit", "normal_edit") and not is_batchable(alg_name):
         return (
             "KN edits the first of several facts"
             if alg_name == "KN"
@@ -122,13 +123,6 @@ def limit(label: str, mode: str) -> str | None:
     if name == "sequential_edit" and alg_name == "KN" and bridge.is_legacy():
         return "this version undoes every KN edit at once"
     return None
-
-
-def _batchable(alg_name: str) -> bool:
-    from kne_easyedit.bridge.importing import module
-    from kne_easyedit.bridge.methods import ONE_FACT
-
-    return alg_name not in ONE_FACT and module("editors.batch_editor").BatchEditor.is_batchable_method(alg_name)
 
 
 def _source(function) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from kne_easyedit.benchmark.answers import is_unspaced_script
 from kne_easyedit.benchmark.job import Run
-from kne_easyedit.bridge.methods import BY_SUBJECT
+from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.facts.encoding import SEPARATOR
 from kne_easyedit.facts.records import BadRecord, require_evaluable
 
@@ -75,7 +75,7 @@ def usable_records(job: Run, requests: Sequence[dict]) -> list[dict]:
             "%s: its script sets no blanks between words; KNE's setting separator: '' joins prompt and answer by none",
             job.data,
         )
-    by_subject = [method for method, hparams in job.hparams.items() if hparams.alg_name in BY_SUBJECT]
+    by_subject = [method for method, hparams in job.hparams.items() if traits_of(hparams.alg_name).needs_subject]
     found = []
     for request in requests:
         try:

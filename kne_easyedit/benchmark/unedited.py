@@ -15,6 +15,7 @@ from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import atomic_write, parse_json
 from kne_easyedit.benchmark.answers import free_answer
 from kne_easyedit.benchmark.job import Run
+from kne_easyedit.bridge.methods import traits_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ def plain(metrics: dict) -> dict:
 
 
 def with_old_answer(editor: bridge.MethodEditor, request: dict, unedited: Unedited) -> dict:
-    """For KN, which attributes the old answer: where a record lacks it, the unedited model's up to the first stop."""
-    if editor.hparams.alg_name != "KN" or request["ground_truth"] is not None:
+    """For methods that need an old answer: where a record lacks it, the unedited model's up to the first stop."""
+    if not traits_of(editor.hparams.alg_name).needs_ground_truth or request["ground_truth"] is not None:
         return request
     answer = unedited["answer"].strip()
     return {**request, "ground_truth": re.split(r"[.,;\n]", answer)[0].strip() or answer}
@@ -77,7 +78,7 @@ def with_old_answer(editor: bridge.MethodEditor, request: dict, unedited: Unedit
 def _view(editor: bridge.MethodEditor) -> list:
     """How EasyEdit's evaluator sees a record under this method's settings."""
     hparams = editor.hparams
-    view = [editor.tokenizer.padding_side, hparams.max_length, hparams.alg_name == "GRACE"]
+    view = [editor.tokenizer.padding_side, hparams.max_length, traits_of(hparams.alg_name).own_evaluation]
     if getattr(hparams, "evaluation_type", None):  # added only then: files of earlier runs keep their names
         view += [hparams.evaluation_type, bool(getattr(hparams, "api_key", None))]
     return view

@@ -15,18 +15,18 @@ from kne_easyedit.bridge.fluency import fluency_variant
 from kne_easyedit.bridge.importing import EasyEditNotFound, describe, is_legacy, load, locate
 from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
 from kne_easyedit.bridge.method_editor import MethodEditor, compare
-from kne_easyedit.bridge.methods import METHODS
+from kne_easyedit.bridge.methods import LABELS, METHODS, traits_of
 from kne_easyedit.bridge.registry import editor_for, load_method, register, require_method
 from kne_easyedit.bridge.text_source import TextSource, use_text_source
 
 __all__ = [
+    "LABELS",
     "METHODS",
     "EasyEditNotFound",
     "LoadedModel",
     "MethodEditor",
     "TextSource",
     "compare",
-    "require_method",
     "describe",
     "editor_for",
     "fluency_variant",
@@ -36,5 +36,7 @@ __all__ = [
     "locate",
     "prepare_tokenizer",
     "register",
+    "require_method",
+    "traits_of",
     "use_text_source",
 ]

@@ -1,9 +1,10 @@
-"""EasyEdit's fluency without a download: its word tokenizer wants nltk's punkt data, one variant needs none."""
+"""EasyEdit's fluency without a download: its word tokenizer needs nltk's punkt data, one variant does not."""
 
 from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.patches import runtime_patch
@@ -17,7 +18,7 @@ def _split_without_punkt(easyeditor: ModuleType) -> bool:
         return False
     evaluators = module("evaluate.evaluate_utils")
     nltk = evaluators.nltk
-    lenient = ModuleType("nltk")  # only EasyEdit's evaluators see it
+    lenient: Any = ModuleType("nltk")  # only EasyEdit's evaluators see it
     lenient.__dict__.update({name: value for name, value in vars(nltk).items() if not name.startswith("__")})
     lenient.word_tokenize = functools.partial(nltk.word_tokenize, preserve_line=True)
     evaluators.nltk = lenient
@@ -35,7 +36,8 @@ def fluency_variant() -> str:
         return NO_PUNKT
     if not _has_punkt():
         raise RuntimeError(
-            "fluency: nltk's punkt data is missing and the patch fluency-without-punkt is switched off; get it by nltk.download('punkt_tab')"
+            "fluency: nltk's punkt data is missing and the patch fluency-without-punkt is switched off; "
+            "get it by nltk.download('punkt_tab')"
         )
     return PUNKT
 

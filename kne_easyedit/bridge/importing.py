@@ -1,11 +1,11 @@
-"""Import EasyEdit as it is on disk, with what text editing needs and nothing more.
+"""Imports EasyEdit as it is on disk, with the packages that text editing needs.
 
 EasyEdit imports all of itself at once, dozens of multimodal and API packages included, and some of its statements
-fail on current libraries. Both are met where its modules are loaded, and only there:
+fail on current libraries. Both are handled while its modules are loaded, and only there:
 
 * an import statement *inside* EasyEdit that fails because a package is missing, or because a library has dropped
   a name, yields a `Placeholder` that raises on use; ``sys.modules`` and every other importer never see it;
-* statements that cannot work are changed while they are compiled, see `kne_easyedit.bridge.source_patches`.
+* statements that cannot work are changed while they are compiled; see `kne_easyedit.bridge.source_patches`.
 
 No file of EasyEdit is changed, and no bytecode of changed source is left behind.
 """
@@ -26,7 +26,8 @@ from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
+from typing import Any
 
 from kne_easyedit.bridge import patches, source_patches  # noqa: F401  (defines the source patches)
 
@@ -47,7 +48,7 @@ class EasyEditNotFound(ImportError):
 class _PlaceholderType(type):
     """The metaclass of placeholders: any attribute and subscript is a placeholder again, any use raises."""
 
-    def __getattr__(cls, name: str):
+    def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return placeholder(f"{cls.__name__}.{name}", cls._why)
@@ -99,9 +100,10 @@ def load() -> ModuleType:
     if known is not None:
         if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
             raise RuntimeError(
-                f"{PACKAGE} was imported before kne_easyedit.bridge; import the bridge first, it makes EasyEdit importable"
+                f"{PACKAGE} was imported before kne_easyedit.bridge; "
+                f"import the bridge first, it makes EasyEdit importable"
             )
-        loaded = Path(known.__file__).parents[1].resolve()
+        loaded = Path(str(known.__file__)).parents[1].resolve()
         if loaded != root.resolve():
             raise RuntimeError(
                 f"EasyEdit of {loaded} is in use, {root} is wanted; start a new process to change {HOME}"
@@ -174,7 +176,7 @@ class _Finder:
     def __init__(self, root: Path):
         self.root = root
 
-    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != PACKAGE and not name.startswith(f"{PACKAGE}."):
             return None
         spec = PathFinder.find_spec(name, [str(self.root)] if path is None else path)
@@ -184,10 +186,10 @@ class _Finder:
 
 
 class _Loader(SourceFileLoader):
-    def get_code(self, fullname: str):
+    def get_code(self, fullname: str) -> CodeType:
         # Compiled in memory: the cached bytecode of a changed source would lie in EasyEdit's own folder.
         path = self.get_filename(fullname)
-        tree = patches.rewrite(ast.parse(self.get_data(path), path), fullname)
+        tree: ast.Module = patches.rewrite(ast.parse(self.get_data(path), path), fullname)
         return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -197,7 +199,7 @@ class _Loader(SourceFileLoader):
 
 
 def script_builtins() -> dict:
-    """Builtins for a script that uses EasyEdit: what its import statements miss, names of EasyEdit included, becomes a placeholder."""
+    """Builtins for a script that uses EasyEdit: whatever its import statements lack becomes a placeholder."""
     return {**vars(builtins), "__import__": _import_or_placeholder}
 
 
@@ -244,9 +246,13 @@ def is_legacy(editor: type | None = None) -> bool:
 
     There ``edit`` takes ``keep_original_weight``, and False lets edits accumulate.
     """
-    return "keep_original_weight" in inspect.signature((editor or load().BaseEditor).edit).parameters
+    kind: Any = editor or load().BaseEditor
+    return "keep_original_weight" in inspect.signature(kind.edit).parameters
 
 
-def module(name: str) -> ModuleType:
-    """A module of EasyEdit. Not by attribute: easyeditor.util, for one, is another module after the package's import."""
+def module(name: str) -> Any:
+    """A module of EasyEdit by its name below ``easyeditor``.
+
+    Attributes of the package do not serve: after its import ``easyeditor.util``, for one, is another module.
+    """
     return importlib.import_module(f"easyeditor.{name}")

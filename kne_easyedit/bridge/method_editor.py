@@ -1,4 +1,4 @@
-"""One method on one loaded model through EasyEdit: edit, evaluate, undo, in that order or any other.
+"""One method on one loaded model through EasyEdit: edit, evaluate, undo, in any order.
 
 EasyEdit's own ``edit`` evaluates, edits and undoes in one call, differently in every version. Here the same pieces
 (its method, its evaluator) are called one by one, so that records can be edited alone, in batches or in a row, facts
@@ -12,6 +12,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy
 import torch
@@ -19,19 +20,12 @@ from torch import nn
 
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.bridge.importing import is_legacy, module
-from kne_easyedit.bridge.methods import (
-    ACCUMULATING,
-    NAME,
-    ONE_FACT,
-    ORIGINALS_IF_ASKED,
-    SCRIPTS,
-    require_request,
-    require_undoable,
-)
+from kne_easyedit.bridge.methods import NAME, SCRIPTS, require_request, require_undoable, traits_of
 from kne_easyedit.bridge.registry import editor_for, register
 from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
 from kne_easyedit.bridge.undo import Undo, undone_on_errors
 from kne_easyedit.editing.row_edit import RowEdit
+from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.models.state import seed_generators
 
 _LOSS = re.compile(r"^(?:Batch )?loss ([\d.]+(?:e[+-]?\d+)?)", re.MULTILINE)
@@ -39,63 +33,80 @@ _LOSS = re.compile(r"^(?:Batch )?loss ([\d.]+(?:e[+-]?\d+)?)", re.MULTILINE)
 
 
 class MethodEditor:
-    """EasyEdit's editor of one method, driven step by step. ``hparams`` are of that method's class.
+    """EasyEdit's editor of one method, called step by step.
 
-    Raises ValueError, with the reason, for a method whose edits could not be undone, or that lacks what it needs.
+    Args:
+        hparams: An object of the method's class.
+        model: The loaded model. EasyEdit moves it to ``hparams.device``.
+        tokenizer: That of the model. Its padding side is set as the method needs it.
+        text_source: The text for second moments (MEMIT and related methods). None: that of the enclosing
+            `use_text_source`, or the default one.
+
+    Raises:
+        ValueError: The method's edits cannot be undone, or it lacks something that it needs.
     """
 
-    def __init__(self, hparams, model: nn.Module, tokenizer, *, text_source: TextSource | None = None):
+    def __init__(
+        self, hparams: Any, model: nn.Module, tokenizer: Tokenizer, *, text_source: TextSource | None = None
+    ) -> None:
         register()
         require_undoable(hparams)
         self.editor = editor_for(hparams, model, tokenizer)
         self.hparams, self.tokenizer = self.editor.hparams, tokenizer
         self.text_source = text_source or current_text_source()
-        """Text for second moments; without the argument that of the enclosing `use_text_source`, or the default one."""
         self.original = model
         self.model = model
-        """What evaluations see: the model, or the adapted model that a method has put around it."""
+        """The model of evaluations: the original, or the adapted model that a method has put around it."""
         self.losses: list[float] = []
-        """Losses of the last edit's training, step by step; EasyEdit's methods print theirs. Empty for methods without."""
+        """Losses of the last edit's training, step by step, as far as the method prints them."""
         self.on_step: Callable[[int, float], None] | None = None
-        """Is told KNE's training steps and their losses; other methods tell nothing before they end."""
+        """Called with KNE's training steps and their losses. Other methods report nothing before they end."""
         self.keeps_earlier_edits = False
         """Whether the edits of a sequence stay when a later one fails."""
         self._undo = Undo(model)
 
     def require_batch(self, size: int) -> None:
-        """Raises ValueError if this method cannot edit ``size`` facts at once; tells it how many otherwise."""
+        """Sets the number of facts of an edit. Raises ValueError if this method cannot edit so many at once."""
         alg_name = self.hparams.alg_name
-        if size > 1 and (
-            alg_name in ONE_FACT or not module("editors.batch_editor").BatchEditor.is_batchable_method(alg_name)
-        ):
+        if size > 1 and not is_batchable(alg_name):
             raise ValueError(
-                f"batch_size: {alg_name} edits one fact at a time, not {size}; EasyEdit counts it among the singleton methods"
+                f"batch_size: {alg_name} edits one fact at a time, not {size}; "
+                f"EasyEdit counts it among the singleton methods"
             )
         if hasattr(self.hparams, "batch_size"):
             self.hparams.batch_size = size
 
     def require_sequence(self) -> None:
         """Raises ValueError if this method cannot edit on top of an edit of its own."""
-        if self.hparams.alg_name == "LoRA" and is_legacy():
+        alg_name = self.hparams.alg_name
+        if traits_of(alg_name).restarts_in_2023 and is_legacy():
             raise ValueError(
-                "mode: LoRA of the EasyEdit of 2023 begins a new adapter with every edit and loses those before; take a newer EasyEdit"
+                f"mode: {alg_name} of the EasyEdit of 2023 begins a new adapter with every edit and loses those "
+                f"before; take a newer EasyEdit"
             )
 
     def apply(self, requests: Sequence[Mapping]) -> None:
-        """Edits all requests at once, on top of the edits before. After an error all of them are undone, unless
-        `keeps_earlier_edits`; after an interrupt always.
+        """Edits all requests at once, on top of earlier edits.
 
-        What a method of EasyEdit has changed when it fails half-way, it does not tell: compare the model's digest.
+        After an error all edits are undone, unless `keeps_earlier_edits`; after an interrupt always. A method of
+        EasyEdit that fails half-way does not report what it has changed: compare the model's digest.
+
+        Args:
+            requests: Facts as EasyEdit's methods take them.
+
+        Raises:
+            ValueError: A request lacks a field, or the method returns nothing by which it could be undone.
         """
         alg_name = self.hparams.alg_name
+        method = traits_of(alg_name)
         for request in requests:
             require_request(alg_name, request)
         if self._undo:
             self.require_sequence()
         printed = _Tee(sys.stdout)
-        own = {"on_trained": self._trained, "on_step": self.on_step} if alg_name == NAME else {}
-        if alg_name in ACCUMULATING:
-            own["reset_cache"] = not self._undo  # else it goes by edits that were undone
+        own: dict[str, Any] = {"on_trained": self._trained, "on_step": self.on_step} if alg_name == NAME else {}
+        if method.accumulates:
+            own["reset_cache"] = not self._undo  # else it would use edits that were undone
         self.losses = []
 
         failed: list[Exception] = []
@@ -110,7 +121,7 @@ class MethodEditor:
                         self.hparams,
                         copy=False,
                         return_orig_weights=alg_name != NAME,
-                        keep_original_weight=is_legacy() or alg_name in ORIGINALS_IF_ASKED,
+                        keep_original_weight=is_legacy() or method.originals_if_asked,
                         **own,
                     )
                 if alg_name != NAME and not self._undo.remember(edited, originals, alg_name):
@@ -131,14 +142,20 @@ class MethodEditor:
         self._undo.remember_rows(edit)
 
     def undo(self) -> None:
-        """Takes every edit back, the last one first."""
+        """Undoes every edit, the last one first."""
         self._undo.take_back()
         self.model = self.original
 
     def evaluate(self, request: Mapping, *, generation: bool, seed: int) -> dict:
-        """EasyEdit's figures for one request on the model as it is: its ``compute_edit_quality``.
+        """Evaluates one request on the model as it is, by EasyEdit's ``compute_edit_quality``.
 
-        ``generation`` adds fluency, which samples text: under ``seed``, whatever ran before.
+        Args:
+            request: A fact with its probes.
+            generation: Whether to sample text for the fluency metric.
+            seed: Seed of all generators, so that samples do not depend on earlier ones.
+
+        Returns:
+            EasyEdit's metrics.
         """
         seed_generators(seed)
         evaluate = module("evaluate").compute_edit_quality
@@ -153,17 +170,23 @@ class MethodEditor:
                 test_generation=generation,
             )
 
-    def _evaluation_hparams(self):
-        # Prompts arrive with their template (see records.with_chat_template); EasyEdit's evaluator must not add it again.
+    def _evaluation_hparams(self) -> Any:
+        # Prompts have their template already (records.with_chat_template); EasyEdit's evaluator must not add it again.
         if getattr(self.hparams, "use_chat_template", False):
             return replace_settings(self.hparams, use_chat_template=False)
         return self.hparams
 
 
-class _Tee(io.StringIO):
-    """Keeps what is written and passes it on."""
+def is_batchable(alg_name: str) -> bool:
+    """Whether a method edits several facts at once."""
+    batchable = module("editors.batch_editor").BatchEditor.is_batchable_method
+    return not traits_of(alg_name).one_fact and batchable(alg_name)
 
-    def __init__(self, stream):
+
+class _Tee(io.StringIO):
+    """Records what is written and passes it on."""
+
+    def __init__(self, stream: Any) -> None:
         super().__init__()
         self.stream = stream
 
@@ -173,11 +196,21 @@ class _Tee(io.StringIO):
 
 
 def compare(pre: Mapping, post: dict) -> dict:
-    """``post`` with every locality category's ``_acc`` in the place of its ``_output``: the share of tokens as in ``pre``.
+    """Computes locality from two evaluations.
 
-    Where texts were generated (``_gen_content``, by ``evaluation_type``) they stay, and ``_acc`` is 1 for the same text, else 0.
+    Args:
+        pre: Metrics before the edit.
+        post: Metrics after it.
+
+    Returns:
+        ``post``, where every locality category has ``_acc``, the share of tokens as in ``pre``, instead of its
+        ``_output``. Generated texts (``_gen_content``, by ``evaluation_type``) stay; their ``_acc`` is 1 for the same
+        text, else 0.
+
+    Raises:
+        ValueError: The two have different numbers of outputs.
     """
-    locality = {}
+    locality: dict[str, Any] = {}
     for name, outputs in post.get("locality", {}).items():
         if name.endswith("_gen_content"):
             texts = zip(outputs, pre["locality"][name], strict=True)

@@ -1,17 +1,22 @@
-"""EasyEdit prints, logs and writes into the working directory; here all that goes into one folder."""
+"""EasyEdit prints, logs and writes into the working directory; here all of it goes into one folder."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def easyedit_output(folder: Path) -> Iterator:
-    """Yields a context in which EasyEdit's prints, bars and logs go to ``folder`` instead of screen and working directory."""
+def easyedit_output(folder: Path) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Redirects EasyEdit's output to ``folder``.
+
+    Yields:
+        A function that makes a context: inside it prints, progress bars and files go to ``folder``, the working
+        directory there.
+    """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.log").open("a", encoding="utf-8", buffering=1) as log:

@@ -1,7 +1,7 @@
-"""Small fixes for faults of EasyEdit: each has a name, is put in only where its fault is, and can be switched off.
+"""Small fixes for faults of EasyEdit. Each has a name, is applied only if its fault is present, can be switched off.
 
 A `SourcePatch` changes statements while a module is imported, a `RuntimePatch` changes what was imported; no file is
-changed. ``KNE_PATCHES_OFF=name,name`` (or ``all``) switches patches off before the import; `report` says what was done.
+changed. ``KNE_PATCHES_OFF=name,name`` (or ``all``) switches patches off before the import; `report` lists their states.
 """
 
 from __future__ import annotations
@@ -15,6 +15,18 @@ from types import ModuleType
 
 OFF = "KNE_PATCHES_OFF"
 APPLIED, NOT_NEEDED, SWITCHED_OFF = "applied", "not needed", "switched off"
+
+
+class CountingTransformer(ast.NodeTransformer):
+    """A transformer that counts its changes: without any, the fault is not present."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+
+    def replaced(self, old: ast.AST, new: ast.AST) -> ast.AST:
+        """``new`` at the place of ``old``, counted."""
+        self.changes += 1
+        return ast.copy_location(new, old)
 
 
 @dataclass
@@ -31,13 +43,13 @@ class Patch:
 class SourcePatch(Patch):
     """A change of statements, made while EasyEdit's modules are compiled."""
 
-    transformer: type[ast.NodeTransformer] = ast.NodeTransformer
-    """Its instances count their changes in ``changes``."""
+    transformer: type[CountingTransformer] = CountingTransformer
     modules: tuple[str, ...] = ()
     """Ends of the names of the modules that have the fault; empty: any."""
 
-    def rewrite(self, tree: ast.AST, module: str) -> ast.AST:
-        if not wanted(self) or self.modules and not module.endswith(self.modules):
+    def rewrite(self, tree: ast.Module, module: str) -> ast.Module:
+        """The syntax tree of a module, changed if it has the fault."""
+        if not wanted(self) or (self.modules and not module.endswith(self.modules)):
             return tree
         transformer = self.transformer()
         tree = transformer.visit(tree)
@@ -57,15 +69,21 @@ _PATCHES: dict[str, Patch] = {}
 
 
 def add(patch: Patch) -> None:
+    """Registers a patch. Raises ValueError if its name is in use."""
     if patch.name in _PATCHES:
         raise ValueError(f"patch {patch.name!r} is there already")
     _PATCHES[patch.name] = patch
 
 
-def runtime_patch(name: str, fault: str):
-    """Decorates the function that applies the patch."""
+def runtime_patch(name: str, fault: str) -> Callable[[Callable[[ModuleType], bool]], Callable[[ModuleType], bool]]:
+    """Decorates the function that applies a `RuntimePatch`, and registers the patch.
 
-    def decorate(apply):
+    Args:
+        name: What ``KNE_PATCHES_OFF`` calls it.
+        fault: What goes wrong without it, and where.
+    """
+
+    def decorate(apply: Callable[[ModuleType], bool]) -> Callable[[ModuleType], bool]:
         add(RuntimePatch(name, fault, apply=apply))
         return apply
 
@@ -73,7 +91,7 @@ def runtime_patch(name: str, fault: str):
 
 
 def switched_off() -> set[str]:
-    """The names that ``KNE_PATCHES_OFF`` holds. Raises ValueError, with the nearest name, for one that is no patch."""
+    """The names in ``KNE_PATCHES_OFF``. Raises ValueError, with the nearest name, for one that is no patch."""
     names = {name.strip() for name in os.environ.get(OFF, "").split(",") if name.strip()}
     if names == {"all"}:
         return set(_PATCHES)
@@ -88,10 +106,11 @@ def switched_off() -> set[str]:
 
 
 def wanted(patch: Patch) -> bool:
+    """Whether a patch is not switched off."""
     return patch.name not in switched_off()
 
 
-def rewrite(tree: ast.AST, module: str) -> ast.AST:
+def rewrite(tree: ast.Module, module: str) -> ast.Module:
     """The syntax tree of one of EasyEdit's modules with every source patch applied."""
     for patch in _PATCHES.values():
         if isinstance(patch, SourcePatch):
@@ -122,4 +141,5 @@ def report() -> list[Patch]:
 
 
 def applied() -> list[str]:
+    """Names of the patches that were applied."""
     return [patch.name for patch in _PATCHES.values() if patch.state == APPLIED]

@@ -1,4 +1,4 @@
-"""Make EasyEdit know KNE, and hand it models that are already loaded."""
+"""Registers KNE in EasyEdit, and gives EasyEdit models that are already loaded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import yaml
 from torch import nn
@@ -16,17 +17,23 @@ from torch import nn
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.bridge.importing import is_legacy, load, module
 from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
-from kne_easyedit.bridge.methods import METHODS, NAME, ONLY, Method
+from kne_easyedit.bridge.methods import LABELS, NAME, traits_of
 from kne_easyedit.editing.edit import apply_kne_to_model
+from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.hparams import KNEHyperParams
 
 
 def register() -> ModuleType:
-    """Imports EasyEdit and makes ``alg_name: KNE`` work in it; returns the package. Twice is harmless.
+    """Imports EasyEdit and makes ``alg_name: KNE`` work in it. Idempotent.
 
-    Raises EasyEditNotFound if there is no EasyEdit, ValueError if something else is registered as KNE.
+    Returns:
+        The package ``easyeditor``.
+
+    Raises:
+        EasyEditNotFound: There is no EasyEdit.
+        ValueError: Something else is registered as KNE.
     """
-    easyeditor = load()
+    easyeditor: Any = load()
     methods = module("util.alg_dict").ALG_DICT
     known = methods.get(NAME)
     if known is not None and getattr(known, "func", known) is not apply_kne_to_model:
@@ -44,48 +51,62 @@ def register() -> ModuleType:
     return easyeditor
 
 
-def editor_for(hparams, model: nn.Module, tokenizer):
-    """EasyEdit's ``BaseEditor`` for a model that is already loaded, under the name in ``hparams.model_name``.
+def editor_for(hparams: Any, model: nn.Module, tokenizer: Tokenizer) -> Any:
+    """EasyEdit's ``BaseEditor`` for a model that is already loaded.
 
-    ``hparams`` may be of any method. Sets the tokenizer's padding side (and a missing pad token) as EasyEdit
-    does when it loads a model itself; EasyEdit moves the model to ``hparams.device``.
+    Args:
+        hparams: Settings of any method; their ``model_name`` is the name under which EasyEdit knows the model.
+        model: EasyEdit moves it to ``hparams.device``.
+        tokenizer: Gets the padding side (and a missing pad token) that EasyEdit sets when it loads a model itself.
+
+    Returns:
+        The editor.
     """
-    easyeditor = register()
+    easyeditor: Any = register()
     prepare_tokenizer(tokenizer, hparams.alg_name)
     carrier = LoadedModel(str(hparams.model_name), model, tokenizer)
     return easyeditor.BaseEditor.from_hparams(replace_settings(hparams, model_name=carrier))
 
 
-def load_method(method: str, path: str | Path):
-    """The hyperparameters of a method from a YAML file, as an object of EasyEdit's (or KNE's) own class.
+def load_method(method: str, path: str | Path) -> Any:
+    """Reads the hyperparameters of a method from a YAML file.
 
-    ``method`` is a name of EasyEdit's, ``KNE``, or a label of `METHODS` (``FT-M``, ``FT-L``, ``AdaLoRA``). Settings
-    that this version's class does not know are dropped with a warning: versions differ, files are shared.
-    Raises ValueError for an unknown method, a file of another method, or one that this version cannot do.
+    Settings that this version's class does not know are dropped with a warning: versions differ, files are shared.
+
+    Args:
+        method: A name of EasyEdit's, ``KNE``, or the label of a variant (``FT-M``, ``FT-L``, ``AdaLoRA``).
+        path: The file.
+
+    Returns:
+        An object of EasyEdit's (or KNE's) own class.
+
+    Raises:
+        ValueError: The method is unknown, the file is of another method, or this version does not have the method.
+        FileNotFoundError: The file does not exist.
     """
     kind = require_method(method)
     if kind is KNEHyperParams:
         return KNEHyperParams.from_hparams(path)
-    wanted = METHODS.get(method, Method(method, method))
+    wanted = traits_of(method)
     config = _read(Path(path))
     if not isinstance(config, dict) or config.get("alg_name") != wanted.alg_name:
-        raise ValueError(
-            f"{path}: alg_name is {config.get('alg_name') if isinstance(config, dict) else None!r}, wanted is {wanted.alg_name!r}"
-        )
+        found = config.get("alg_name") if isinstance(config, dict) else None
+        raise ValueError(f"{path}: alg_name is {found!r}, wanted is {wanted.alg_name!r}")
     fields = {f.name for f in dataclasses.fields(kind)}
     for name, value in wanted.settings.items():
         if config.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {config[name]!r}, but {method} is {name}: {value}")
-        if name not in fields and ONLY[name] != value:
+        if name not in fields and wanted.settings_of_2023[name] != value:
             raise ValueError(
-                f"methods: this EasyEdit's {wanted.alg_name} knows {ONLY[name]} only, not {method} ({name}: {value})"
+                f"methods: this EasyEdit's {wanted.alg_name} knows {wanted.settings_of_2023[name]} only, "
+                f"not {method} ({name}: {value})"
             )
         config[name] = value
     return _built(kind, config, path)
 
 
-def _read(path: Path):
-    """What a YAML file holds. Raises FileNotFoundError, ValueError."""
+def _read(path: Path) -> Any:
+    """The content of a YAML file. Raises FileNotFoundError, ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"hparams file {path} does not exist")
     try:
@@ -94,8 +115,8 @@ def _read(path: Path):
         raise ValueError(f"{path}: not a YAML file: {error}") from error
 
 
-def _built(kind: type, config: dict, path: str | Path):
-    """The object of EasyEdit's class as its own ``from_hparams`` builds it: some make settings out of others (WISE, MELO, EAMET)."""
+def _built(kind: Any, config: dict[str, Any], path: str | Path) -> Any:
+    """The object as the class's own ``from_hparams`` builds it: WISE, MELO and EAMET derive settings from others."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "settings.yaml"
         file.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
@@ -107,13 +128,17 @@ def _built(kind: type, config: dict, path: str | Path):
 
 
 def require_method(method: str) -> type:
-    """The hyperparameter class of a method. Raises ValueError, with the nearest names, if EasyEdit has no such method."""
+    """The hyperparameter class of a method.
+
+    Raises:
+        ValueError: EasyEdit has no such method. The message gives the nearest names.
+    """
     easyeditor = register()
     known = module("util.alg_dict").ALG_DICT
-    name = METHODS[method].alg_name if method in METHODS else method
+    name = traits_of(method).alg_name
     kind = _class_of(easyeditor, name)
     if name not in known or kind is None:
-        names = {n.upper(): n for n in [*known, *METHODS]}
+        names = {n.upper(): n for n in [*known, *LABELS]}
         near = [names[n] for n in difflib.get_close_matches(method.upper(), names, n=2, cutoff=0.4)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
         raise ValueError(f"methods: {method!r} is unknown to this EasyEdit; {hint}")
@@ -121,7 +146,7 @@ def require_method(method: str) -> type:
 
 
 def _class_of(easyeditor: ModuleType, name: str) -> type | None:
-    """EasyEdit spells its classes ``ROMEHyperParams``, ``R_ROMEHyperParams``, ``SERACHparams``, ``GraceHyperParams``."""
+    """By letters: EasyEdit has ``ROMEHyperParams``, ``R_ROMEHyperParams``, ``SERACHparams``, ``GraceHyperParams``."""
     plain = {
         re.sub(r"[^a-z]", "", key.lower()): value for key, value in vars(easyeditor).items() if isinstance(value, type)
     }

@@ -1,96 +1,26 @@
-"""Patches of imported objects of EasyEdit. Each function looks for its fault, and says whether it was there."""
+"""Patches of imported objects of EasyEdit. Each function returns whether its fault is present."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import dataclasses
-import difflib
 import functools
 import inspect
-import logging
 import math
 import sys
 import weakref
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import torch
 
-from kne_easyedit._util.settings import EVALUATORS, replace_settings
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.patches import runtime_patch
 
-logger = logging.getLogger(__name__)
-
-LOADER = ("fp16", "bf16")
-"""Settings of the type that a model is loaded in; most of EasyEdit's classes know one of them or none."""
 TEMPLATE_SEED = 42
-"""Seed of the context templates that ROME, MEMIT and their kin sample from the model."""
-
-
-def hyperparameter_classes(easyeditor: ModuleType) -> list[type]:
-    """EasyEdit's hyperparameter classes, as far as they are reachable from the package."""
-    own = [
-        v
-        for v in vars(easyeditor).values()
-        if isinstance(v, type) and dataclasses.is_dataclass(v) and hasattr(v, "from_hparams")
-    ]
-    return [kind for kind in dict.fromkeys(own) if kind.__module__.startswith("easyeditor.")]
-
-
-@runtime_patch(
-    "unknown-settings",
-    "a hyperparameter file of another version fails on a setting that this version's class does not know: TypeError",
-)
-def _drop_unknown_settings(easyeditor: ModuleType) -> bool:
-    for kind in hyperparameter_classes(easyeditor):
-        _tolerant(kind)
-    return True
-
-
-def _tolerant(kind: type) -> None:
-    original, names = kind.__init__, [f.name for f in dataclasses.fields(kind)]
-
-    @functools.wraps(original)
-    def init(self, *args, **settings):
-        # What an editor or an evaluator reads of any method's settings, fields or not.
-        read = {name: settings.pop(name) for name in (*LOADER, *EVALUATORS) if name in settings and name not in names}
-        unknown = [name for name in settings if name not in names]
-        for name in unknown:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-            hint = f" (it knows {near[0]})" if near else ""
-            logger.warning("%s: this EasyEdit does not know the setting %s%s; left out", kind.__name__, name, hint)
-        original(self, *args, **{name: value for name, value in settings.items() if name not in unknown})
-        for name, value in read.items():
-            if value is not None:  # EasyEdit of 2025 asks whether there is an evaluation_type, not which
-                setattr(self, name, value)
-
-    kind.__init__ = init
-
-
-@runtime_patch(
-    "any-model", "a model whose name holds no known word ('llama', 'gpt', ...) is refused: NotImplementedError"
-)
-def _load_any_model(easyeditor: ModuleType) -> bool:
-    from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
-    from kne_easyedit.models.loading import load_model
-
-    editor = easyeditor.BaseEditor
-    original = editor.__init__
-
-    @functools.wraps(original)
-    def init(self, hparams):
-        try:
-            original(self, hparams)
-        except NotImplementedError:
-            if type(getattr(hparams, "model_name", None)) is not str:
-                raise
-            model, tokenizer = load_model(hparams)
-            prepare_tokenizer(tokenizer, hparams.alg_name)
-            original(self, replace_settings(hparams, model_name=LoadedModel(hparams.model_name, model, tokenizer)))
-
-    editor.__init__ = init
-    return True
+"""Seed of the context templates that ROME, MEMIT and related methods sample from the model."""
 
 
 @runtime_patch(
@@ -105,7 +35,7 @@ def _lora_model_parallel(easyeditor: ModuleType) -> bool:
     return True
 
 
-_steps = contextvars.ContextVar("steps of the LoRA edit that runs")
+_steps: contextvars.ContextVar[int] = contextvars.ContextVar("steps of the LoRA edit that runs")
 
 
 @runtime_patch("adalora-total-step", "AdaLoRA: total_step is never given, and PEFT demands it since 0.15: ValueError")
@@ -140,7 +70,7 @@ def _adapter_dropout(easyeditor: ModuleType) -> bool:
     lora = module("models.lora.lora_main")
     execute = lora.execute_lora
 
-    def switch(model, training: bool) -> None:
+    def switch(model: torch.nn.Module, training: bool) -> None:
         for layer in model.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.train(training)
@@ -186,8 +116,8 @@ def _layer_outputs(easyeditor: ModuleType) -> bool:
         return False
     compute_z = module("models.memit.compute_z")
 
-    class TraceDict(nethook.TraceDict):
-        """Shows a decoder layer's bare tensor as a tuple of one, to the edit and to who reads it later."""
+    class TraceDict(nethook.TraceDict):  # type: ignore[name-defined]  # known at run time
+        """Presents a decoder layer's bare tensor as a tuple of one, in the edit and to later readers."""
 
         def __init__(self, *args, edit_output=None, **kwargs):
             def edit(output, layer):
@@ -244,7 +174,7 @@ def _kn_model_names(easyeditor: ModuleType) -> bool:
 def _name_keyed_caches(easyeditor: ModuleType) -> bool:
     last: list[weakref.ref] = []
 
-    def forget_other_models(model) -> None:
+    def forget_other_models(model: torch.nn.Module) -> None:
         if last and last[0]() is model:
             return
         last[:] = [weakref.ref(model)]
@@ -264,13 +194,13 @@ def _name_keyed_caches(easyeditor: ModuleType) -> bool:
 
 
 def forget_second_moments() -> None:
-    """Empties what EasyEdit's methods remember of second moments, by the model's name alone."""
+    """Empties the caches of second moments in EasyEdit's methods, whose key is the model's name alone."""
     for holder in _cache_holders():
         for cache in ("COV_CACHE", "inv_mom2_cache"):
             getattr(holder, cache, {}).clear()
 
 
-def _cache_holders() -> list[ModuleType]:
+def _cache_holders() -> list[Any]:
     modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("easyeditor.models.")]
     return [
         m
@@ -280,7 +210,7 @@ def _cache_holders() -> list[ModuleType]:
 
 
 def _seeded(function, prepare):
-    """The function under a fixed seed of its own, so that its samples do not depend on what ran before."""
+    """The function under a fixed seed of its own: its samples do not depend on earlier ones."""
 
     @functools.wraps(function)
     def seeded(model, *args, **kwargs):
@@ -343,45 +273,53 @@ _LEFT_BEHIND = {
 
 
 @contextlib.contextmanager
-def _switches_kept(model: torch.nn.Module):
-    put_back, results = remembered_switches(model), []
+def _switches_kept(model: torch.nn.Module) -> Iterator[list[Any]]:
+    """Restores the switches at the end; what the method has returned may be appended to the list."""
+    put_back = remembered_switches(model)
+    results: list[Any] = []
     try:
         yield results
     finally:
         put_back(results[0] if results else None)
 
 
-def remembered_switches(model: torch.nn.Module):
-    """A function that puts back all that EasyEdit's methods switch in a model. What they have adapted may be given to it:
-    an adapter's training goes on from its flags, so that they wait until it is unloaded."""
-    flags = [(parameter, parameter.requires_grad, parameter.grad is None) for parameter in model.parameters()]
-    config = getattr(model, "config", None)
-    use_cache, checkpointing = getattr(config, "use_cache", None), getattr(model, "is_gradient_checkpointing", False)
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    attributes = [set(vars(module)) for module in modules]
-    hooks = [(module._forward_hooks, set(module._forward_hooks)) for module in modules]
+def remembered_switches(model: torch.nn.Module) -> Callable[..., None]:
+    """Records all that EasyEdit's methods switch in a model.
 
-    def put_back(edited=None) -> None:
+    Args:
+        model: The model before an edit.
+
+    Returns:
+        A function that restores it. If it is given an adapted model, the flags of parameters are restored when that is
+        unloaded: the training of the adapter goes on from them.
+    """
+    flags = [(parameter, parameter.requires_grad, parameter.grad is None) for parameter in model.parameters()]
+    config: Any = getattr(model, "config", None)
+    use_cache, checkpointing = getattr(config, "use_cache", None), getattr(model, "is_gradient_checkpointing", False)
+    parts = list(model.modules())
+    training = [part.training for part in parts]
+    attributes = [set(vars(part)) for part in parts]
+    hooks = [(part._forward_hooks, set(part._forward_hooks)) for part in parts]
+
+    def restore_flags() -> None:
+        for part, flag in zip(parts, training):
+            part.training = flag
+        for parameter, flag, without_gradient in flags:
+            parameter.requires_grad = flag
+            if without_gradient:
+                parameter.grad = None
+
+    def put_back(edited: Any = None) -> None:
         if use_cache is not None:
             config.use_cache = use_cache
         if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
-            model.gradient_checkpointing_disable()
-        for registered, known in hooks:  # those by which LoRA lets the embeddings' outputs require gradients
+            cast(Any, model).gradient_checkpointing_disable()
+        for registered, known in hooks:  # those by which LoRA makes the embeddings' outputs require gradients
             for key in set(registered) - known:
                 del registered[key]
-        for module, known in zip(modules, attributes):
-            for name in _LEFT_BEHIND & (set(vars(module)) - known):
-                delattr(module, name)
-
-        def restore_flags() -> None:
-            for module, flag in zip(modules, training):
-                module.training = flag
-            for parameter, flag, without_gradient in flags:
-                parameter.requires_grad = flag
-                if without_gradient:
-                    parameter.grad = None
-
+        for part, names in zip(parts, attributes):
+            for name in _LEFT_BEHIND & (set(vars(part)) - names):
+                delattr(part, name)
         if hasattr(edited, "peft_config") and hasattr(edited, "unload"):
             _after(edited, "unload", restore_flags)
         else:
@@ -390,8 +328,8 @@ def remembered_switches(model: torch.nn.Module):
     return put_back
 
 
-def _after(owner, name: str, action) -> None:
-    """``owner.name()`` from now on calls ``action()`` when it has returned."""
+def _after(owner: Any, name: str, action: Callable[[], None]) -> None:
+    """Makes ``owner.name()`` call ``action()`` when it has returned."""
     original = getattr(owner, name)
 
     @functools.wraps(original)

@@ -1,4 +1,4 @@
-"""Patches of what EasyEdit's example scripts run into: records that it refuses without saying which, and stale files."""
+"""Patches for EasyEdit's example scripts: records that it refuses without naming them, and outdated files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit.bridge.fluency import fluency_variant
 from kne_easyedit.bridge.importing import module
+from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.models.fingerprint import model_digest
 
@@ -55,8 +57,8 @@ def _require_subjects(subjects: str | Sequence[str], prompts: str | Sequence[str
         shown = "; ".join(f"record {i}: subject {subjects[i]!r}, prompt {prompts[i]!r}" for i in bad[:SHOWN])
         raise ValueError(
             f"subject: EasyEdit wants it to stand in the prompt, in {len(bad)} of {len(prompts)} records it does not: "
-            f"{', '.join(map(str, bad))} ({shown}{'; ...' if len(bad) > SHOWN else ''}); correct them, or leave them out: "
-            f"`kne easyedit-run --skip-bad` does, where a KnowEditDataset reads them"
+            f"{', '.join(map(str, bad))} ({shown}{'; ...' if len(bad) > SHOWN else ''}); "
+            f"correct them, or leave them out: `kne easyedit-run --skip-bad` does, where a KnowEditDataset reads them"
         )
 
 
@@ -83,7 +85,8 @@ def bad_records_left_out(easyeditor: ModuleType) -> Iterator[None]:
         self._data = [record for i, record in enumerate(self._data) if i not in set(bad)]
         if bad:
             print(
-                f"{data_dir}: {len(bad)} records left out, their subject is not in their prompt: {', '.join(map(str, bad))}",
+                f"{data_dir}: {len(bad)} records left out, their subject is not in their prompt: "
+                f"{', '.join(map(str, bad))}",
                 flush=True,
             )
 
@@ -96,7 +99,8 @@ def bad_records_left_out(easyeditor: ModuleType) -> Iterator[None]:
 
 @runtime_patch(
     "pre-edit-file",
-    "a file of figures before the edit is known by the model's name and the kind of data only, and trusted if its length fits",
+    "a file of figures before the edit is known by the model's name and the kind of data only, and trusted if its "
+    "length fits",
 )
 def _pre_edit_file(easyeditor: ModuleType) -> bool:
     editor = easyeditor.BaseEditor
@@ -118,15 +122,16 @@ def _pre_edit_file(easyeditor: ModuleType) -> bool:
         if kwargs.get("pre_edit") is not None:
             if _known_digest(sidecar) != known:
                 raise ValueError(
-                    f"{pre_file}: these figures before the edit are of other records, of another model or kind of evaluation, or of a run "
-                    f"without this check (see {sidecar.name}); delete the file or move it away, then it is made anew"
+                    f"{pre_file}: these figures before the edit are of other records, of another model or kind of "
+                    f"evaluation, or of a run without this check (see {sidecar.name}); delete the file or "
+                    f"move it away, then it is made anew"
                 )
             return original(self, *args, **kwargs)
         if not Path(pre_file).exists():
             # Beforehand: edits may fail long after the file is complete.
             atomic_write(sidecar, json.dumps({"digest": known}))
             return original(self, *args, **kwargs)
-        # An old file stands there until its figures are computed again: nobody may trust it in between.
+        # An old file exists until its figures are computed again; until then it must not be used.
         sidecar.unlink(missing_ok=True)
         result = original(self, *args, **kwargs)
         atomic_write(sidecar, json.dumps({"digest": known}))
@@ -147,16 +152,14 @@ _EVALUATED = (
     "eval_metric",
 )
 """Arguments of ``edit`` on which figures before the edit depend; ``test_generation`` does by the fluency variant."""
-_OWN_EVALUATION = ("IKE", "GRACE")
-"""Methods that EasyEdit evaluates in a way of their own, before the edit, too."""
 
 
-def _evaluation_digest(editor, arguments: dict) -> str:
+def _evaluation_digest(editor: Any, arguments: dict[str, Any]) -> str:
     settings = {name: getattr(editor.hparams, name, None) or None for name in ("evaluation_type", "use_chat_template")}
     parts = [
         {name: arguments.get(name) for name in _EVALUATED},
         settings,
-        editor.alg_name if editor.alg_name in _OWN_EVALUATION else None,
+        editor.alg_name if traits_of(editor.alg_name).own_evaluation else None,
         model_digest(editor.model) if isinstance(editor.model, nn.Module) else str(editor.model_name),
         fluency_variant() if arguments.get("test_generation") else None,
     ]

@@ -1,8 +1,8 @@
-"""Run an example script of EasyEdit as it is on disk, with any method that EasyEdit (KNE included) knows.
+"""Runs an example script of EasyEdit as it is on disk, with any method of EasyEdit or with KNE.
 
 The scripts choose hyperparameter classes in chains of ``if args.editing_method == 'FT'`` that end in an exception, or
-in tables. Both are opened while the script is compiled, in memory: names that they do not know go to the one registry
-of methods. Everything else runs as written, as ``__main__``, under the seed that importing EasyEdit sets.
+in tables. Both are extended while the script is compiled, in memory: other names are looked up in the registry of
+methods. Everything else runs as written, as ``__main__``, under the seed that importing EasyEdit sets.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
+from typing import Any
 
 from kne_easyedit.bridge.importing import script_builtins
-from kne_easyedit.bridge.methods import METHODS
+from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.registry import load_method, register, require_method
 from kne_easyedit.bridge.script_patches import bad_records_left_out
+from kne_easyedit.bridge.script_syntax import METHOD_OPTION, OpenedMethods, constants_in, names_in
 from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
 from kne_easyedit.metrics import read_results, summarize_metrics, table
 from kne_easyedit.models.state import preserve_rng, seed_generators
 
-METHOD_OPTION = "--editing_method"
 HPARAMS_OPTIONS = ("--hparams_dir", "--hparams_path")
 SEED = 42
-"""What EasyEdit seeds all generators with when it is imported; the bridge undoes that, scripts count on it."""
+"""The seed that EasyEdit sets when it is imported; the bridge undoes that, scripts rely on it."""
 
 
 class ScriptError(ValueError):
@@ -41,20 +42,27 @@ class ScriptError(ValueError):
 def run_script(
     path: str | Path, arguments: list[str], *, skip_bad: bool = False, text_source: TextSource | None = None
 ) -> int:
-    """Runs a script of EasyEdit with the command line ``arguments``; returns its exit code.
+    """Runs a script of EasyEdit.
 
-    ``skip_bad`` leaves out the records of a KnowEditDataset whose subject does not stand in their prompt.
-    ``text_source``: the text for second moments; without prompts, those of the script's first edit are used, as in `kne run`.
+    Args:
+        path: The script. It must take ``--editing_method``.
+        arguments: Its command line.
+        skip_bad: Leaves out the records of a KnowEditDataset whose subject is not in their prompt.
+        text_source: The text for second moments. If it has no prompts, it gets those of the script's first edit.
 
-    Raises ValueError before anything runs if the script is none, is not one that takes ``--editing_method``, or if
-    the method or the hyperparameter file does not exist; ScriptError for an exception of the script.
+    Returns:
+        The script's exit code.
+
+    Raises:
+        ValueError: The file is no such script, or the method or the hyperparameter file is unknown. Nothing has run.
+        ScriptError: The script has raised an exception.
     """
     path = Path(path).expanduser().absolute()
     tree = _parse(path)
-    changes = _Opened(tree)
+    changes = OpenedMethods(tree)
     tree = changes.visit(tree)
     _check(path, tree, changes, arguments)
-    if skip_bad and "KnowEditDataset" not in _names(tree):
+    if skip_bad and "KnowEditDataset" not in names_in(tree):
         raise ValueError(
             f"--skip-bad: {path.name} reads its records by itself, not by a KnowEditDataset; correct its data instead"
         )
@@ -108,9 +116,9 @@ def _parse(path: Path) -> ast.Module:
         ) from error
 
 
-def _check(path: Path, tree: ast.Module, changes: _Opened, arguments: list[str]) -> None:
-    """All that can be said before the script runs."""
-    if METHOD_OPTION not in _constants(tree):
+def _check(path: Path, tree: ast.Module, changes: OpenedMethods, arguments: list[str]) -> None:
+    """Raises ValueError for faults that can be found before the script runs."""
+    if METHOD_OPTION not in constants_in(tree):
         others = sorted(
             p.name for p in path.parent.glob("*.py") if METHOD_OPTION in p.read_text(encoding="utf-8", errors="ignore")
         )
@@ -119,13 +127,14 @@ def _check(path: Path, tree: ast.Module, changes: _Opened, arguments: list[str])
             + (f"beside it, these do: {', '.join(others)}" if others else "run it by python itself")
         )
     method = _option(METHOD_OPTION, arguments)
-    # Names that the script knows are its own business: 'ICE' and 'PROMPT' are no methods of EasyEdit, but branches there.
+    # A script may have names of its own: 'ICE' and 'PROMPT' are branches there, but no methods of EasyEdit.
     if method is not None and not {method, method.lower()} & changes.known:
         require_method(method)
         if changes.known and not changes.places:
             known = ", ".join(sorted(changes.known))
             raise ValueError(
-                f"script {path.name} has code of its own for each of {known}, and no place for {method}; choose one of them"
+                f"script {path.name} has code of its own for each of {known}, and no place for {method}; "
+                f"choose one of them"
             )
     for option in HPARAMS_OPTIONS:
         file = _option(option, arguments)
@@ -151,144 +160,17 @@ def _option(name: str, arguments: list[str]) -> str | None:
     return value
 
 
-# What is changed in the script's statements
-
-
-class _Opened(ast.NodeTransformer):
-    """Opens the places at which a script chooses hyperparameter classes, for names that it does not know.
-
-    ``if args.editing_method == 'FT': editing_hparams = FTHyperParams elif ... else: raise`` -> ``else:
-    editing_hparams = kne_hyperparameters(args.editing_method)``; a table of classes -> ``kne_table({...})``;
-    ``choices`` of ``--editing_method`` are dropped.
-    """
-
-    def __init__(self, tree: ast.Module):
-        nodes = list(ast.walk(tree))
-        looked_up = {name for node in nodes if (name := _looked_up(node))}
-        tables = {n.targets[0].id: n for n in tree.body if _is_table(n) and n.targets[0].id in looked_up}
-        self.tables = [node for node in tables.values() if all(map(_is_class, node.value.values))]
-        self.places = 0
-        """How many places take any method, once the script has been visited."""
-        comparisons = [node for node in nodes if isinstance(node, ast.Compare) and _method(node.left) is not None]
-        self.known: set[str] = {text for node in comparisons for text in _constants(node)}
-        self.known |= {
-            text for node in tables.values() for key in node.value.keys if key is not None for text in _constants(key)
-        }
-        """The names that the script itself compares the method with, or has in its tables."""
-
-    def visit_If(self, node: ast.If):
-        name = _assigned(node)
-        if name is None:
-            return self.generic_visit(node)
-        last = _chain(node)[-1]
-        method = ast.parse(ast.unparse(_method(node.test)), mode="eval").body
-        chosen = ast.Assign([ast.Name(name, ast.Store())], _call("kne_hyperparameters", method))
-        last.orelse = [ast.copy_location(chosen, last.orelse[0])]
-        self.places += 1
-        return node
-
-    def visit_Assign(self, node: ast.Assign):
-        if node in self.tables:
-            node.value = ast.copy_location(_call("kne_table", node.value), node.value)
-            self.places += 1
-        return self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call):
-        adds_argument = isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
-        if adds_argument and any(METHOD_OPTION in _constants(argument) for argument in node.args):
-            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "choices"]
-        return self.generic_visit(node)
-
-
-def _call(function: str, argument: ast.expr) -> ast.Call:
-    return ast.Call(ast.Name(function, ast.Load()), [argument], [])
-
-
-def _method(node: ast.AST) -> ast.expr | None:
-    """The expression for the method (``args.editing_method``) in a test or a part of one."""
-    for part in ast.walk(node):
-        match part:
-            case ast.Attribute(attr="editing_method") | ast.Name(id="editing_method"):
-                return part
-    return None
-
-
-def _chain(node: ast.If) -> list[ast.If]:
-    """``if``, ``elif``, ...; what the last one has in ``orelse`` is the ``else``."""
-    chain = [node]
-    while len(chain[-1].orelse) == 1 and isinstance(chain[-1].orelse[0], ast.If):
-        chain.append(chain[-1].orelse[0])
-    return chain
-
-
-def _assigned(node: ast.If) -> str | None:
-    """The one name that all branches of a chain about the method set to a hyperparameter class, if it ends in ``else: raise``."""
-    chain = _chain(node)
-    names = set()
-    for branch in chain:
-        match branch.body:
-            case [ast.Assign(targets=[ast.Name(id=name)], value=value)] if _is_class(value) and _compares_method(
-                branch.test
-            ):
-                names.add(name)
-            case _:
-                return None
-    final = chain[-1].orelse
-    return names.pop() if len(names) == 1 and final and isinstance(final[-1], ast.Raise) else None
-
-
-def _compares_method(test: ast.expr) -> bool:
-    match test:
-        case ast.BoolOp(op=ast.Or(), values=values):
-            return all(map(_compares_method, values))
-        case ast.Compare(left=left, ops=[ast.Eq() | ast.In()], comparators=[other]):
-            return _method(left) is not None and bool(_constants(other))
-    return False
-
-
-def _is_class(node: ast.AST) -> bool:
-    return isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node).lower().endswith(
-        ("hyperparams", "hparams")
-    )
-
-
-def _is_table(node: ast.stmt) -> bool:
-    match node:
-        case ast.Assign(targets=[ast.Name()], value=ast.Dict(keys=[_, *_])):
-            return True
-    return False
-
-
-def _looked_up(node: ast.AST) -> str | None:
-    """The name of a table in ``TABLE[args.editing_method]`` or ``args.editing_method in TABLE``."""
-    match node:
-        case ast.Subscript(value=ast.Name(id=name), slice=key) if _method(key) is not None:
-            return name
-        case ast.Compare(left=left, ops=[ast.In() | ast.NotIn()], comparators=[ast.Name(id=name)]) if (
-            _method(left) is not None
-        ):
-            return name
-    return None
-
-
-def _constants(node: ast.AST) -> set[str]:
-    return {part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)}
-
-
-def _names(tree: ast.AST) -> set[str]:
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-
-
 # What the changed statements call
 
 
 class _Labelled:
-    """Stands for a hyperparameter class where the method is a label of `METHODS`: that class with the label's settings."""
+    """Stands for the hyperparameter class of a variant (FT-M, AdaLoRA): that class with the settings of its label."""
 
-    def __init__(self, label: str):
+    def __init__(self, label: str) -> None:
         self.label = label
 
-    def from_hparams(self, path: str | Path):
+    def from_hparams(self, path: str | Path) -> Any:
+        """As the class's own."""
         path = str(path)
         return load_method(self.label, path if ".yaml" in path else f"{path}.yaml")
 
@@ -296,16 +178,16 @@ class _Labelled:
 def hyperparameters(method: str) -> type | _Labelled:
     """The hyperparameter class of a method, as the registry has it. Raises ValueError for an unknown one."""
     kind = require_method(method)
-    return _Labelled(method) if method in METHODS and METHODS[method].alg_name != method else kind
+    return _Labelled(method) if traits_of(method).alg_name != method else kind
 
 
 class _Table(dict):
-    """A script's table of hyperparameter classes that knows every other method, too."""
+    """A script's table of hyperparameter classes, extended to every other method."""
 
-    def __missing__(self, method: str):
+    def __missing__(self, method: str) -> type | _Labelled:
         return hyperparameters(method)
 
-    def __contains__(self, method) -> bool:
+    def __contains__(self, method: Any) -> bool:
         with contextlib.suppress(ValueError):
             return super().__contains__(method) or bool(hyperparameters(method))
         return False
@@ -316,9 +198,9 @@ class _Table(dict):
 
 @contextlib.contextmanager
 def _as_main(path: Path, arguments: list[str]) -> Iterator[dict]:
-    """The namespace of a fresh ``__main__``; afterwards the old one is back, and so are ``sys.argv`` and ``sys.path``.
+    """The namespace of a new ``__main__``; at the end the old one is restored, as are ``sys.argv`` and ``sys.path``.
 
-    Modules that lie beside the script are forgotten: another script's ``utils`` is another module.
+    Modules beside the script are removed: another script's ``utils`` is another module.
     """
     main = ModuleType("__main__")
     given = {"kne_hyperparameters": hyperparameters, "kne_table": _Table, "open": _open}
@@ -337,10 +219,10 @@ def _as_main(path: Path, arguments: list[str]) -> Iterator[dict]:
 
 @functools.wraps(builtins.open)
 def _open(file, mode="r", *args, **kwargs):
-    """``open`` that makes the folder of a file to be written: some scripts write their results into one that is not there."""
+    """``open`` that makes the folder of a file to be written: some scripts write their results into a missing one."""
     if isinstance(file, (str, Path)) and set(mode) & set("wax"):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    return open(file, mode, *args, **kwargs)
+    return builtins.open(file, mode, *args, **kwargs)  # noqa: PTH123  (it is the script's own call)
 
 
 def _exit_code(end: SystemExit) -> int:
@@ -351,7 +233,7 @@ def _exit_code(end: SystemExit) -> int:
 
 
 def _explain(path: Path, error: Exception) -> None:
-    """Says what a script's exception means: nothing lost, or a ScriptError with the script's line."""
+    """Explains a script's exception: nothing is lost, or a ScriptError with the script's line."""
     frames = [
         (frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)
     ]
@@ -359,7 +241,8 @@ def _explain(path: Path, error: Exception) -> None:
     if results is not None:
         figures = summarize_metrics([record["metrics"] for record in read_results(results)])
         print(
-            f"{path.name}: the results are complete in {results}; only the script's own closing eval() failed ({_one_line(error)})."
+            f"{path.name}: the results are complete in {results}; "
+            f"only the script's own closing eval() failed ({_one_line(error)})."
         )
         print(f"The figures are:\n\n{table({results.name: figures})}")
         return
@@ -374,7 +257,7 @@ def _explain(path: Path, error: Exception) -> None:
 
 
 def _closing_evaluation(frames: list[FrameType]) -> Path | None:
-    """The results file, if it is the script's ``eval(result_path)`` that failed: all edits are done and written by then."""
+    """The results file, if the script's ``eval(result_path)`` has failed: all edits are done and written by then."""
     for frame in frames:
         results = frame.f_locals.get("result_path")
         if frame.f_code.co_name == "eval" and results is not None and Path(results).is_file():

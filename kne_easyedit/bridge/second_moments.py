@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from kne_easyedit._util.interrupts import safe_point
+from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.patches import applied
 from kne_easyedit.bridge.runtime_patches import forget_second_moments
 from kne_easyedit.bridge.text_source import BATCH, TextSource, batches
@@ -30,13 +31,14 @@ from kne_easyedit.models.state import preserve_state
 logger = logging.getLogger(__name__)
 
 PATCH = "second-moments"
-BY_ADJUSTMENT = ("ROME", "R-ROME")
-"""Methods that use second moments only if ``mom2_adjustment`` is set."""
 
 
 def needs_second_moments(hparams: Any) -> bool:
     """Whether a method uses second moments under these settings: MEMIT and related methods always, ROME if asked to."""
-    return hasattr(hparams, "mom2_dataset") and (hparams.alg_name not in BY_ADJUSTMENT or hparams.mom2_adjustment)
+    if not hasattr(hparams, "mom2_dataset"):
+        return False
+    setting = traits_of(hparams.alg_name).moments_setting
+    return setting is None or bool(getattr(hparams, setting))
 
 
 @torch.no_grad()
@@ -61,8 +63,8 @@ def second_moments(
     body = getattr(model, "base_model", model)  # without the head, whose logits are not needed
     mask: torch.Tensor
 
-    def hook(name: str):
-        def add(_, inputs) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             rows = inputs[0][mask].to(dtype)
             count, total = found.get(name, (0, 0))
             found[name] = (count + len(rows), total + rows.T @ rows)

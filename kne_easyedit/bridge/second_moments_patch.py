@@ -20,7 +20,7 @@ from kne_easyedit.bridge.text_source import current_text_source
 
 @runtime_patch(PATCH, "MEMIT: second moments are computed from a download of Wikipedia")
 def _local_second_moments(easyeditor: ModuleType) -> bool:
-    holders = [
+    holders: list[Any] = [
         m
         for name, m in sorted(sys.modules.items())
         if name.startswith("easyeditor.models.") and hasattr(m, "layer_stats")

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import ast
 
-from kne_easyedit.bridge.patches import SourcePatch, add
-
-
-class _Counting(ast.NodeTransformer):
-    def __init__(self) -> None:
-        self.changes = 0
-
-    def replaced(self, old: ast.AST, new: ast.AST) -> ast.AST:
-        self.changes += 1
-        return ast.copy_location(new, old)
+from kne_easyedit.bridge.patches import CountingTransformer, SourcePatch, add
 
 
 def _call(function: str, *arguments: ast.expr) -> ast.Call:
     return ast.Call(ast.Name(function, ast.Load()), list(arguments), [])
 
 
-class _DeviceNames(_Counting):
+class _DeviceNames(CountingTransformer):
     """``f"cuda:{x}"`` -> ``(f"cuda:{x}" if str(x).isdigit() else str(x))``."""
 
-    def visit_JoinedStr(self, node: ast.JoinedStr):
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
         match node.values:
             case [ast.Constant(value="cuda:"), ast.FormattedValue(value=device, format_spec=None)]:
                 name = _call("str", device)
@@ -32,13 +23,13 @@ class _DeviceNames(_Counting):
         return self.generic_visit(node)
 
 
-class _AdapterDeletion(_Counting):
+class _AdapterDeletion(CountingTransformer):
     """``del model.peft_config`` -> ``if hasattr(model, "peft_config"): del model.peft_config``."""
 
-    def visit_If(self, node: ast.If):
+    def visit_If(self, node: ast.If) -> ast.AST:
         return node if "peft_config" in ast.dump(node.test) else self.generic_visit(node)
 
-    def visit_Delete(self, node: ast.Delete):
+    def visit_Delete(self, node: ast.Delete) -> ast.AST:
         match node.targets:
             case [ast.Attribute(value=owner, attr="peft_config")]:
                 owner = ast.parse(ast.unparse(owner), mode="eval").body
@@ -46,13 +37,13 @@ class _AdapterDeletion(_Counting):
         return node
 
 
-class _AdapterPrinting(_Counting):
+class _AdapterPrinting(CountingTransformer):
     """``model.print_trainable_parameters()`` only if there is such a method."""
 
-    def visit_If(self, node: ast.If):
+    def visit_If(self, node: ast.If) -> ast.AST:
         return node if "print_trainable_parameters" in ast.dump(node.test) else self.generic_visit(node)
 
-    def visit_Expr(self, node: ast.Expr):
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
         match node.value:
             case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr="print_trainable_parameters")):
                 test = _call("hasattr", ast.Name(owner, ast.Load()), ast.Constant("print_trainable_parameters"))
@@ -60,10 +51,10 @@ class _AdapterPrinting(_Counting):
         return node
 
 
-class _BatchMetrics(_Counting):
+class _BatchMetrics(CountingTransformer):
     """In ``batch_edit``: what a chunk's ``all_metrics`` holds is kept, and the metrics of all chunks are returned."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef):
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         if node.name != "batch_edit":
             return self.generic_visit(node)
         loops = [n for n in node.body if isinstance(n, ast.For) and any(_is_reset(statement) for statement in n.body)]
@@ -76,10 +67,10 @@ class _BatchMetrics(_Counting):
         return node
 
 
-class _GenerationMask(_Counting):
-    """In ``generate_fast``: the mask of all tokens so far, ``attention_mask[:, :c.stop]`` instead of ``attention_mask[:, c]``."""
+class _GenerationMask(CountingTransformer):
+    """In ``generate_fast``: ``attention_mask[:, c]`` -> ``attention_mask[:, :c.stop]``: all tokens so far."""
 
-    def visit_Subscript(self, node: ast.Subscript):
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         match node:
             case ast.Subscript(
                 value=ast.Name(id="attention_mask"),
@@ -91,10 +82,10 @@ class _GenerationMask(_Counting):
         return self.generic_visit(node)
 
 
-class _LastToken(_Counting):
-    """In FT: ``mask.sum(dim=1) - 1`` -> ``mask.cumsum(dim=1).argmax(dim=1)``, the last token on whichever side the padding is."""
+class _LastToken(CountingTransformer):
+    """In FT: ``mask.sum(dim=1) - 1`` -> ``mask.cumsum(dim=1).argmax(dim=1)``: right for both padding sides."""
 
-    def visit_BinOp(self, node: ast.BinOp):
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         match node:
             case ast.BinOp(
                 left=ast.Call(
@@ -111,13 +102,13 @@ class _LastToken(_Counting):
         return self.generic_visit(node)
 
 
-class _Separator(_Counting):
-    """In functions that know ``hparams``: ``prompt + ' ' + target`` -> ``prompt + getattr(hparams, 'separator', ' ') + target``."""
+class _Separator(CountingTransformer):
+    """In functions with ``hparams``: ``prompt + " " + target`` -> the separator of ``hparams`` if it has one."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef):
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         return self.generic_visit(node) if any(argument.arg == "hparams" for argument in node.args.args) else node
 
-    def visit_BinOp(self, node: ast.BinOp):
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         match node:
             case ast.BinOp(
                 left=ast.BinOp(left=prompt, op=ast.Add(), right=ast.Constant(value=" ")), op=ast.Add(), right=target
@@ -137,7 +128,7 @@ def _is_reset(node: ast.AST) -> bool:
 
 
 class _Rename(ast.NodeTransformer):
-    def visit_Name(self, node: ast.Name):
+    def visit_Name(self, node: ast.Name) -> ast.AST:
         return ast.copy_location(ast.Name("_kne_all_metrics", node.ctx), node) if node.id == "all_metrics" else node
 
 
@@ -149,13 +140,15 @@ for patch in (
     ),
     SourcePatch(
         "adapter-removal",
-        "LoRA: after each edit peft_config is deleted, which current PEFT has done already: AttributeError (before 2026)",
+        "LoRA: after each edit peft_config is deleted, which current PEFT has done already: AttributeError "
+        "(before 2026)",
         transformer=_AdapterDeletion,
         modules=("editors.editor",),
     ),
     SourcePatch(
         "adapter-printing",
-        "LoRA: the second of a sequence of edits calls print_trainable_parameters on a plain model: AttributeError (2024)",
+        "LoRA: the second of a sequence of edits calls print_trainable_parameters on a plain model: AttributeError "
+        "(2024)",
         transformer=_AdapterPrinting,
         modules=("lora.lora_main",),
     ),
@@ -167,13 +160,15 @@ for patch in (
     ),
     SourcePatch(
         "generation-mask",
-        "generate_fast masks the text so far, so that fluency and context templates are garbage for models not named llama (since 2025)",
+        "generate_fast masks the text so far, so that fluency and context templates are garbage for models not named "
+        "llama (since 2025)",
         transformer=_GenerationMask,
         modules=("util.generate",),
     ),
     SourcePatch(
         "ft-last-token",
-        "FT with prompt_last trains shorter prompts of a batch at a wrong position, for it counts from the left under left padding",
+        "FT with prompt_last trains shorter prompts of a batch at a wrong position, for it counts from the left under "
+        "left padding",
         transformer=_LastToken,
         modules=("ft.ft_main",),
     ),

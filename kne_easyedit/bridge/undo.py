@@ -1,7 +1,7 @@
-"""Taking edits back: what a method gives for it, each matrix kept once; and after any error, Ctrl-C included.
+"""Undoes edits by what each method returns for it, and after any error, Ctrl-C included.
 
-EasyEdit keeps the originals of an edit in a local variable while it evaluates: whoever interrupts that gets an edited model
-without a way back. The patch ``interrupted-edits`` writes down what an editor's call applies, and takes it back.
+EasyEdit keeps the originals of an edit in a local variable while it evaluates: an interrupt then leaves an edited model
+that cannot be restored. The patch ``interrupted-edits`` records what an editor's call applies, and undoes it.
 """
 
 from __future__ import annotations
@@ -11,27 +11,28 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from types import FrameType, ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from kne_easyedit.bridge.methods import ORIGINALS_IF_ASKED
+from kne_easyedit.bridge.importing import is_legacy
+from kne_easyedit.bridge.methods import NAME, traits_of
 from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.bridge.runtime_patches import remembered_switches
 from kne_easyedit.editing.row_edit import RowEdit, restore
 from kne_easyedit.models.targets import rows
 
-ONE_LAYER = ("GRACE", "WISE")
-"""Methods that put a layer of their own in the place of one, and what they give for undoing leaves a copy of that one there."""
+Result = TypeVar("Result")
 EDITS = ("edit", "batch_edit", "edit_requests", "normal_edit", "generate_edit", "edit_dataset")
 """Methods of EasyEdit's editor that edit, as far as a version has them."""
 
 
 class Undo:
-    """The way back from all edits of ``model`` so far. What many edits change is kept once, as it was before the first."""
+    """Originals of all edits of a model so far. What several edits change is kept once, as it was before the first."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._steps: list[Callable[[], None]] = []
         self._layers = [(module, dict(module._modules)) for module in model.modules()]
@@ -40,12 +41,12 @@ class Undo:
         return bool(self._steps)
 
     def remember_rows(self, edit: RowEdit) -> None:
-        """Keeps the rows that KNE is about to write: before they are written, so that no moment is without a way back."""
+        """Keeps the rows that KNE is about to write, before they are written: the edit can be undone at any moment."""
         self._last(_Rows).keep(edit)
 
-    def remember(self, edited: nn.Module, originals, alg_name: str = "") -> bool:
-        """Keeps what a method of EasyEdit has given for undoing its edit; each has its own way. False if it gave nothing."""
-        if alg_name in ONE_LAYER:
+    def remember(self, edited: Any, originals: Any, alg_name: str = "") -> bool:
+        """Keeps what a method of EasyEdit has returned for undoing its edit. False if that is nothing."""
+        if traits_of(alg_name).replaces_layer:
             if not self._steps:
                 self._steps.append(self._layers_back)
         elif callable(originals):
@@ -60,12 +61,12 @@ class Undo:
         return True
 
     def take_back(self) -> None:
-        """Takes every edit back, the last one first. A step that an error ends is done again by the next call: that is harmless."""
+        """Undoes every edit, the last one first. A step that fails is repeated by the next call, which is harmless."""
         while self._steps:
             self._steps[-1]()
             self._steps.pop()
 
-    def _last(self, kind: type):
+    def _last(self, kind: Any) -> Any:
         if not self._steps or type(self._steps[-1]) is not kind:
             self._steps.append(kind(self.model))
         return self._steps[-1]
@@ -74,7 +75,7 @@ class Undo:
         for module, layers in self._layers:
             module._modules.update(layers)
 
-    def _unload(self, adapted: nn.Module) -> None:
+    def _unload(self, adapted: Any) -> None:
         adapted.unload()
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
@@ -84,7 +85,8 @@ class _Matrices:
     """Whole matrices by parameter name, those of the first edit that gives them."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.originals = model, {}
+        self.model = model
+        self.originals: dict[str, torch.Tensor] = {}
 
     def keep(self, originals: Mapping[str, torch.Tensor]) -> None:
         for name, value in originals.items():
@@ -127,8 +129,6 @@ class _Rows:
     "an error while an edit is evaluated, Ctrl-C too, leaves the edit in the model: its originals are lost",
 )
 def _interrupted_edits(easyeditor: ModuleType) -> bool:
-    from kne_easyedit.bridge.importing import is_legacy
-
     editor = easyeditor.BaseEditor
     legacy = is_legacy(editor)
     for name in EDITS:
@@ -137,7 +137,7 @@ def _interrupted_edits(easyeditor: ModuleType) -> bool:
     return True
 
 
-def _safe(method, legacy: bool):
+def _safe(method: Callable, legacy: bool) -> Callable:
     @functools.wraps(method)
     def safe(self, *args, **kwargs):
         if not isinstance(self.model, nn.Module) or isinstance(
@@ -165,17 +165,17 @@ def _safe(method, legacy: bool):
 
 
 class _Recorder:
-    """An editor's method that writes down how to take its edits back."""
+    """An editor's method that records how to undo its edits."""
 
-    def __init__(self, apply, undo: Undo, alg_name: str, legacy: bool):
+    def __init__(self, apply: Callable, undo: Undo, alg_name: str, legacy: bool) -> None:
         self.apply, self.undo, self.alg_name, self.legacy = apply, undo, alg_name, legacy
 
     def __call__(self, *args, **kwargs):
-        if self.alg_name == "KNE":
+        if self.alg_name == NAME:
             return self.apply(*args, **{**kwargs, "on_trained": self.undo.remember_rows})
         # Before May 2024 originals were given only to who asked for them, and written back by the editor if it got any.
         asked = not self.legacy or kwargs.get("keep_original_weight")
-        if not asked or self.alg_name in ORIGINALS_IF_ASKED:
+        if not asked or traits_of(self.alg_name).originals_if_asked:
             kwargs = {**kwargs, "keep_original_weight": True}
         result = self.apply(*args, **kwargs)
         if not (isinstance(result, tuple) and len(result) == 2):  # prompts of in-context editing
@@ -185,11 +185,21 @@ class _Recorder:
         return edited, originals if asked or callable(originals) else {}
 
 
-def undone_on_errors(work: Callable[[], object], undo: Callable[[], None], finish: Callable[[], None] = lambda: None):
-    """The result of ``work()``. After any exception in it, Ctrl-C included, ``undo()`` is called before the exception goes on.
+def undone_on_errors(
+    work: Callable[[], Result], undo: Callable[[], None], finish: Callable[[], None] = lambda: None
+) -> Result:
+    """Calls ``work()``, and ``undo()`` after any exception in it, Ctrl-C included.
 
-    A SIGINT in ``undo`` and ``finish`` (which is always called), or between them, waits until they are done: only ``work`` is
-    interrupted. One that comes when ``work`` is over, but its result is not the caller's yet, undoes it, too.
+    A SIGINT in ``undo`` or ``finish``, or between them, waits until they are done: only ``work`` is interrupted. One
+    after ``work``, but before its result is returned, undoes it, too.
+
+    Args:
+        work: The work.
+        undo: Undoes it, also in part.
+        finish: Always called at the end.
+
+    Returns:
+        The result of ``work``.
     """
     waiting = _Waiting(sys._getframe())
     undone = False
@@ -211,13 +221,15 @@ def undone_on_errors(work: Callable[[], object], undo: Callable[[], None], finis
 
 
 class _Waiting:
-    """A handler of SIGINT that lets it through to the one before while ``work`` runs, and else has it wait.
+    """A handler of SIGINT that passes it on to the previous one while ``work`` runs, and else makes it wait.
 
     Python calls it with the frame that it interrupts: if that is ``frame`` itself, ``work`` has not begun or has ended.
     """
 
-    def __init__(self, frame):
-        self.frame, self.closing, self.came, self.before = frame, False, False, None
+    def __init__(self, frame: FrameType) -> None:
+        self.frame: FrameType | None = frame
+        self.closing = self.came = False
+        self.before: Callable[[int, FrameType | None], Any] | None = None
 
     def begin(self) -> None:
         before = signal.getsignal(signal.SIGINT)
@@ -226,14 +238,14 @@ class _Waiting:
             self.before = before
             signal.signal(signal.SIGINT, self)
 
-    def __call__(self, number, frame) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.closing or frame is self.frame:
             self.came = True
-        else:
+        elif self.before is not None:
             self.before(number, frame)
 
     def end(self) -> None:
-        """Puts the handler before back, and gives it what has waited."""
+        """Restores the previous handler, and passes on a signal that has waited."""
         frame, self.frame = self.frame, None
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)

@@ -35,11 +35,11 @@ def method_of(path: Path, methods: Collection[str] = ()) -> str | None:
         FileNotFoundError: If there is no such file.
         ValueError: With the file's name, if it is no YAML file of settings.
     """
-    from kne_easyedit.bridge import METHODS
+    from kne_easyedit.bridge import LABELS
 
     config = read_settings(path)
     folder = path.resolve().parent.name
-    return folder if folder in METHODS or folder in methods else config.get("alg_name")
+    return folder if folder in LABELS or folder in methods else config.get("alg_name")
 
 
 def read_settings(path: Path) -> dict:

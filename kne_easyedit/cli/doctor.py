@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kne_easyedit.cli.common import SHIPPED, method_of, positive, shipped
+
+if TYPE_CHECKING:
+    from kne_easyedit.doctor import Finding
 
 MARKS = {"ok": "ok", "warning": "warning", "failure": "FAILURE"}
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser of ``kne``."""
     parser = commands.add_parser(
         "doctor", help="check a planned run before it starts: software, model, data, memory, time"
     )
@@ -30,11 +37,11 @@ def add_commands(commands) -> None:
     parser.set_defaults(command=_doctor)
 
 
-def _doctor(arguments) -> int:
+def _doctor(arguments: argparse.Namespace) -> int:
     from kne_easyedit.doctor import examine
 
     failed: list[str] = []
-    plan = {}
+    plan: dict[str, Any] = {}
     for finding in _load(arguments.hparams, plan):
         _print(finding, failed)
     trial = not arguments.no_trial and not failed
@@ -48,8 +55,8 @@ def _doctor(arguments) -> int:
     return 1 if failed else 0
 
 
-def _load(paths: list[Path], plan: dict[str, object]):
-    """Fills the plan; yields what is wrong with the files."""
+def _load(paths: list[Path], plan: dict[str, Any]) -> Iterator[Finding]:
+    """Fills the plan; yields the faults of the files."""
     import yaml
 
     from kne_easyedit import bridge
@@ -59,16 +66,16 @@ def _load(paths: list[Path], plan: dict[str, object]):
     for path in paths:
         name = f"hyperparameters {path}"
         try:
-            label = method_of(path)
+            label = str(method_of(path))
             if label in plan:
                 raise ValueError(f"hparams: {path} is the second file of {label}; one run has one of each method")
             # KNE's own class needs no EasyEdit, so that the rest can be checked without one.
-            plan[label] = KNEHyperParams.from_hparams(path) if label == "KNE" else bridge.load_method(str(label), path)
+            plan[label] = KNEHyperParams.from_hparams(path) if label == "KNE" else bridge.load_method(label, path)
         except (ValueError, TypeError, OSError, ImportError, yaml.YAMLError) as error:
             yield failure(name, error)
 
 
-def _print(finding, failed: list[str]) -> None:
+def _print(finding: Finding, failed: list[str]) -> None:
     first, *others = finding.text.splitlines() or [""]
     lines = [f"{MARKS[finding.status]:<8} {finding.name}: {first}", *(f"{'':<11}{line}" for line in others)]
     print("\n".join(lines + [f"{'':<9}-> {finding.way_out}"] * bool(finding.way_out)), flush=True)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from kne_easyedit.cli.common import positive
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser of ``kne``."""
     parser = commands.add_parser(
         "easyedit-run",
         help="run an example script of EasyEdit, unchanged, with any method",
         usage="kne easyedit-run [-h] [--skip-bad] [--stats-text FILE] [--stats-samples N] SCRIPT ...",
-        allow_abbrev=False,  # an option of the script must never pass for half an option of ours
+        allow_abbrev=False,  # an option of the script must not be read as an abbreviation of an own one
     )
     parser.add_argument(
         "--skip-bad",
@@ -38,16 +40,14 @@ def add_commands(commands) -> None:
     parser.set_defaults(command=_easyedit_run)
 
 
-def _easyedit_run(arguments) -> int:
+def _easyedit_run(arguments: argparse.Namespace) -> int:
     from kne_easyedit.bridge import TextSource
     from kne_easyedit.bridge.scripts import run_script
 
     given = {"file": arguments.stats_text, "samples": arguments.stats_samples}
     text_source = TextSource(**{name: value for name, value in given.items() if value is not None})
     try:
-        return run_script(
-            arguments.script, arguments.arguments, skip_bad=arguments.skip_bad, text_source=text_source
-        )
+        return run_script(arguments.script, arguments.arguments, skip_bad=arguments.skip_bad, text_source=text_source)
     except KeyboardInterrupt:
         print("kne: interrupted; EasyEdit's scripts begin again from the start", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""What is installed around a run: packages, EasyEdit, and what of EasyEdit is mended."""
+"""Checks of the software: packages, EasyEdit, and the patches of EasyEdit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, failure
 
 
 def packages() -> Iterator[Finding]:
-    """The packages that setup.cfg asks for, and those that some of EasyEdit's methods need beside them."""
+    """Checks the packages that setup.cfg requires, and those that some of EasyEdit's methods need."""
     try:
         wanted = requires("kne_easyedit") or []
     except PackageNotFoundError:
@@ -29,12 +29,12 @@ def packages() -> Iterator[Finding]:
     for requirement in map(Requirement, wanted):
         name, marker, supported = requirement.name, requirement.marker, requirement.specifier
         extra = marker is not None and not marker.evaluate({"extra": ""})
-        if extra and not marker.evaluate({"extra": "easyedit"}):
+        if extra and marker is not None and not marker.evaluate({"extra": "easyedit"}):
             continue
         try:
             installed = version(name)
         except PackageNotFoundError:
-            # Whether this plan needs what only some methods need, the trial shows.
+            # Whether this plan needs it, the trial shows.
             yield Finding(
                 "packages",
                 WARNING if extra else FAILURE,
@@ -55,7 +55,7 @@ def packages() -> Iterator[Finding]:
 
 
 def easyedit() -> Iterator[Finding]:
-    """Which EasyEdit this is, what of it is mended, and how it splits words when it measures fluency."""
+    """Reports which EasyEdit this is, its patches, and how it splits words for the fluency metric."""
     try:
         bridge.register()
         found = bridge.describe()
@@ -75,5 +75,8 @@ def easyedit() -> Iterator[Finding]:
     if variant == PUNKT:
         yield Finding("fluency", OK, "nltk's punkt data is there")
     else:
-        text = f"nltk's punkt data is not there, words are split without it ({variant}): never mix with figures that had it"
+        text = (
+            f"nltk's punkt data is not there, words are split without it ({variant}): "
+            f"never mix with figures that had it"
+        )
         yield Finding("fluency", WARNING, text, "python -m nltk.downloader punkt_tab")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,7 @@ from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.bridge.output import easyedit_output
 from kne_easyedit.doctor.findings import FAILURE, OK, Finding, duration, left_out, listed
+from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.localizer import Localization, localization_requests, require_editable_by, unique_facts
 from kne_easyedit.models.fingerprint import model_digest
@@ -30,7 +32,7 @@ from kne_easyedit.models.state import preserve_rng
 RECORDS = 2
 """Records to edit, and facts to localise."""
 ONCE = 3
-"""A first edit that takes so many times as long as the others has made what they reuse (MEMIT's second moments, say)."""
+"""A first edit that takes this many times as long as the others has computed what they reuse (second moments, say)."""
 SEED = 42
 LOG = "output.log"
 """The file of `easyedit_output`."""
@@ -38,7 +40,7 @@ LOG = "output.log"
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one method, one entry a record: of evaluations before the edit, of edits, and of evaluations after it."""
+    """Seconds of one method, one entry per record: evaluations before the edit, edits, evaluations after it."""
 
     before: list[float] = field(default_factory=list)
     edit: list[float] = field(default_factory=list)
@@ -52,15 +54,23 @@ class Times:
         return records * fmean(self.edit)
 
 
-def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) -> Iterator[Finding]:
-    """Edits, evaluates and undoes the first ``requests`` with every method, and estimates the time of all of them.
+def try_out(plan: Mapping[str, Any], folder: Path, requests: Sequence[dict]) -> Iterator[Finding]:
+    """Edits, evaluates and undoes the first requests with every method, and estimates the time of all of them.
 
-    ``folder``: where the model's files are. One loaded model serves all methods, and must be bit by bit the same after
-    each edit. The scores that are computed here stay in the cache, where the run finds them; nothing else stays.
+    One loaded model serves all methods, and must be identical bit by bit after each edit. Scores that are computed here
+    stay in the cache, where the run finds them; nothing else is kept.
+
+    Args:
+        plan: Label of a method -> its hyperparameters.
+        folder: The folder of the model's files.
+        requests: All usable requests of the run.
+
+    Yields:
+        One finding per method, and the estimate.
     """
     plan = {label: _anywhere(hparams) for label, hparams in plan.items()}
-    with tempfile.TemporaryDirectory() as scratch, easyedit_output(Path(scratch)) as quiet, preserve_rng():
-        scratch = Path(scratch)
+    with tempfile.TemporaryDirectory() as folder_name, easyedit_output(Path(folder_name)) as quiet, preserve_rng():
+        scratch = Path(folder_name)
         try:
             with _logged(quiet, scratch):
                 model, tokenizer = load_model(replace_settings(next(iter(plan.values())), model_name=str(folder)))
@@ -68,7 +78,8 @@ def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) 
         except Exception as error:  # noqa: BLE001  (of torch, transformers, safetensors)
             yield _broken("trial", error, scratch)
             return
-        localisation, times = 0.0, {}
+        localisation = 0.0
+        times: dict[str, Times] = {}
         for label, hparams in plan.items():
             try:
                 if isinstance(hparams, KNEHyperParams) and hparams.ensemble is None:
@@ -78,7 +89,7 @@ def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) 
                     yield finding
                 with _logged(quiet, scratch):
                     times[label] = _tried(model, tokenizer, hparams, requests[:RECORDS], weights)
-            except Exception as error:  # noqa: BLE001  (EasyEdit's methods raise whatever they come across)
+            except Exception as error:  # noqa: BLE001, PERF203  (EasyEdit's methods raise anything; each method is tried)
                 yield _broken(f"trial of {label}", error, scratch)
                 if model_digest(model) != weights:
                     yield Finding(
@@ -96,15 +107,15 @@ def try_out(plan: Mapping[str, object], folder: Path, requests: Sequence[dict]) 
 
 
 def _localised(
-    model, tokenizer, hparams: KNEHyperParams, requests: Sequence[dict], scratch: Path
+    model: nn.Module, tokenizer: Tokenizer, hparams: KNEHyperParams, requests: Sequence[dict], scratch: Path
 ) -> tuple[KNEHyperParams, Finding, float]:
     """Localises on a few facts: settings with the ensemble of these, and the seconds that all others will take.
 
     Facts that are not in the cache go first; the ensemble has as many rows as that of all facts, only others.
     """
     require_editable_by(model, hparams)
-    facts = requests if hparams.localization_data is None else localization_requests(hparams)
-    found = Localization(model, tokenizer, facts, hparams)
+    chosen = requests if hparams.localization_data is None else localization_requests(hparams)
+    found = Localization(model, tokenizer, chosen, hparams)
     facts = unique_facts(found.facts)
     missing = [fact for fact in facts if any(found.cache.missing(target, fact) for target in found.targets)]
     found.facts = (missing or facts)[:RECORDS]
@@ -123,7 +134,7 @@ def _localised(
     )
 
 
-def _tried(model: nn.Module, tokenizer, hparams, requests: Sequence[dict], weights: str) -> Times:
+def _tried(model: nn.Module, tokenizer: Tokenizer, hparams: Any, requests: Sequence[dict], weights: str) -> Times:
     """Raises what the method raises, and RuntimeError if the model has changed when an edit is undone."""
     editor = bridge.MethodEditor(deepcopy(hparams), model, deepcopy(tokenizer))
     editor.require_batch(1)
@@ -140,7 +151,7 @@ def _tried(model: nn.Module, tokenizer, hparams, requests: Sequence[dict], weigh
     return times
 
 
-def _time(seconds: list[float], function: Callable, *arguments) -> None:
+def _time(seconds: list[float], function: Callable[..., Any], *arguments: Any) -> None:
     start = time.perf_counter()
     function(*arguments)
     seconds.append(time.perf_counter() - start)
@@ -164,7 +175,7 @@ def _estimate(times: Mapping[str, Times], localisation: float, records: int) -> 
 
 @contextmanager
 def _logged(quiet: Callable, scratch: Path) -> Iterator[None]:
-    """What is printed inside, and nothing from before, is in the log afterwards."""
+    """Output of the context, and nothing earlier, is in the log at its end."""
     os.truncate(scratch / LOG, 0)
     with quiet():
         try:
@@ -174,19 +185,19 @@ def _logged(quiet: Callable, scratch: Path) -> Iterator[None]:
 
 
 def _broken(name: str, error: Exception, scratch: Path) -> Finding:
-    """With the end of what EasyEdit printed."""
+    """A failure with the last lines of EasyEdit's output."""
     output = (scratch / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
     return Finding(name, FAILURE, "\n".join([f"{type(error).__name__}: {error}", *(f"| {line}" for line in output)]))
 
 
-def _anywhere(hparams):
-    """The settings with absolute paths: EasyEdit's methods run in a folder of their own, for they write into it.
+def _anywhere(hparams: Any) -> Any:
+    """The settings with absolute paths: EasyEdit's methods run in a folder of their own, since they write into it.
 
-    What is not there yet stays relative, and goes with that folder.
+    A path that does not exist yet stays relative, and is removed with that folder.
     """
     paths = {}
     for name in {f.name for f in dataclasses.fields(hparams)} - {"model_name"}:
         value = getattr(hparams, name)
-        if isinstance(value, str) and (name == "cache_dir" or os.sep in value and Path(value).exists()):
+        if isinstance(value, str) and (name == "cache_dir" or (os.sep in value and Path(value).exists())):
             paths[name] = str(Path(value).expanduser().absolute())
     return replace_settings(hparams, **paths)

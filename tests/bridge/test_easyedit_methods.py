@@ -13,7 +13,7 @@ from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.bridge import MethodEditor, TextSource, importing, use_text_source
 from kne_easyedit.bridge.importing import module
-from kne_easyedit.bridge.methods import KNOWN_NAMES, NO_WAY_BACK, require_request, require_undoable
+from kne_easyedit.bridge.methods import METHODS, require_request, require_undoable
 
 SMALL = {
     "layers": [1],
@@ -99,13 +99,13 @@ def test_an_edit_does_not_depend_on_those_that_were_undone():
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("method", NO_WAY_BACK)
+@pytest.mark.parametrize("method", [m.label for m in METHODS.values() if m.irreversible])
 def test_a_method_that_cannot_be_undone_is_refused_by_name(method):
     with pytest.raises(ValueError, match=f"methods: {method} .*kne easyedit-run"):
         MethodEditor(SimpleNamespace(alg_name=method), make_llama(), make_tokenizer())
 
 
-@pytest.mark.parametrize("method", KNOWN_NAMES)
+@pytest.mark.parametrize("method", [m.label for m in METHODS.values() if m.model_names])
 def test_a_model_whose_name_says_nothing_is_refused_where_the_name_counts(method):
     with pytest.raises(
         ValueError, match=f"{method} knows the shape of the weights by words in model_name only.*'smollm2'"

@@ -21,7 +21,7 @@ import yaml
 from conftest import make_llama, make_tokenizer, tiny_hparams, weights
 
 from kne_easyedit import bridge, cli
-from kne_easyedit.bridge import TextSource, patches, scripts
+from kne_easyedit.bridge import TextSource, patches, script_syntax, scripts
 from kne_easyedit.bridge.scripts import ScriptError, run_script
 from kne_easyedit.bridge.text_source import current_text_source
 from kne_easyedit.metrics import read_results, summarize_metrics
@@ -810,8 +810,8 @@ def test_every_stock_script_can_be_opened():
     closed = []
     for path in sorted(examples().glob("*.py")):
         tree = scripts._parse(path)
-        if scripts.METHOD_OPTION in scripts._constants(tree):
-            changes = scripts._Opened(tree)
-            compile(scripts.ast.fix_missing_locations(changes.visit(tree)), str(path), "exec", dont_inherit=True)
+        if script_syntax.METHOD_OPTION in script_syntax.constants_in(tree):
+            changes = script_syntax.OpenedMethods(tree)
+            compile(ast.fix_missing_locations(changes.visit(tree)), str(path), "exec", dont_inherit=True)
             closed += [path.name] if not changes.places else []
     assert closed == ["run_personality_editing.py"]

@@ -323,7 +323,7 @@ def test_every_shipped_file_loads_under_its_folders_name(path):
             bridge.load_method(label, path)
         return
     hparams = bridge.load_method(label, path)
-    assert hparams.alg_name == bridge.METHODS.get(label, SimpleNamespace(alg_name=label)).alg_name
+    assert hparams.alg_name == bridge.traits_of(label).alg_name
     assert hparams.alg_name in module("util.alg_dict").ALG_DICT
     for field in dataclasses.fields(hparams):  # YAML reads 5e-4 as a text
         if field.type in (int, float, "int", "float") and field.name != "device":

@@ -631,7 +631,7 @@ class TestStartToken:
 
 def test_doctor_looks_at_probes_and_subjects(tmp_path):
     """What a run would leave out, `kne doctor` names beforehand."""
-    from kne_easyedit.doctor.examination import data_records
+    from kne_easyedit.doctor.data import data_records
 
     records = [
         FACT,

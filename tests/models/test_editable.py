@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from kne_easyedit.attribution.engine import attribute
-from kne_easyedit.doctor.examination import modules
+from kne_easyedit.doctor.modules import modules
 from kne_easyedit.editing.adapter import row_adapter
 from kne_easyedit.editing.edit import apply_kne_to_model
 from kne_easyedit.editing.row_training import train_rows

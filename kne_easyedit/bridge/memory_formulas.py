@@ -1,0 +1,114 @@
+"""Memory that an edit of each method needs beside weights and activations, from the model's configuration alone.
+
+Quantities called estimated were fitted to measurements; all others are counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from kne_easyedit.attribution.sweep import HEAD_ROWS
+from kne_easyedit.bridge.edited_modules import (
+    adapted,
+    at_layer,
+    depth,
+    fine_tuned,
+    in_features,
+    matrix_size,
+    rewritten,
+    state_bytes,
+    vocabulary,
+)
+from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.models.targets import Target, resolve_target
+
+MemoryFormula: TypeAlias = Callable[[nn.Module, Any, int], dict[str, int]]
+"""(model, hyperparameters, bytes per weight) -> bytes by purpose. Raises ValueError for a module that is missing."""
+PRECISE = 4
+"""Bytes of a float32."""
+
+
+def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int) -> dict[str, int]:
+    """KNE: rows of some matrices are trained in float32 or better."""
+    precise = max(itemsize, PRECISE)
+    rows = _kne_rows(model, hparams)
+    needed = {
+        # Whole matrices: EasyEdit undoes by no less.
+        "originals": itemsize * sum(matrix_size(module) for target, _ in rows for module in target.modules),
+        # W_kne, its gradient, and AdamW's two moments.
+        "trained rows": 4 * precise * sum(n * in_features(target.modules[0]) for target, n in rows),
+        # The difference of the weights, before it is added.
+        "differences": precise * sum(n * in_features(target.modules[0]) for target, n in rows),
+        # PEFT's B, dense: (neurons, rows) in every layer.
+        "row selector": precise * sum(n * target.n_neurons for target, n in rows),
+    }
+    if hparams.ensemble is None:
+        # At least a row of every path, with half of the layers before it, and the head's rows. More rows are used if
+        # there is room, in a quarter of what is free then (see attribution.rows_in_flight).
+        paths = sum(len(target.layers) for target, _ in rows)
+        head = 3 * PRECISE * HEAD_ROWS * vocabulary(model)
+        needed["localisation (estimated)"] = paths * depth(model) * state_bytes(model, itemsize) // 2 + head
+    return needed
+
+
+def _kne_rows(model: Any, hparams: KNEHyperParams) -> list[tuple[Target, int]]:
+    """The modules, and how many rows of them are trained: the floor(p * neurons) of Eq. 6 if no ensemble is named."""
+    if hparams.ensemble is not None:
+        found = NeuronEnsemble.load(hparams.ensemble).targets(model).values()
+        return [(target, sum(map(len, rows))) for target, rows in found]
+    targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
+    return [(t, max(1, math.floor(hparams.p * len(t.layers) * t.n_neurons + 1e-9))) for t in targets]
+
+
+def ft(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
+    """FT: whole matrices are trained by Adam."""
+    names = {
+        name for layer in hparams.layers for name in fine_tuned(model, at_layer(hparams.rewrite_module_tmp, layer))
+    }
+    matrices = itemsize * sum(model.get_parameter(name).numel() for name in names)
+    return {"originals": matrices, "gradients": matrices, "Adam's moments": 2 * matrices, "differences": matrices}
+
+
+def lora(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
+    """LoRA, AdaLoRA: A and B, their gradients, and Adam's two moments, in float32 over any model."""
+    # AdaLoRA begins with PEFT's init_r of 12, whatever the rank; the release of 2023 knows nothing else.
+    rank = hparams.rank if getattr(hparams, "lora_type", "adalora") == "lora" else max(hparams.rank, 12)
+    return {"adapter": 4 * PRECISE * rank * sum(sum(module.weight.shape) for module in adapted(model, hparams))}
+
+
+def rome(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
+    """ROME, R-ROME: an update of rank one, and second moments by ``mom2_adjustment``."""
+    edited = rewritten(model, hparams)
+    squares = [in_features(module) ** 2 for module in edited] if hparams.mom2_adjustment else [0]
+    return {
+        "originals": itemsize * sum(matrix_size(module) for module in edited),
+        # A matrix of rank one, in full.
+        "update": PRECISE * max(matrix_size(module) for module in edited),
+        # Each layer keeps the inverse (d1, d1) of its second moments; an inversion needs these and their factors, too.
+        "second moments": PRECISE * (sum(squares) + 2 * max(squares)),
+    }
+
+
+def memit(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
+    """MEMIT: second moments of every layer, and a solver in float64."""
+    edited = rewritten(model, hparams)
+    squares = [in_features(module) ** 2 for module in edited]
+    return {
+        "originals": itemsize * sum(matrix_size(module) for module in edited),
+        # A layer's update and its new weights, in float64.
+        "update": 2 * 8 * max(matrix_size(module) for module in edited),
+        # (d1, d1) in float32 for each layer.
+        "second moments": PRECISE * sum(squares),
+        # In float64: the weighted moments, keys times keys, and their sum (later its factors).
+        "solver": 3 * 8 * max(squares),
+    }
+
+
+def nothing(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
+    """KN: the values of single neurons, few of them in a trained model."""
+    return {}

@@ -1,0 +1,126 @@
+"""Checks of the records, of the facts that KNE localises on, and of the score cache."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from kne_easyedit.attribution.score_cache import scores_folder
+from kne_easyedit.bridge.edited_modules import vocabulary
+from kne_easyedit.bridge.methods import traits_of
+from kne_easyedit.doctor.findings import DATA, FAILURE, OK, WARNING, Finding, failure, size
+from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer, encode_request, require_length
+from kne_easyedit.facts.records import load_records, require_evaluable
+from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.localization.localizer import localization_requests
+from kne_easyedit.models.targets import resolve_target
+
+
+def data_records(
+    data: str,
+    records: int | None,
+    offset: int,
+    tokenizer: Tokenizer | None,
+    model: nn.Module | None,
+    plan: Mapping[str, Any],
+) -> Generator[Finding, None, list[dict[str, Any]]]:
+    """Checks the records, their probes and their subjects. Returns the usable requests."""
+    by_subject = [label for label, hparams in plan.items() if traits_of(hparams.alg_name).needs_subject]
+    separator = next((hparams.separator for hparams in plan.values() if isinstance(hparams, KNEHyperParams)), SEPARATOR)
+    try:
+        requests, complaints = load_records(data, records, offset, on_bad="skip")
+    except (ValueError, OSError) as error:
+        yield failure(DATA, error)
+        return []
+    total = len(requests) + len(complaints)
+    bad = {
+        int(number): why
+        for text in complaints
+        for number, why in re.findall(r": record (\d+): (.*)", text, re.DOTALL)[:1]
+    }
+    for request in requests if tokenizer is not None else ():
+        try:
+            require_evaluable(request, tokenizer, model, separator, by_subject)  # the probes, too
+        except ValueError as error:  # noqa: PERF203  (every bad record is reported)
+            bad[request["index"]] = str(error)
+    if bad:
+        text = f"{len(bad)} of {total} records of {data} cannot be used: {', '.join(map(str, sorted(bad)))}"
+        reasons = [f"record {index}: {bad[index]}" for index in sorted(bad)]
+        yield Finding(
+            DATA, FAILURE, "\n".join([text, *reasons]), "mend them, or leave them out by `kne run --on-bad-record skip`"
+        )
+    elif records is not None and total < records:
+        yield Finding(
+            DATA, WARNING, f"{records} records wanted, {data} has {total} from number {offset} on, all of them sound"
+        )
+    else:
+        yield Finding(DATA, OK, f"{total} records of {data}, all of them sound")
+    return [request for request in requests if request["index"] not in bad]
+
+
+def token_count(request: Mapping[str, Any], tokenizer: Tokenizer, model: Any) -> int:
+    """Tokens of prompt and answer. Raises ValueError for a fact that the model or its tokenizer cannot encode."""
+    fact = encode_request(tokenizer, request)
+    require_length(fact, model.config)
+    if max(fact.ids) >= vocabulary(model):
+        raise ValueError(
+            f"tokenizer: token {max(fact.ids)} of {request['prompt']!r}, "
+            f"the model knows those below {vocabulary(model)}"
+        )
+    return len(fact.ids)
+
+
+def localization_facts(
+    hparams: KNEHyperParams, tokenizer: Tokenizer | None, model: nn.Module | None
+) -> Iterator[Finding]:
+    """Checks the facts that KNE localises on, if they are not those that it edits."""
+    name, data, wanted = "localization_data", hparams.localization_data, hparams.localization_size
+    if data is None:
+        return
+    try:
+        facts = localization_requests(hparams)
+        for fact in facts if tokenizer is not None else ():
+            token_count(fact, tokenizer, model)
+        if not facts:
+            raise ValueError(f"{data}: holds no usable fact")
+    except (ValueError, OSError) as error:
+        yield failure(name, error)
+        return
+    yield Finding(
+        name,
+        OK if len(facts) == wanted else WARNING,
+        f"{len(facts)} usable facts of {data} (localization_size: {wanted})",
+    )
+
+
+def cache(hparams: KNEHyperParams, model: nn.Module | None, records: int) -> Iterator[Finding]:
+    """Checks that the score cache has room for the scores of localisation. Makes no folder."""
+    folder = scores_folder(hparams.cache_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    way_out = "free some space, or set cache_dir or KNE_CACHE to a folder that can be written"
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            free = shutil.disk_usage(there).free
+    except OSError as error:
+        yield Finding(
+            "cache", FAILURE, f"cache_dir: {folder} cannot be written ({there}: {error.strerror or error})", way_out
+        )
+        return
+    text, needed = f"{folder} can be written, {size(free)} free", 0
+    try:
+        targets = (
+            [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
+            if model is not None
+            else []
+        )
+        facts = records if hparams.localization_data is None else hparams.localization_size
+        needed = facts * sum(4 * len(target.layers) * target.n_neurons + 4096 for target in targets)
+        text += f", {size(needed)} needed at most ({facts} facts)" if targets else ""
+    except ValueError:
+        pass  # `modules` reports it
+    yield Finding("cache", FAILURE if needed > free else OK, text, way_out if needed > free else "")

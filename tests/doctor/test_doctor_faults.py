@@ -1,0 +1,247 @@
+"""Each kind of fault of a planned run is named, with a way out."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import make_llama, tiny_hparams
+from doctor_plan import lines, planned  # noqa: F401 (the fixture "plan")
+
+from kne_easyedit import bridge, cli
+from kne_easyedit.bridge import patches
+from kne_easyedit.doctor import data, memory, model, surroundings
+from kne_easyedit.doctor.findings import FAILURE, OK
+
+NO_DOWN, NO_DOWN_WEIGHT = "model.layers.{}.mlp.dwn_proj", "model.layers.{}.mlp.dwn_proj.weight"
+FAULTS = {
+    "template of KNE": (
+        "KNE",
+        "target_modules",
+        [NO_DOWN],
+        f"target_modules: '{NO_DOWN}' matches no module",
+        "nearest: model.layers.{}.mlp.down",
+    ),
+    "layer of KNE": ("KNE", "layers", [1, 9], "layers: [9] out of range", "layers 0 to 3"),
+    "template of FT": (
+        "FT-L",
+        "rewrite_module_tmp",
+        NO_DOWN_WEIGHT,
+        "rewrite_module_tmp: 'model.layers",
+        "nearest: model.layers.{}.mlp.down",
+    ),
+    "layer of FT": ("FT-L", "layers", [9], "layers: [9] out of range", "layers 0 to 3"),
+    "device": ("KNE", "device", 7, "device: 7 does not exist", "set device: cpu"),
+    "no device": ("KNE", "device", "meta:1", "device: 'meta:1' must be", "'cpu'"),
+    "two models": (
+        "KNE",
+        "model_name",
+        "./another",
+        "model_name: the files name different models: ./another",
+        "one run has one model",
+    ),
+    "two methods": ("FT-L", "alg_name", "RME", "alg_name is 'RME', wanted is 'FT'", ""),
+    "setting": ("KNE", "p", 2, "p: 2.0 must be in (0, 1]", ""),
+    "localisation data": (
+        "KNE",
+        "localization_data",
+        "none.json",
+        "localization_data: data file none.json does not exist",
+        "KnowEdit",
+    ),
+    "ensemble": ("KNE", "ensemble", "none.json", "ensemble: ", "none.json"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_and_the_trial_left_out(plan, capsys, fault):
+    method, field, value, message, way_out = FAULTS[fault]
+    plan.settings[method][field] = value
+    assert plan.check() == 1
+    out = capsys.readouterr().out
+    assert any(message in line for line in lines(out, "FAILURE")), out
+    assert way_out in out
+    assert "trial: left out" in out and "estimate:" not in out
+    assert "failure" in out.splitlines()[-1] and "The run can succeed" not in out
+
+
+def test_one_run_has_one_device_by_any_name(monkeypatch):
+    def said(first, second):
+        return [
+            (finding.status, finding.text)
+            for finding in model.devices({"KNE": tiny_hparams(device=first), "FT": tiny_hparams(device=second)})
+        ]
+
+    assert said("cpu", "cpu:0") == [(OK, "cpu, model in float32")]
+    monkeypatch.setattr(model, "resolve_device", torch.device)
+    assert said("cpu", "cuda:1") == [(FAILURE, "device: the files name different ones: cpu for KNE; cuda:1 for FT")]
+
+
+def test_types_that_differ_are_a_warning(plan, capsys):
+    plan.settings["KNE"]["bf16"] = True
+    assert plan.check("--no-trial") == 0
+    assert (
+        "warning  type: fp16, bf16: the files ask for different types (KNE bfloat16, FT-L float32)"
+        in capsys.readouterr().out
+    )
+
+
+def test_settings_that_ask_for_two_types_are_a_failure():
+    """The model could not be loaded."""
+    found = list(model.devices({"FT": SimpleNamespace(alg_name="FT", device="cpu", fp16=True, bf16=True)}))
+    assert [(finding.name, finding.status) for finding in found] == [("type of FT", FAILURE)]
+    assert "exclude each other" in found[0].text
+
+
+def test_a_model_that_is_not_there_leaves_the_other_checks(plan, capsys):
+    for method in plan.settings:
+        plan.settings[method]["model_name"] = "someone/no-such-model"
+    plan.records[1]["prompt"] = " "
+    assert plan.check() == 1
+    out = capsys.readouterr().out
+    assert "FAILURE  model: model_name: 'someone/no-such-model' is not on this machine" in out
+    assert "hf download someone/no-such-model" in out
+    assert "modules, tokenizer, memory: left out" in out
+    assert "FAILURE  data: 1 of 4 records" in out
+    assert out.endswith("2 failures: model, data\n")
+
+
+def test_a_broken_download(plan, capsys):
+    (plan.model / "model.safetensors").unlink()
+    assert plan.check("--no-trial") == 1
+    assert "FAILURE  model: model_name" in (out := capsys.readouterr().out) and "no weights" in out
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (plan.model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (plan.model / "model-00001-of-00002.safetensors").write_text("")
+    assert plan.check("--no-trial") == 1
+    assert "of 2 files of weights 1 are missing (model-00002-of-00002.safetensors" in capsys.readouterr().out
+
+
+def test_all_bad_records_are_listed_and_the_good_ones_tried(plan, capsys):
+    plan.records[0]["subject"] = "Francia"
+    plan.records[2]["target_new"] = ""
+    plan.records[3]["prompt"] = plan.records[3]["prompt"] * 20  # longer than the model takes
+    plan.records.append({**plan.records[1], "target_new": "~"})  # no tokens
+    assert plan.check(methods=["KNE"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILURE  data: 4 of 5 records" in out and "cannot be used: 0, 2, 3, 4" in out
+    for index, why in {
+        0: "request.subject: 'Francia'",
+        2: "request.target_new: ''",
+        3: "the model takes 64",
+        4: "no tokens of its own",
+    }.items():
+        assert f"record {index}: {why.split(':')[0]}" in out or why in out
+    assert "--on-bad-record skip" in out
+    assert "trial of KNE: edits" in out and "for 1 records" in out
+    assert out.endswith("1 failure: data\n")
+
+
+def test_no_usable_record_and_fewer_than_wanted(plan, capsys):
+    assert plan.check("--no-trial", "--records", "9", "--offset", "1") == 0
+    assert "warning  data: 9 records wanted" in (out := capsys.readouterr().out) and "has 3 from number 1" in out
+    assert plan.check("--offset", "4") == 1
+    assert "offset: 4 out of range" in capsys.readouterr().out
+    plan.records = [{**record, "prompt": ""} for record in plan.records]
+    assert plan.check() == 1
+    assert "trial: left out: it needs what has failed: data" in capsys.readouterr().out
+
+
+def test_an_unknown_method(plan, capsys):
+    (plan.folder / "rme.yaml").write_text(yaml.safe_dump({"alg_name": "RME"}))
+    (plan.folder / "list.yaml").write_text("- 1")
+    (plan.folder / "torn.yaml").write_text("a: [")
+    assert (
+        cli.main(
+            ["doctor", "--hparams", *(str(plan.folder / f"{name}.yaml") for name in ("rme", "list", "torn", "none"))]
+        )
+        == 1
+    )
+    failures = lines(capsys.readouterr().out, "FAILURE")
+    assert len(failures) == 4
+    assert "'RME' is unknown to this EasyEdit" in failures[0]
+    assert "none.yaml" in failures[3]
+
+
+def test_a_cache_that_cannot_be_written(plan, capsys, monkeypatch):
+    (plan.folder / "file").write_text("")
+    monkeypatch.setenv("KNE_CACHE", str(plan.folder / "file"))
+    assert plan.check() == 1
+    out = capsys.readouterr().out
+    assert f"FAILURE  cache: cache_dir: {plan.folder / 'file/scores'} cannot be written" in out
+    assert "set cache_dir or KNE_CACHE" in out
+    monkeypatch.setenv("KNE_CACHE", str(plan.folder / "cache"))
+    usage = data.shutil.disk_usage(plan.folder)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    assert plan.check() == 1
+    assert "FAILURE  cache: " in (out := capsys.readouterr().out) and "free some space" in out
+
+
+def test_memory_that_does_not_suffice(plan, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**17)
+    assert plan.check() == 1
+    out = capsys.readouterr().out
+    assert "FAILURE  memory of KNE: " in out and "0.1 MiB free on cpu (weights 0.1 MiB" in out
+    assert "set bf16 or fp16" in out
+    assert "trial: left out" in out
+
+
+def test_a_gpu_takes_the_model_through_the_machines_memory(monkeypatch, tokenizer):
+    free = {"cuda": 2**30, "cpu": 2**10}
+    monkeypatch.setattr(memory, "free_memory", lambda device: free[device.type])
+    found = list(memory.memory({"KNE": tiny_hparams(device=0)}, make_llama(), torch.device("cuda", 0), tokenizer, []))
+    assert [(finding.name, finding.status) for finding in found] == [
+        ("memory of KNE", OK),
+        ("memory of the machine", FAILURE),
+    ]
+
+
+def test_tokenizers_that_do_not_fit(plan, capsys):
+    config = json.loads((plan.model / "tokenizer_config.json").read_text())
+    bare = {name: value for name, value in config.items() if not name.endswith("_token")}
+    (plan.model / "tokenizer_config.json").write_text(json.dumps(bare))
+    (plan.model / "special_tokens_map.json").unlink(missing_ok=True)
+    assert plan.check() == 1
+    assert "FAILURE  tokenizer: tokenizer: has neither a pad token nor an end token" in capsys.readouterr().out
+    (plan.model / "tokenizer_config.json").write_text(json.dumps({**bare, "eos_token": "<eos>"}))
+    assert plan.check("--no-trial") == 0
+    assert "its end token for padding" in capsys.readouterr().out
+    (plan.model / "tokenizer_config.json").write_text(json.dumps({**bare, "eos_token": "<eos>", "pad_token": "<new>"}))
+    assert plan.check("--no-trial") == 1
+    assert "has pad token" in capsys.readouterr().out
+
+
+def test_an_easyedit_that_is_missing(plan, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path))
+    assert plan.check(methods=["KNE"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILURE  EasyEdit: EasyEdit: EASYEDIT_HOME is" in out
+    assert "ok       memory of KNE" in out  # what needs no EasyEdit is checked all the same
+    assert out.endswith("1 failure: EasyEdit\n")
+
+
+def test_old_packages_and_switched_off_patches(monkeypatch):
+    monkeypatch.setattr(surroundings, "version", lambda name: "0.1")
+    assert {finding.text.split()[0] for finding in surroundings.packages() if finding.status == FAILURE} >= {
+        "torch",
+        "transformers",
+        "peft",
+    }
+    bridge.register()
+    patch = next(patch for patch in patches.report() if patch.name == "model-switches")
+    monkeypatch.setattr(patch, "state", patches.SWITCHED_OFF)
+    (found,) = (finding for finding in surroundings.easyedit() if finding.name == "patch model-switches")
+    assert found.status == "warning" and "KNE_PATCHES_OFF" in found.way_out
+
+
+def test_the_facts_of_localisation_are_those_that_the_run_will_take():
+    """Behind the offset, too: one that lies outside the file must fail here and not after an hour."""
+    hparams = tiny_hparams(localization_data="embedded", localization_size=1, localization_offset=2)
+    (found,) = data.localization_facts(hparams, None, None)
+    assert found.status == OK
+    hparams.localization_offset = 100_000
+    (found,) = data.localization_facts(hparams, None, None)
+    assert (found.status, "offset" in found.text) == (FAILURE, True)

@@ -1,0 +1,116 @@
+"""The memory that an edit needs, by calculation and as an edit allocates it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import yaml
+from conftest import (
+    FACTS,
+    GPT2_DOWN,
+    GPTJ_DOWN,
+    LLAMA_DOWN,
+    make_gpt2,
+    make_gptj,
+    make_llama,
+    tiny_hparams,
+)
+from methods import HPARAMS, TINY
+from transformers import LlamaConfig
+
+from kne_easyedit.doctor.memory import memory_needed
+from kne_easyedit.editing.adapter import ADAPTER, row_adapter
+from kne_easyedit.editing.row_edit import write_rows
+from kne_easyedit.editing.row_training import train_rows
+from kne_easyedit.facts.encoding import encode
+from kne_easyedit.localization.ensemble import select_ensemble
+from kne_easyedit.models.targets import resolve_target
+
+
+@pytest.mark.parametrize(
+    ("make", "template"),
+    [(make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN), (make_gpt2, GPT2_DOWN)],
+    ids=["llama", "gptj", "gpt2"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_counted_as_an_edit_takes_it(make, template, dtype, tokenizer, monkeypatch):
+    model = make(dtype)
+    hparams = tiny_hparams(template, bf16=dtype == torch.bfloat16, num_steps=1, stop_loss=0.0)
+    needed = memory_needed(model.config, hparams)
+    assert needed == memory_needed(model, hparams)
+    assert needed["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    target = resolve_target(model, template)
+    scores = torch.rand(len(target.layers), target.n_neurons, generator=torch.Generator().manual_seed(0))
+    ensemble = select_ensemble(scores, hparams.p, target_module=template)
+    optimizers = []
+    monkeypatch.setattr(torch.optim, "AdamW", _kept(torch.optim.AdamW, optimizers))
+    edit = train_rows(model, [encode(tokenizer, *FACTS[0])], ensemble, hparams)
+    (optimizer,) = optimizers
+    rows = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert needed["trained rows"] == sum(_bytes(*tensors) for tensors in (rows, [row.grad for row in rows], moments))
+    assert needed["differences"] == _bytes(*(delta for _, delta in edit.deltas.values()))
+    assert needed["originals"] == _bytes(*write_rows(model, edit).values())
+    with row_adapter(model, ensemble, hparams) as layers:
+        assert needed["row selector"] == _bytes(*(layer.lora_B[ADAPTER].weight for layer in layers.values()))
+
+
+def test_an_ensemble_file_says_how_many_rows(tmp_path, llama):
+    scores = torch.zeros(4, 24)
+    scores[2, :3] = 1
+    select_ensemble(scores, 3 / 96, target_module=LLAMA_DOWN).save(tmp_path / "three.json")
+    needed = memory_needed(llama, tiny_hparams(ensemble=str(tmp_path / "three.json")))
+    assert needed["trained rows"] == 3 * 40 * 4 * 4
+    assert needed["originals"] == 24 * 40 * 4  # of the one layer that has rows
+    assert not [purpose for purpose in needed if purpose.startswith("localisation")]
+
+
+def test_memory_of_llama_2_7b_by_calculation():
+    """Known figures: 6,738,415,616 parameters; down_proj is 4096 x 11008 in 32 layers; p = 4 % are 5242 rows."""
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    for bf16, item in ((False, 4), (True, 2)):
+        needed = memory_needed(config, tiny_hparams(p=0.04, bf16=bf16))
+        assert needed["weights"] == item * 6_738_415_616
+        assert needed["originals"] == item * 32 * 4096 * 11008
+        assert needed["trained rows"] == 4 * 4 * 5242 * 11008
+        assert needed["row selector"] == 4 * 5242 * 4096
+
+
+def test_memory_of_easyedits_methods_follows_their_layers():
+    config, square = make_llama().config, 40 * 40
+    shipped = {
+        label: yaml.safe_load((HPARAMS / label / "smollm2-135m.yaml").read_text())
+        for label in ("FT-L", "AdaLoRA", "ROME", "MEMIT")
+    }
+    hparams = {label: type("Settings", (), {**settings, **TINY[label]}) for label, settings in shipped.items()}
+    matrix = 4 * 24 * 40
+    ft = memory_needed(config, hparams["FT-L"])
+    assert Counter(ft) >= Counter(
+        {"originals": matrix, "gradients": matrix, "Adam's moments": 2 * matrix, "differences": matrix}
+    )
+    heads = 24 + 24 + 24 + 12  # q_proj and v_proj, in and out, with half as many key-value heads
+    assert memory_needed(config, hparams["AdaLoRA"])["adapter"] == 16 * 12 * 4 * heads
+    assert memory_needed(config, hparams["ROME"])["second moments"] == 0  # no adjustment in the shipped settings
+    hparams["ROME"].mom2_adjustment = True
+    assert memory_needed(config, hparams["ROME"])["second moments"] == 4 * 3 * square
+    memit = memory_needed(config, hparams["MEMIT"])
+    assert (memit["second moments"], memit["solver"]) == (4 * 2 * square, 24 * square)
+    hparams["MEMIT"].rewrite_module_tmp = "model.layers.{}.mlp.no"
+    with pytest.raises(ValueError, match="rewrite_module_tmp"):
+        memory_needed(config, hparams["MEMIT"])
+
+
+def _bytes(*tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _kept(kind, made: list):
+    def make(*args, **kwargs):
+        made.append(kind(*args, **kwargs))
+        return made[-1]
+
+    return make
