@@ -11,9 +11,10 @@ import pytest
 from test_report import LINES, MANIFEST, line, write
 
 from kne_easyedit import cli
+from kne_easyedit._util.markdown import literal
 from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.collect import collect
-from kne_easyedit.benchmark.markdown_report import literal, report_text
+from kne_easyedit.benchmark.markdown_report import report_text
 from kne_easyedit.benchmark.publish import page, publish
 
 CASES = Path(os.environ.get("KNE_CASES", Path(__file__).parents[3] / "shared/cases"))
