@@ -152,7 +152,7 @@ def test_the_case_of_the_issue(tmp_path, capsys):
     (tmp_path / "results.jsonl").write_text(content)
     assert cli.main(["report", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert re.fullmatch(r"kne: \S*results.jsonl: line 1: has no 'metrics'; wanted is a results.jsonl of .*\n", error)
+    assert re.fullmatch(r"kne: \S*results.jsonl: line 1: has no 'metrics'; expected a results.jsonl of .*\n", error)
     assert not (tmp_path / "report").exists()
 
 
