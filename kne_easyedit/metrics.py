@@ -246,7 +246,7 @@ def read_results(path: str | Path) -> list[dict]:
         return _read_lines(path, text)
     if isinstance(found, list):
         return [_record(path, f"entry {i}", None, metrics) for i, metrics in enumerate(found)]
-    return _read_lines(path, json.dumps(found))  # a results.jsonl of one line, maybe
+    return _read_lines(path, json.dumps(found))  # a results.jsonl of one line
 
 
 def check_metrics(metrics: object) -> None:
@@ -311,7 +311,7 @@ def _require_numbers(values: object, where: str, depth: int = 0) -> None:
             _require_numbers(value, where, depth + 1)
     elif values is not None and not is_number(values):
         how = " and not finite" if isinstance(values, Real) else ""
-        raise ValueError(f"{where} that is {_describe(values)}{how}, wanted are numbers")
+        raise ValueError(f"{where} that is {_describe(values)}{how}, expected numbers")
 
 
 def _read_lines(path: Path, text: str) -> list[dict]:
@@ -322,8 +322,10 @@ def _read_lines(path: Path, text: str) -> list[dict]:
         try:
             found = parse_json(line)
         except ValueError as error:
-            half = "; a run that was killed leaves half a line, the same `kne run` puts it right" if records else ""
-            raise _unreadable(path, f"{where}: {error}{half}") from error
+            cause = (
+                "; a run that was killed leaves an incomplete line, the same `kne run` resumes it" if records else ""
+            )
+            raise _unreadable(path, f"{where}: {error}{cause}") from error
         if not isinstance(found, dict) or not isinstance(found.get("method"), str) or "metrics" not in found:
             raise _unreadable(path, f"{where}: {_describe(found)}")
         records.append(_record(path, where, found["method"], found["metrics"]))
@@ -342,7 +344,7 @@ def _record(path: Path, where: str, method: str | None, metrics: object) -> dict
 
 def _unreadable(path: Path, found: str) -> ValueError:
     return ValueError(
-        f"{path}: found {found}; wanted is a JSON list of EasyEdit's metrics (each with 'post'), as its scripts write "
+        f"{path}: found {found}; expected a JSON list of EasyEdit's metrics (each with 'post'), as its scripts write "
         f"it, or a results.jsonl of `kne run` (each line with 'method' and 'metrics')"
     )
 

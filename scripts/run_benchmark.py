@@ -2,7 +2,7 @@
 
     python scripts/run_benchmark.py -m benchmark/method@method=kne,ft,rome benchmark/data@data=counterfact,zsre,recent
 
-Interrupted, the same command goes on where it stopped. The configuration is hparams/benchmark.yaml.
+Interrupted, the same command resumes where it stopped. The configuration is hparams/benchmark.yaml.
 """
 
 import os
@@ -22,10 +22,10 @@ HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
 
 @hydra.main(version_base="1.3", config_path="../hparams", config_name="benchmark")
 def main(config: DictConfig) -> None:
+    """Runs one job."""
     keep_large_blocks()
-    os.chdir(
-        HydraConfig.get().runtime.cwd
-    )  # relative paths mean where the command was given, whatever hydra.job.chdir and the launcher do
+    # Relative paths mean the folder of the command, whatever hydra.job.chdir and the launcher do.
+    os.chdir(HydraConfig.get().runtime.cwd)
     job = job_of(OmegaConf.to_container(config, resolve=True), HPARAMS)
     print_report(run(job), job.folder)
 

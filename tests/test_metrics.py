@@ -73,7 +73,7 @@ def test_both_kinds_of_files(tmp_path):
         ([RICH, 3], "entry 1: metrics that are a int"),
         (
             json.dumps({"method": "KNE", "metrics": RICH}) + '\n{"method": "FT", "met',
-            "line 2: no JSON .*the same `kne run` puts it right",
+            "line 2: no JSON .*the same `kne run` resumes it",
         ),
         (json.dumps({"method": "KNE", "metrics": []}), "line 1: metrics that are a list"),
         ("7", "line 1: a int"),
@@ -81,7 +81,7 @@ def test_both_kinds_of_files(tmp_path):
 )
 def test_other_files_are_refused_with_what_was_found(tmp_path, content, found):
     path = write(tmp_path / "strange.json", content)
-    with pytest.raises(ValueError, match=f"strange.json: found {found}.*wanted is"):
+    with pytest.raises(ValueError, match=f"strange.json: found {found}.*expected"):
         read_results(path)
 
 

@@ -1,11 +1,16 @@
-"""Tables in Markdown that are aligned as plain text, too."""
+"""Markdown: tables, and text of others without any effect."""
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["markdown_table"]
+__all__ = ["literal", "markdown_table", "table_of_rows"]
+
+_MARKS = re.compile(r"[\\`*\[\]|<>#!~$]|(?<!\w)_|_(?!\w)")
+_NUMBER = re.compile(r"(\*\*|<u>)?([+-]?\d|-$)")
 
 
 def markdown_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], width: int = 6) -> str:
@@ -21,6 +26,28 @@ def markdown_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
         for label, summary in rows.items()
     ]
     return "\n".join([header, rule, *lines])
+
+
+def table_of_rows(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a Markdown table; the first one is its head, columns of numbers stand to the right."""
+    head, *body = rows
+    right = [bool(body) and all(_NUMBER.match(row[i]) for row in body) for i in range(len(head))]
+    rule = "".join("---:|" if numeric else "---|" for numeric in right)
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + rule, *("| " + " | ".join(row) + " |" for row in body)])
+
+
+def literal(value: object, length: int | None = None) -> str:
+    """Any value as one line of text without any effect in Markdown and HTML: no markup, link, picture or formula.
+
+    An underscore within a word is not markup, and stays.
+
+    Args:
+        value: Its ``str`` is taken; blanks are merged, what is not printed becomes a blank.
+        length: Characters after which the text is cut; None for all of it.
+    """
+    line = "".join(c if c.isprintable() else " " for c in " ".join(str(value).split()))
+    cut = line if length is None or len(line) <= length else line[: length - 1] + "…"
+    return html.escape(_MARKS.sub(r"\\\g<0>", cut), quote=False).replace("\\&lt;", "&lt;").replace("\\&gt;", "&gt;")
 
 
 def _cell(value: float | None) -> str:

@@ -107,7 +107,7 @@ def _manifest(file: Path) -> dict:
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else "is nested too deeply"
         raise ValueError(
-            f"{file}: {reason}; wanted is what `kne run` writes (without the file the report says less)"
+            f"{file}: {reason}; expected what `kne run` writes (without the file the report says less)"
         ) from error
 
 

@@ -154,7 +154,7 @@ def _check(settings: Mapping) -> None:
             value = value[part]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(
-                f"{name}: {value!r} is a {type(value).__name__}, wanted is {getattr(kind, '__name__', kind)}"
+                f"{name}: {value!r} is a {type(value).__name__}, expected {getattr(kind, '__name__', kind)}"
             )
     if settings["data"]["records"] is not None and settings["data"]["records"] < 1:
         raise ValueError(f"data.records: {settings['data']['records']} must be at least 1, or null for all")

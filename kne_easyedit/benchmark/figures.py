@@ -35,7 +35,7 @@ def draw_all(found: Collection, folder: Path) -> dict[str, str]:
     Raises:
         ImportError: If matplotlib or scipy is missing.
     """
-    looks = _looks(found.methods)
+    styles = _styles(found.methods)
     drawn = {}
     for name, caption, draw in (
         ("intervals.png", "Mean and 95 % interval of every method.", _intervals),
@@ -57,27 +57,27 @@ def draw_all(found: Collection, folder: Path) -> dict[str, str]:
             _losses,
         ),
     ):
-        figure = draw(found, looks)
+        figure = draw(found, styles)
         if figure is not None:
             write_figure(figure, folder / name, "")
             drawn[name] = caption
     return drawn
 
 
-def _looks(methods: list[str]) -> dict[str, tuple[str, str]]:
+def _styles(methods: list[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every method."""
     groups = ([m for m in methods if not is_kne(m)], BASELINES), ([m for m in methods if is_kne(m)], VARIANTS)
-    return {m: looks[i % len(looks)] for group, looks in groups for i, m in enumerate(group)}
+    return {m: styles[i % len(styles)] for group, styles in groups for i, m in enumerate(group)}
 
 
-def _intervals(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
+def _intervals(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
     """Data sets by figures; in each panel one line a method."""
     data_sets, metrics = found.data_sets, [metric for metric in compared(found) if metric.unit == PERCENT]
-    figure = new_figure(figsize=(3 * len(metrics), len(data_sets) * (0.26 * len(looks) + 0.9)), layout="constrained")
+    figure = new_figure(figsize=(3 * len(metrics), len(data_sets) * (0.26 * len(styles) + 0.9)), layout="constrained")
     axes = figure.subplots(len(data_sets), len(metrics), squeeze=False, sharey=True)
     for data, row in zip(data_sets, axes):
         for metric, axis in zip(metrics, row):
-            for place, (method, (colour, marker)) in enumerate(looks.items()):
+            for place, (method, (colour, marker)) in enumerate(styles.items()):
                 if value := mean(found.of(data, method), metric):
                     axis.plot(
                         (value.low, value.high), (place, place), color=colour, linewidth=2.5 if is_kne(method) else 1.5
@@ -85,13 +85,13 @@ def _intervals(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
                     axis.plot(value.mean, place, marker, color=colour, markersize=7)
             axis.set(xlim=(-3, 103), title=f"{data}: {metric.label}")
             axis.title.set_fontsize(10)
-            axis.set_yticks(range(len(looks)), looks)
-            axis.set_ylim(len(looks) - 0.5, -0.5)
+            axis.set_yticks(range(len(styles)), styles)
+            axis.set_ylim(len(styles) - 0.5, -0.5)
             _plain(axis)
     return figure
 
 
-def _tradeoff(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
+def _tradeoff(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
     data_sets = found.data_sets
     figure = new_figure(figsize=(12, 4 * len(data_sets) + 0.5), layout="constrained")
     axes = figure.subplots(len(data_sets), 3, squeeze=False)
@@ -99,7 +99,7 @@ def _tradeoff(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
     handles: dict[str, Any] = {}
     for data, row in zip(data_sets, axes):
         for axis, (x, y) in zip(row, pairs):
-            for method, (colour, marker) in looks.items():
+            for method, (colour, marker) in styles.items():
                 figures = summarize(found.of(data, method))
                 if figures[x] is not None and figures[y] is not None:
                     (handles[method],) = axis.plot(
@@ -117,10 +117,10 @@ def _tradeoff(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
     return figure
 
 
-def _time(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
+def _time(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
     import numpy
 
-    seconds = {m: [s for line in found.lines if line["method"] == m and (s := line["seconds"])] for m in looks}
+    seconds = {m: [s for line in found.lines if line["method"] == m and (s := line["seconds"])] for m in styles}
     times = {m: values for m, values in seconds.items() if values}
     if not times:
         return None
@@ -128,7 +128,7 @@ def _time(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
     axis = figure.subplots()
     for place, (method, values) in enumerate(times.items()):
         low, middle, high = numpy.percentile(values, (5, 50, 95))
-        colour, marker = looks[method]
+        colour, marker = styles[method]
         axis.plot((low, high), (place, place), color=colour, linewidth=2.5)
         axis.plot(middle, place, marker, color=colour, markersize=9)
         axis.annotate(
@@ -143,13 +143,13 @@ def _time(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
     return figure
 
 
-def _losses(found: Collection, looks: dict[str, tuple[str, str]]) -> Any:
+def _losses(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
     import numpy
 
     figure = new_figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
     drawn: dict[str, Any] = {}
-    for method, (colour, _) in looks.items():
+    for method, (colour, _) in styles.items():
         of_method = [line["losses"] or [] for line in found.lines if line["method"] == method]
         runs = [losses for losses in of_method if len(losses) > 1]
         if not runs:

@@ -16,6 +16,7 @@ from kne_easyedit._util.machine import environment
 from kne_easyedit._util.settings import path_settings, public_settings
 from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.bridge import patches
+from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.second_moments import needs_second_moments, own_files
 from kne_easyedit.bridge.text_source import TextSource
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
@@ -69,7 +70,7 @@ class Run:
     @property
     def separator(self) -> str:
         """Joins prompt and answer: KNE's setting, a blank without KNE."""
-        return next((hparams.separator for hparams in self.hparams.values() if hparams.alg_name == "KNE"), SEPARATOR)
+        return next((hparams.separator for hparams in self.hparams.values() if hparams.alg_name == KNE), SEPARATOR)
 
     @property
     def moments_text(self) -> TextSource:
@@ -119,7 +120,7 @@ class Run:
             if found != self.separator:
                 why = (
                     "all variants of KNE in a run share it"
-                    if hparams.alg_name == "KNE"
+                    if hparams.alg_name == KNE
                     else "EasyEdit's own methods join by a blank; run KNE alone"
                 )
                 raise ValueError(
@@ -127,7 +128,7 @@ class Run:
                 )
         if self.mode != "batch":
             for method, hparams in self.hparams.items():
-                if hparams.alg_name == "KNE" and hparams.batch_size != 1:
+                if hparams.alg_name == KNE and hparams.batch_size != 1:
                     raise ValueError(
                         f"batch_size: {method}'s hparams say {hparams.batch_size}; "
                         f"mode {self.mode} edits one fact at a time, set it to 1"
@@ -175,7 +176,7 @@ def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | No
     settings = {name: str(value) for name, value in public_settings(hparams).items() if name not in _WITHOUT_EFFECT}
     settings |= {name: _content(value) for name, value in path_settings(hparams).items() if name in settings}
     parts: list = [base, method, settings, job.mode]
-    if hparams.alg_name == "KNE":
+    if hparams.alg_name == KNE:
         parts.append(None if ensemble is None else digest(ensemble.members()))
     if needs_second_moments(hparams):
         parts.append(job.moments_text.digest())

@@ -14,8 +14,6 @@ _DATA_SETS = {
 }
 """File of KnowEdit, without its ending -> name of the data set. The first three are the paper's, in its order."""
 _PAPER_DATA_SETS = list(_DATA_SETS.values())[:3]
-_BASELINES = [label for label in METHODS if label != KNE]
-"""The paper's first, in the order of its tables."""
 
 
 def data_name(stem: str) -> str:
@@ -29,9 +27,9 @@ def data_set_order(name: str) -> tuple:
 
 
 def method_order(label: str) -> tuple:
-    """Sorting key of methods: baselines in the paper's order, others behind, KNE and its variants last."""
-    known = _BASELINES.index(label) if label in _BASELINES else len(_BASELINES)
-    return is_kne(label), known, label
+    """Sorting key of methods: in the order of `METHODS`, others behind, KNE and its variants last."""
+    known = list(METHODS)
+    return is_kne(label), known.index(label) if label in known else len(known), label
 
 
 def is_kne(label: str) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
+from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.intervals import Interval
 from kne_easyedit.benchmark.labels import data_name, is_kne
@@ -26,9 +25,6 @@ from kne_easyedit.benchmark.tables import (
     with_categories,
 )
 from kne_easyedit.metrics import Metric, paper_metrics
-
-_MARKS = re.compile(r"[\\`*\[\]|<>#!~$]|(?<!\w)_|_(?!\w)")
-_NUMBER = re.compile(r"(\*\*|<u>)?([+-]?\d|-$)")
 
 
 def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> str:
@@ -80,7 +76,7 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
                 f"{label} minus the method over the same records, with the 95 % interval;"
                 " **bold** where the interval leaves out 0.",
             ]
-            parts.append(markdown(rows))
+            parts.append(table_of_rows(rows))
     parts += ["## Cost", _costs(found)]
     parts += shown("time.png", "losses.png")
     parts += ["## Some answers before and after", _answers(found)]
@@ -136,7 +132,7 @@ def _layout(found: Collection) -> str:
         }
         if len(set(records.values())) > 1:  # means over different records: the reader must see it beside them
             rows.append(["", "records", "-", "-", *(str(records.get(method, "-")) for method in found.methods)])
-    return markdown(rows)
+    return table_of_rows(rows)
 
 
 def _ranked(values: Sequence[float | None], metric: Metric) -> list[str]:
@@ -158,7 +154,7 @@ def _table_of_intervals(found: Collection) -> str:
                 means = [mean(lines, metric) for metric in metrics]
                 counts = _counts(metrics, means, seeds_of(lines))
                 rows.append([literal(data), literal(method), *map(_with_interval, means), counts])
-    return markdown(rows)
+    return table_of_rows(rows)
 
 
 def _counts_head(metrics: Sequence[Metric]) -> str:
@@ -191,7 +187,7 @@ def _by_category(found: Collection) -> str:
                 most = str(max(count.get(name, 0) for count in counts))
                 category = literal(name.replace("_", " "))
                 rows.append([literal(data), metric.short, category, most, apart, *_ranked(means, metric)])
-    return markdown(rows)
+    return table_of_rows(rows)
 
 
 def _table_of_leads(found: Collection, ours: str) -> list[list[str]]:
@@ -255,7 +251,7 @@ def _costs(found: Collection) -> str:
         "Time to compute and write one edit, evaluation apart. KNE's localisation and MEMIT's second moments are made"
         " once for a model, before the first edit: they are counted apart, here also spread over the records."
     )
-    return f"{text}\n\n{markdown(rows)}"
+    return f"{text}\n\n{table_of_rows(rows)}"
 
 
 def _seconds_before(manifest: Mapping) -> dict[tuple[str, str], float | None]:
@@ -286,7 +282,7 @@ def _answers(found: Collection, examples: int = 3) -> str:
                     *after,
                 ]
             )
-    return markdown(rows)
+    return table_of_rows(rows)
 
 
 def _paper(found: Collection) -> str:
@@ -309,7 +305,7 @@ def _paper(found: Collection) -> str:
             if same
             else "**another model and other records than above: not to be compared**"
         )
-        parts.append(f"{model} ({paper['source']}; {where}):\n\n{markdown(rows)}")
+        parts.append(f"{model} ({paper['source']}; {where}):\n\n{table_of_rows(rows)}")
     return "\n\n".join(parts)
 
 
@@ -340,7 +336,7 @@ def _what_was_run(found: Collection) -> str:
     if moments:
         first += f" Second moments: {'; '.join(map(literal, moments))}."
     unique = [rows[0], *dict.fromkeys(map(tuple, rows[1:]))]
-    return f"{first}\n\n{markdown(unique)}"
+    return f"{first}\n\n{table_of_rows(unique)}"
 
 
 def manifest_line(manifest: Mapping) -> str:
@@ -351,28 +347,6 @@ def manifest_line(manifest: Mapping) -> str:
         f"kne_easyedit {manifest['kne_easyedit']}; {versions}; EasyEdit {manifest['easyedit']['version']}, patches "
         f"{', '.join(map(str, manifest['easyedit']['patches']))}; weights sha256 {manifest['model']['sha256'][:16]}."
     )
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a Markdown table; the first one is its head, columns of numbers stand to the right."""
-    head, *body = rows
-    right = [bool(body) and all(_NUMBER.match(row[i]) for row in body) for i in range(len(head))]
-    rule = "".join("---:|" if numeric else "---|" for numeric in right)
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + rule, *("| " + " | ".join(row) + " |" for row in body)])
-
-
-def literal(value: object, length: int | None = None) -> str:
-    """Any value as one line of text without any effect in Markdown and HTML: no markup, link, picture or formula.
-
-    An underscore within a word is not markup, and stays.
-
-    Args:
-        value: Its ``str`` is taken; blanks are merged, what is not printed becomes a blank.
-        length: Characters after which the text is cut; None for all of it.
-    """
-    line = "".join(c if c.isprintable() else " " for c in " ".join(str(value).split()))
-    cut = line if length is None or len(line) <= length else line[: length - 1] + "…"
-    return html.escape(_MARKS.sub(r"\\\g<0>", cut), quote=False).replace("\\&lt;", "&lt;").replace("\\&gt;", "&gt;")
 
 
 def _quoted(text: str | None, length: int = 40) -> str:

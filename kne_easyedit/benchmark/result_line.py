@@ -20,7 +20,7 @@ VERSION = 1
 
 
 class LineHead(TypedDict):
-    """What says which run, method and record a line is of."""
+    """The run, method and record of a line."""
 
     schema_version: int
     fingerprint: str
@@ -145,7 +145,7 @@ def parse_result(line: Mapping[str, Any]) -> ResultLine:
     """
     for name in _REQUIRED:
         if name not in line:
-            raise ValueError(f"has no {name!r}; wanted is a results.jsonl of `kne run` or run_benchmark.py")
+            raise ValueError(f"has no {name!r}; expected a results.jsonl of `kne run` or run_benchmark.py")
     if not is_readable(line):
         found = line.get("schema_version")
         raise ValueError(f"schema_version: {found!r}; this version of kne_easyedit reads up to {VERSION}: update it")

@@ -140,7 +140,7 @@ class _Runner:
                     self._take(*event)
 
     def _edit_by_all(self, chunk: Sequence[dict]) -> Iterator[Event]:
-        """Edits the chunk with one method after the other, and undoes each edit; in another process maybe."""
+        """Edits the chunk with one method after the other, and undoes each edit; it may run in another process."""
         for method, editor in self.editors.items():
             yield "begin", method, chunk[0]
             if any((request["index"], method) not in self.done for request in chunk):

@@ -1,4 +1,4 @@
-"""JSON lines on disk: appended durably, read in spite of a torn end; lines of other settings are moved aside."""
+"""JSON lines on disk: appended durably, read up to an incomplete end; lines of other settings are moved aside."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Lines:
         pieces = list(_pieces(path))
         found = [piece.line for piece in pieces if piece.line is not None]
         # The incomplete line of a killed run is computed again; anything else may be the only copy of a result.
-        if unreadable := [piece.content for piece in pieces if piece.line is None and not piece.torn]:
+        if unreadable := [piece.content for piece in pieces if piece.line is None and not piece.incomplete]:
             name = _free_name(path, "unreadable")
             atomic_write(name, b"\n".join(unreadable) + b"\n")
             logger.warning("%s: %s lines that cannot be read moved to %s", path, len(unreadable), name.name)
@@ -82,9 +82,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
     for piece in _pieces(path):
         if piece.line is not None:
             yield piece.number, piece.line
-        elif piece.torn:
+        elif piece.incomplete:
             logger.warning(
-                "%s: line %s is torn: the run was killed, the same command puts it right", path, piece.number
+                "%s: line %s is incomplete: the run was killed, the same command resumes it", path, piece.number
             )
         else:
             raise ValueError(f"{path}: line {piece.number}: {piece.fault}")
@@ -99,7 +99,7 @@ class _Piece:
     line: dict | None
     """None if it is no JSON object."""
     fault: str
-    torn: bool
+    incomplete: bool
     """Whether it is an incomplete last line."""
 
 
@@ -112,7 +112,9 @@ def _pieces(path: Path) -> Iterator[_Piece]:
     for number, content in enumerate([*ended, last], start=1):
         if content.strip():
             line, fault = _object(content)
-            yield _Piece(number, content, line, fault, torn=number > len(ended) and content.lstrip().startswith(b"{"))
+            yield _Piece(
+                number, content, line, fault, incomplete=number > len(ended) and content.lstrip().startswith(b"{")
+            )
 
 
 def _object(content: bytes) -> tuple[dict | None, str]:
@@ -120,7 +122,7 @@ def _object(content: bytes) -> tuple[dict | None, str]:
         found = parse_json(content)
     except ValueError as error:
         return None, str(error)
-    return (found, "") if isinstance(found, dict) else (None, f"a {type(found).__name__}, wanted is a JSON object")
+    return (found, "") if isinstance(found, dict) else (None, f"a {type(found).__name__}, expected a JSON object")
 
 
 def _objects(path: Path) -> list[dict]:

@@ -68,7 +68,7 @@ def plain(metrics: dict) -> dict:
 
 
 def with_old_answer(editor: bridge.MethodEditor, request: dict, unedited: Unedited) -> dict:
-    """For a method that needs the old answer (KN): where a record lacks it, the unedited model's up to the first stop."""
+    """For methods that need an old answer: where a record lacks it, the unedited model's up to the first stop."""
     if not traits_of(editor.hparams.alg_name).needs_ground_truth or request["ground_truth"] is not None:
         return request
     answer = unedited["answer"].strip()

@@ -45,7 +45,7 @@ def method_of(path: Path, methods: Collection[str] = ()) -> str | None:
 def read_settings(path: Path) -> dict:
     """The settings of a hyperparameter file. Raises as `method_of`."""
     if not path.is_file():
-        what = "is a folder, wanted is a YAML file in it" if path.is_dir() else "does not exist"
+        what = "is a folder, expected a YAML file in it" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"hparams: {path} {what}; shipped ones are under {shipped()}")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
@@ -53,7 +53,7 @@ def read_settings(path: Path) -> dict:
         raise ValueError(f"hparams: {path} is not a YAML file: {_first_line(error)}") from error
     if not isinstance(config, dict):
         raise ValueError(
-            f"hparams: {path} holds a {type(config).__name__}, wanted are settings (a mapping of names to values)"
+            f"hparams: {path} holds a {type(config).__name__}, expected settings (a mapping of names to values)"
         )
     return config
 
@@ -96,7 +96,7 @@ def overrides_of(settings: Sequence[str]) -> dict[str, object]:
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not name.strip():
-            raise ValueError(f"--set {setting!r}: wanted is NAME=VALUE, e.g. p=0.02")
+            raise ValueError(f"--set {setting!r}: expected NAME=VALUE, e.g. p=0.02")
         try:
             overrides[name.strip()] = yaml.safe_load(value)
         except (yaml.YAMLError, RecursionError) as error:
@@ -146,7 +146,7 @@ def require_folder(path: Path, option: str = "--out") -> None:
     for part in (path, *path.parents):
         if part.exists():
             if not part.is_dir():
-                raise ValueError(f"{option}: {part} is a file, wanted is a folder for the results")
+                raise ValueError(f"{option}: {part} is a file, expected a folder for the results")
             return
 
 

@@ -14,8 +14,8 @@ from kne_easyedit._util.workers import workers_for
 from kne_easyedit.benchmark import Run, run
 from kne_easyedit.benchmark.console import print_report
 from kne_easyedit.cli.common import SHIPPED, method_of, positive, shipped
-from kne_easyedit.doctor.modules import modules
 from kne_easyedit.doctor.findings import OK
+from kne_easyedit.doctor.modules import modules
 from kne_easyedit.models.loading import load_model
 
 

@@ -32,7 +32,8 @@ def add_commands(commands: Any) -> None:
         "--mode",
         choices=MODES,
         default="single",
-        help="single: each edit is undone before the next; sequential: edits stay, earlier facts are asked again; "
+        help="single: each edit is undone before the next; "
+        "sequential: edits stay, facts edited earlier are evaluated again; "
         "batch (default %(default)s)",
     )
     job.add_argument("--batch-size", type=positive, default=1, help="facts an edit in mode batch (default %(default)s)")
@@ -40,7 +41,7 @@ def add_commands(commands: Any) -> None:
         "--retention-every",
         type=positive,
         default=10,
-        help="mode sequential: ask earlier facts again every so many edits (default 10)",
+        help="mode sequential: edits after which earlier facts are evaluated again (default %(default)s)",
     )
     job.add_argument(
         "--chat-template", action="store_true", help="every prompt in the model's chat template, at edit and evaluation"
@@ -157,7 +158,7 @@ def _like(now: Any, value: Any) -> Any:
     if isinstance(now, float) and _is_number(value):
         return float(value)  # YAML reads 5e-4 as a text
     if type(value) is not type(now):
-        raise TypeError(f"is a {type(value).__name__}, wanted is a {type(now).__name__}")
+        raise TypeError(f"is a {type(value).__name__}, expected a {type(now).__name__}")
     return [_like(now[0], item) for item in value] if isinstance(now, list) and now else value
 
 

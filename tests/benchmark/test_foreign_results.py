@@ -11,9 +11,10 @@ import pytest
 from test_report import LINES, MANIFEST, line, write
 
 from kne_easyedit import cli
+from kne_easyedit._util.markdown import literal
 from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.collect import collect
-from kne_easyedit.benchmark.markdown_report import literal, report_text
+from kne_easyedit.benchmark.markdown_report import report_text
 from kne_easyedit.benchmark.publish import page, publish
 
 CASES = Path(os.environ.get("KNE_CASES", Path(__file__).parents[3] / "shared/cases"))
@@ -151,7 +152,7 @@ def test_the_case_of_the_issue(tmp_path, capsys):
     (tmp_path / "results.jsonl").write_text(content)
     assert cli.main(["report", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert re.fullmatch(r"kne: \S*results.jsonl: line 1: has no 'metrics'; wanted is a results.jsonl of .*\n", error)
+    assert re.fullmatch(r"kne: \S*results.jsonl: line 1: has no 'metrics'; expected a results.jsonl of .*\n", error)
     assert not (tmp_path / "report").exists()
 
 

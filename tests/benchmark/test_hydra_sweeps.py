@@ -161,7 +161,7 @@ def test_which_jobs_can_stand_in_one_report():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=abc", "seed: 'abc' is a str, wanted is int"),
+        ("seed=abc", "seed: 'abc' is a str, expected int"),
         ("data.records=0", "data.records: 0 must be at least 1"),
         ("data.records=x", "data.records: 'x'"),
         ("evaluation.batch_size=two", "evaluation.batch_size: 'two'"),

@@ -151,6 +151,17 @@ def test_nothing_to_report(tmp_path):
         collect([tmp_path / "nowhere"])
 
 
+def test_methods_and_data_sets_stand_in_the_papers_order(tmp_path):
+    """Others behind them by name, KNE and its variants last."""
+    methods = ["KNE-up", "KNE", "x", "MEMIT", "ROME", "KN", "AdaLoRA", "LoRA", "FT-L", "FT-M", "FT", "KNEE"]
+    files = ["train_cf", "recent_test", "ZsRE-test-all", "test_cf", "other"]
+    write(tmp_path / "results.jsonl", [line(method, 0, 1.0, data) for method in methods for data in files])
+    found = collect([tmp_path])
+    last = ["KNEE", "x", "KNE", "KNE-up"]
+    assert found.methods == ["FT", "FT-M", "FT-L", "LoRA", "AdaLoRA", "KN", "ROME", "MEMIT", *last]
+    assert found.data_sets == ["counterfact", "zsre", "recent", "counterfact (train)", "other"]
+
+
 # The page
 
 

@@ -80,7 +80,7 @@ def test_only_the_torn_end_of_a_killed_run_goes(tmp_path, caplog):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(line("KNE", 0, 1.0)) + '\n{"fingerprint": "KN')
     assert [entry["index"] for entry in collect([path]).lines] == [0]
-    assert "line 2 is torn" in caplog.text
+    assert "line 2 is incomplete" in caplog.text
     Lines(path, lambda _: True)
     assert path.read_text() == json.dumps(line("KNE", 0, 1.0)) + "\n"
     assert list(tmp_path.iterdir()) == [path]

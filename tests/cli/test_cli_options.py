@@ -66,8 +66,8 @@ def test_two_files_with_different_models_are_told_apart(tiny, capsys):
     [
         (["--set", "p=x"], r"--set: p: 'x' is a str"),
         (["--set", "p=7"], r"--set: p: 7.0 must be in \(0, 1\]"),
-        (["--set", "="], "--set '=': wanted is NAME=VALUE"),
-        (["--set", "p"], "--set 'p': wanted is NAME=VALUE"),
+        (["--set", "="], "--set '=': expected NAME=VALUE"),
+        (["--set", "p"], "--set 'p': expected NAME=VALUE"),
         (["--set", "layers=["], r"--set 'layers=\[': '\[' is no value that YAML can read"),
         (["--set", "layers=" + "[" * 5000], "--set 'layers=.* is no value that YAML can read"),
         (["--set", "pp=1"], "--set: unknown setting 'pp'"),
@@ -77,12 +77,12 @@ def test_two_files_with_different_models_are_told_apart(tiny, capsys):
         (["--modules", "x"], "--modules: "),
         (["--seed", "-1"], r"seed: -1 must be in \[0, 2\*\*32\)"),
         (["--offset", "-1"], "offset: -1 out of range"),
-        (["--out", "kne.yaml"], "--out: kne.yaml is a file, wanted is a folder"),
-        (["--out", "kne.yaml/deeper"], "--out: kne.yaml is a file, wanted is a folder"),
+        (["--out", "kne.yaml"], "--out: kne.yaml is a file, expected a folder"),
+        (["--out", "kne.yaml/deeper"], "--out: kne.yaml is a file, expected a folder"),
         (["--hparams", "."], r"hparams: \. is a folder"),
         (["--hparams", "binary.yaml"], "hparams: binary.yaml is not a YAML file"),
         (["--hparams", "broken.yaml"], "hparams: broken.yaml is not a YAML file"),
-        (["--hparams", "list.yaml"], "hparams: list.yaml holds a list, wanted are settings"),
+        (["--hparams", "list.yaml"], "hparams: list.yaml holds a list, expected settings"),
         (["--hparams", "kne.yaml", "kne.yaml"], "kne.yaml is the second file of KNE"),
         (["--methods", "KNE,KNE"], "methods: KNE is named twice"),
         (["--methods", "../KNE", "--hparams"], "methods: '../KNE' is unknown"),
@@ -95,11 +95,11 @@ def test_two_files_with_different_models_are_told_apart(tiny, capsys):
         (["--methods", "FT", "--hparams", "ft.yaml", "--set", "FT.lrr=1"], "--set FT.lrr: FT has no setting 'lrr'"),
         (
             ["--methods", "FT", "--hparams", "ft.yaml", "--set", "FT.layers=7"],
-            r"--set FT.layers: 7 is a int, wanted is a list",
+            r"--set FT.layers: 7 is a int, expected a list",
         ),
         (
             ["--methods", "FT", "--hparams", "ft.yaml", "--set", "FT.layers=[x]"],
-            r"--set FT.layers: \['x'\] is a str, wanted is a int",
+            r"--set FT.layers: \['x'\] is a str, expected a int",
         ),
         (
             ["--methods", "FT", "--hparams", "unknown.yaml"],
@@ -147,7 +147,7 @@ def test_files_that_hold_no_settings(tiny, capsys, command, content):
 )
 def test_a_file_in_the_place_of_the_results(tiny, capsys, command):
     assert cli.main([*command, "--out", "kne.yaml"]) == 1
-    assert "--out: kne.yaml is a file, wanted is a folder" in capsys.readouterr().err
+    assert "--out: kne.yaml is a file, expected a folder" in capsys.readouterr().err
 
 
 # The screen

@@ -127,7 +127,7 @@ class TestLocalizeCommand:
         ("arguments", "message"),
         [
             (["--set", "q=1"], "unknown setting 'q'"),
-            (["--set", "p"], "--set 'p': wanted is NAME=VALUE"),
+            (["--set", "p"], "--set 'p': expected NAME=VALUE"),
             (["--set", "p=7"], "p: 7.0 must be in"),
             (["--set", "localization_data=null"], "localization_data: none; name a KnowEdit file"),
             (["--modules", "model.layers.{}.mlp.donw_proj"], "nearest: model.layers.{}.mlp.down_proj"),
