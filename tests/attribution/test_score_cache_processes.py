@@ -101,9 +101,9 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv(
-            "PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parents[1], Path(paths.__file__).parents[2])))
-        )
+        here, package = Path(__file__), Path(paths.__file__)
+        found_in = (here.parent, here.parents[1], package.parents[2])  # this module, conftest, the package
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, found_in)))
         first = context.Process(target=int)
         first.start()  # and with it the one they all come from
         first.join()
