@@ -20,9 +20,7 @@ from kne_easyedit.localization.localizer import localize
 
 MORE = (("The capital of Spain is", "Madrid"), ("The mother of Ada is", "Marie ."), ("Lima flows", "Oslo"))
 REQUESTS = [{"prompt": prompt, "target_new": target} for prompt, target in (*FACTS, *MORE)]
-HPARAMS = tiny_hparams(
-    chunk_rows=1
-)  # each fact is a sweep of its own, stored at once, with the same bits in any company
+HPARAMS = tiny_hparams(chunk_rows=1)  # each fact is its own sweep, stored at once, with the same bits every time
 PATIENCE = HANGS
 
 
