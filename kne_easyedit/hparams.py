@@ -43,7 +43,7 @@ class KNEHyperParams:
     model_name: str
     """Path or hub name of the model. EasyEdit chooses the loader by its substrings ("llama", "gpt", "qwen2", ...)."""
     target_modules: list[str]
-    """Templates of the linear layers whose rows are edited; ``{}`` stands for the layer's number."""
+    """Templates of the linear layers whose rows are edited; ``{}`` is the layer's number."""
     alg_name: str = "KNE"
     """EasyEdit's name of the method."""
 
@@ -266,7 +266,7 @@ def _types(cls: type) -> dict[str, object]:
 
 
 def _coerced(name: str, value: object, expected: Any) -> object:
-    """``value`` as the type ``expected``: YAML reads ``5e-3`` as a string, and ``1`` may stand for a float."""
+    """``value`` as the type ``expected``: YAML reads ``5e-3`` as a string, and ``1`` is accepted as a float."""
     options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     if type(value) in options:
         return value

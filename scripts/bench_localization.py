@@ -101,7 +101,7 @@ def main() -> None:
     one.set_defaults(command=single)
     grow = commands.add_parser("scaling")
     grow.add_argument("--repeats", type=int, default=3)
-    grow.add_argument("--point", help=argparse.SUPPRESS)  # one measurement, in a process of its own
+    grow.add_argument("--point", help=argparse.SUPPRESS)  # one measurement, in its own process
     grow.set_defaults(command=scaling)
     for name, command in (("quadrature", quadrature), ("precision", precision)):
         sub = commands.add_parser(name)
@@ -264,7 +264,7 @@ def precision(options: argparse.Namespace) -> dict:
     requests = load_requests(options.data, options.size)
 
     def scores_in(dtype: torch.dtype) -> tuple[list[Tensor], Target, KNEHyperParams, nn.Module]:
-        model, tokenizer, hparams = load(options)  # afresh: halved weights do not come back
+        model, tokenizer, hparams = load(options)  # loaded again: rounded weights do not come back
         model.to(dtype)
         target = resolve_target(model, options.module or hparams.target_modules[0], hparams.layers)
         facts = [encode_request(tokenizer, request) for request in requests]

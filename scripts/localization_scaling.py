@@ -32,7 +32,7 @@ USUAL = {"layers": 30, "steps": 20, "answer tokens": 2, "prompt tokens": 12, "fa
 
 
 def scaling(options: argparse.Namespace) -> dict | None:
-    """Time and peak memory of one sweep, one quantity varied at a time; each point in a process of its own."""
+    """Time and peak memory of one sweep, one quantity varied at a time; each point in its own process."""
     if options.point:
         print(json.dumps(measure_point(options, json.loads(options.point))))
         return None

@@ -120,7 +120,7 @@ class ScoreCache:
             seconds: How long they took.
 
         Raises:
-            OSError: The folder cannot be written; the message names a way out.
+            OSError: The folder cannot be written; the message says what to do.
         """
         by_layer: dict[int, Tensor] = {}
         before = self.entry(target, fact)
@@ -226,7 +226,7 @@ def read_entry(path: Path) -> Entry:
     Raises:
         DamagedEntry: The file was read, and its content is wrong.
         FileNotFoundError: There is no such file.
-        OSError: The file could not be read, which says nothing about its content; the message names a way out.
+        OSError: The file could not be read, which says nothing about its content; the message says what to do.
     """
     try:
         with path.open("rb") as file:
@@ -304,7 +304,7 @@ def entry_files(folder: str | Path | None = None) -> Iterator[Path]:
     yield from sorted(scores_folder(folder).glob("*/*.safetensors"))
 
 
-def torn_files(folder: str | Path | None = None) -> Iterator[Path]:
+def leftover_files(folder: str | Path | None = None) -> Iterator[Path]:
     """Temporary files of processes that were killed while writing: hidden, and older than an hour."""
     yield from (
         path for path in sorted(scores_folder(folder).glob("*/.*.tmp")) if time.time() - path.stat().st_mtime > 3600

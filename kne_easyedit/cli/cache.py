@@ -30,7 +30,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             which.add_argument(
                 "--damaged",
                 action="store_true",
-                help="entries that `verify` complains about, and torn files of killed processes",
+                help="entries that `verify` finds damaged, and temporary files of killed processes",
             )
             which.add_argument("--older-than", type=positive, metavar="DAYS", help="entries written more than DAYS ago")
             which.add_argument(
@@ -110,7 +110,13 @@ def _complaint(path: Path) -> str | None:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    from kne_easyedit.attribution.score_cache import DamagedEntry, read_entry, remove_damaged, scores_folder, torn_files
+    from kne_easyedit.attribution.score_cache import (
+        DamagedEntry,
+        leftover_files,
+        read_entry,
+        remove_damaged,
+        scores_folder,
+    )
 
     oldest = time.time() - 86400 * (arguments.older_than or 0)
     if arguments.model and not list(scores_folder(arguments.cache_dir).glob(f"{arguments.model}*/")):
@@ -139,7 +145,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         removed, freed = removed + 1, freed + size
         if not arguments.dry_run:
             path.unlink(missing_ok=True)
-    for path in torn_files(arguments.cache_dir) if arguments.damaged or arguments.all else ():
+    for path in leftover_files(arguments.cache_dir) if arguments.damaged or arguments.all else ():
         removed, freed = removed + 1, freed + path.stat().st_size
         if not arguments.dry_run:
             path.unlink(missing_ok=True)

@@ -14,9 +14,7 @@ SIZE = 20
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds ``explain`` to the commands of ``kne``."""
-    parser = commands.add_parser(
-        "explain", help="which layers and neurons stand for a fact, and which other facts share them"
-    )
+    parser = commands.add_parser("explain", help="layers and neurons of single facts, and which facts share them")
     add_settings(parser)
     parser.add_argument("--prompt", help="a fact of your own, compared with those of --data")
     parser.add_argument("--target", help="its answer")

@@ -19,7 +19,7 @@ def localization_requests(hparams: LocalizationSettings) -> list[dict]:
     The file is parsed again only if its content has changed.
 
     Raises:
-        ValueError: No file is set, it is no data file, or the offset lies behind its end.
+        ValueError: No file is set, it is no data file, or the offset is not below its number of records.
         FileNotFoundError: The file does not exist.
     """
     data = hparams.localization_data

@@ -284,8 +284,8 @@ def select_ensemble(
 
     Args:
         scores: Attributions ``(layers, d2)``, in probability; or ``(facts, layers, d2)``, which are aggregated first;
-            or a mapping of templates to such tensors. Every template has a threshold of its own.
-        selection: The rules; its ``layers`` are those that the rows of ``scores`` stand for (empty: 0, 1, ...). A
+            or a mapping of templates to such tensors. Each template has its own threshold.
+        selection: The rules; its ``layers`` are the layers of the rows of ``scores`` (empty: 0, 1, ...). A
             number is ``p``, with the defaults of `Selection`.
         target_module: The template, if ``scores`` is a tensor.
         facts: How many facts ``scores`` were aggregated from, if that is done already.

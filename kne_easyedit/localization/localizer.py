@@ -40,7 +40,7 @@ class _Key:
     quadrature: str
     localization_size: int
     facts: str
-    """Digest of their tokens: it stands for the data file and the tokenizer."""
+    """Digest of their tokens: it identifies data file and tokenizer."""
 
 
 _ENSEMBLES: WeakKeyDictionary[nn.Module, dict[_Key, NeuronEnsemble]] = WeakKeyDictionary()
@@ -156,7 +156,7 @@ class Scores:
 class Localization:
     """The scores of some facts under some settings, read from the cache or computed into it.
 
-    In a warm run each entry of the cache is read once, for whatever number of aggregates is wanted of it: `aggregate`
+    In a warm run each entry of the cache is read once, however many aggregates it is part of: `aggregate`
     adds it to all of them in one pass. In memory are one fact's scores and the aggregates, not the scores of all facts.
 
     Args:

@@ -52,7 +52,7 @@ def attributed(monkeypatch):
 
 @pytest.fixture
 def hparams(tmp_path):
-    """Each fact is a sweep of its own: its scores have the same bits in whichever company they are computed."""
+    """Each fact is its own sweep: its scores have the same bits whatever else is computed."""
     return tiny_hparams(cache_dir=str(tmp_path), chunk_rows=1)
 
 

@@ -20,9 +20,7 @@ from kne_easyedit.localization.localizer import localize
 
 MORE = (("The capital of Spain is", "Madrid"), ("The mother of Ada is", "Marie ."), ("Lima flows", "Oslo"))
 REQUESTS = [{"prompt": prompt, "target_new": target} for prompt, target in (*FACTS, *MORE)]
-HPARAMS = tiny_hparams(
-    chunk_rows=1
-)  # each fact is a sweep of its own, stored at once, with the same bits in any company
+HPARAMS = tiny_hparams(chunk_rows=1)  # each fact is its own sweep, stored at once, with the same bits every time
 PATIENCE = HANGS
 
 
@@ -101,9 +99,9 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv(
-            "PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parents[1], Path(paths.__file__).parents[2])))
-        )
+        here, package = Path(__file__), Path(paths.__file__)
+        found_in = (here.parent, here.parents[1], package.parents[2])  # this module, conftest, the package
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, found_in)))
         first = context.Process(target=int)
         first.start()  # and with it the one they all come from
         first.join()

@@ -49,7 +49,7 @@ class TestThreshold:
         assert select(scores, 0.5).counts() == {LLAMA_DOWN: {0: 0, 1: 10}}
 
     def test_every_template_has_its_own(self):
-        """Not one over all: scores of another scale crowd out nobody."""
+        """Not one over all: scores of a larger scale do not displace others."""
         scores = {LLAMA_DOWN: unique_facts(2, 10), UP: 1000 * unique_facts(2, 30)}
         ensemble = select_ensemble(scores, 0.2)
         assert {t: sum(c.values()) for t, c in ensemble.counts().items()} == {LLAMA_DOWN: 4, UP: 12}

@@ -38,7 +38,7 @@ def attributed(monkeypatch):
 
 @pytest.fixture
 def hparams(tmp_path):
-    """Each fact is a sweep of its own: its scores have the same bits in whichever company they are computed."""
+    """Each fact is its own sweep: its scores have the same bits whatever else is computed."""
     return tiny_hparams(cache_dir=str(tmp_path), chunk_rows=1)
 
 
@@ -244,7 +244,7 @@ class TestResume:
         assert found.cache.missing(target, facts[0]) == (), "stored again"
 
     def test_a_folder_that_loses_everything(self, llama, tokenizer, hparams, monkeypatch):
-        """Then every fact is computed when its scores are wanted."""
+        """Then every fact is computed when its scores are read."""
         expected = localize(llama, tokenizer, REQUESTS, hparams)
         monkeypatch.setattr(ScoreCache, "put", lambda *args: None)
         fresh = replace(hparams, cache_dir=f"{hparams.cache_dir}/fresh")
