@@ -176,7 +176,7 @@ def hardware() -> dict[str, object]:
 
 
 def environment(model: nn.Module) -> dict[str, object]:
-    """Versions, device and type: what a figure depends on beside the settings."""
+    """Versions, device and type: what a figure depends on, apart from the settings."""
     import peft
     import torch
     import transformers

@@ -2,7 +2,7 @@
 
 `prepare` makes the clean pass, replays every layer and the output head on the clean states, and compares them with what
 the model computed itself. The same pass measures what a row costs, finds the modules behind which a path can start,
-and gives the gradients at the end points ``alpha = 1``, where the model is in its clean state whatever the module.
+and gives the gradients at the end points ``alpha = 1``, where the model is in its clean state for every module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.targets import Target
 
 HEAD_ROWS = 512
-"""Rows that pass the output head at once: bounds the logits, the widest tensor of all."""
+"""Rows that pass the output head at once: bounds the memory of the logits."""
 
 
 @dataclass(frozen=True)

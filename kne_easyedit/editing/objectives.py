@@ -1,4 +1,4 @@
-"""What training minimises: the answers' cross-entropy (Eq. 8), and further objectives beside it.
+"""The training loss: the answers' cross-entropy, and further objectives.
 
 A further objective is a class with a ``name``, a ``weight`` and a ``loss(model)``, a function that builds it from the
 settings, and a line in `OBJECTIVES`. Those that exist go beyond the paper and are off by default.
@@ -22,7 +22,7 @@ from kne_easyedit.models.state import preserve_state
 
 
 class Objective(Protocol):
-    """A term of the training loss beside the answers' cross-entropy. It does not decide when training stops."""
+    """A further term of the training loss. Training stops by the answers' cross-entropy alone."""
 
     @property
     def name(self) -> str:
@@ -121,7 +121,7 @@ def objectives_for(
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Eq. 8: the mean cross-entropy over the answers' tokens of all facts.
+    """The mean cross-entropy over the answers' tokens of all facts: what the rows of Eq. 8-11 are trained on.
 
     Args:
         model: A causal language model of transformers.

@@ -8,7 +8,7 @@ from kne_easyedit.localization.settings import LocalizationSettings
 
 
 class EditSettings(LocalizationSettings, Protocol):
-    """The settings of Eq. 8-11, beside those of localising: meanings in `KNEHyperParams`."""
+    """The settings of Eq. 8-11, and those of localisation; their meanings: `KNEHyperParams`."""
 
     lr: float
     num_steps: int

@@ -63,12 +63,12 @@ def read_records(path: str | Path) -> list[Any]:
     except ValueError as error:  # JSONDecodeError, and numbers of thousands of digits
         records = _json_lines(text) if text.lstrip().startswith("{") else _csv(text)
         if records is None:
-            raise ValueError(f"{real}: not a JSON file: {error}; wanted is {FORMATS}") from error
+            raise ValueError(f"{real}: not a JSON file: {error}; expected {FORMATS}") from error
         return records
     if isinstance(content, dict) and (COLUMNS | {REWRITE}) & content.keys():
         content = [content]  # JSON Lines of one line
     if not isinstance(content, list) or not content:
-        raise ValueError(f"{path}: not a KnowEdit file, wanted is {FORMATS}, found {type(content).__name__}")
+        raise ValueError(f"{path}: not a KnowEdit file, expected {FORMATS}, found {type(content).__name__}")
     return content
 
 

@@ -25,8 +25,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: The model cannot be trained (`require_trainable`).
     """
-    config: Any = model.config
     require_trainable(model)
+    config: Any = model.config
     with defer_interrupts(), default_modes(model):
         training = [(module, module.training) for module in model.modules()]
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

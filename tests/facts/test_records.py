@@ -198,7 +198,7 @@ class TestFiles:
         (tmp_path / "data.json").write_text(content)
         with pytest.raises(
             ValueError,
-            match=rf"data\.json: not a KnowEdit file, wanted is a JSON list of records, JSON Lines .*, found {found}",
+            match=rf"data\.json: not a KnowEdit file, expected a JSON list of records, JSON Lines .*, found {found}",
         ):
             load_records(tmp_path / "data.json")
 
