@@ -14,9 +14,12 @@ _NUMBER = re.compile(r"(\*\*|<u>)?([+-]?\d|-$)")
 
 
 def markdown_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], width: int = 6) -> str:
-    """A Markdown table with aligned columns: a row a label (at least ``width`` characters wide), a column a key.
+    """A Markdown table whose columns are aligned as plain text, too.
 
-    Two digits behind the point, whole numbers as they are, ``-`` for None and for what a row lacks.
+    Args:
+        rows: Label -> values by column; None or a missing value is shown as ``-``, a float with two digits.
+        columns: Keys of the values, which are the heads of the columns.
+        width: Least number of characters of the first column.
     """
     width = max([width, *map(len, rows)])
     header = f"| {'method':<{width}} | " + " | ".join(columns) + " |"
@@ -29,7 +32,7 @@ def markdown_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
 
 
 def table_of_rows(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a Markdown table; the first one is its head, columns of numbers stand to the right."""
+    """A Markdown table; the first row is its head, columns of numbers are aligned to the right."""
     head, *body = rows
     right = [bool(body) and all(_NUMBER.match(row[i]) for row in body) for i in range(len(head))]
     rule = "".join("---:|" if numeric else "---|" for numeric in right)

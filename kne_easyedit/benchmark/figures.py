@@ -15,11 +15,13 @@ from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.figures import draw_ensemble
 from kne_easyedit.metrics import PERCENT, retention_metrics
 
-BASELINES = list(
+_BASELINES = list(
     zip(("#7a7a7a", "#b5532a", "#c99a2e", "#6b8e23", "#8c6bb1", "#d16ba5", "#4a7ebb", "#2e8b57"), "osv^<>ph")
 )
-VARIANTS = list(zip(("#0b3c4d", "#1f9fc4", "#5bc0de", "#14708a"), "DX*P"))
+_VARIANTS = list(zip(("#0b3c4d", "#1f9fc4", "#5bc0de", "#14708a"), "DX*P"))
 """KNE and its variants: shades of one colour."""
+_TRADEOFFS = (("edit_success", "locality"), ("edit_success", "portability"), ("portability", "locality"))
+"""Pairs of metrics that are drawn against each other."""
 
 
 def draw_all(found: Collection, folder: Path) -> dict[str, str]:
@@ -66,7 +68,7 @@ def draw_all(found: Collection, folder: Path) -> dict[str, str]:
 
 def _styles(methods: list[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every method."""
-    groups = ([m for m in methods if not is_kne(m)], BASELINES), ([m for m in methods if is_kne(m)], VARIANTS)
+    groups = ([m for m in methods if not is_kne(m)], _BASELINES), ([m for m in methods if is_kne(m)], _VARIANTS)
     return {m: styles[i % len(styles)] for group, styles in groups for i, m in enumerate(group)}
 
 
@@ -94,11 +96,11 @@ def _intervals(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
 def _tradeoff(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
     data_sets = found.data_sets
     figure = new_figure(figsize=(12, 4 * len(data_sets) + 0.5), layout="constrained")
-    axes = figure.subplots(len(data_sets), 3, squeeze=False)
-    pairs = (("edit_success", "locality"), ("edit_success", "portability"), ("portability", "locality"))
+    axes = figure.subplots(len(data_sets), len(_TRADEOFFS), squeeze=False)
+    labels = {metric.key: metric.label for metric in compared(found)}
     handles: dict[str, Any] = {}
     for data, row in zip(data_sets, axes):
-        for axis, (x, y) in zip(row, pairs):
+        for axis, (x, y) in zip(row, _TRADEOFFS):
             for method, (colour, marker) in styles.items():
                 figures = summarize(found.of(data, method))
                 if figures[x] is not None and figures[y] is not None:
@@ -110,7 +112,7 @@ def _tradeoff(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
                         markersize=11 if is_kne(method) else 9,
                         linestyle="none",
                     )
-            axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), title=data)
+            axis.set(xlabel=labels[x], ylabel=labels[y], title=data)
             axis.margins(0.12)
             _plain(axis)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=9, frameon=False)

@@ -1,4 +1,4 @@
-"""Result lines: what a text may hold, what is torn, what cannot be read, and what figures are made of them."""
+"""Result lines: what a text may hold, what is incomplete, what cannot be read, and what figures are made of them."""
 
 from __future__ import annotations
 

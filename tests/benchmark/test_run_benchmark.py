@@ -1,4 +1,4 @@
-"""scripts/run_benchmark.py as people call it: multirun with two workers, shards, a kill, launchers by configuration."""
+"""scripts/run_benchmark.py as users call it: multirun with two workers, shards, a kill, launchers by configuration."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 from pytest import approx
 
 from kne_easyedit.benchmark import summarize
-from kne_easyedit.benchmark.answers import begins_with
+from kne_easyedit.benchmark.answers import begins_with, one_line
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,9 @@ def test_summary_averages_as_easyedits_script_does():
     }
     assert {name: figures[name] for name in wanted} == approx(wanted)
     assert summarize([line({"rewrite_acc": [1.0], "portability": {}, "locality": {}})])["portability"] is None
+
+
+def test_an_answer_on_the_terminal_is_one_line():
+    assert one_line(" one\u2028two\n three ") == "one two three"
+    assert one_line("x" * 99) == "x" * 70
+    assert one_line(" \n") == "(ends at once)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from test_cli import kne, tiny_fixture  # noqa: F401  (a fixture)
 
 from kne_easyedit import cli
 from kne_easyedit._util.progress import suppress_progress_bars
+from kne_easyedit.benchmark import Run
 
 pytestmark = pytest.mark.easyedit
 
@@ -148,6 +150,27 @@ def test_files_that_hold_no_settings(tiny, capsys, command, content):
 def test_a_file_in_the_place_of_the_results(tiny, capsys, command):
     assert cli.main([*command, "--out", "kne.yaml"]) == 1
     assert "--out: kne.yaml is a file, expected a folder" in capsys.readouterr().err
+
+
+def test_options_reach_the_run(tiny, monkeypatch):
+    """By the names of its settings; without options they are its defaults."""
+    jobs = []
+
+    def seen(job, again):
+        jobs.append(job)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("kne_easyedit.cli.comparison.run", seen)
+    options = {"mode": "batch", "batch-size": "2", "seed": "7", "retention-every": "3", "workers": "2"}
+    assert kne(*RUN, *(text for name, value in options.items() for text in (f"--{name}", value))) == 1
+    assert kne(*RUN, "--chat-template", "--stats-samples", "9", "--on-bad-record", "skip", "--workers", "1") == 1
+    given, others = jobs
+    names = [name.replace("-", "_") for name in options]
+    assert [getattr(given, name) for name in names] == ["batch", 2, 7, 3, 2]
+    defaults = {field.name: field.default for field in fields(Run)}
+    assert [getattr(others, name) for name in names] == [defaults[name] for name in names]
+    assert (others.chat_template, others.text_source.samples, others.skip_bad) == (True, 9, True)
+    assert (given.chat_template, given.text_source.samples, given.skip_bad) == (False, 512, False)
 
 
 # The screen
