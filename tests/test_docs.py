@@ -10,13 +10,19 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 
 from kne_easyedit import cli
 from kne_easyedit.facts.download import FILES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(str(p.relative_to(ROOT)) for folder in ("docs", "docs/api") for p in (ROOT / folder).glob("*.md")),
+]
 PROMISE = re.compile(r"#\s*->\s*(.+)$")
 """Stands behind a ``print``: what its line holds."""
 
@@ -135,19 +141,70 @@ def test_links_lead_somewhere():
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
 
 
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
 def test_make_targets_exist():
-    rules = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
         for command in commands(page):
             for name in re.findall(r"\bmake ([\w-]+)", command):
-                assert name in rules, f"{page}: make {name}"
+                assert name in make_targets(), f"{page}: make {name}"
+
+
+def test_make_targets_named_in_a_text_exist():
+    for page in PAGES:
+        for name in re.findall(r"`make ([\w-]+)[^`]*`", (ROOT / page).read_text(encoding="utf-8")):
+            assert name in make_targets(), f"{page}: make {name}"
 
 
 def test_scripts_exist():
     for page in PAGES:
-        for command in commands(page):
-            for name in re.findall(r"python (scripts/\S+)", command):
-                assert (ROOT / name).is_file(), f"{page}: {name}"
+        for name in re.findall(r"python (scripts/[\w/]+\.py)", (ROOT / page).read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{page}: {name}"
+
+
+# The site
+
+
+def site() -> dict:
+    return yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+
+def navigation(entries) -> list[str]:
+    """The pages that a navigation names."""
+    if isinstance(entries, str):
+        return [entries]
+    values = entries.values() if isinstance(entries, dict) else entries
+    return [page for value in values for page in navigation(value)]
+
+
+def test_every_page_is_in_the_navigation_once():
+    named = navigation(site()["nav"])
+    assert len(named) == len(set(named))
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    pages |= {page.lower() for page in PAGES if "/" not in page}
+    pages |= {f"examples/{path.stem}.md" for path in (ROOT / "examples").glob("*.ipynb")}
+    assert pages <= set(named), "mkdocs.yml"
+
+
+def test_every_room_with_a_public_interface_is_in_the_reference():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/api").glob("*.md"))
+    documented = set(re.findall(r"^::: kne_easyedit\.(\w+)$", text, re.MULTILINE))
+    rooms = {p.parent.name for p in (ROOT / "kne_easyedit").glob("*/__init__.py") if "__all__" in p.read_text("utf-8")}
+    assert documented == {*rooms, "hparams", "metrics"}
+
+
+def test_the_reference_lists_the_whole_public_interface():
+    import kne_easyedit
+
+    text = (ROOT / "docs/api/index.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\[`(\w+)`\]\[kne_easyedit", text)) == {*kne_easyedit.__all__} - {"__version__"}
+
+
+def test_the_notation_defines_the_symbols_of_shapes():
+    symbols = set(re.findall(r"^\| `([\w ]+)`", (ROOT / "docs/notation.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"d1", "d2", "s", "n", "m", "p", "layers"} <= symbols
 
 
 def test_extras_that_pages_name_exist():

@@ -143,3 +143,15 @@ def test_no_file_is_too_long():
     files = [path for folder in (PACKAGE, root / "scripts", root / "tests") for path in folder.rglob("*.py")]
     long = {str(p.relative_to(root)): n for p in files if (n := len(p.read_text().splitlines())) > LONGEST_FILE}
     assert not long
+
+
+def test_tests_mirror_the_rooms():
+    tests = PACKAGE.parent / "tests"
+    folders = {path.parent.name for path in tests.glob("*/test_*.py")}
+    assert folders <= {*ROOMS, "scripts"}
+    names = [path.name for path in tests.rglob("test_*.py")]
+    assert len(names) == len(set(names)), "pytest knows test modules by their base names"
+
+
+def test_annotations_count_for_users():
+    assert (PACKAGE / "py.typed").is_file()
