@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +51,15 @@ def multiplications(model: nn.Module, target: Target, facts: Sequence[Fact], ste
     points ``alpha = 1`` of all layers are the same one. Attention's own products (small here) are left out, and so is
     what remains of the module's own layer.
     """
-    layers = model.get_submodule(target.layers_path)
+    layers = list(model.get_submodule(target.layers_path).children())
     tokens = sum(len(fact.answer) for fact in facts)
     points, ends = (steps - 1) * tokens, tokens
     passing = [
         sum(own < i for own in target.layers) * points + ends * (i > target.layers[0]) for i in range(len(layers))
     ]
     width = [sum(m.weight.numel() for m in layer.modules() if is_linear(m)) for layer in layers]
-    head = rows(model.get_output_embeddings()).numel()
+    output = cast(Any, model).get_output_embeddings()  # transformers' models have it, nn.Module does not
+    head = rows(output).numel()
     return 2 * (sum(n * w for n, w in zip(passing, width)) + (len(target.layers) * points + ends) * head)
 
 

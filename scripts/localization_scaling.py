@@ -36,7 +36,7 @@ def scaling(options: argparse.Namespace) -> dict | None:
     if options.point:
         print(json.dumps(measure_point(options, json.loads(options.point))))
         return None
-    series = {}
+    series: dict[str, list[dict]] = {}
     for name, values in GROWTH.items():
         series[name] = []
         for value in values:
@@ -69,7 +69,7 @@ def scaling(options: argparse.Namespace) -> dict | None:
 def measure_point(options: argparse.Namespace, point: dict) -> dict:
     """Seconds, multiplications, share of the fastest product and peak bytes of one sweep of random tokens."""
     model, _, hparams = load(options)
-    layers = spread(tuple(range(len(model.get_submodule("model.layers")))), point["layers"])
+    layers = spread(tuple(range(sum(1 for _ in model.get_submodule("model.layers").children()))), point["layers"])
     target = resolve_target(model, options.module or hparams.target_modules[0], layers)
     generator = torch.Generator().manual_seed(0)
     length = point["prompt tokens"] + point["answer tokens"]

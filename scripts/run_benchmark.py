@@ -7,6 +7,7 @@ Interrupted, the same command resumes where it stopped. The configuration is hpa
 
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -26,7 +27,8 @@ def main(config: DictConfig) -> None:
     keep_large_blocks()
     # Relative paths mean the folder of the command, whatever hydra.job.chdir and the launcher do.
     os.chdir(HydraConfig.get().runtime.cwd)
-    job = job_of(OmegaConf.to_container(config, resolve=True), HPARAMS)
+    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))  # the configuration is a mapping
+    job = job_of(settings, HPARAMS)
     print_report(run(job), job.folder)
 
 

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from kne_easyedit.benchmark import run
+from kne_easyedit.benchmark.answers import begins_with
 from kne_easyedit.bridge import patches
 from kne_easyedit.facts.encoding import chat_prompt, encode, encode_request
 from kne_easyedit.facts.records import load_records, load_requests, to_request
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.benchmark.answers import begins_with
 
 
 @pytest.fixture
