@@ -57,7 +57,7 @@ def multiplications(model: nn.Module, target: Target, facts: Sequence[Fact], ste
     passing = [
         sum(own < i for own in target.layers) * points + ends * (i > target.layers[0]) for i in range(len(layers))
     ]
-    width = [sum(m.weight.numel() for m in layer.modules() if is_linear(m)) for layer in layers]
+    width = [sum(rows(m).numel() for m in layer.modules() if is_linear(m)) for layer in layers]
     output = cast(Any, model).get_output_embeddings()  # transformers' models have it, nn.Module does not
     head = rows(output).numel()
     return 2 * (sum(n * w for n, w in zip(passing, width)) + (len(target.layers) * points + ends) * head)
