@@ -35,6 +35,8 @@ from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.models import smollm2 as real_model
 from kne_easyedit.models.targets import resolve_target
 
+pytest_plugins = ["stored_scores"]
+
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 WORDS = (  # noqa: SIM905  (a list of words reads worse)
     "The the capital language river name mother city of in is was to that through flows spoken What Where ? . "

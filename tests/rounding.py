@@ -23,3 +23,14 @@ def roundings(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | 
     assert found.shape == expected.shape
     eps = max(torch.finfo(t).eps for t in ((dtype,) if dtype else (found.dtype, expected.dtype)))
     return ((found.double() - expected.double()).abs().max() / (eps * expected.double().abs().max())).item()
+
+
+def largest(scores):
+    return scores.abs().max().item()
+
+
+def difference(ours, theirs):
+    """Largest absolute difference and the same relative to the largest score."""
+    assert ours.shape == theirs.shape
+    apart = largest(ours - theirs)
+    return apart, apart / largest(theirs)

@@ -16,7 +16,7 @@ from conftest import (
     sharpened,
 )
 from reference import answer_probability, literal_attribution, neuron_value
-from rounding import A_MODEL, roundings
+from rounding import A_MODEL, difference, largest, roundings
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -35,17 +35,6 @@ from kne_easyedit.models.targets import resolve_target
 STEPS = 4
 ROLES = ("down", "up", "attn_out", "query")
 Q_PROJ = "model.layers.{}.self_attn.q_proj"
-
-
-def largest(scores):
-    return scores.abs().max().item()
-
-
-def difference(ours, theirs):
-    """Largest absolute difference and the same relative to the largest score."""
-    assert ours.shape == theirs.shape
-    apart = largest(ours - theirs)
-    return apart, apart / largest(theirs)
 
 
 class TestLiteralReference:

@@ -26,17 +26,6 @@ ROLES = ("down", "up", "attn_out", "query")
 Q_PROJ = "model.layers.{}.self_attn.q_proj"
 
 
-def largest(scores):
-    return scores.abs().max().item()
-
-
-def difference(ours, theirs):
-    """Largest absolute difference and the same relative to the largest score."""
-    assert ours.shape == theirs.shape
-    apart = largest(ours - theirs)
-    return apart, apart / largest(theirs)
-
-
 class TestAsFound:
     """Hooks, flags, modules and weights are those from before, whatever happened in between."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FACTS, LLAMA_DOWN, all_layers, failing, make_llama
 from localizing import files
+from stored_scores import STEPS
 
 from kne_easyedit._util import files as paths
 from kne_easyedit.attribution import score_cache as cache_module
@@ -16,30 +17,6 @@ from kne_easyedit.attribution.score_cache import ScoreCache, entry_files, read_e
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.models.fingerprint import model_digest
 from kne_easyedit.models.targets import resolve_target
-
-STEPS = 4
-
-
-@pytest.fixture
-def target(llama):
-    return all_layers(llama)
-
-
-@pytest.fixture
-def cache(llama, tmp_path):
-    return ScoreCache(tmp_path, llama, STEPS)
-
-
-@pytest.fixture
-def scores():
-    return torch.randn(4, 24, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def stored(cache, target, facts, scores):
-    """The file of one entry."""
-    cache.put(target, facts[0], scores)
-    return cache.path(target, facts[0])
 
 
 class TestEntries:

@@ -7,53 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LLAMA_DOWN, all_layers, make_llama, tiny_hparams
-from localizing import REQUESTS, Attributed, chosen
+from conftest import LLAMA_DOWN, make_llama
+from localizing import REQUESTS, chosen
+from stored_scores import STEPS
 
 from kne_easyedit.attribution import score_cache as cache_module
 from kne_easyedit.attribution.score_cache import DamagedEntry, ScoreCache, read_entry
-from kne_easyedit.localization import localizer as localization
 from kne_easyedit.localization.localizer import localize
 from kne_easyedit.models.targets import resolve_target
 
-STEPS = 4
 LLAMA_UP = "model.layers.{}.mlp.up_proj"
-
-
-@pytest.fixture
-def target(llama):
-    return all_layers(llama)
-
-
-@pytest.fixture
-def cache(llama, tmp_path):
-    return ScoreCache(tmp_path, llama, STEPS)
-
-
-@pytest.fixture
-def scores():
-    return torch.randn(4, 24, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def stored(cache, target, facts, scores):
-    """The file of one entry."""
-    cache.put(target, facts[0], scores)
-    return cache.path(target, facts[0])
-
-
-@pytest.fixture
-def attributed(monkeypatch):
-    """Records what is attributed from here on."""
-    recording = Attributed()
-    monkeypatch.setattr(localization, "attribute_facts", recording)
-    return recording
-
-
-@pytest.fixture
-def hparams(tmp_path):
-    """Each fact is its own sweep: its scores have the same bits whatever else is computed."""
-    return tiny_hparams(cache_dir=str(tmp_path), chunk_rows=1)
 
 
 class TestDamaged:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FACTS, LLAMA_DOWN, all_layers, make_llama, tiny_hparams
+from conftest import FACTS, LLAMA_DOWN, make_llama, tiny_hparams
+from stored_scores import STEPS
 
 from kne_easyedit import cli
 from kne_easyedit.attribution import score_cache as cache_module
@@ -16,7 +17,6 @@ from kne_easyedit.attribution.score_cache import DamagedEntry, ScoreCache, read_
 from kne_easyedit.localization.localizer import localize
 from kne_easyedit.models.fingerprint import model_digest
 
-STEPS = 4
 REQUESTS = [{"prompt": prompt, "target_new": target} for prompt, target in FACTS]
 ERRORS = {
     "too many open files": errno.EMFILE,
@@ -24,27 +24,6 @@ ERRORS = {
     "no permission": errno.EACCES,
     "not permitted": errno.EPERM,
 }
-
-
-@pytest.fixture
-def target(llama):
-    return all_layers(llama)
-
-
-@pytest.fixture
-def cache(llama, tmp_path):
-    return ScoreCache(tmp_path, llama, STEPS)
-
-
-@pytest.fixture
-def scores():
-    return torch.randn(4, 24, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def stored(cache, target, facts, scores):
-    cache.put(target, facts[0], scores)
-    return cache.path(target, facts[0])
 
 
 def refuse(monkeypatch, path, number):

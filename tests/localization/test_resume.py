@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FACTS, GPTJ_DOWN, LLAMA_DOWN, all_layers, failing, make_gptj, make_llama, tiny_hparams
-from localizing import REQUESTS, Attributed, chosen, files
+from conftest import FACTS, GPTJ_DOWN, LLAMA_DOWN, failing, make_gptj, make_llama, tiny_hparams
+from localizing import REQUESTS, chosen, files
 from rounding import ONE_SUM, roundings
+from stored_scores import STEPS
 from transformers import AutoModelForCausalLM
 
 from kne_easyedit.attribution.engine import attribute_facts
@@ -19,27 +20,7 @@ from kne_easyedit.localization.localizer import Localization, localize
 from kne_easyedit.models import fast_linear as products
 from kne_easyedit.models.targets import resolve_target
 
-STEPS = 4
 LLAMA_UP = "model.layers.{}.mlp.up_proj"
-
-
-@pytest.fixture
-def target(llama):
-    return all_layers(llama)
-
-
-@pytest.fixture
-def attributed(monkeypatch):
-    """Records what is attributed from here on."""
-    recording = Attributed()
-    monkeypatch.setattr(localization, "attribute_facts", recording)
-    return recording
-
-
-@pytest.fixture
-def hparams(tmp_path):
-    """Each fact is its own sweep: its scores have the same bits whatever else is computed."""
-    return tiny_hparams(cache_dir=str(tmp_path), chunk_rows=1)
 
 
 class TestMissing:
