@@ -254,12 +254,3 @@ def test_another_version_of_easyedit_is_a_folder(other_version, tmp_path):
     version, path = run("-c", program, folder=tmp_path, EASYEDIT_HOME=str(other_version)).split()[-2:]
     assert version == "later" and Path(path).is_relative_to(other_version)
     assert not hasattr(register(), "later") and importing.locate(), "this process has the installed one"
-
-
-@pytest.mark.easyedit
-@pytest.mark.slow
-def test_its_compatibility_is_measured_by_one_command(other_version, tmp_path):
-    script = str(ROOT / "scripts/compatibility.py")
-    arguments = ("--easyedit", str(other_version), "--methods", "KNE", "--out", "compatibility.md")
-    run(script, *arguments, folder=tmp_path)
-    assert "KNE" in (tmp_path / "compatibility.md").read_text()
