@@ -41,6 +41,8 @@ FAMILIES = {
     "llama-eager": Kind(
         "LlamaForCausalLM", "model.layers", LLAMA, 17, dict(attn_implementation="eager", attention_bias=True)
     ),
+    # Clamps projections in place: the neurons are what they were before that.
+    "olmo-clip": Kind("OlmoForCausalLM", "model.layers", LLAMA, 2, dict(attn_implementation="sdpa", clip_qkv=3.0)),
     "mistral": Kind(
         "MistralForCausalLM", "model.layers", LLAMA, 3, dict(attn_implementation="sdpa", sliding_window=None)
     ),

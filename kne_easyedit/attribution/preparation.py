@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kne_easyedit.attribution.replay import Clean, Replay, UnsupportedModel, capture_output, replaced_output
+from kne_easyedit.attribution.replay import Clean, Replay, UnsupportedModel, capture_neurons, replaced_output
 from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.targets import Target
 
@@ -214,7 +214,7 @@ def _probe(replay: Replay, clean: Clean, i: int, modules: Mapping[str, nn.Module
     kept = _Kept(replay.model)
     with ExitStack() as hooks, kept, torch.enable_grad():
         for name, module in modules.items():
-            hooks.callback(module.register_forward_hook(capture_output(outputs, name)).remove)
+            hooks.callback(module.register_forward_hook(capture_neurons(outputs, name)).remove)
         for k, name in enumerate(trials):
             trial = torch.cat([0 * clean.neurons[name], clean.neurons[name] / 2], 1)
             hooks.enter_context(replaced_output(name, modules[name], trial, (2 * k + 1) * s, (2 * len(trials) + 1) * s))

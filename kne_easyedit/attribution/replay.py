@@ -104,7 +104,7 @@ class Replay:
                 )
                 hooks.callback(layer.register_forward_hook(capture_output(outputs, i)).remove)
             for name, module in modules.items():
-                hooks.callback(module.register_forward_hook(capture_output(outputs, name)).remove)
+                hooks.callback(module.register_forward_hook(capture_neurons(outputs, name)).remove)
             self._cache = DynamicCache()
             out = self.model(
                 input_ids=batch.input_ids.to(device),
@@ -269,6 +269,16 @@ def capture_output(into: dict[Any, Any], key: int | str) -> Callable[..., None]:
 
     def hook(module: nn.Module, args: tuple, out: object) -> None:
         into[key] = out
+
+    return hook
+
+
+def capture_neurons(into: dict[Any, Any], name: str) -> Callable[..., object]:
+    """As `capture_output`, but the model goes on with a copy: some models (OLMo) clamp projections in place."""
+
+    def hook(module: nn.Module, args: tuple, out: object) -> object:
+        into[name] = out
+        return out.clone() if isinstance(out, Tensor) else out
 
     return hook
 

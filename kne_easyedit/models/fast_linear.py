@@ -48,7 +48,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and x.numel()
         and onednn_is_faster()
     ):
-        return _Linear.apply(x, weight, bias)
+        # In two dimensions: of more the library gives a view, which models that clamp it in place (OLMo) may not change.
+        return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
     return functional.linear(x, weight, bias)
 
 
