@@ -1,7 +1,8 @@
 """KNE, Knowledge Neuronal Ensemble (arXiv 2412.20637), as a plugin of EasyEdit.
 
-`__all__` is the public API. Data flows one way through the rooms: facts -> models -> attribution -> localization ->
-editing -> bridge (EasyEdit) -> benchmark -> doctor, cli. Importing the package imports neither EasyEdit nor matplotlib.
+`__all__` is the public API. Data flows one way through the subpackages: facts -> models -> attribution ->
+localization -> editing -> hparams -> bridge (EasyEdit) -> benchmark -> doctor, cli. Importing the package imports
+neither EasyEdit nor matplotlib.
 """
 
 from kne_easyedit._version import __version__

@@ -60,7 +60,8 @@ class KNEHyperParams:
     """Beyond the paper: ``layer`` divides scores by their layer's largest before the threshold; ``none``: the paper.
     It spreads the ensemble over the layers."""
     localization_data: str | None = None
-    """KnowEdit file to localise on, or ``embedded``: the packaged facts; None: every edit's own requests."""
+    """Data file to localise on (docs/data.md has the formats), or ``embedded``: the packaged facts; None:
+    every edit's own requests."""
     localization_size: int = 200
     """Number of facts taken from ``localization_data``."""
     localization_offset: int = 0
@@ -68,7 +69,7 @@ class KNEHyperParams:
     ensemble: str | None = None
     """Ensemble file (JSON) to edit instead of localising. Written by ``NeuronEnsemble.save`` and ``kne localize``."""
     cache_dir: str | None = None
-    """Folder of the score cache; None: the user's cache folder (see README)."""
+    """Folder of the score cache; None: the user's cache folder (docs/localization.md, "The cache")."""
     chunk_rows: int | None = None
     """Path points in flight at most: memory against speed, never the result; None: by the free memory."""
     quadrature: str = "riemann"
@@ -94,7 +95,7 @@ class KNEHyperParams:
     kl_weight: float = 0.0
     """Beyond the paper: weight of ``KL(before || now)`` after unrelated prompts, added to the loss; 0: none."""
     kl_data: str | None = None
-    """KnowEdit file of these prompts, or ``embedded``: the packaged facts."""
+    """Data file of these prompts, or ``embedded``: the packaged facts."""
     kl_size: int = 8
     """Number of these prompts."""
     seed: int = 42

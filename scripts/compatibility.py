@@ -4,7 +4,7 @@
     python scripts/compatibility.py --easyedit pypi ~/EasyEdit --smollm2 test_cf.json --out docs/compatibility.md
 
 A cell is one method in one of EasyEdit's own modes on a tiny random model: it works if nothing fails and the model is
-bit by bit what it was afterwards (in sequential mode: if the edits have stayed). A patch is needed if the cell works
+bit for bit what it was afterwards (in sequential mode: if the edits have stayed). A patch is needed if the cell works
 with all patches and fails with all but this one. Every version runs in processes of its own.
 """
 

@@ -1,6 +1,6 @@
 """The cells of `compatibility.py` for the EasyEdit of this process: one method in one of EasyEdit's own modes.
 
-A cell works if nothing fails and the model is bit by bit what it was afterwards (in sequential mode: if the edits have
+A cell works if nothing fails and the model is bit for bit what it was afterwards (in sequential mode: if the edits have
 stayed). As a script, it prints the cells of the given methods; `compatibility.py` starts it for each version.
 """
 

@@ -21,7 +21,7 @@ model called "tiny-llama", by `MethodEditor`: edit, evaluate, undo, alone and tw
 
 | method | |
 |---|---|
-| MEMIT-FE, R-ROME, EMMET, EAMET, QLoRA | edited and undone bit by bit |
+| MEMIT-FE, R-ROME, EMMET, EAMET, QLoRA | edited and undone bit for bit |
 | AlphaEdit, SPHERE | the same, for models with `llama`, `gpt2-xl` (AlphaEdit: or `qwen`) in their name; refused for others |
 | DPO, WISE | the same, for requests with `target_neg`, `loc_prompt`; refused for others |
 | GRACE | refused without scikit-learn; not run with it |

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import signal
 import sys
 import uuid
 from functools import cache
@@ -153,6 +154,14 @@ def own_cache(request, monkeypatch, tmp_path_factory):
     """Every test has a cache of its own; only the real model's tests share the user's (its conversion is slow)."""
     if not _is_real(request):
         monkeypatch.setenv("KNE_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"))
+
+
+@pytest.fixture
+def sigint():
+    """Python's own handler, whatever the runner of the tests has set; afterwards the one before."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

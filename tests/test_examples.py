@@ -22,7 +22,7 @@ PROMISES = {
         r"^loaded: +Rome",
         r"^the same ensemble: True$",
         r"^restored: Paris",
-        r"^bit by bit: True$",
+        r"^bit for bit: True$",
     ),
     "edit_with_easyedit": (
         r"^before: Paris",

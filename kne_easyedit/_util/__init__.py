@@ -1,4 +1,4 @@
-"""Tools that know nothing of models or facts: files, digests, interrupts, processes, plots.
+"""Tools that know nothing of facts, scores or edits: files, digests, interrupts, processes, plots.
 
-Only what several rooms need and no library offers may enter. Nothing here imports from another room.
+Only what several subpackages need and no library offers belongs here. Nothing here imports from another subpackage.
 """

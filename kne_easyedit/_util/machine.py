@@ -35,7 +35,7 @@ def keep_large_blocks() -> bool:
 
 
 def align_weights(model: nn.Module) -> int:
-    """Moves weights on the CPU to addresses aligned for its vectors; their values stay the same bit by bit.
+    """Moves weights on the CPU to addresses aligned for its vectors; their values stay the same bit for bit.
 
     In a memory-mapped file they may lie anywhere; products with unaligned weights take a tenth longer.
 

@@ -1,6 +1,6 @@
 """Eq. 3-5: a score for every output neuron, by the fused sweep or by full passes, kept in the score cache.
 
-What computes or stores scores may enter. Nothing here selects neurons.
+What computes or stores scores belongs here. Nothing here selects neurons.
 """
 
 from kne_easyedit.attribution.engine import attribute, attribute_facts

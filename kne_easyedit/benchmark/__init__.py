@@ -1,6 +1,6 @@
 """Records edited with several methods through EasyEdit, every figure kept (`store`), and reports made of them.
 
-What runs, keeps, sums up or shows a comparison may enter. Nothing here knows how a method works.
+What runs, keeps, sums up or shows a comparison belongs here. Nothing here knows how a method works.
 """
 
 from kne_easyedit.benchmark.job import MODES, Run

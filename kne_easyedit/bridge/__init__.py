@@ -1,6 +1,6 @@
 """All that knows EasyEdit: its import, its patches, its methods (`methods`), its editors driven step by step.
 
-What names a module, a class or a fault of EasyEdit may enter. ``import kne_easyedit`` does not import this room.
+What names a module, a class or a fault of EasyEdit belongs here. ``import kne_easyedit`` does not import this.
 """
 
 from kne_easyedit.bridge import (  # noqa: F401  (they define patches)

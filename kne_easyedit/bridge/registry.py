@@ -130,6 +130,12 @@ def _built(kind: Any, config: dict[str, Any], path: str | Path) -> Any:
 def require_method(method: str) -> type:
     """The hyperparameter class of a method.
 
+    Args:
+        method: A label of `METHODS`, or EasyEdit's name.
+
+    Returns:
+        EasyEdit's class, or `KNEHyperParams`.
+
     Raises:
         ValueError: EasyEdit has no such method. The message gives the nearest names.
     """

@@ -1,6 +1,6 @@
-"""The command ``kne``: one file a command, and `common` for what they share.
+"""The command ``kne``: one file per command, and `common` for what they share.
 
-Arguments and printed lines may enter; the work is done by the rooms below.
+Arguments and printed lines belong here; the work is done by the subpackages below.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="YAML files of the run's methods, identified as in `kne run` (default: KNE's shipped one for SmolLM2)",
     )
-    parser.add_argument("--data", default="embedded", help="KnowEdit file, or 'embedded' (default %(default)s)")
+    parser.add_argument("--data", default="embedded", help="data file, or 'embedded' (default %(default)s)")
     parser.add_argument("--records", type=positive, help="number of records (default: all)")
     parser.add_argument("--offset", type=int, default=0, help="first record (default %(default)s)")
     parser.add_argument(

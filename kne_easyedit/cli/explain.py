@@ -18,9 +18,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_settings(parser)
     parser.add_argument("--prompt", help="a fact of your own, compared with those of --data")
     parser.add_argument("--target", help="its answer")
-    parser.add_argument(
-        "--data", help="KnowEdit file or 'embedded' (default: localization_data, unless --prompt is given)"
-    )
+    parser.add_argument("--data", help="data file or 'embedded' (default: localization_data, unless --prompt is given)")
     parser.add_argument("--size", type=positive, default=SIZE, help="number of facts of --data (default %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/explain"), help="folder of the results (default %(default)s)"

@@ -16,7 +16,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "localize", help="which neurons matter for a set of facts: scores, ensemble, stability, picture"
     )
     add_settings(parser)
-    parser.add_argument("--data", help="KnowEdit file, or 'embedded'; overrides localization_data")
+    parser.add_argument("--data", help="data file, or 'embedded'; overrides localization_data")
     parser.add_argument("--size", type=positive, help="number of facts; overrides localization_size")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/localize"), help="folder of the results (default %(default)s)"

@@ -19,8 +19,10 @@ SHOWN = 3
 
 def add_commands(commands: Any) -> None:
     """Adds the command to the parser's subcommands. Options for optional settings of a `Run` bear their names."""
-    job = commands.add_parser("run", help="the same on a KnowEdit file and with hyperparameters of your own")
-    job.add_argument("--data", required=True, help="KnowEdit file, or 'embedded'")
+    job = commands.add_parser(
+        "run", help="edit the records of a data file with several methods, evaluate, write tables"
+    )
+    job.add_argument("--data", required=True, help="data file, or 'embedded'")
     job.add_argument("--records", type=positive, default=None, help="number of records (default: all)")
     job.add_argument("--offset", type=int, default=0, help="first record (default %(default)s)")
     job.add_argument(

@@ -1,6 +1,6 @@
 """A preflight check: what a planned run needs, what it lacks, and how long it will take.
 
-A question about a run that can be answered before it may enter. Nothing here keeps a result.
+Questions about a run that can be answered before it starts belong here. Nothing here keeps a result.
 """
 
 from kne_easyedit.doctor.examination import examine

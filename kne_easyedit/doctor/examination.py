@@ -26,7 +26,7 @@ def examine(
 
     Args:
         plan: Label of a method -> its hyperparameters.
-        data: A KnowEdit file, or ``embedded``.
+        data: A data file, or ``embedded``.
         records: Number of records; None: all.
         offset: The first record.
         trial: Whether to edit a few records. It is left out if a check has failed that it depends on; bad records do

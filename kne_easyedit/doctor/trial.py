@@ -58,7 +58,7 @@ class Times:
 def try_out(plan: Mapping[str, Any], folder: Path, requests: Sequence[dict]) -> Iterator[Finding]:
     """Edits, evaluates and undoes the first requests with every method, and estimates the time of all of them.
 
-    One loaded model serves all methods, and must be identical bit by bit after each edit. Scores that are computed here
+    One loaded model serves all methods, and must be identical after each edit. Scores that are computed here
     stay in the cache, where the run finds them; nothing else is kept.
 
     Args:
@@ -96,7 +96,7 @@ def try_out(plan: Mapping[str, Any], folder: Path, requests: Sequence[dict]) -> 
                     yield Finding(
                         f"trial of {label}",
                         FAILURE,
-                        "the model is not bit by bit what it was, so that the trial ends here",
+                        "the model is not bit for bit what it was, so that the trial ends here",
                     )
                     return
             else:
@@ -160,7 +160,7 @@ def _time(seconds: list[float], function: Callable[..., Any], *arguments: Any) -
 
 def _summary(times: Times) -> str:
     edits, evaluations = (" and ".join(map(duration, seconds)) for seconds in (times.edit, times.after))
-    return f"edits {edits}, evaluations {evaluations}; undone bit by bit"
+    return f"edits {edits}, evaluations {evaluations}; undone bit for bit"
 
 
 def _estimate(times: Mapping[str, Times], localisation: float, records: int) -> Finding:

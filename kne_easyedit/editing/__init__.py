@@ -1,6 +1,6 @@
 """Eq. 8-11: the ensemble's rows are trained (`row_training`), written into the weights, and restored (`row_edit`).
 
-What is minimised (`objectives`), how, and how weights are written may enter. Nothing here knows EasyEdit.
+What is minimised (`objectives`), how, and how weights are written belongs here. Nothing here knows EasyEdit.
 """
 
 from kne_easyedit.editing.adapter import row_adapter

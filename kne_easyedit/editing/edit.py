@@ -33,7 +33,7 @@ class EditFailed(ValueError):
 def compute_edit(
     model: nn.Module,
     tok: Tokenizer,
-    requests: Sequence[Mapping],
+    requests: Sequence[Mapping] | Mapping,
     hparams: EditSettings,
     ensemble: NeuronEnsemble | None = None,
     on_step: Callable[[int, float], None] | None = None,
@@ -45,7 +45,7 @@ def compute_edit(
     Args:
         model: A causal language model of transformers.
         tok: Its tokenizer.
-        requests: Mappings with ``prompt``, ``target_new`` and maybe ``subject``.
+        requests: Mappings with ``prompt``, ``target_new`` and maybe ``subject``, or one of them.
         hparams: The settings, validated first.
         ensemble: Rows to train instead of those that ``hparams`` lead to.
         on_step: Called before each training step with its number, from 1, and the cross-entropy in nats.
@@ -55,8 +55,12 @@ def compute_edit(
 
     Raises:
         ValueError: A setting, request, model or ensemble cannot be used; the message names it.
+        UnsupportedModel: Its layers cannot be replayed, and ``attribution_engine`` is ``sweep``; or it is an
+            encoder-decoder. ReplayMismatch: its layers replay differently from the model itself.
         FloatingPointError: Scores or the training loss are not finite.
+        OSError: A file or the score cache cannot be read or written.
     """
+    requests = [requests] if isinstance(requests, Mapping) else list(requests)
     hparams.validate()
     require_trainable(model)
     resolve_device(hparams.device)
@@ -112,7 +116,8 @@ def apply_kne_to_model(
 
     torch's modes around the call (autocast, no_grad, inference_mode) have no effect.
 
-    After any exception, Ctrl-C included, the model is bit by bit what it was, without hooks, adapters or changed flags:
+    After any exception, Ctrl-C included, the model is what it was, bit for bit, without hooks, adapters or changed
+    flags:
     Ctrl-C waits for the end of a fact, a layer, a pass or a step (`interrupts`). This holds where SIGINT has a Python
     handler. On Python 3.10 a Ctrl-C in the microseconds in which the edit is returned can still lose the originals.
 
@@ -123,7 +128,7 @@ def apply_kne_to_model(
         hparams: The settings.
         copy: Edit a deep copy and leave ``model`` alone.
         return_orig_weights: Return the original matrices, whole, so that ``parameter[...] = original`` undoes the edit
-            bit by bit.
+            bit for bit.
         keep_original_weight: Read under ``legacy_contract`` only.
         ensemble: Rows to train instead of those that ``hparams`` lead to.
         legacy_contract: EasyEdit's meaning before May 2024: originals are returned only if ``keep_original_weight`` is
@@ -140,9 +145,11 @@ def apply_kne_to_model(
         EditFailed: Facts were not reached, and ``on_failure`` is ``raise``; nothing was written.
         EditLost: The written model does not have the loss that was trained; it was put back.
         ValueError: A setting, request, model or ensemble cannot be used; the message names it.
+        UnsupportedModel: Its layers cannot be replayed, and ``attribution_engine`` is ``sweep``; or it is an
+            encoder-decoder. ReplayMismatch: its layers replay differently from the model itself.
         FloatingPointError: Scores or the training loss are not finite.
+        OSError: A file or the score cache cannot be read or written.
     """
-    requests = [requests] if isinstance(requests, Mapping) else list(requests)
     # All of it is deferred: Python's own locks do not survive a second Ctrl-C (a `Condition` that waits).
     with defer_interrupts():
         edit = compute_edit(model, tok, requests, hparams, ensemble, on_step)

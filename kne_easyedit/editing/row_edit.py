@@ -53,8 +53,12 @@ class RowEdit:
     def failed(self, stop_loss: float) -> tuple[Answer, ...]:
         """The facts that the edit did not reach.
 
-        If training ended at ``stop_loss`` or above: those whose own loss did. If it stopped below, or was not to stop
-        (0): those with an answer token that is not the most probable one, which a mean loss can hide.
+        Args:
+            stop_loss: The mean loss below which training stops; 0: it never stops early.
+
+        Returns:
+            If training ended with a mean loss of at least ``stop_loss``: the facts whose own loss is at least that (all
+            facts, if none is). Otherwise: the facts with an answer token that is not the most probable one.
         """
         if 0 < stop_loss <= self.losses[-1]:
             return tuple(answer for answer in self.answers if answer.loss >= stop_loss) or self.answers
@@ -64,7 +68,7 @@ class RowEdit:
 def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str, Tensor]:
     """Adds a trained edit to the weights, in place (Eq. 11).
 
-    An exception on the way (Ctrl-C too) puts the originals back bit by bit.
+    An exception on the way (Ctrl-C too) puts the originals back bit for bit.
 
     Args:
         model: The model for which the edit was trained.
@@ -129,7 +133,7 @@ def _require_trained_loss(model: nn.Module, edit: RowEdit) -> None:
 
 
 def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
-    """Writes original weights back, bit by bit.
+    """Writes original weights back, bit for bit.
 
     They are whole matrices as they were before *that* edit. Restoring an earlier one of several edits undoes the later
     ones as well, where they changed the same matrices, and only there. To undo several, restore the last one first.

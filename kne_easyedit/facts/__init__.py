@@ -1,6 +1,6 @@
 """Facts: read from files of many formats (`records`), checked, and encoded as token ids and batches (`encoding`).
 
-Data formats and tokenisation may enter. Nothing here runs a model.
+Data formats and tokenisation belong here. Nothing here runs a model.
 """
 
 from kne_easyedit.facts.encoding import Batch, Fact, collate, encode, encode_request

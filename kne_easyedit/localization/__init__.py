@@ -1,6 +1,6 @@
 """Eq. 6-7: from facts to the ensemble of neurons, its stability, the neurons of single facts, and pictures of both.
 
-Code that chooses neurons, or explains a choice, may enter. Nothing here changes a weight.
+Code that chooses neurons, or explains a choice, belongs here. Nothing here changes a weight.
 """
 
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble

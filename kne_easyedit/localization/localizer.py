@@ -74,6 +74,9 @@ def find_ensemble(
     Raises:
         ValueError: The model or a module cannot be edited (`require_editable_by`), before anything is computed; a file
             or fact cannot be used; no neuron has a positive score.
+        UnsupportedModel: The layers cannot be replayed, and ``attribution_engine`` is ``sweep``.
+        ReplayMismatch: They give other results than the model itself.
+        FloatingPointError: Scores are not finite.
         OSError: A file or the score cache cannot be read or written.
     """
     require_editable_by(model, hparams)
@@ -104,7 +107,11 @@ def find_ensemble(
 
 
 def forget(model: nn.Module) -> None:
-    """Forgets the ensembles found in ``model``: the next edit localises on its weights as they are now."""
+    """Forgets the ensembles found in ``model``: the next edit localises on its weights as they are now.
+
+    Args:
+        model: A loaded model; one that nothing was found in is no error.
+    """
     _ENSEMBLES.pop(model, None)
 
 
@@ -136,6 +143,8 @@ def localize(
 
     Raises:
         ValueError: A request or module cannot be used, or no neuron has a positive score.
+        UnsupportedModel: The layers cannot be replayed, and ``attribution_engine`` is ``sweep``.
+        ReplayMismatch: They give other results than the model itself.
         FloatingPointError: Scores are not finite.
         OSError: The score cache cannot be read or written.
     """

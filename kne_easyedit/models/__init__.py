@@ -1,6 +1,6 @@
 """Loaded models: where neurons are (`targets`), which can be edited (`editable`), how state is kept (`state`).
 
-Knowledge of an architecture, a device or a layer type may enter. Nothing here knows scores or edits.
+Knowledge of an architecture, a device or a layer type belongs here. Nothing here knows scores or edits.
 """
 
 from kne_easyedit.models.devices import resolve_device

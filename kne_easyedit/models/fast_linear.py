@@ -48,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and x.numel()
         and onednn_is_faster()
     ):
-        # In two dimensions: of more the library gives a view, which models that clamp it in place (OLMo) may not change.
+        # In two dimensions: of more the library returns a view, which a model must not change in place (OLMo clamps).
         return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
     return functional.linear(x, weight, bias)
 

@@ -20,6 +20,12 @@ def model_digest(model: nn.Module) -> str:
 
     It identifies the model, not its files: the same path with other weights, or an edited model, has another digest.
 
+    Args:
+        model: A model of transformers, on any device.
+
+    Returns:
+        64 hexadecimal digits.
+
     Raises:
         ValueError: A weight is not loaded (on the meta device).
     """

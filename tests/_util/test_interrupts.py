@@ -37,14 +37,6 @@ class Raised(Exception):
 
 
 @pytest.fixture
-def sigint():
-    """Python's own handler, whatever the runner of the tests has set; afterwards the one before."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture
 def model():
     return make_llama(num_hidden_layers=2)
 

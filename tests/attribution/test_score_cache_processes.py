@@ -45,8 +45,10 @@ def main(connection, folder: Path, layers=(), moment=None, k=1, then=None) -> No
     if moment == "attribution":
         intercept(localization, "attribute_facts", k, before=lambda: intercept(torch.autograd, "grad", 2, before=act))
     elif moment == "half the file":
-        opened = count(1)
-        paths.open = lambda path, mode: (Half if next(opened) == k else io.FileIO)(path, "x")
+        opened, own = count(1), Path.open
+        Path.open = lambda path, mode="r", *args, **kwargs: (
+            Half(path, "x") if mode == "xb" and next(opened) == k else own(path, mode, *args, **kwargs)
+        )
     elif moment == "before the sync":
         intercept(os, "fsync", k, before=act)
     elif moment == "before the rename":

@@ -110,7 +110,7 @@ def test_a_secret_is_never_shown():
     hparams = KNEHyperParams.from_dict({"model_name": "m", "target_modules": [LLAMA_DOWN], "api_key": KEY})
     assert KEY not in repr(hparams) + str(public_settings(hparams))
     assert public_settings(hparams)["api_key"] == "given"
-    with pytest.raises(ValueError, match="api_key: a int is no text") as error:
+    with pytest.raises(ValueError, match="api_key: a int is not a string") as error:
         KNEHyperParams.from_dict({"model_name": "m", "target_modules": [LLAMA_DOWN], "api_key": 20251125})
     assert "20251125" not in str(error.value)
 

@@ -196,6 +196,7 @@ def test_real_signals_leave_the_model_as_it_was(quick_kne, signals, keeps):
     assert hits > SIGNALS // 5  # else nothing was tested
 
 
+@pytest.mark.usefixtures("sigint")
 def test_a_signal_while_edits_are_taken_back_waits():
     done = []
 
@@ -213,6 +214,7 @@ def test_a_signal_while_edits_are_taken_back_waits():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("sigint")
 def test_a_signal_after_the_work_undoes_it():
     done = []
     with pytest.raises(KeyboardInterrupt):

@@ -43,7 +43,7 @@ def test_a_method_that_leaves_the_model_changed_ends_the_trial(plan, capsys, mon
     assert plan.check() == 1
     out = capsys.readouterr().out
     assert "FAILURE  trial of KNE: RuntimeError: the model is not what it was after record 0 was undone" in out
-    assert "not bit by bit what it was" in out and "FT-L: " not in out.split("trial of KNE")[1].split("\n\n")[0]
+    assert "not bit for bit what it was" in out and "FT-L: " not in out.split("trial of KNE")[1].split("\n\n")[0]
 
 
 def test_the_estimate_adds_up():

@@ -1,4 +1,4 @@
-"""Eq. 11: rows written into the weights, and restored bit by bit."""
+"""Eq. 11: rows written into the weights, and restored bit for bit."""
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ import transformers
 from conftest import LLAMA_DOWN, ONE_TOKEN, make_gpt2, make_gptj, make_llama, sharpened, tiny_hparams, weights
 from torch import nn
 
-from kne_easyedit.doctor import examination
+from kne_easyedit.doctor import modules as doctor_modules
 from kne_easyedit.editing.edit import apply_kne_to_model
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.ensemble import NeuronEnsemble
@@ -102,7 +102,7 @@ def test_a_vision_tower_is_meant_if_it_is_named():
 @pytest.mark.parametrize("template", ["model.layers.{}.mlp.down_proj.weight", "transformer.h.{}.mlp.c_proj"])
 def test_the_doctor_hints_the_same_for_other_methods(template):
     modules = dict(make_opt().named_modules())
-    assert examination._nearest(modules, template) == "; nearest: model.decoder.layers.{}.fc2"
+    assert doctor_modules._nearest(modules, template) == "; nearest: model.decoder.layers.{}.fc2"
 
 
 def test_names_that_say_nothing_are_compared_as_before(llama):
