@@ -4,7 +4,7 @@
 #   make docs        the pages and the API reference: build/site    make test-slow   what `make test` leaves out
 #   make examples    runs the notebooks and stores their outputs    make test-oldest the oldest supported transformers and PEFT
 #   make dist        wheel and sdist, checked, in dist              make test-wheel  the wheel in an environment of its own
-# TESTS="tests/test_x.py" chooses files, WORKERS=1 the number of processes (one a core, at most eight).
+# TESTS="tests/test_x.py" chooses files, WORKERS=1 the number of processes (one per core, at most eight).
 PYTHON ?= python3
 VENV := .venv
 TESTS :=

@@ -72,13 +72,16 @@ def text_of(found: dict[str, dict], smollm2: dict[str, dict], data: str | None) 
             else f"checkout of {easyedit['version'][:10]} ({of_version.get('date', '')})"
         )
         parts.append(f"\n## {name}\n")
-        parts.append("| mode | " + " | ".join(METHODS) + " |\n|---|" + "---|" * len(METHODS))
         table = {(c["method"], c["mode"]): c for c in of_version["cells"]}
+        methods = [method for method in METHODS if any(method == measured for measured, _ in table)]  # of `--methods`
+        parts.append("| mode | " + " | ".join(methods) + " |\n|---|" + "---|" * len(methods))
         for mode in MODES:
             row = []
-            for method in METHODS:
-                cell = table[method, mode]
-                if cell["cannot"]:
+            for method in methods:
+                cell = table.get((method, mode))
+                if cell is None:
+                    row.append("-")
+                elif cell["cannot"]:
                     row.append(f"cannot {note(cell['cannot'])}")
                 elif cell["error"]:
                     row.append(f"**fails** {note(cell['error'])}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kne_easyedit._util.machine import free_memory
 from kne_easyedit.attribution.full_passes import attribute_by_full_passes, changes_by_full_passes
-from kne_easyedit.attribution.preparation import HEAD_ROWS, Prepared, prepare
+from kne_easyedit.attribution.preparation import HEAD_ROWS, PreparedSweep, prepare
 from kne_easyedit.attribution.quadrature import Quadrature, riemann
 from kne_easyedit.attribution.replay import Replay, ReplayMismatch, UnsupportedModel
 from kne_easyedit.attribution.sweep import add_points, probability_changes, scores, start_integrals
@@ -181,7 +181,7 @@ def rows_in_flight(model: nn.Module, targets: Sequence[Target], fact: Fact) -> i
         return _rows_in_flight(prepare(replay, targets, [fact], end_gradients=False))
 
 
-def _rows_in_flight(prepared: Prepared) -> int:
+def _rows_in_flight(prepared: PreparedSweep) -> int:
     logits = prepared.clean.logits
     head = 3 * HEAD_ROWS * logits.shape[-1] * 4  # with their softmax, in float32
     rows = int((FREE_SHARE * free_memory(logits.device) - head) / prepared.row_bytes)

@@ -50,7 +50,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSweep:
     """A batch of facts and a set of modules, ready for the sweep."""
 
     modules: Mapping[int, Mapping[str, nn.Module]]
@@ -78,7 +78,9 @@ class Prepared:
         return min(self.modules)
 
 
-def prepare(replay: Replay, targets: Sequence[Target], facts: Sequence[Fact], end_gradients: bool = True) -> Prepared:
+def prepare(
+    replay: Replay, targets: Sequence[Target], facts: Sequence[Fact], end_gradients: bool = True
+) -> PreparedSweep:
     """The clean pass and the self-check, and all that the sweep needs of them.
 
     Args:
@@ -121,7 +123,7 @@ def prepare(replay: Replay, targets: Sequence[Target], facts: Sequence[Fact], en
         torch.arange(answers.longest),
         lambda logits, at: replay.require_equal(logits, own[at], "the output head"),
     )
-    return Prepared(
+    return PreparedSweep(
         modules,
         answers,
         clean,

@@ -17,12 +17,12 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from kne_easyedit.attribution.preparation import Prepared, head_gradient, run_layer
+from kne_easyedit.attribution.preparation import PreparedSweep, head_gradient, run_layer
 from kne_easyedit.attribution.replay import Replay, replaced_output
 from kne_easyedit.models.targets import Target
 
 
-def start_integrals(prepared: Prepared, end_weight: float | None) -> dict[str, Tensor]:
+def start_integrals(prepared: PreparedSweep, end_weight: float | None) -> dict[str, Tensor]:
     """The path integrals of Eq. 5 before any inner point: zeros, or the end points ``alpha = 1``.
 
     Args:
@@ -45,7 +45,12 @@ def start_integrals(prepared: Prepared, end_weight: float | None) -> dict[str, T
 
 
 def add_points(
-    replay: Replay, prepared: Prepared, integrals: dict[str, Tensor], tokens: Tensor, alphas: Tensor, weights: Tensor
+    replay: Replay,
+    prepared: PreparedSweep,
+    integrals: dict[str, Tensor],
+    tokens: Tensor,
+    alphas: Tensor,
+    weights: Tensor,
 ) -> None:
     """Adds path points to ``integrals``, in place: one forward and one backward sweep.
 
@@ -68,7 +73,7 @@ def add_points(
         integral.index_add_(1, tokens.to(integral.device), grad)
 
 
-def scores(prepared: Prepared, integrals: dict[str, Tensor], targets: Sequence[Target]) -> list[Tensor]:
+def scores(prepared: PreparedSweep, integrals: dict[str, Tensor], targets: Sequence[Target]) -> list[Tensor]:
     """Eq. 5: ``sum_j w_j * integral_j``, for each target ``(facts, layers, d2)`` on the CPU."""
     neurons = prepared.clean.neurons
     return [torch.stack([(integrals[n] * neurons[n]).sum(1).cpu() for n in t.names], 1) for t in targets]
@@ -76,7 +81,7 @@ def scores(prepared: Prepared, integrals: dict[str, Tensor], targets: Sequence[T
 
 @torch.no_grad()
 def probability_changes(
-    replay: Replay, prepared: Prepared, targets: Sequence[Target], points_per_chunk: int
+    replay: Replay, prepared: PreparedSweep, targets: Sequence[Target], points_per_chunk: int
 ) -> list[Tensor]:
     """``sum_j P(w_j) - P(0)``: what a layer's scores add up to in the limit, for each target ``(facts, layers)``.
 
@@ -92,7 +97,9 @@ def probability_changes(
     return [torch.stack([changes[name] for name in target.names], 1) for target in targets]
 
 
-def _forward(replay: Replay, prepared: Prepared, tokens: Tensor, alphas: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _forward(
+    replay: Replay, prepared: PreparedSweep, tokens: Tensor, alphas: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Path points ``(token, alpha)`` of all modules through all layers.
 
     Returns the rows that leave the last layer, ``(facts, modules * points, hidden)``, one block a module, and the
@@ -108,7 +115,7 @@ def _forward(replay: Replay, prepared: Prepared, tokens: Tensor, alphas: Tensor)
 
 def _through_layer(
     replay: Replay,
-    prepared: Prepared,
+    prepared: PreparedSweep,
     i: int,
     hidden: Tensor,
     leaves: dict[str, Tensor],
@@ -139,7 +146,7 @@ def _through_layer(
     return torch.cat([part.to(rows[-1].device) for part in rows], 1) if len(rows) > 1 else rows[0]
 
 
-def _points(prepared: Prepared, name: str, tokens: Tensor, alphas: Tensor) -> Tensor:
+def _points(prepared: PreparedSweep, name: str, tokens: Tensor, alphas: Tensor) -> Tensor:
     """``alpha * w`` for each path point: ``(facts, points, d2)``."""
     neurons = prepared.clean.neurons[name]
     return neurons[:, tokens.to(neurons.device)] * alphas.to(neurons)[:, None]

@@ -11,7 +11,7 @@ from kne_easyedit._util.machine import environment, hardware
 from kne_easyedit._util.settings import public_settings
 from kne_easyedit._version import __version__
 from kne_easyedit.benchmark.checks import require, require_shape
-from kne_easyedit.benchmark.preparation import Prepared
+from kne_easyedit.benchmark.preparation import PreparedRun
 from kne_easyedit.benchmark.summary import retention, summarize
 from kne_easyedit.bridge import patches
 from kne_easyedit.facts.readers import data_digest
@@ -36,7 +36,7 @@ _SHAPE = {
 
 
 def manifest_of(
-    prepared: Prepared, editors: Mapping[str, bridge.MethodEditor], second_moments: Mapping[str, dict]
+    prepared: PreparedRun, editors: Mapping[str, bridge.MethodEditor], second_moments: Mapping[str, dict]
 ) -> dict:
     """The manifest, complete before anything is edited: a run that dies leaves it, too.
 
@@ -74,7 +74,7 @@ def manifest_of(
 
 
 def summary_of(
-    prepared: Prepared, second_moments: Mapping[str, dict], results: Sequence[Mapping], retained: Sequence[Mapping]
+    prepared: PreparedRun, second_moments: Mapping[str, dict], results: Sequence[Mapping], retained: Sequence[Mapping]
 ) -> dict[str, Any]:
     """The summary of a run.
 

@@ -23,7 +23,7 @@ from kne_easyedit.models.fingerprint import model_digest
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """A run that is ready to edit. Labels of methods are keys."""
 
     job: Run
@@ -67,7 +67,7 @@ class Prepared:
         return same_settings and self.records.get(index) == line.get("record")
 
 
-def prepare(job: Run) -> Prepared:
+def prepare(job: Run) -> PreparedRun:
     """Everything that a run needs before its first edit; KNE's localisation, too, so that no edit pays for it.
 
     Args:
@@ -89,7 +89,7 @@ def prepare(job: Run) -> Prepared:
     base = base_fingerprint(job, weights, variant)
     hparams = {method: _own_settings(job, its) for method, its in job.hparams.items()}
     ensembles, localization = _localize(job, hparams)
-    return Prepared(
+    return PreparedRun(
         job,
         model_name=str(next(iter(job.hparams.values())).model_name),
         weights=weights,

@@ -29,7 +29,7 @@ from kne_easyedit.benchmark.figures import draw_run
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.benchmark.labels import suffix
 from kne_easyedit.benchmark.manifest import manifest_of, summary_of
-from kne_easyedit.benchmark.preparation import Prepared, prepare
+from kne_easyedit.benchmark.preparation import PreparedRun, prepare
 from kne_easyedit.benchmark.result_line import ResultLine, result_line, retention_line
 from kne_easyedit.benchmark.store import Lines, exclusive_lock
 from kne_easyedit.benchmark.unedited import Unedited, UneditedEvaluations, plain, with_old_answer
@@ -85,7 +85,7 @@ def run(job: Run, *, again: bool = False) -> dict[str, Any]:
         return summary
 
 
-def _editors(prepared: Prepared, quiet: Callable) -> dict[str, bridge.MethodEditor]:
+def _editors(prepared: PreparedRun, quiet: Callable) -> dict[str, bridge.MethodEditor]:
     """Label -> editor. Raises ValueError for a method that cannot edit in the job's mode."""
     job = prepared.job
     editors = {}
@@ -107,7 +107,7 @@ def _write_json(path: Path, content: dict) -> None:
 class _Runner:
     """The loop over records and methods. ``quiet``: a context in which nothing of EasyEdit's is printed."""
 
-    def __init__(self, prepared: Prepared, editors: dict[str, bridge.MethodEditor], quiet: Callable, again: bool):
+    def __init__(self, prepared: PreparedRun, editors: dict[str, bridge.MethodEditor], quiet: Callable, again: bool):
         self.prepared, self.editors, self.quiet = prepared, editors, quiet
         self.job = job = prepared.job
         self.requests = prepared.requests

@@ -25,7 +25,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=positive,
         help="processes that edit side by side "
-        "(default: one a CPU core as far as memory goes; on a GPU and in a sequence 1)",
+        "(default: one per CPU core as far as memory goes; on a GPU and in a sequence 1)",
     )
 
 

@@ -27,7 +27,7 @@ def add_commands(commands: Any) -> None:
         "--stats-text",
         type=Path,
         metavar="FILE",
-        help="text for MEMIT's second moments, one text a line (default: sampled)",
+        help="text for MEMIT's second moments, one text per line (default: sampled)",
     )
     parser.add_argument("--stats-samples", type=positive, metavar="N", help="number of texts to sample for them")
     parser.add_argument("script", metavar="SCRIPT", type=Path, help="e.g. EasyEdit/examples/run_knowedit_llama2.py")

@@ -38,7 +38,9 @@ def add_commands(commands: Any) -> None:
         "sequential: edits stay, facts edited earlier are evaluated again; "
         "batch (default %(default)s)",
     )
-    job.add_argument("--batch-size", type=positive, default=1, help="facts an edit in mode batch (default %(default)s)")
+    job.add_argument(
+        "--batch-size", type=positive, default=1, help="facts per edit in mode batch (default %(default)s)"
+    )
     job.add_argument(
         "--retention-every",
         type=positive,
@@ -52,7 +54,7 @@ def add_commands(commands: Any) -> None:
         "--stats-text",
         type=Path,
         metavar="FILE",
-        help="text for MEMIT's second moments, one text a line (default: sampled from the model)",
+        help="text for MEMIT's second moments, one text per line (default: sampled from the model)",
     )
     job.add_argument(
         "--stats-samples", type=positive, default=512, help="how many texts are sampled for them (default %(default)s)"

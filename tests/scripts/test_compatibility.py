@@ -72,6 +72,9 @@ def test_the_page_says_what_works_and_why_not():
     assert "| sequential_edit | cannot [2] | works |" in text and "| batch_edit 1 | **fails** [3] |" in text
     assert "- [1] patches tied-head" in text and "- [2] no such thing" in text and "- [3] ValueError: boom" in text
     assert "| tied-head | a fault |" in text
+    found["pypi"]["cells"] = [cell for cell in cells if cell["method"] == "KNE"]
+    alone = compatibility_page.text_of(found, {}, None)  # `--methods KNE`
+    assert "| mode | KNE |\n" in alone and "| mode | KNE |\n" not in text
 
 
 def test_the_tracked_page_has_the_texts_of_the_script():
