@@ -91,7 +91,7 @@ def load_method(method: str, path: str | Path) -> Any:
     config = _read(Path(path))
     if not isinstance(config, dict) or config.get("alg_name") != wanted.alg_name:
         found = config.get("alg_name") if isinstance(config, dict) else None
-        raise ValueError(f"{path}: alg_name is {found!r}, wanted is {wanted.alg_name!r}")
+        raise ValueError(f"{path}: alg_name is {found!r}, expected {wanted.alg_name!r}")
     fields = {f.name for f in dataclasses.fields(kind)}
     for name, value in wanted.settings.items():
         if config.get(name, value) != value:

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kne: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("kne: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("kne: interrupted; the same command resumes", file=sys.stderr)
         return 130
 
 

@@ -143,7 +143,7 @@ def _steps(hparams: Mapping[str, Any], records: int, data: str, out: Path) -> li
         f"edit and evaluate {records} records of {data} by {', '.join(hparams)} "
         f"(there about 10 to 60 s for a record and method)"
     )
-    steps.append(f"write tables and pictures to {out}; interrupted, the same command goes on where it stopped")
+    steps.append(f"write tables and pictures to {out}; interrupted, the same command resumes")
     return [f"step {i} of {len(steps)}: {step}" for i, step in enumerate(steps, start=1)]
 
 

@@ -114,7 +114,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, capsys, monkeypatch):
 
     monkeypatch.setattr("kne_easyedit.cli.comparison.run", interrupted)
     assert kne("run", "--data", "records.json", "--methods", "KNE", "--hparams", "kne.yaml") == 130
-    assert "goes on where it stopped" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
 
 
 def test_the_console_entry_is_installed():

@@ -43,7 +43,7 @@ FAULTS = {
         "model_name: the files name different models: ./another",
         "one run has one model",
     ),
-    "two methods": ("FT-L", "alg_name", "RME", "alg_name is 'RME', wanted is 'FT'", ""),
+    "two methods": ("FT-L", "alg_name", "RME", "alg_name is 'RME', expected 'FT'", ""),
     "setting": ("KNE", "p", 2, "p: 2.0 must be in (0, 1]", ""),
     "localisation data": (
         "KNE",

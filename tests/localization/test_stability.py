@@ -153,7 +153,7 @@ class TestLocalizeCommand:
 
         monkeypatch.setattr(localization, "attribute_facts", third_is_interrupted)
         assert kne("localize", "--hparams", "kne.yaml", "--set", "chunk_rows=1", "--out", "out") == 130
-        assert "the same command goes on where it stopped" in capsys.readouterr().err
+        assert "the same command resumes" in capsys.readouterr().err
         assert kne("localize", "--hparams", "kne.yaml", "--set", "chunk_rows=1", "--out", "out") == 0
         assert "(2 attributed now" in capsys.readouterr().out
 
