@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
 from conftest import make_tokenizer, tiny_hparams
 
 from kne_easyedit import bridge
+from kne_easyedit.bridge import TextSource, patches, use_text_source
+from kne_easyedit.bridge.patches import Patch
 
 HPARAMS = Path(__file__).parents[1] / "hparams"
 LABELS = ("KNE", "FT", "FT-L", "LoRA", "AdaLoRA", "ROME", "MEMIT", "KN")
@@ -93,3 +96,20 @@ def edit_inputs(requests: list[dict]) -> dict:
         for name, key in {**names, "rephrase_prompts": "rephrase_prompt"}.items()
     }
     return {**texts, **probes, "verbose": False}
+
+
+SMALL_TEXT = TextSource(samples=20, length=8)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    """For every test of a module that imports it: EasyEdit writes ./logs and ./stats."""
+    monkeypatch.chdir(tmp_path)
+    with use_text_source(SMALL_TEXT):
+        yield
+
+
+def patches_by_name() -> dict[str, Patch]:
+    """The patches, with what they did to the imported EasyEdit."""
+    bridge.register()
+    return {patch.name: patch for patch in patches.report()}

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import fingerprint, make_llama, make_tokenizer
-from methods import HPARAMS, records, settings, tokenizer_for
+from methods import HPARAMS, in_tmp, records, settings, tokenizer_for  # noqa: F401  (in_tmp is a fixture)
 
 from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings
-from kne_easyedit.bridge import MethodEditor, TextSource, importing, use_text_source
+from kne_easyedit.bridge import MethodEditor, importing
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.methods import METHODS, require_request, require_undoable
 
@@ -42,13 +42,6 @@ FILES = {
     "SPHERE": "llama3-8b",
 }
 """EasyEdit's own settings of methods that this project ships none for."""
-
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs and ./stats
-    with use_text_source(TextSource(samples=20, length=8)):
-        yield
 
 
 def methods() -> dict:

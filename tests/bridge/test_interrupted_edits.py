@@ -11,10 +11,10 @@ from random import Random
 import pytest
 import torch
 from conftest import LLAMA_DOWN, failing, fingerprint, make_llama, tiny_hparams, weights
-from methods import edit_inputs, records, settings, tokenizer_for
+from methods import edit_inputs, in_tmp, records, settings, tokenizer_for  # noqa: F401  (in_tmp is a fixture)
 
 from kne_easyedit import bridge
-from kne_easyedit.bridge import MethodEditor, TextSource, use_text_source
+from kne_easyedit.bridge import MethodEditor
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.undo import Undo, undo_on_errors
 from kne_easyedit.editing.row_edit import RowEdit, write_rows
@@ -30,13 +30,6 @@ QUICK = {
 }
 SIGNALS = 15
 """Of each kind, in each mode."""
-
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs and ./stats
-    with use_text_source(TextSource(samples=20, length=8)):
-        yield
 
 
 def editor_of(label: str, **changes):

@@ -9,23 +9,16 @@ import numpy
 import pytest
 import torch
 from conftest import failing, fingerprint, make_llama, make_tokenizer, weights
-from methods import HPARAMS, LABELS, edit_inputs, records, settings, tokenizer_for
+from methods import HPARAMS, LABELS, edit_inputs, in_tmp, records, settings, tokenizer_for  # noqa: F401  (in_tmp is a fixture)
 from rounding import A_MODEL, roundings
 
 from kne_easyedit import bridge
-from kne_easyedit.bridge import MethodEditor, TextSource, compare, use_text_source
+from kne_easyedit.bridge import MethodEditor, compare
 from kne_easyedit.bridge.importing import module
 
 ORIGINALS_WANTED = {"keep_original_weight": True}  # needed before May 2024, ignored since
 NO_EFFECT = {"FT": "lr", "FT-L": "lr", "LoRA": "lr", "AdaLoRA": "lr", "ROME": "v_lr", "MEMIT": "v_lr"}
 """The setting that, at zero, makes an edit change nothing."""
-
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs and ./stats
-    with use_text_source(TextSource(samples=20, length=8)):
-        yield
 
 
 def knows(label: str, setting: str) -> bool:

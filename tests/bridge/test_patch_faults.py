@@ -19,27 +19,24 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import HANGS, LLAMA_DOWN, failing, fingerprint, make_llama, make_tokenizer, tiny_hparams
-from methods import LEAVES_SWITCHES, NAME, edit_inputs, records, settings, tokenizer_for
+from methods import (  # noqa: F401  (in_tmp is a fixture)
+    LEAVES_SWITCHES,
+    NAME,
+    SMALL_TEXT,
+    edit_inputs,
+    in_tmp,
+    patches_by_name,
+    records,
+    settings,
+    tokenizer_for,
+)
 
 from kne_easyedit import bridge
-from kne_easyedit.bridge import MethodEditor, TextSource, importing, patches, use_text_source
+from kne_easyedit.bridge import MethodEditor, importing, patches, use_text_source
 from kne_easyedit.bridge.importing import module
-from kne_easyedit.bridge.patches import APPLIED, NOT_NEEDED, SWITCHED_OFF, Patch, RuntimePatch
+from kne_easyedit.bridge.patches import APPLIED, NOT_NEEDED, SWITCHED_OFF, RuntimePatch
 
 ORIGINALS_WANTED = {"keep_original_weight": True}  # needed before May 2024, ignored since
-SMALL_TEXT = TextSource(samples=20, length=8)
-
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs and ./stats
-    with use_text_source(SMALL_TEXT):
-        yield
-
-
-def by_name() -> dict[str, Patch]:
-    bridge.register()
-    return {patch.name: patch for patch in patches.report()}
 
 
 class Probe(NamedTuple):
@@ -354,7 +351,7 @@ def without(tmp_path_factory) -> dict:
 def main(file: str) -> None:
     """Shows one fault after the other; its patch is applied then, for those below may need it."""
     torch.set_num_threads(1)
-    found, known = {}, by_name()
+    found, known = {}, patches_by_name()
     states = {name: patch.state for name, patch in known.items()}
     for name, probe in PROBES.items():
         with use_text_source(SMALL_TEXT):
@@ -365,13 +362,13 @@ def main(file: str) -> None:
 
 
 def test_every_patch_has_a_probe():
-    assert set(by_name()) == set(PROBES) | ELSEWHERE
+    assert set(patches_by_name()) == set(PROBES) | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", PROBES)
 def test_a_fault_shows_without_its_patch_and_is_gone_with_it(name, without):
     """Where this version has no such fault, the patch says that it was not needed."""
-    patch, probe = by_name()[name], PROBES[name]
+    patch, probe = patches_by_name()[name], PROBES[name]
     assert as_json(outcome(probe.work)) == probe.right
     found = as_json(without["found"][name])
     if found == probe.right:

@@ -11,26 +11,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from methods import in_tmp, patches_by_name  # noqa: F401  (in_tmp is a fixture)
 
 from kne_easyedit import bridge
-from kne_easyedit.bridge import TextSource, importing, patches, use_text_source
+from kne_easyedit.bridge import importing, patches
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.patches import APPLIED, NOT_NEEDED, SWITCHED_OFF, Patch
-
-SMALL_TEXT = TextSource(samples=20, length=8)
-
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs and ./stats
-    with use_text_source(SMALL_TEXT):
-        yield
-
-
-def by_name() -> dict[str, Patch]:
-    bridge.register()
-    return {patch.name: patch for patch in patches.report()}
-
 
 # The registry
 
@@ -138,7 +124,7 @@ def test_loading_again_wraps_nothing_again():
 
 
 def test_every_patch_has_said_what_it_did():
-    for patch in by_name().values():
+    for patch in patches_by_name().values():
         assert patch.state in (APPLIED, NOT_NEEDED)
         assert patch.fault
 
@@ -148,7 +134,7 @@ def test_every_patch_has_said_what_it_did():
 
 def replace_settings(name: str, source: str, where: str) -> str:
     """What a copy of the patch makes of a source; the patch's own state stays."""
-    tree = dataclasses.replace(by_name()[name]).rewrite(ast.parse(source), where)
+    tree = dataclasses.replace(patches_by_name()[name]).rewrite(ast.parse(source), where)
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
