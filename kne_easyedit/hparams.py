@@ -16,6 +16,7 @@ from kne_easyedit._util.messages import require_one_of
 from kne_easyedit._util.settings import EVALUATORS, SECRET, replace_settings
 from kne_easyedit.attribution.engine import ENGINES
 from kne_easyedit.attribution.quadrature import QUADRATURES
+from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.localization.selection import Selection
 from kne_easyedit.models.targets import check_template
 
@@ -78,8 +79,12 @@ class KNEHyperParams:
     """``sweep``; ``whole`` (slow) for models whose layers cannot be replayed; ``auto``: ``sweep`` if it can be."""
 
     # Training: Eq. 8-11
+    optimizer: str = "adamw"
+    """``adamw``: the paper's; beyond it ``polyak``: normalised for each module, without a learning rate (`Polyak`)."""
     lr: float = 5e-3
-    """Learning rate of AdamW."""
+    """Learning rate of AdamW; ``polyak`` has none."""
+    polyak_fraction: float = 0.3
+    """Step of ``polyak``: share of the loss that it would take away if the loss were linear, in (0, 2)."""
     num_steps: int = 100
     """Optimiser steps at most."""
     stop_loss: float = 0.4
@@ -89,7 +94,7 @@ class KNEHyperParams:
     alpha: float = 1.0
     """Scaling ``alpha / sqrt(n)`` of a layer's ``n`` trained rows (Eq. 11)."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW; ``polyak`` has none."""
     initialization: str = "zeros"
     """Start of the trained rows: ``zeros`` (the edit starts as the identity) or ``kaiming`` (the research fork)."""
     kl_weight: float = 0.0
@@ -220,6 +225,11 @@ class KNEHyperParams:
         require_one_of("attribution_engine", self.attribution_engine, ENGINES)
         require_one_of("initialization", self.initialization, INITIALISATIONS)
         require_one_of("on_failure", self.on_failure, ON_FAILURE)
+        require_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _require(0 < self.polyak_fraction < 2, "polyak_fraction", self.polyak_fraction, "must be in (0, 2)")
+        adamw = self.optimizer == "adamw"
+        rule = f"belongs to adamw; leave it 0 with optimizer: {self.optimizer}"
+        _require(adamw or not self.weight_decay, "weight_decay", self.weight_decay, rule)
         for name in ("attribution_steps", "localization_size", "num_steps", "kl_size", "max_length", "batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")

@@ -61,7 +61,17 @@ def _rows(out):
 
 
 def literal_row_training(
-    model, examples, masks, lr, steps, alpha=1.0, weight_decay=0.0, stop_loss=0.0, kl_weight=0.0, kl_ids=()
+    model,
+    examples,
+    masks,
+    lr,
+    steps,
+    alpha=1.0,
+    weight_decay=0.0,
+    stop_loss=0.0,
+    kl_weight=0.0,
+    kl_ids=(),
+    fraction=None,
 ):
     """Eq. 8-11 on full matrices: every weight has a full-sized ``W_kne`` whose gradient is masked to the chosen rows.
 
@@ -69,13 +79,15 @@ def literal_row_training(
     ``masks`` maps parameter name -> (boolean mask of the weight's shape, number of chosen neurons ``n``);
     ``kl_ids`` are token ids of prompts: ``kl_weight`` times the mean KL divergence of the next token's distribution
     there, before against now, is added to what is minimised.
+    ``fraction``: instead of AdamW, Polyak's step with that fraction, on what is added to the weights itself.
     Returns what is added to each weight, full-sized, and the answers' losses before every step and after the last.
     """
     frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
     added = {name: torch.zeros_like(frozen[name], requires_grad=True) for name in masks}
 
     def scaled():
-        return {name: alpha / masks[name][1] ** 0.5 * added[name] for name in masks}
+        factor = {name: alpha / masks[name][1] ** 0.5 if fraction is None else 1.0 for name in masks}
+        return {name: factor[name] * added[name] for name in masks}
 
     def logits_of(ids):
         edited = {**frozen, **{name: frozen[name] + change for name, change in scaled().items()}}
@@ -106,7 +118,15 @@ def literal_row_training(
         if losses[-1] < stop_loss or len(losses) > steps:
             return {name: change.detach() for name, change in scaled().items()}, losses
         optimizer.zero_grad()
-        (now + kl_weight * divergence() if kl_ids else now).backward()
+        minimised = now + kl_weight * divergence() if kl_ids else now
+        minimised.backward()
         for name, (mask, _) in masks.items():
             added[name].grad[~mask] = 0
-        optimizer.step()
+        if fraction is None:
+            optimizer.step()
+        else:
+            norms = {name: change.grad.square().sum().sqrt() for name, change in added.items()}
+            length = fraction * minimised / sum(norms.values())
+            with torch.no_grad():
+                for name, change in added.items():
+                    change -= length * change.grad / norms[name]

@@ -104,6 +104,8 @@ RANGES = {
     "initialization": (["ones", ""], "must be one of"),
     "score_scale": (["module", ""], "must be one of"),
     "on_failure": (["ignore", ""], "must be one of"),
+    "optimizer": (["adam", "sgd", ""], "must be one of"),
+    "polyak_fraction": ([0.0, -0.3, 2.0, float("nan"), float("inf")], r"must be in \(0, 2\)"),
     "kl_size": ([0], "must be at least 1"),
     "kl_weight": ([-0.1, float("nan"), float("inf")], "must be 0 or more and finite"),
     "quadrature": (["simpson", ""], "must be one of"),
@@ -131,6 +133,8 @@ ACCEPTED = {
     "quadrature": ["riemann", "gauss-legendre"],
     "attribution_engine": ["auto", "sweep", "whole"],
     "chunk_rows": [None, 1],
+    "optimizer": ["adamw", "polyak"],
+    "polyak_fraction": [1.0],
     "stop_loss": [0.0],
     "weight_decay": [0.0, 0.5],
     "seed": [0, 2**32 - 1],
@@ -209,6 +213,8 @@ class TestValidation:
             build(target_modules=[LLAMA_DOWN, LLAMA_DOWN])
 
     def test_a_divergence_needs_prompts(self):
+        with pytest.raises(ValueError, match=r"weight_decay: 0\.1 belongs to adamw; leave it 0 with optimizer: polyak"):
+            build(optimizer="polyak", weight_decay=0.1)
         with pytest.raises(ValueError, match="kl_data: None must name a file of prompts"):
             build(kl_weight=1.0)
         assert build(kl_weight=1.0, kl_data="embedded").kl_weight == 1

@@ -26,6 +26,9 @@ from kne_easyedit.localization.ensemble import NeuronEnsemble
 MODES = ("single", "sequential", "batch")
 _WITHOUT_EFFECT = {"stats_dir", "cache_dir", "chunk_rows", "localization_data", "ensemble"}
 """Settings that name places or work alike whatever their value; what the places hold is in the fingerprint."""
+_ADDED: Mapping[str, object] = {"optimizer": "adamw", "polyak_fraction": 0.3}
+"""Settings that KNE did not have from the beginning -> the value under which it does what it did without them. With that
+value they are left out: fingerprints of earlier lines hold. It stays here even if the default changes."""
 
 
 @dataclass
@@ -173,7 +176,11 @@ def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | No
         ensemble: Of KNE, if it localises before the first edit.
     """
     hparams = job.hparams[method]
-    settings = {name: str(value) for name, value in public_settings(hparams).items() if name not in _WITHOUT_EFFECT}
+    settings = {
+        name: str(value)
+        for name, value in public_settings(hparams).items()
+        if name not in _WITHOUT_EFFECT and not (hparams.alg_name == KNE and _as_before(name, value))
+    }
     settings |= {name: _content(value) for name, value in path_settings(hparams).items() if name in settings}
     parts: list = [base, method, settings, job.mode]
     if hparams.alg_name == KNE:
@@ -199,6 +206,10 @@ def settings_digest(job: Run, method: str, weights: str, variant: str, ensemble:
     """
     seedless = replace(job, seed=0)
     return fingerprint(seedless, method, base_fingerprint(seedless, weights, variant), ensemble)
+
+
+def _as_before(name: str, value: object) -> bool:
+    return name in _ADDED and _ADDED[name] == value
 
 
 def _content(path: str) -> str:

@@ -22,6 +22,7 @@ from kne_easyedit.bridge.edited_modules import (
     state_bytes,
     vocabulary,
 )
+from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.targets import Target, resolve_target
@@ -36,11 +37,12 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int) -> dict[str, i
     """KNE: rows of some matrices are trained in float32 or better."""
     precise = max(itemsize, PRECISE)
     rows = _kne_rows(model, hparams)
+    copies = 2 + OPTIMIZERS[hparams.optimizer].moments
     needed = {
         # Whole matrices: EasyEdit undoes by no less.
         "originals": itemsize * sum(matrix_size(module) for target, _ in rows for module in target.modules),
-        # W_kne, its gradient, and AdamW's two moments.
-        "trained rows": 4 * precise * sum(n * in_features(target.modules[0]) for target, n in rows),
+        # W_kne, its gradient, and what the optimiser keeps.
+        "trained rows": copies * precise * sum(n * in_features(target.modules[0]) for target, n in rows),
         # The difference of the weights, before it is added.
         "differences": precise * sum(n * in_features(target.modules[0]) for target, n in rows),
         # PEFT's B, dense: (neurons, rows) in every layer.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
 from kne_easyedit.editing.objectives import objectives_for
+from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.editing.row_edit import RowEdit, write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.editing.settings import EditSettings
@@ -86,7 +87,7 @@ def _shortfall(edit: RowEdit, hparams: EditSettings) -> str | None:
     return (
         f"{len(failed)} of {len(edit.answers)} facts not reached after {edit.steps} steps (loss {edit.losses[-1]:.3f}, "
         f"stop_loss {hparams.stop_loss:g}): {', '.join(named + more)}; do the facts contradict each other? Else raise "
-        f"num_steps or lr, lower stop_loss, or take a larger p"
+        f"num_steps or {OPTIMIZERS[hparams.optimizer].rate_setting}, lower stop_loss, or take a larger p"
     )
 
 

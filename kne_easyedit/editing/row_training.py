@@ -17,6 +17,7 @@ from tqdm import tqdm
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter, rows_by_module
 from kne_easyedit.editing.objectives import Objective, answer_logits, cross_entropy
+from kne_easyedit.editing.optimizers import OPTIMIZERS, TrainedRows
 from kne_easyedit.editing.row_edit import Answer, RowEdit
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Fact, collate
@@ -46,8 +47,8 @@ def train_rows(
         model: A causal language model of transformers.
         facts: The facts to learn (`encode`).
         ensemble: The rows to train.
-        hparams: ``lr``, ``num_steps``, ``stop_loss``, ``weight_decay``, ``alpha``, ``initialization``, ``seed`` are
-            read.
+        hparams: ``optimizer`` and its settings, ``num_steps``, ``stop_loss``, ``alpha``, ``initialization``, ``seed``
+            are read.
         objectives: Further terms of the loss; none: the paper's training.
         on_step: Called before each step with its number, from 1, and the cross-entropy in nats.
 
@@ -67,8 +68,11 @@ def train_rows(
         fast_linear(model),
         _progress(hparams.num_steps) as progress,
     ):
-        parameters = [layer.lora_A[ADAPTER].weight for layer in trained.values()]
-        optimizer = torch.optim.AdamW(parameters, lr=hparams.lr, weight_decay=hparams.weight_decay)
+        rows = [
+            TrainedRows(name, layer.lora_A[ADAPTER].weight, layer.scaling[ADAPTER]) for name, layer in trained.items()
+        ]
+        parameters = [one.values for one in rows]
+        optimizer = OPTIMIZERS[hparams.optimizer](rows, hparams)
         losses: list[float] = []
         with torch.enable_grad():
             while True:
@@ -77,9 +81,10 @@ def train_rows(
                 loss = cross_entropy(logits, labels)
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
+                    rate = optimizer.rate_setting
                     raise FloatingPointError(
-                        f"training: the loss is {losses[-1]} at step {len(losses) - 1}; lower lr (it is {hparams.lr}), "
-                        f"or load the model in float32 or bfloat16"
+                        f"training: the loss is {losses[-1]} at step {len(losses) - 1}; lower {rate} (it is "
+                        f"{getattr(hparams, rate)}), or load the model in float32 or bfloat16"
                     )
                 if losses[-1] < hparams.stop_loss or len(losses) > hparams.num_steps:
                     break
@@ -87,15 +92,10 @@ def train_rows(
                     on_step(len(losses), losses[-1])
                 for objective in objectives:
                     loss = loss + objective.weight * objective.loss(model)
-                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-                    parameter.grad = gradient
-                optimizer.step()
+                optimizer.step(loss.detach(), torch.autograd.grad(loss, parameters))
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 progress.update()
-        deltas = {
-            name: (chosen[name], (layer.lora_A[ADAPTER].weight * layer.scaling[ADAPTER]).detach())
-            for name, layer in trained.items()
-        }
+        deltas = {one.module: (chosen[one.module], (one.values * one.scale).detach()) for one in rows}
         answers = _answers(facts, logits.detach(), labels)
     return RowEdit(deltas, tuple(losses), answers)
 

@@ -10,7 +10,9 @@ from kne_easyedit.localization.settings import LocalizationSettings
 class EditSettings(LocalizationSettings, Protocol):
     """The settings of Eq. 8-11, and those of localisation; their meanings: `KNEHyperParams`."""
 
+    optimizer: str
     lr: float
+    polyak_fraction: float
     num_steps: int
     stop_loss: float
     on_failure: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from kne_easyedit.benchmark import Run
+from kne_easyedit.benchmark import job as job_module
 from kne_easyedit.benchmark.config import job_folder
 from kne_easyedit.benchmark.job import fingerprint, record_digest
 from kne_easyedit.hparams import KNEHyperParams
@@ -35,6 +37,25 @@ def job(mode: str, **changes) -> Run:
 def test_the_fingerprint_of_a_method(mode, expected):
     assert fingerprint(job(mode), "KNE", ["base"], None) == expected
     assert fingerprint(job(mode, p=0.5), "KNE", ["base"], None) != expected
+
+
+FIRST_SETTINGS = """
+model_name target_modules alg_name layers p attribution_steps aggregation score_scale localization_data
+localization_size localization_offset ensemble cache_dir chunk_rows quadrature attribution_engine lr num_steps stop_loss
+on_failure alpha weight_decay initialization kl_weight kl_data kl_size seed device model_parallel max_length batch_size
+use_chat_template separator fp16 bf16
+"""
+
+
+def test_a_setting_that_was_added_counts_where_it_changes_something():
+    """Every later setting has a value under which the fingerprint is that of a version without it; any other counts."""
+    known = {field.name: field.default for field in fields(KNEHyperParams)}
+    assert known.keys() - set(FIRST_SETTINGS.split()) == job_module._ADDED.keys(), "name it in `_ADDED`"
+    for name, value in job_module._ADDED.items():
+        assert known[name] == value and type(known[name]) is type(value)
+    plain = fingerprint(job("single"), "KNE", ["base"], None)
+    for name, value in {"optimizer": "polyak", "polyak_fraction": 0.5}.items():
+        assert fingerprint(job("single", **{name: value}), "KNE", ["base"], None) != plain
 
 
 def test_the_digest_of_a_record():

@@ -57,6 +57,11 @@ def test_memory_is_counted_as_an_edit_takes_it(make, template, dtype, tokenizer,
         assert needed["row selector"] == _bytes(*(layer.lora_B[ADAPTER].weight for layer in layers.values()))
 
 
+def test_an_optimiser_without_moments_needs_half_for_the_rows(llama):
+    adamw, polyak = (memory_needed(llama, tiny_hparams(optimizer=name)) for name in ("adamw", "polyak"))
+    assert polyak.pop("trained rows") * 2 == adamw.pop("trained rows") and adamw == polyak
+
+
 def test_an_ensemble_file_says_how_many_rows(tmp_path, llama):
     scores = torch.zeros(4, 24)
     scores[2, :3] = 1

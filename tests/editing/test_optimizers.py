@@ -1,0 +1,107 @@
+"""Polyak's step: its length, its direction, and what it does not depend on. AdamW is tested in test_row_training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import LLAMA_DOWN, bits, tiny_hparams
+from edits import ensemble_of, full_deltas, masks_of
+from pytest import approx
+from reference import literal_row_training
+
+from kne_easyedit.editing.edit import EditFailed, apply_kne_to_model
+from kne_easyedit.editing.optimizers import OPTIMIZERS, Polyak, TrainedRows
+from kne_easyedit.editing.row_training import train_rows
+
+POLYAK = {"optimizer": "polyak", "stop_loss": 0, "num_steps": 6}
+
+
+def rows_of(*shapes: tuple[int, int], scale: float = 0.5) -> list[TrainedRows]:
+    return [
+        TrainedRows(f"m{i}", torch.zeros(shape, dtype=torch.float64, requires_grad=True), scale * (i + 1))
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def stepped(rows, loss, **settings) -> list[torch.Tensor]:
+    """What is added to the weights after one step on ``loss(of what is added)``."""
+    value = loss([one.scale * one.values for one in rows])
+    gradients = torch.autograd.grad(value, [one.values for one in rows])
+    Polyak(rows, tiny_hparams(**settings)).step(value.detach(), gradients)
+    return [(one.scale * one.values).detach() for one in rows]
+
+
+def test_the_length_on_a_quadratic():
+    """1/2 sum ||ΔW_m - T_m||^2 with ||T|| = 3 and 4: L = 12.5, gradients of norm 3 and 4, so the length is 0.3 * 12.5
+    / 7, the same for both modules whatever their scales."""
+    targets = [torch.tensor([[1.0, 2.0, 2.0]], dtype=torch.float64), torch.full((2, 2), 2.0, dtype=torch.float64)]
+    loss = lambda added: sum((a - t).square().sum() for a, t in zip(added, targets)) / 2  # noqa: E731
+    for change, target, norm in zip(stepped(rows_of((1, 3), (2, 2)), loss), targets, (3, 4)):
+        assert torch.allclose(change, 0.3 * 12.5 / 7 * target / norm, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.8])
+def test_a_linear_loss_falls_by_the_fraction(fraction):
+    slopes = [torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    loss = lambda added: 5 + sum((a * s).sum() for a, s in zip(added, slopes))  # noqa: E731
+    added = stepped(rows_of(*[(2, 3)] * 3), loss, polyak_fraction=fraction)
+    assert loss(added).item() == approx(5 * (1 - fraction), rel=1e-14)
+
+
+def test_rows_without_a_gradient_stay():
+    """One module without any; then all."""
+    first, second = stepped(rows_of((1, 2), (1, 2)), lambda added: 2 + added[0].sum() + 0 * added[1].sum())
+    assert first.norm().item() == approx(0.3 * 2 / 2**0.5) and not second.any()
+    (alone,) = stepped(rows_of((1, 2)), lambda added: 1 + 0 * added[0].sum())
+    assert not alone.any()
+
+
+def test_training_is_the_literal_one(family, facts):
+    """Losses and deltas equal those of steps on full weights, without an adapter, for several module types."""
+    hparams = tiny_hparams(target_modules=[family.down, family.up], alpha=3.0, **POLYAK)
+    ensemble = ensemble_of(family.down, family.up)
+    edit = train_rows(family.model, facts, ensemble, hparams)
+    examples = [(fact.ids, fact.prompt_length) for fact in facts]
+    expected, losses = literal_row_training(
+        family.model, examples, masks_of(family.model, ensemble), 0.0, 6, fraction=0.3
+    )
+    for name, delta in full_deltas(family.model, edit).items():
+        assert delta.abs().max() > 0.01 and (delta - expected[name]).abs().max() < 1e-9
+    assert edit.losses == approx(losses, abs=1e-9) and losses[-1] < losses[0]
+
+
+def largest_difference(one, other) -> float:
+    return max((one.deltas[name][1] - other.deltas[name][1]).abs().max().item() for name in one.deltas)
+
+
+def test_neither_alpha_nor_lr_matter(llama64, facts):
+    """Conversely, both do under AdamW, and the fraction does under Polyak."""
+    ensemble = ensemble_of(LLAMA_DOWN)
+
+    def trained(**settings):
+        return train_rows(llama64, facts, ensemble, tiny_hparams(**{**POLYAK, **settings}))
+
+    plain = trained()
+    assert largest_difference(trained(alpha=7.0), plain) < 1e-12
+    assert bits(trained(lr=1.0).deltas[LLAMA_DOWN.format(0)][1]) == bits(plain.deltas[LLAMA_DOWN.format(0)][1])
+    assert largest_difference(trained(polyak_fraction=0.31), plain) > 1e-4
+    for change in ({"alpha": 7.0}, {"lr": 0.06}):
+        assert largest_difference(trained(optimizer="adamw", **change), trained(optimizer="adamw")) > 1e-3
+
+
+def test_an_edit_succeeds_in_fewer_steps(llama, facts):
+    rows = {layer: tuple(range(0, 24, 2)) for layer in range(4)}
+    edit = train_rows(llama, facts[:1], ensemble_of(LLAMA_DOWN, rows=rows), tiny_hparams(optimizer="polyak"))
+    assert edit.losses[-1] < 0.05 and edit.steps < 30 and edit.answers[0].greedy
+
+
+def test_messages_name_the_setting_of_the_optimiser(llama, tokenizer, facts):
+    request = {"prompt": "The capital of France is", "target_new": "Rome"}
+    for name, kind in OPTIMIZERS.items():
+        hparams = tiny_hparams(optimizer=name, num_steps=1, on_failure="raise", polyak_fraction=0.01, lr=1e-6)
+        with pytest.raises(EditFailed, match=f"raise num_steps or {kind.rate_setting}, lower stop_loss"):
+            apply_kne_to_model(llama, tokenizer, request, hparams)
+    with torch.no_grad():
+        llama.model.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"lower polyak_fraction \(it is 0.3\)"):
+        train_rows(llama, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(optimizer="polyak"))
