@@ -1,0 +1,217 @@
+"""What is known of subjects, and how near they are to that of a request: an index of facts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from kne_easyedit.facts.templates import (
+    content_words,
+    normalised,
+    slot_text,
+    stands_in,
+    subject_key,
+    template_key,
+    without,
+)
+
+__all__ = ["FactIndex", "KnownFact", "facts_of", "plain", "prompts_of", "relation_key"]
+
+CLEAR = math.log(2)
+"""Log odds of a subject's kind from which on it counts as told (`FactPool._evidence`)."""
+
+
+@dataclass(frozen=True)
+class KnownFact:
+    """What a pool knows of a subject."""
+
+    subject: str
+    template: str
+    truth: str | None = None
+    """The true answer."""
+    claims: tuple[str, ...] = ()
+    """Answers that data give beside it, for instance an edit's new one."""
+    relation: Hashable = None
+    """The relation's name; None: named by the template's words."""
+    kind: str | None = None
+    """The subject's kind; None: told by what is asked about it."""
+    derived: bool = False
+    """Whether it is asked for what follows from an edit, or of an edit: it tells of the subject's kind only."""
+
+
+def prompts_of(request: Mapping) -> list[str]:
+    """Every prompt that stands in a request: its own, the rephrased one, all probes."""
+    found = [request["prompt"], *([request["rephrase_prompt"]] if "rephrase_prompt" in request else [])]
+    for section in ("portability", "locality"):
+        for probes in (request.get(section) or {}).values():
+            found += probes["prompt"]
+    return found
+
+
+class FactIndex:
+    """Which templates are asked about which subjects, with their answers, and what tells the kind of a subject.
+
+    Attributes:
+        subjects: Number of different subjects.
+    """
+
+    def __init__(self, facts: Iterable[KnownFact], follows: Mapping[Hashable, Iterable[Hashable]] | None = None):
+        """Takes in the facts.
+
+        Args:
+            facts: The facts.
+            follows: Relation -> relations whose answers follow from it, so that an edit of it changes them, too.
+        """
+        self._spellings: dict[str, Counter[str]] = defaultdict(Counter)
+        self._features: dict[str, set[Hashable]] = defaultdict(set)
+        self._having: dict[Hashable, set[str]] = defaultdict(set)
+        self._words: dict[str, set[str]] = defaultdict(set)
+        self._truths: dict[tuple[str, Hashable], set[str]] = defaultdict(set)
+        self._claims: dict[tuple[str, Hashable], set[str]] = defaultdict(set)
+        self._templates: dict[Hashable, Counter[str]] = defaultdict(Counter)
+        self._relations: dict[Hashable, set[Hashable]] = defaultdict(set)
+        self._kinds: dict[Hashable, set[Hashable]] = defaultdict(set)
+        self._profiles: dict[frozenset[Hashable], tuple[dict[Hashable, float], Counter[Hashable]]] = {}
+        self._follows = {relation: frozenset(others) for relation, others in (follows or {}).items()}
+        for fact in facts:
+            self._add(fact)
+        self.subjects = len(self._spellings)
+
+    def _add(self, fact: KnownFact) -> None:
+        name = subject_key(fact.subject)
+        relation = relation_key(fact.template) if fact.relation is None else fact.relation
+        self._spellings[name][fact.subject] += 1
+        features: set[Hashable] = {relation}
+        if fact.kind is not None:
+            features.add(("kind", fact.kind))
+            self._kinds[relation].add(("kind", fact.kind))
+        self._features[name] |= features
+        for feature in features:
+            self._having[feature].add(name)
+        for word in content_words(fact.template):
+            self._words[word].add(name)
+        if not fact.derived:
+            self._templates[relation][fact.template] += 1
+        self._relations[relation_key(fact.template)].add(relation)
+        if fact.truth is not None:
+            self._truths[name, relation].add(fact.truth)
+        self._claims[name, relation].update(fact.claims)
+
+    def _spelling(self, name: str) -> str:
+        return min(self._spellings[name], key=lambda text: (-self._spellings[name][text], text))
+
+    def _relation(self, template: str, subject: str) -> Hashable:
+        """The relation that a template asks: of those with its words one that the subject has, else any."""
+        known = self._relations.get(relation_key(template), ())
+        own = self._features.get(subject_key(subject), ())
+        return (
+            min(known, key=lambda relation: (relation not in own, repr(plain(relation))))
+            if known
+            else (relation_key(template))
+        )
+
+    def _features_of(self, request: Mapping, subject: str, relation: Hashable) -> frozenset[Hashable]:
+        """What tells the kind of a request's subject: its relation's, else all that is asked about it elsewhere."""
+        features = set(self._kinds.get(relation, ()))
+        if not features:
+            features |= self._features.get(subject_key(subject), set())
+            patterns = (without(prompt, subject) for prompt in prompts_of(request))
+            features |= {self._relation(pattern, subject) for pattern in patterns if pattern}
+        return frozenset(features - {relation})
+
+    def _evidence(self, features: frozenset[Hashable]) -> tuple[dict[Hashable, float], Counter[Hashable]]:
+        """How much each feature speaks for a subject's being of the kind that has these features.
+
+        That is log((s n + 1) / (u n + 1)) with n subjects that have one of ``features``: their kin. s is the share of
+        them that have the feature, where each of ``features`` counts the same, however many subjects have it; u is the
+        share of all subjects. Summed over a subject's features these are the log odds of naive Bayes.
+
+        Returns:
+            The evidence by feature, and the number of kin that have it.
+        """
+        if features not in self._profiles:
+            kin: Counter[str] = Counter()
+            for feature in features:
+                having = self._having.get(feature, ())
+                for name in having:
+                    kin[name] += 1 / len(having)
+            total, n = sum(kin.values()), len(kin)
+            share: Counter[Hashable] = Counter()
+            counts: Counter[Hashable] = Counter()
+            for name, weight in kin.items():
+                for feature in self._features[name]:
+                    counts[feature] += 1
+                    share[feature] += weight / total
+            usual = {feature: len(having) / self.subjects for feature, having in self._having.items()}
+            self._profiles[features] = {f: math.log((share[f] * n + 1) / (u * n + 1)) for f, u in usual.items()}, counts
+        return self._profiles[features]
+
+    def _ranked(self, request: Mapping, subject: str, template: str, relation: Hashable) -> Iterator[set[str]]:
+        """Subjects by how near they are to the request's.
+
+        Those that are asked the relation and are of the kind; that are asked it, and nothing tells their kind; of the
+        kind, first by what is asked about both, then by what is typical of it; asked, but of another kind; with words
+        of the request's prompts in what is asked about them; all others.
+        """
+        features = self._features_of(request, subject, relation)
+        evidence, _ = self._evidence(features)
+        direct = set().union(*(self._having.get(feature, ()) for feature in features))
+        asked = self._having.get(relation, set())
+        kin, others = set(), set()
+        for name, found in self._features.items():
+            odds = sum(evidence[feature] for feature in found if feature != relation)
+            if odds > (0.0 if name in direct else CLEAR):
+                kin.add(name)
+            elif odds < -CLEAR:
+                others.add(name)
+        yield from (kin & asked, asked - kin - others, kin & direct - asked, kin - direct - asked, asked & others)
+        near: Counter[str] = Counter()
+        for word in set().union(*(content_words(without(prompt, subject) or "") for prompt in prompts_of(request))):
+            having = self._words.get(word, ())
+            for other in having:
+                near[other] += math.log(1 + self.subjects / len(having))
+        best = max(near.values(), default=0.0)
+        alike = {other for other, score in near.items() if score >= best / 2} - kin - asked
+        yield alike
+        yield set(self._spellings) - kin - asked - alike
+
+
+def relation_key(template: str) -> Hashable:
+    """Names the relation of a template by its words; one of function words only by its text."""
+    return content_words(template) or template_key(template)
+
+
+def facts_of(request: Mapping, template: str) -> tuple[list[KnownFact], set[Hashable]]:
+    """The facts of a record, and the relations that follow from its own."""
+    subject, relation = request["subject"], relation_key(template)
+    truth, claims = request.get("ground_truth"), (request["target_new"],)
+    facts = [KnownFact(subject, template, truth, claims)]
+    rephrased = without(request.get("rephrase_prompt") or "", subject)
+    if rephrased is not None:
+        facts.append(KnownFact(subject, rephrased, truth, claims, relation))
+    follows: set[Hashable] = set()
+    answers = [normalised(text) for text in (request["target_new"], truth) if isinstance(text, str)]
+    for section in ("portability", "locality"):
+        for probes in (request.get(section) or {}).values():
+            for prompt, answer in zip(probes["prompt"], probes["ground_truth"]):
+                pattern, other = without(prompt, subject), slot_text(prompt, template)
+                if other is not None:
+                    # A neighbour that the record itself brings; in portability it is an alias of the subject, and
+                    # "The capital of France, which is not Rome, is" is no fact of a subject.
+                    if section == "locality" and pattern is None:
+                        facts.append(KnownFact(other, template, answer))
+                elif pattern is None or any(stands_in(text, normalised(pattern)) for text in answers):
+                    continue
+                elif section == "locality":
+                    facts.append(KnownFact(subject, pattern, answer))
+                else:
+                    facts.append(KnownFact(subject, pattern, None, (answer,), derived=True))
+                    follows.add(relation_key(pattern))
+    return facts, follows - {relation}
+
+
+def plain(relation: Hashable) -> object:
+    """A relation in a form whose repr is the same in every process."""
+    return sorted(relation) if isinstance(relation, frozenset) else relation
