@@ -103,8 +103,23 @@ class KNEHyperParams:
     """Data file of these prompts, or ``embedded``: the packaged facts."""
     kl_size: int = 8
     """Number of these prompts."""
+    neighbour_weight: float = 0.0
+    """Beyond the paper: weight of ``KL(before || now)`` after neighbours (docs/edit.md), added to the loss; 0: none."""
+    neighbour_data: str | None = None
+    """Data file of facts to make neighbours of, or ``embedded``: the packaged relations; None: the facts localised on,
+    if ``localization_data`` is a file, else ``embedded``."""
+    neighbour_relation_size: int = 6
+    """Neighbours of each fact that ask the same of another subject."""
+    neighbour_subject_size: int = 6
+    """Neighbours of each fact that ask something else of the same subject."""
+    neighbour_tokens: int = 4
+    """Tokens of the unedited model's own continuation of a neighbour, at which the divergence is taken."""
+    neighbours_per_step: int = 0
+    """Neighbours of each fact in one training step, in turn; 0: all."""
+    neighbour_stop: float | None = None
+    """Training goes on while the divergence of a step's neighbours is not below; None: the answers alone decide."""
     seed: int = 42
-    """Seed of the ``kaiming`` start; nothing else is random."""
+    """Seed of the ``kaiming`` start and of the choice of neighbours; nothing else is random."""
 
     # EasyEdit's own
     device: int | str = 0
@@ -230,14 +245,19 @@ class KNEHyperParams:
         adamw = self.optimizer == "adamw"
         rule = f"belongs to adamw; leave it 0 with optimizer: {self.optimizer}"
         _require(adamw or not self.weight_decay, "weight_decay", self.weight_decay, rule)
-        for name in ("attribution_steps", "localization_size", "num_steps", "kl_size", "max_length", "batch_size"):
+        counts = ("attribution_steps", "localization_size", "num_steps", "kl_size", "neighbour_tokens")
+        for name in (*counts, "max_length", "batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")
         _require(self.chunk_rows is None or self.chunk_rows >= 1, "chunk_rows", self.chunk_rows, "must be at least 1")
+        for name in ("neighbour_relation_size", "neighbour_subject_size", "neighbours_per_step"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+        stop = self.neighbour_stop
+        _require(stop is None or 0 < stop < math.inf, "neighbour_stop", stop, "must be positive and finite, or null")
         for name in ("lr", "alpha"):
             value = getattr(self, name)
             _require(0 < value < math.inf, name, value, "must be positive and finite")
-        for name in ("stop_loss", "weight_decay", "kl_weight"):
+        for name in ("stop_loss", "weight_decay", "kl_weight", "neighbour_weight"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, value, "must be 0 or more and finite")
         _require(
@@ -245,6 +265,13 @@ class KNEHyperParams:
             "kl_data",
             self.kl_data,
             "must name a file of prompts when kl_weight is not 0",
+        )
+        _require(
+            not self.neighbour_weight or self.neighbour_relation_size + self.neighbour_subject_size > 0,
+            "neighbour_relation_size",
+            self.neighbour_relation_size,
+            "and neighbour_subject_size must not both be 0 when neighbour_weight is not; set neighbour_weight: 0 to "
+            "train without neighbours",
         )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         rule = "must be white space or empty; visible characters belong into the prompts"

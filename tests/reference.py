@@ -70,15 +70,17 @@ def literal_row_training(
     weight_decay=0.0,
     stop_loss=0.0,
     kl_weight=0.0,
-    kl_ids=(),
+    kl_texts=(),
+    kl_per_step=0,
     fraction=None,
 ):
     """Eq. 8-11 on full matrices: every weight has a full-sized ``W_kne`` whose gradient is masked to the chosen rows.
 
     ``examples`` are (token ids, number of prompt tokens), each run through the model alone and unpadded;
     ``masks`` maps parameter name -> (boolean mask of the weight's shape, number of chosen neurons ``n``);
-    ``kl_ids`` are token ids of prompts: ``kl_weight`` times the mean KL divergence of the next token's distribution
-    there, before against now, is added to what is minimised.
+    ``kl_texts`` are (token ids, number of prompt tokens): ``kl_weight`` times the mean KL divergence, before against
+    now, of the distributions that predict the tokens after the prompts is added to what is minimised. ``kl_per_step``:
+    only of so many texts in each step, in turn.
     ``fraction``: instead of AdamW, Polyak's step with that fraction, on what is added to the weights itself.
     Returns what is added to each weight, full-sized, and the answers' losses before every step and after the last.
     """
@@ -102,14 +104,20 @@ def literal_row_training(
                 count += 1
         return total / count
 
-    def divergence():
-        total = 0
-        for ids, p in zip(kl_ids, before):
-            q = torch.softmax(logits_of(ids)[-1], -1)
-            total = total + (p * torch.log(p / q)).sum()
-        return total / len(kl_ids)
+    def distributions(text):
+        ids, n_prompt = kl_texts[text]
+        return torch.softmax(logits_of(ids[:-1])[n_prompt - 1 :], -1)
 
-    before = [torch.softmax(logits_of(ids)[-1], -1).detach() for ids in kl_ids]
+    def divergence(step):
+        total, count = 0, 0
+        for i in range(kl_per_step or len(kl_texts)):
+            text = (step * kl_per_step + i) % len(kl_texts)
+            for p, q in zip(before[text], distributions(text)):
+                total = total + (p * torch.log(p / q)).sum()
+                count += 1
+        return total / count
+
+    before = [distributions(text).detach() for text in range(len(kl_texts))]
     optimizer = torch.optim.AdamW(added.values(), lr=lr, weight_decay=weight_decay)
     losses = []
     while True:
@@ -118,7 +126,7 @@ def literal_row_training(
         if losses[-1] < stop_loss or len(losses) > steps:
             return {name: change.detach() for name, change in scaled().items()}, losses
         optimizer.zero_grad()
-        minimised = now + kl_weight * divergence() if kl_ids else now
+        minimised = now + kl_weight * divergence(len(losses) - 1) if kl_texts else now
         minimised.backward()
         for name, (mask, _) in masks.items():
             added[name].grad[~mask] = 0
@@ -130,3 +138,12 @@ def literal_row_training(
             with torch.no_grad():
                 for name, change in added.items():
                     change -= length * change.grad / norms[name]
+
+
+def literal_continuation(model, ids, tokens, end=None):
+    """The tokens that the model says after ``ids``, each by a pass over all before it."""
+    said = []
+    while len(said) < tokens and end not in said:
+        with torch.no_grad():
+            said.append(model(input_ids=torch.tensor([[*ids, *said]])).logits[0, -1].argmax().item())
+    return said

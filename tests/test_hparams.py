@@ -108,6 +108,12 @@ RANGES = {
     "polyak_fraction": ([0.0, -0.3, 2.0, float("nan"), float("inf")], r"must be in \(0, 2\)"),
     "kl_size": ([0], "must be at least 1"),
     "kl_weight": ([-0.1, float("nan"), float("inf")], "must be 0 or more and finite"),
+    "neighbour_weight": ([-0.1, float("nan"), float("inf")], "must be 0 or more and finite"),
+    "neighbour_relation_size": ([-1], "must be 0 or more"),
+    "neighbour_subject_size": ([-1], "must be 0 or more"),
+    "neighbour_tokens": ([0], "must be at least 1"),
+    "neighbours_per_step": ([-1], "must be 0 or more"),
+    "neighbour_stop": ([0.0, -1.0, float("nan"), float("inf")], "must be positive and finite, or null"),
     "quadrature": (["simpson", ""], "must be one of"),
     "attribution_engine": (["slow", ""], "must be one of"),
     "attribution_steps": ([0, -20], "must be at least 1"),
@@ -147,6 +153,12 @@ ACCEPTED = {
     "score_scale": ["none", "layer"],
     "on_failure": ["warn", "raise"],
     "kl_data": [None, "embedded"],
+    "neighbour_data": [None, "embedded", "some/file.json"],
+    "neighbour_weight": [0.0, 10.0],
+    "neighbour_relation_size": [0],
+    "neighbour_subject_size": [0],
+    "neighbours_per_step": [0, 3],
+    "neighbour_stop": [None, 0.1],
     "localization_offset": [0, 200],
     "model_parallel": [True],
     "localization_data": [None, "embedded", "some/file.json"],
@@ -213,6 +225,11 @@ class TestValidation:
             build(target_modules=[LLAMA_DOWN, LLAMA_DOWN])
 
     def test_a_divergence_needs_prompts(self):
+        with pytest.raises(
+            ValueError, match="neighbour_relation_size: 0 and neighbour_subject_size must not both be 0"
+        ):
+            build(neighbour_weight=1.0, neighbour_relation_size=0, neighbour_subject_size=0)
+        assert build(neighbour_weight=1.0, neighbour_relation_size=0).neighbour_subject_size == 6
         with pytest.raises(ValueError, match=r"weight_decay: 0\.1 belongs to adamw; leave it 0 with optimizer: polyak"):
             build(optimizer="polyak", weight_decay=0.1)
         with pytest.raises(ValueError, match="kl_data: None must name a file of prompts"):

@@ -19,6 +19,7 @@ from kne_easyedit.bridge import patches
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.second_moments import needs_second_moments, own_files
 from kne_easyedit.bridge.text_source import TextSource
+from kne_easyedit.editing.neighbours import neighbour_source
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.localization.ensemble import NeuronEnsemble
@@ -26,9 +27,19 @@ from kne_easyedit.localization.ensemble import NeuronEnsemble
 MODES = ("single", "sequential", "batch")
 _WITHOUT_EFFECT = {"stats_dir", "cache_dir", "chunk_rows", "localization_data", "ensemble"}
 """Settings that name places or work alike whatever their value; what the places hold is in the fingerprint."""
-_ADDED: Mapping[str, object] = {"optimizer": "adamw", "polyak_fraction": 0.3}
-"""Settings that KNE did not have from the beginning -> the value under which it does what it did without them. With that
-value they are left out: fingerprints of earlier lines hold. It stays here even if the default changes."""
+_ADDED: Mapping[str, object] = {
+    "optimizer": "adamw",
+    "polyak_fraction": 0.3,
+    "neighbour_weight": 0.0,
+    "neighbour_data": None,
+    "neighbour_relation_size": 6,
+    "neighbour_subject_size": 6,
+    "neighbour_tokens": 4,
+    "neighbours_per_step": 0,
+    "neighbour_stop": None,
+}
+"""Settings that KNE did not have from the beginning -> the value under which it does what it did without them. With
+that value they are left out: earlier fingerprints hold. It stays here even if the default changes."""
 
 
 @dataclass
@@ -185,6 +196,8 @@ def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | No
     parts: list = [base, method, settings, job.mode]
     if hparams.alg_name == KNE:
         parts.append(None if ensemble is None else digest(ensemble.members()))
+        if hparams.neighbour_weight and hparams.neighbour_data is None:
+            parts.append(["neighbours", data_digest(neighbour_source(hparams)[0])])
     if needs_second_moments(hparams):
         parts.append(job.moments_text.digest())
         if own := own_files(job.model, hparams, expand_path(hparams.stats_dir)):

@@ -1,28 +1,31 @@
 """The training loss: the answers' cross-entropy, and further objectives.
 
 A further objective is a class with a ``name``, a ``weight`` and a ``loss(model)``, a function that builds it from the
-settings, and a line in `OBJECTIVES`. Those that exist go beyond the paper and are off by default.
+settings, and a line in `OBJECTIVES`. One that looks at what the model predicts in some texts can share the answers'
+forward pass (`SharedObjective`). Those that exist go beyond the paper and are off by default.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from kne_easyedit.editing.divergence import Divergence
+from kne_easyedit.editing.neighbours import neighbour_prompts
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import IGNORE, Batch, Tokenizer, chat_prompt, pad
+from kne_easyedit.facts.encoding import IGNORE, Batch, Fact, Tokenizer, chat_prompt
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.facts.records import load_requests
-from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.state import preserve_state
 
 
 class Objective(Protocol):
-    """A further term of the training loss. Training stops by the answers' cross-entropy alone."""
+    """A further term of the training loss. Training stops by the answers' cross-entropy, whatever this term is."""
 
     @property
     def name(self) -> str:
@@ -36,40 +39,44 @@ class Objective(Protocol):
         """The term for ``model`` with its present weights: a scalar through which gradients flow."""
 
 
-class Divergence:
-    """Mean ``KL(before || now)``, in nats, of the next token's distribution after each of some prompts.
+@runtime_checkable
+class SharedObjective(Objective, Protocol):
+    """A term that looks at what the model predicts in some texts.
 
-    ``before`` are the distributions of ``model`` when the objective is built, ``(prompts, vocabulary)`` in float32 at
-    least.
-
-    Args:
-        model: The model before the edit.
-        tokenizer: Its tokenizer.
-        prompts: Texts whose continuation an edit should leave as it is.
-        weight: Factor in the training loss.
+    They are read in the forward pass of the answers: one pass of all costs less than two. ``loss(model)`` is the term
+    of all texts in a pass of its own.
     """
 
-    name = "kl"
+    @property
+    def bound(self) -> float:
+        """Training goes on while the term of a step is not below; infinity: it stops by the answers alone."""
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], weight: float = 1.0):
-        self.weight = weight
-        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        device = device_of(model)
-        self._input_ids, self._attention_mask = (tensor.to(device) for tensor in pad(ids))
-        self._last = torch.tensor([len(row) - 1 for row in ids], device=device)
-        with torch.no_grad():
-            self._before = self._log_probabilities(model)
+    def texts(self, step: int) -> Sequence[Fact]:
+        """The texts of step number ``step``, from 0. The term looks at what is predicted for their answers' tokens."""
+
+    def loss_of(self, logits: Tensor, step: int) -> Tensor:
+        """The term, a scalar, of the logits ``(tokens, vocabulary)`` that predict these tokens, text by text."""
+
+
+class Alone:
+    """A shared objective in forward passes of its own: those of the answers stay bit for bit what they are without."""
+
+    def __init__(self, objective: SharedObjective):
+        self._objective = objective
+
+    @property
+    def name(self) -> str:
+        """That of the objective."""
+        return self._objective.name
+
+    @property
+    def weight(self) -> float:
+        """That of the objective."""
+        return self._objective.weight
 
     def loss(self, model: nn.Module) -> Tensor:
-        """The divergence of ``model`` from what it was: a scalar, 0 for an unchanged model."""
-        return nn.functional.kl_div(
-            self._log_probabilities(model), self._before, log_target=True, reduction="batchmean"
-        )
-
-    def _log_probabilities(self, model: nn.Module) -> Tensor:
-        out = model(input_ids=self._input_ids, attention_mask=self._attention_mask, use_cache=False)
-        last = out.logits[torch.arange(len(self._last), device=out.logits.device), self._last.to(out.logits.device)]
-        return last.to(torch.promote_types(last.dtype, torch.float32)).log_softmax(-1)
+        """The term of all its texts."""
+        return self._objective.loss(model)
 
 
 def unrelated_prompts(hparams: EditSettings, edited: Sequence[str]) -> list[str]:
@@ -91,18 +98,39 @@ def _prompts(path: str, content: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(request["prompt"] for request in load_requests(path)))
 
 
-def _divergence(
+def _unrelated(
     model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
-) -> Divergence:
+) -> Objective:
     prompts = unrelated_prompts(hparams, [request["prompt"] for request in requests])
-    if hparams.use_chat_template:
-        prompts = [chat_prompt(tokenizer, prompt) for prompt in prompts]
-    return Divergence(model, tokenizer, prompts, hparams.kl_weight)
+    return Alone(Divergence(model, tokenizer, _templated(tokenizer, prompts, hparams), hparams.kl_weight))
 
 
-ObjectiveBuilder = Callable[[nn.Module, Tokenizer, Sequence[Mapping[str, Any]], EditSettings], Objective]
+def _neighbours(
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
+) -> Objective | None:
+    prompts = neighbour_prompts(requests, hparams)
+    if not prompts:
+        return None
+    return Divergence(
+        model,
+        tokenizer,
+        _templated(tokenizer, prompts, hparams),
+        hparams.neighbour_weight,
+        name="neighbours",
+        tokens=hparams.neighbour_tokens,
+        per_step=hparams.neighbours_per_step * len(requests),
+        bound=math.inf if hparams.neighbour_stop is None else hparams.neighbour_stop,
+    )
 
-OBJECTIVES: dict[str, ObjectiveBuilder] = {"kl_weight": _divergence}
+
+def _templated(tokenizer: Tokenizer, prompts: Sequence[str], hparams: EditSettings) -> list[str]:
+    return [chat_prompt(tokenizer, prompt) if hparams.use_chat_template else prompt for prompt in prompts]
+
+
+ObjectiveBuilder = Callable[[nn.Module, Tokenizer, Sequence[Mapping[str, Any]], EditSettings], Objective | None]
+"""Builds an objective from model, tokenizer, requests and settings; None: these requests have nothing for it."""
+
+OBJECTIVES: dict[str, ObjectiveBuilder] = {"kl_weight": _unrelated, "neighbour_weight": _neighbours}
 """Setting that is an objective's weight -> what builds the objective from model, tokenizer, requests and settings."""
 
 
@@ -117,7 +145,8 @@ def objectives_for(
     if not chosen:
         return []
     with preserve_state(model):
-        return [build(model, tokenizer, requests, hparams) for build in chosen]
+        built = [build(model, tokenizer, requests, hparams) for build in chosen]
+    return [objective for objective in built if objective is not None]
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:

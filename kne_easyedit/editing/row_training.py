@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter, rows_by_module
-from kne_easyedit.editing.objectives import Objective, answer_logits, cross_entropy
+from kne_easyedit.editing.objectives import Objective, SharedObjective, answer_logits, cross_entropy
 from kne_easyedit.editing.optimizers import OPTIMIZERS, TrainedRows
 from kne_easyedit.editing.row_edit import Answer, RowEdit
 from kne_easyedit.editing.settings import EditSettings
@@ -41,7 +42,8 @@ def train_rows(
     """Trains ``W_kne`` (Eq. 8-11) on ``facts`` in one batch, and leaves the model exactly as it was.
 
     Minimises the answers' mean cross-entropy plus ``weight * loss`` of each objective. Training stops as soon as the
-    cross-entropy alone is below ``hparams.stop_loss``, after ``hparams.num_steps`` steps at the latest.
+    cross-entropy is below ``hparams.stop_loss`` and every shared objective's term below its ``bound``, after
+    ``hparams.num_steps`` steps at the latest. The texts of shared objectives are in one batch with the facts.
 
     Args:
         model: A causal language model of transformers.
@@ -60,8 +62,10 @@ def train_rows(
         FloatingPointError: The cross-entropy is not finite.
         ValueError: The ensemble is of another model, or its modules cannot be edited.
     """
-    batch = collate(facts).to(device_of(model))
+    device = device_of(model)
     chosen = rows_by_module(model, ensemble)
+    shared = [objective for objective in objectives if isinstance(objective, SharedObjective)]
+    alone = [objective for objective in objectives if not isinstance(objective, SharedObjective)]
     with (
         preserve_state(model),
         row_adapter(model, ensemble, hparams) as trained,
@@ -77,8 +81,13 @@ def train_rows(
         with torch.enable_grad():
             while True:
                 safe_point()
-                logits, labels = answer_logits(model, batch)
+                texts = [objective.texts(len(losses)) for objective in shared]
+                batch = collate([*facts, *chain.from_iterable(texts)]).to(device)
+                predicted, labels = answer_logits(model, batch)
+                logits, *others = predicted.split([_tokens(facts), *map(_tokens, texts)])
+                labels = labels[: len(logits)]
                 loss = cross_entropy(logits, labels)
+                terms = [objective.loss_of(part, len(losses)) for objective, part in zip(shared, others)]
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
                     rate = optimizer.rate_setting
@@ -86,11 +95,14 @@ def train_rows(
                         f"training: the loss is {losses[-1]} at step {len(losses) - 1}; lower {rate} (it is "
                         f"{getattr(hparams, rate)}), or load the model in float32 or bfloat16"
                     )
-                if losses[-1] < hparams.stop_loss or len(losses) > hparams.num_steps:
+                kept = all(math.isinf(o.bound) or term.item() < o.bound for o, term in zip(shared, terms))
+                if (losses[-1] < hparams.stop_loss and kept) or len(losses) > hparams.num_steps:
                     break
                 if on_step is not None:
                     on_step(len(losses), losses[-1])
-                for objective in objectives:
+                for shared_one, term in zip(shared, terms):
+                    loss = loss + shared_one.weight * term
+                for objective in alone:
                     loss = loss + objective.weight * objective.loss(model)
                 optimizer.step(loss.detach(), torch.autograd.grad(loss, parameters))
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
@@ -98,6 +110,11 @@ def train_rows(
         deltas = {one.module: (chosen[one.module], (one.values * one.scale).detach()) for one in rows}
         answers = _answers(facts, logits.detach(), labels)
     return RowEdit(deltas, tuple(losses), answers)
+
+
+def _tokens(facts: Sequence[Fact]) -> int:
+    """Answer tokens of all facts."""
+    return sum(len(fact.answer) for fact in facts)
 
 
 def _answers(facts: Sequence[Fact], logits: Tensor, labels: Tensor) -> tuple[Answer, ...]:

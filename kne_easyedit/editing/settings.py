@@ -22,6 +22,13 @@ class EditSettings(LocalizationSettings, Protocol):
     kl_weight: float
     kl_data: str | None
     kl_size: int
+    neighbour_weight: float
+    neighbour_data: str | None
+    neighbour_relation_size: int
+    neighbour_subject_size: int
+    neighbour_tokens: int
+    neighbours_per_step: int
+    neighbour_stop: float | None
     seed: int
     device: int | str
 

@@ -54,8 +54,25 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
     for name, value in job_module._ADDED.items():
         assert known[name] == value and type(known[name]) is type(value)
     plain = fingerprint(job("single"), "KNE", ["base"], None)
-    for name, value in {"optimizer": "polyak", "polyak_fraction": 0.5}.items():
+    others = {"optimizer": "polyak", "polyak_fraction": 0.5, "neighbour_weight": 1.0, "neighbour_stop": 0.1}
+    counts = ("neighbour_relation_size", "neighbour_subject_size", "neighbour_tokens", "neighbours_per_step")
+    for name, value in {**others, **dict.fromkeys(counts, 2), "neighbour_data": "embedded"}.items():
         assert fingerprint(job("single", **{name: value}), "KNE", ["base"], None) != plain
+
+
+def test_neighbours_count_by_the_content_of_the_file_they_come_from(tmp_path):
+    """Also where this is the file that was localised on; without neighbours it does not count, its ensemble does."""
+    facts = tmp_path / "facts.json"
+
+    def found(content: str, **settings) -> str:
+        facts.write_text(content)
+        return fingerprint(job("single", **settings), "KNE", ["base"], None)
+
+    localized, named = {"localization_data": str(facts)}, {"neighbour_data": str(facts)}
+    assert found("[1]", **localized) == found("[2]", **localized)
+    for settings in (localized, named, localized | named):
+        on = {"neighbour_weight": 1.0, **settings}
+        assert found("[1]", **on) == found("[1]", **on) != found("[2]", **on)
 
 
 def test_the_digest_of_a_record():

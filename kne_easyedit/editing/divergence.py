@@ -1,0 +1,136 @@
+"""The divergence of a model from what it was, in texts that an edit should leave alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kne_easyedit._util.interrupts import safe_point
+from kne_easyedit.facts.encoding import Fact, Tokenizer, pad
+from kne_easyedit.models.devices import device_of
+
+AT_ONCE = 16
+"""Texts that the unedited model reads in one pass, unless a step has more."""
+
+
+class Divergence:
+    """Mean ``KL(before || now)``, in nats, of the next token's distribution in some texts: a `SharedObjective`.
+
+    The texts are prompts, each with the tokens that the unedited model says after it: its greedy continuation. The
+    distributions that predict these tokens are compared; with ``tokens=1`` those after the prompts. ``before`` are
+    those of ``model`` when the objective is built, in float32 at least.
+
+    Args:
+        model: The model before the edit.
+        tokenizer: Its tokenizer.
+        prompts: Texts whose continuation an edit should leave as it is.
+        weight: Factor in the training loss.
+        name: For messages.
+        tokens: Length of the continuations; one that ends with the end token is shorter.
+        per_step: Texts of one training step: the first so many, then the next, and again from the start; 0: all.
+        bound: Training goes on while the term of a step is not below.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str],
+        weight: float = 1.0,
+        *,
+        name: str = "kl",
+        tokens: int = 1,
+        per_step: int = 0,
+        bound: float = math.inf,
+    ):
+        self.name, self.weight, self.bound = name, weight, bound
+        self._per_step = min(per_step or len(prompts), len(prompts))
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        at_once = max(self._per_step, AT_ONCE)
+        self._texts: list[Fact] = []
+        self._before: list[Tensor] = []
+        """Log-probabilities, ``(tokens, vocabulary)`` for each text."""
+        for start in range(0, len(ids), at_once):
+            safe_point()
+            some = ids[start : start + at_once]
+            said, before = continuations(model, some, tokens, tokenizer.eos_token_id)
+            self._before += before
+            for prompt, row, answer in zip(prompts[start:], some, said):
+                self._texts.append(Fact(prompt, tokenizer.decode(answer), (*row, *answer), len(row)))
+
+    def texts(self, step: int) -> list[Fact]:
+        """The texts of a training step; their answers are the continuations."""
+        return [self._texts[i] for i in self._turn(step)]
+
+    def loss_of(self, logits: Tensor, step: int) -> Tensor:
+        """The divergence of the logits ``(tokens, vocabulary)`` that predict the continuations of a step's texts."""
+        return _divergence(logits, torch.cat([self._before[i] for i in self._turn(step)]))
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """The divergence of ``model`` from what it was, in all texts: a scalar, 0 for an unchanged model."""
+        input_ids, attention_mask = (tensor.to(device_of(model)) for tensor in pad([t.ids[:-1] for t in self._texts]))
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        rows = [i for i, text in enumerate(self._texts) for _ in text.positions]
+        positions = [position for text in self._texts for position in text.positions]
+        where = torch.tensor([rows, positions], device=logits.device)
+        return _divergence(logits[where[0], where[1]], torch.cat(self._before))
+
+    def _turn(self, step: int) -> list[int]:
+        start = step * self._per_step
+        return [i % len(self._texts) for i in range(start, start + self._per_step)]
+
+
+def _divergence(logits: Tensor, before: Tensor) -> Tensor:
+    now = _log_probabilities(logits)
+    return nn.functional.kl_div(now, before.to(now.device), log_target=True, reduction="batchmean")
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+@torch.no_grad()
+def continuations(
+    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int, end: int | None
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Greedy continuations: at each step the most probable token.
+
+    Args:
+        model: A causal language model of transformers.
+        prompts: Token ids of each prompt.
+        tokens: How many tokens at most.
+        end: The end token; None: there is none. A continuation ends with it.
+
+    Returns:
+        For each prompt the tokens, and the log-probabilities ``(tokens, vocabulary)`` that predict them, in float32 at
+        least.
+    """
+    device = device_of(model)
+    # Padded on the left, or a model with a sliding window would count the padding between a prompt and what follows it.
+    # On the right if nothing follows, as in the passes of training (`Divergence.loss`).
+    side, longest = "left" if tokens > 1 else "right", max(map(len, prompts))
+    input_ids, attention_mask = (tensor.to(device) for tensor in pad(prompts, padding_side=side))
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=tokens > 1)
+    last = [longest - 1 if side == "left" else len(row) - 1 for row in prompts]
+    logits = out.logits[torch.arange(len(last)), last]
+    found, best = [_log_probabilities(logits)], [logits.argmax(-1)]
+    while len(found) < tokens:
+        safe_point()
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), 1)], 1)
+        out = model(
+            input_ids=best[-1].unsqueeze(1).to(device),
+            attention_mask=attention_mask,
+            position_ids=position_ids[:, -1:] + len(found),
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        logits = out.logits[:, -1]
+        found.append(_log_probabilities(logits))
+        best.append(logits.argmax(-1))
+    before = torch.stack(found, 1)  # (prompts, tokens, vocabulary)
+    said = [row[: row.index(end) + 1] if end in row else row for row in torch.stack(best, 1).tolist()]
+    return said, [rows[: len(row)] for rows, row in zip(before, said)]

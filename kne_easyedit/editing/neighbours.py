@@ -1,0 +1,76 @@
+"""Which neighbours an edit trains on (`kne_easyedit.facts.neighbours`): from which facts, how many of which kind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import zip_longest
+from typing import Any
+
+from kne_easyedit._util.messages import shorten
+from kne_easyedit.editing.settings import EditSettings
+from kne_easyedit.facts import neighbours
+from kne_easyedit.facts.neighbours import FactPool, run_exclusions
+from kne_easyedit.facts.readers import EMBEDDED, data_digest
+from kne_easyedit.facts.records import load_requests
+
+logger = logging.getLogger(__name__)
+
+
+def neighbour_prompts(requests: Sequence[Mapping[str, Any]], hparams: EditSettings) -> list[str]:
+    """The neighbours of all requests, each once: first one of each request, then another, with kinds in turn.
+
+    No prompt of ``requests`` is among them, and no subject that is held out for evaluation
+    (`kne_easyedit.facts.neighbours.is_held_out`).
+
+    Args:
+        requests: What is edited together.
+        hparams: ``neighbour_data``, ``neighbour_relation_size``, ``neighbour_subject_size`` and ``seed`` are read;
+            where ``neighbour_data`` is None, ``localization_data`` with its size and offset, too.
+
+    Returns:
+        The prompts; a warning names requests that have none.
+
+    Raises:
+        ValueError: The data file cannot be used.
+        FileNotFoundError: It does not exist.
+    """
+    pool, exclude = _pool(hparams), run_exclusions(requests)
+    found: list[list[str]] = []
+    for request in requests:
+        relation = pool.relation_prompts(
+            request, hparams.neighbour_relation_size, held_out=False, seed=hparams.seed, exclude=exclude
+        )
+        subject = pool.subject_prompts(request, hparams.neighbour_subject_size, seed=hparams.seed, exclude=exclude)
+        found.append([one.prompt for pair in zip_longest(relation, subject) for one in pair if one is not None])
+        if not found[-1]:
+            logger.warning(
+                "neighbour_data: no neighbours of %s are known, it is trained without; name a data file with facts of "
+                "its relation or its kind of subject, and give the request a subject",
+                shorten(request["prompt"]),
+            )
+    return list(dict.fromkeys(prompt for turn in zip_longest(*found) for prompt in turn if prompt is not None))
+
+
+def neighbour_source(hparams: EditSettings) -> tuple[str, int | None, int]:
+    """Where neighbours come from: a data file (``embedded``: the packaged relations), how many records, from which on.
+
+    The records of ``localization_data`` outside ``localization_size`` are not taken: in some sets they are asked.
+    """
+    if hparams.neighbour_data is not None:
+        return hparams.neighbour_data, None, 0
+    if hparams.localization_data in (None, EMBEDDED):
+        return EMBEDDED, None, 0
+    return str(hparams.localization_data), hparams.localization_size, hparams.localization_offset
+
+
+def _pool(hparams: EditSettings) -> FactPool:
+    path, size, offset = neighbour_source(hparams)
+    return neighbours.packaged_pool() if path == EMBEDDED else _pool_of(path, data_digest(path), size, offset)
+
+
+@lru_cache(maxsize=4)
+def _pool_of(path: str, content: str | None, size: int | None, offset: int) -> FactPool:
+    """``content``, the file's digest, makes a changed file another entry of the cache."""
+    return FactPool.of_requests(load_requests(path, size, offset))
