@@ -97,6 +97,9 @@ class KNEHyperParams:
     """Weight decay of AdamW; ``polyak`` has none."""
     initialization: str = "zeros"
     """Start of the trained rows: ``zeros`` (the edit starts as the identity) or ``kaiming`` (the research fork)."""
+    append_eos: bool = False
+    """Beyond the paper: the tokenizer's end token is trained as the answer's last token. Localisation and evaluation do
+    without it."""
     kl_weight: float = 0.0
     """Beyond the paper: weight of ``KL(before || now)`` after unrelated prompts, added to the loss; 0: none."""
     kl_data: str | None = None

@@ -182,6 +182,7 @@ WRONG_TYPES = {
     "device": [None, 0.5, ["cpu"], True],
     "model_parallel": ["yes", 1, None],
     "fp16": [1, "true"],
+    "append_eos": [1, "true", None],
     "seed": ["42", 1.0],
     "separator": [None, 1],
 }

@@ -30,6 +30,7 @@ _WITHOUT_EFFECT = {"stats_dir", "cache_dir", "chunk_rows", "localization_data", 
 _ADDED: Mapping[str, object] = {
     "optimizer": "adamw",
     "polyak_fraction": 0.3,
+    "append_eos": False,
     "neighbour_weight": 0.0,
     "neighbour_data": None,
     "neighbour_relation_size": 6,

@@ -19,6 +19,7 @@ class EditSettings(LocalizationSettings, Protocol):
     alpha: float
     weight_decay: float
     initialization: str
+    append_eos: bool
     kl_weight: float
     kl_data: str | None
     kl_size: int

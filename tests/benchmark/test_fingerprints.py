@@ -54,7 +54,13 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
     for name, value in job_module._ADDED.items():
         assert known[name] == value and type(known[name]) is type(value)
     plain = fingerprint(job("single"), "KNE", ["base"], None)
-    others = {"optimizer": "polyak", "polyak_fraction": 0.5, "neighbour_weight": 1.0, "neighbour_stop": 0.1}
+    others = {
+        "optimizer": "polyak",
+        "polyak_fraction": 0.5,
+        "neighbour_weight": 1.0,
+        "neighbour_stop": 0.1,
+        "append_eos": True,
+    }
     counts = ("neighbour_relation_size", "neighbour_subject_size", "neighbour_tokens", "neighbours_per_step")
     for name, value in {**others, **dict.fromkeys(counts, 2), "neighbour_data": "embedded"}.items():
         assert fingerprint(job("single", **{name: value}), "KNE", ["base"], None) != plain
