@@ -1,6 +1,7 @@
 """Measures edits. Every figure on editing in docs/performance.md comes from one of these commands.
 
     python scripts/bench_editing.py step      # one training step against a plain forward and backward pass
+    python scripts/bench_editing.py neighbours  # one training step with neighbours against one without
     python scripts/bench_editing.py profile   # where an edit's time goes
     python scripts/bench_editing.py methods   # seconds an edit: KNE, and EasyEdit's FT and AdaLoRA
     python scripts/bench_editing.py workers   # threads of one process against processes of one thread; --busy: on a
@@ -35,7 +36,7 @@ from kne_easyedit._util.machine import available_cores, environment, hardware, k
 from kne_easyedit._util.workers import run_parallel
 from kne_easyedit.cli.common import shipped
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
-from kne_easyedit.editing.objectives import answer_loss
+from kne_easyedit.editing.objectives import answer_loss, objectives_for
 from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import IGNORE, Batch, Tokenizer, collate, encode_request
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--busy", type=int, default=0, help="workers: other processes that take all that they get (default %(default)s)"
     )
-    parser.add_argument("what", choices=("step", "profile", "methods", "workers", "memory"))
+    parser.add_argument("what", choices=("step", "neighbours", "profile", "methods", "workers", "memory"))
     arguments = parser.parse_args()
     if arguments.what == "memory":
         memory()
@@ -72,7 +73,7 @@ def main() -> None:
     if arguments.what == "workers":
         workers(model, tokenizer, requests, hparams, arguments.repeats, arguments.busy)
         return
-    {"step": step, "profile": profile, "methods": methods}[arguments.what](
+    {"step": step, "neighbours": neighbours, "profile": profile, "methods": methods}[arguments.what](
         model, tokenizer, requests, hparams, arguments.repeats
     )
 
@@ -121,6 +122,43 @@ def training_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimiz
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
             parameter.grad = gradient
         optimizer.step()
+
+
+def neighbours(
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int
+) -> None:
+    """Seconds a step without neighbours, with some of them and with all, and those of preparing them before the first.
+
+    The number of neighbours is that of ``hparams``, of relations and subjects.
+    """
+    ensemble, steps = find_ensemble(model, tokenizer, requests, hparams), 4
+    work = replace(hparams, neighbour_weight=1.0, num_steps=steps, stop_loss=0.0)
+    everything = hparams.neighbour_relation_size + hparams.neighbour_subject_size
+    counts = {"none": None, **{str(k): k for k in (1, 2, 3, 4, 6) if k < everything}, "all": 0}
+    ratios: dict[str, list[float]] = {name: [] for name in counts}
+    for request in requests:
+        fact = encode_request(tokenizer, request)
+        prepared: list[float] = []
+        times: dict[str, list[float]] = {name: [] for name in counts}
+        objectives = {
+            name: [] if k is None else objectives_for(model, tokenizer, [request], replace(work, neighbours_per_step=k))
+            for name, k in counts.items()
+        }
+        for _ in range(repeats):
+            prepared.append(timed(partial(objectives_for, model, tokenizer, [request], work)))
+            for name, own in objectives.items():
+                # The last pass, of the final loss, has no step: half the cost of one.
+                spent = timed(partial(train_rows, model, [fact], ensemble, work, own))
+                times[name].append(spent / (steps + 0.5))
+        plain = median(times["none"])
+        for name, values in times.items():
+            ratios[name].append(median(values) / plain)
+        parts = ", ".join(f"{name} {median(values) / plain:.2f}" for name, values in times.items() if name != "none")
+        print(
+            f"{len(fact.ids):>3} tokens, {1000 * plain:.0f} ms a step; with neighbours, as a multiple: {parts}; "
+            f"to prepare them {median(prepared) / plain:.1f}"
+        )
+    print("median " + ", ".join(f"{name} {median(values):.2f}" for name, values in ratios.items() if name != "none"))
 
 
 def profile(

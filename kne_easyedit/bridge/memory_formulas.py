@@ -22,6 +22,7 @@ from kne_easyedit.bridge.edited_modules import (
     state_bytes,
     vocabulary,
 )
+from kne_easyedit.editing.neighbours import neighbours_in_step
 from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.ensemble import NeuronEnsemble
@@ -48,6 +49,10 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int) -> dict[str, i
         # PEFT's B, dense: (neurons, rows) in every layer.
         "row selector": precise * sum(n * target.n_neurons for target, n in rows),
     }
+    if hparams.neighbour_weight:
+        # What the unedited model says after each neighbour: log-probabilities of every token.
+        neighbours = hparams.batch_size * (hparams.neighbour_relation_size + hparams.neighbour_subject_size)
+        needed["neighbours"] = precise * neighbours * hparams.neighbour_tokens * vocabulary(model)
     if hparams.ensemble is None:
         # At least a row of every path, with half of the layers before it, and the head's rows. More rows are used if
         # there is room, in a quarter of what is free then (see attribution.rows_in_flight).
@@ -55,6 +60,12 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int) -> dict[str, i
         head = 3 * PRECISE * HEAD_ROWS * vocabulary(model)
         needed["localisation (estimated)"] = paths * depth(model) * state_bytes(model, itemsize) // 2 + head
     return needed
+
+
+def kne_texts_at_once(hparams: KNEHyperParams) -> int:
+    """Texts in one training step of KNE: the facts, their neighbours, and the prompts of ``kl_data``."""
+    kl = hparams.kl_size if hparams.kl_weight else 0
+    return hparams.batch_size * (1 + neighbours_in_step(hparams)) + kl
 
 
 def _kne_rows(model: Any, hparams: KNEHyperParams) -> list[tuple[Target, int]]:

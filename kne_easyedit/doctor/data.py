@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from kne_easyedit.attribution.score_cache import scores_folder
 from kne_easyedit.bridge.edited_modules import vocabulary
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.doctor.findings import DATA, FAILURE, OK, WARNING, Finding, failure, size
+from kne_easyedit.editing.neighbours import neighbour_source, neighbours_by_request
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer, encode_request, require_length
 from kne_easyedit.facts.records import load_records, require_evaluable
 from kne_easyedit.hparams import KNEHyperParams
@@ -96,6 +97,21 @@ def localization_facts(
         OK if len(facts) == wanted else WARNING,
         f"{len(facts)} usable facts of {data} (localization_size: {wanted})",
     )
+
+
+def neighbours(hparams: KNEHyperParams, requests: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Checks that the records have neighbours to train on, if they are asked for."""
+    if not hparams.neighbour_weight or not requests:
+        return
+    name = "neighbour_data"
+    try:
+        counts = [len(found) for request in requests for found in neighbours_by_request([request], hparams)]
+    except (ValueError, OSError) as error:
+        yield failure(name, error)
+        return
+    source, without = neighbour_source(hparams)[0], counts.count(0)
+    text = f"{sum(counts) / len(counts):.1f} a record on average, from {source}; {without} records have none"
+    yield Finding(name, WARNING if without else OK, text)
 
 
 def cache(hparams: KNEHyperParams, model: nn.Module | None, records: int) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kne_easyedit.doctor.data import cache, data_records, localization_facts
+from kne_easyedit.doctor.data import cache, data_records, localization_facts, neighbours
 from kne_easyedit.doctor.findings import DATA, FAILURE, Finding, left_out
 from kne_easyedit.doctor.memory import memory
 from kne_easyedit.doctor.model import architecture, devices, model_folder, tokenizers
@@ -63,6 +63,8 @@ def _examine(
         if isinstance(hparams, KNEHyperParams) and hparams.ensemble is None:
             yield from localization_facts(hparams, tokenizer, model)
             yield from cache(hparams, model, len(requests))
+        if isinstance(hparams, KNEHyperParams):
+            yield from neighbours(hparams, requests)
     if model is not None and device is not None:
         yield from memory(plan, model, device, tokenizer, requests)
     missing = [name for name in failed if name != DATA] + [DATA] * (not requests) + ["hyperparameters"] * (not plan)

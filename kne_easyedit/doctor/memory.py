@@ -14,11 +14,12 @@ from torch import nn
 
 from kne_easyedit._util.machine import free_memory
 from kne_easyedit.bridge.edited_modules import depth, state_bytes, vocabulary
-from kne_easyedit.bridge.memory_formulas import PRECISE
+from kne_easyedit.bridge.memory_formulas import PRECISE, kne_texts_at_once
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.doctor.data import token_count
 from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, left_out, listed, size
 from kne_easyedit.facts.encoding import Tokenizer
+from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.models.devices import dtype_of
 from kne_easyedit.models.targets import count_parameters
 
@@ -62,7 +63,11 @@ def without_weights(config: Any) -> nn.Module:
 
 
 def _texts_at_once(hparams: Any) -> int:
-    """Texts in one pass of an edit: facts; or one fact after each context template, and one text for the KL term."""
+    """Texts whose states are kept together: facts, and KNE's neighbours; or one fact after each context template, and
+    one text for the KL term.
+    """
+    if isinstance(hparams, KNEHyperParams):
+        return kne_texts_at_once(hparams)
     if (texts := traits_of(hparams.alg_name).texts_at_once) is not None:
         return texts
     if templates := getattr(hparams, "context_template_length_params", None):

@@ -36,21 +36,34 @@ def neighbour_prompts(requests: Sequence[Mapping[str, Any]], hparams: EditSettin
         ValueError: The data file cannot be used.
         FileNotFoundError: It does not exist.
     """
-    pool, exclude = _pool(hparams), run_exclusions(requests)
-    found: list[list[str]] = []
-    for request in requests:
-        relation = pool.relation_prompts(
-            request, hparams.neighbour_relation_size, held_out=False, seed=hparams.seed, exclude=exclude
-        )
-        subject = pool.subject_prompts(request, hparams.neighbour_subject_size, seed=hparams.seed, exclude=exclude)
-        found.append([one.prompt for pair in zip_longest(relation, subject) for one in pair if one is not None])
-        if not found[-1]:
+    found = neighbours_by_request(requests, hparams)
+    for request, own in zip(requests, found):
+        if not own:
             logger.warning(
                 "neighbour_data: no neighbours of %s are known, it is trained without; name a data file with facts of "
                 "its relation or its kind of subject, and give the request a subject",
                 shorten(request["prompt"]),
             )
     return list(dict.fromkeys(prompt for turn in zip_longest(*found) for prompt in turn if prompt is not None))
+
+
+def neighbours_by_request(requests: Sequence[Mapping[str, Any]], hparams: EditSettings) -> list[list[str]]:
+    """The neighbours of each request, kinds in turn; for arguments and errors see `neighbour_prompts`."""
+    pool, exclude = _pool(hparams), run_exclusions(requests)
+    found = []
+    for request in requests:
+        relation = pool.relation_prompts(
+            request, hparams.neighbour_relation_size, held_out=False, seed=hparams.seed, exclude=exclude
+        )
+        subject = pool.subject_prompts(request, hparams.neighbour_subject_size, seed=hparams.seed, exclude=exclude)
+        found.append([one.prompt for pair in zip_longest(relation, subject) for one in pair if one is not None])
+    return found
+
+
+def neighbours_in_step(hparams: EditSettings) -> int:
+    """Neighbours of each fact in one training step, at most; 0 where none train."""
+    size = hparams.neighbour_relation_size + hparams.neighbour_subject_size
+    return min(hparams.neighbours_per_step or size, size) if hparams.neighbour_weight else 0
 
 
 def neighbour_source(hparams: EditSettings) -> tuple[str, int | None, int]:

@@ -68,6 +68,29 @@ def test_a_fault_is_named_and_the_trial_left_out(plan, capsys, fault):
     assert "failure" in out.splitlines()[-1] and "The run can succeed" not in out
 
 
+def test_records_without_neighbours_are_counted(tmp_path):
+    """Three relations that many subjects are asked; a request without a subject has no neighbours."""
+    path = tmp_path / "facts.json"
+    prompts = ("The capital of {} is", "The river of {} is", "The language of {} is")
+    facts = [
+        {"prompt": prompt.format(subject), "subject": subject, "target_new": "Latin"}
+        for subject in ("France", "Spain", "Peru", "Italy", "Oslo", "Lima", "Paris", "Madrid")
+        for prompt in prompts
+    ]
+    path.write_text(json.dumps(facts))
+    hparams = tiny_hparams(neighbour_weight=1.0, neighbour_data=str(path), neighbour_relation_size=1)
+    request, alone = {**facts[0], "target_new": "Rome"}, {"prompt": "Who ?", "target_new": "Ada"}
+    (found,) = data.neighbours(hparams, [request])
+    assert (found.name, found.status) == ("neighbour_data", OK) and found.text.startswith("3.0 a record on average")
+    (found,) = data.neighbours(hparams, [request, alone])
+    assert found.status == "warning" and "1.5 a record on average" in found.text and "1 records have none" in found.text
+    hparams.neighbour_data = "none.json"
+    (found,) = data.neighbours(hparams, facts)
+    assert found.status == FAILURE and "data file none.json does not exist" in found.text
+    hparams.neighbour_weight = 0.0
+    assert list(data.neighbours(hparams, facts)) == []
+
+
 def test_one_run_has_one_device_by_any_name(monkeypatch):
     def said(first, second):
         return [

@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 
 from kne_easyedit.doctor.memory import memory_needed
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
+from kne_easyedit.editing.divergence import Divergence
 from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import encode
@@ -60,6 +61,20 @@ def test_memory_is_counted_as_an_edit_takes_it(make, template, dtype, tokenizer,
 def test_an_optimiser_without_moments_needs_half_for_the_rows(llama):
     adamw, polyak = (memory_needed(llama, tiny_hparams(optimizer=name)) for name in ("adamw", "polyak"))
     assert polyak.pop("trained rows") * 2 == adamw.pop("trained rows") and adamw == polyak
+
+
+def test_neighbours_are_counted(llama, tokenizer):
+    """Their distributions as the objective keeps them, and their states in a step's pass; off, they need nothing."""
+    prompts = ["The capital of Spain is", "The river of Peru", "Marie was"]
+    kept = Divergence(llama, tokenizer, prompts, tokens=4)._before
+    settings = {"neighbour_relation_size": 2, "neighbour_subject_size": 1, "batch_size": 5}
+    off = memory_needed(llama, tiny_hparams(**settings))
+    on = memory_needed(llama, tiny_hparams(**settings, neighbour_weight=1.0))
+    assert "neighbours" not in off and on["neighbours"] == 5 * _bytes(*kept)
+    few = memory_needed(llama, tiny_hparams(**settings, neighbour_weight=1.0, neighbours_per_step=1))
+    kl = memory_needed(llama, tiny_hparams(**settings, kl_weight=1.0, kl_data="embedded", kl_size=7))
+    activations = [needed["activations (estimated)"] for needed in (on, few, kl)]
+    assert activations == [texts * off["activations (estimated)"] / 5 for texts in (20, 10, 12)]
 
 
 def test_an_ensemble_file_says_how_many_rows(tmp_path, llama):
