@@ -10,8 +10,7 @@ from typing import Any
 
 from kne_easyedit._util.messages import shorten
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts import neighbours
-from kne_easyedit.facts.neighbours import FactPool, run_exclusions
+from kne_easyedit.facts.neighbours import FactPool, packaged_pool, run_exclusions
 from kne_easyedit.facts.readers import EMBEDDED, data_digest
 from kne_easyedit.facts.records import load_requests
 
@@ -80,7 +79,7 @@ def neighbour_source(hparams: EditSettings) -> tuple[str, int | None, int]:
 
 def _pool(hparams: EditSettings) -> FactPool:
     path, size, offset = neighbour_source(hparams)
-    return neighbours.packaged_pool() if path == EMBEDDED else _pool_of(path, data_digest(path), size, offset)
+    return packaged_pool() if path == EMBEDDED else _pool_of(path, data_digest(path), size, offset)
 
 
 @lru_cache(maxsize=4)
