@@ -16,6 +16,7 @@ from kne_easyedit._util.messages import require_one_of
 from kne_easyedit._util.settings import EVALUATORS, SECRET, replace_settings
 from kne_easyedit.attribution.engine import ENGINES
 from kne_easyedit.attribution.quadrature import QUADRATURES
+from kne_easyedit.editing.neighbours import uses_neighbours
 from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.localization.selection import Selection
 from kne_easyedit.models.targets import check_template
@@ -121,6 +122,10 @@ class KNEHyperParams:
     """Neighbours of each fact in one training step, in turn; 0: all."""
     neighbour_stop: float | None = None
     """Training goes on while the divergence of a step's neighbours is not below; None: the answers alone decide."""
+    input_projection: bool = False
+    """Beyond the paper: rows move only in directions that the inputs of neighbours do not have (docs/edit.md)."""
+    projection_ridge: float = 1e-5
+    """Ridge of this projection: small ones leave neighbours as they are, in (0, 1]."""
     seed: int = 42
     """Seed of the ``kaiming`` start and of the choice of neighbours; nothing else is random."""
 
@@ -270,11 +275,18 @@ class KNEHyperParams:
             "must name a file of prompts when kl_weight is not 0",
         )
         _require(
-            not self.neighbour_weight or self.neighbour_relation_size + self.neighbour_subject_size > 0,
+            not uses_neighbours(self) or self.neighbour_relation_size + self.neighbour_subject_size > 0,
             "neighbour_relation_size",
             self.neighbour_relation_size,
-            "and neighbour_subject_size must not both be 0 when neighbour_weight is not; set neighbour_weight: 0 to "
-            "train without neighbours",
+            "and neighbour_subject_size must not both be 0 with neighbour_weight or input_projection; set "
+            "neighbour_weight: 0 and input_projection: false to train without neighbours",
+        )
+        _require(0 < self.projection_ridge <= 1, "projection_ridge", self.projection_ridge, "must be in (0, 1]")
+        _require(
+            not self.input_projection or self.initialization == "zeros",
+            "initialization",
+            self.initialization,
+            "starts away from the model as it was, neighbours included; with input_projection take zeros",
         )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         rule = "must be white space or empty; visible characters belong into the prompts"

@@ -73,6 +73,7 @@ def literal_row_training(
     kl_texts=(),
     kl_per_step=0,
     fraction=None,
+    projectors=None,
 ):
     """Eq. 8-11 on full matrices: every weight has a full-sized ``W_kne`` whose gradient is masked to the chosen rows.
 
@@ -81,6 +82,7 @@ def literal_row_training(
     ``kl_texts`` are (token ids, number of prompt tokens): ``kl_weight`` times the mean KL divergence, before against
     now, of the distributions that predict the tokens after the prompts is added to what is minimised. ``kl_per_step``:
     only of so many texts in each step, in turn.
+    ``projectors``: parameter name -> ``P``, ``(d1, d1)``, by which gradients and AdamW's steps are multiplied.
     ``fraction``: instead of AdamW, Polyak's step with that fraction, on what is added to the weights itself.
     Returns what is added to each weight, full-sized, and the answers' losses before every step and after the last.
     """
@@ -130,14 +132,21 @@ def literal_row_training(
         minimised.backward()
         for name, (mask, _) in masks.items():
             added[name].grad[~mask] = 0
+        moves = {name: change.grad @ projectors[name] if projectors else change.grad for name, change in added.items()}
         if fraction is None:
+            before = {name: change.detach().clone() for name, change in added.items()}
+            for name, change in added.items():
+                change.grad.copy_(moves[name])
             optimizer.step()
+            with torch.no_grad():
+                for name, change in added.items() if projectors else ():
+                    change.copy_(before[name] + (change - before[name]) @ projectors[name])
         else:
-            norms = {name: change.grad.square().sum().sqrt() for name, change in added.items()}
-            length = fraction * minimised / sum(norms.values())
+            norms = {name: move.square().sum().sqrt() for name, move in moves.items()}
+            slope = sum((added[name].grad * move).sum() / norms[name] for name, move in moves.items())
             with torch.no_grad():
                 for name, change in added.items():
-                    change -= length * change.grad / norms[name]
+                    change -= fraction * minimised / slope * moves[name] / norms[name]
 
 
 def literal_continuation(model, ids, tokens, end=None):
@@ -147,3 +156,27 @@ def literal_continuation(model, ids, tokens, end=None):
         with torch.no_grad():
             said.append(model(input_ids=torch.tensor([[*ids, *said]])).logits[0, -1].argmax().item())
     return said
+
+
+def literal_projector(model, name, texts, ridge):
+    """``I - X^T (X X^T + lambda I)^-1 X`` by an explicit inverse.
+
+    ``X`` are the inputs of a module at every token of the texts, each beginning of a text once; ``lambda`` is the ridge
+    times the median of their squared norms.
+    """
+    inputs, seen = [], set()
+    for text in texts:
+        found = []
+        handle = model.get_submodule(name).register_forward_pre_hook(lambda m, args, found=found: found.append(args[0]))
+        with torch.no_grad():
+            model(input_ids=torch.tensor([text]))
+        handle.remove()
+        for end in range(len(text)):
+            if tuple(text[: end + 1]) not in seen:
+                seen.add(tuple(text[: end + 1]))
+                inputs.append(found[0].view(len(text), -1)[end])
+    x = torch.stack(inputs)
+    squares = sorted(row.square().sum().item() for row in x)
+    middle = squares[(len(squares) - 1) // 2]  # of two middle ones the smaller, as torch has it
+    inverse = torch.linalg.inv(x @ x.T + ridge * middle * torch.eye(len(x)))
+    return torch.eye(x.shape[1]) - x.T @ inverse @ x

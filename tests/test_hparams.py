@@ -113,6 +113,7 @@ RANGES = {
     "neighbour_subject_size": ([-1], "must be 0 or more"),
     "neighbour_tokens": ([0], "must be at least 1"),
     "neighbours_per_step": ([-1], "must be 0 or more"),
+    "projection_ridge": ([0.0, -1e-5, 1.5, float("nan"), float("inf")], r"must be in \(0, 1\]"),
     "neighbour_stop": ([0.0, -1.0, float("nan"), float("inf")], "must be positive and finite, or null"),
     "quadrature": (["simpson", ""], "must be one of"),
     "attribution_engine": (["slow", ""], "must be one of"),
@@ -183,6 +184,7 @@ WRONG_TYPES = {
     "model_parallel": ["yes", 1, None],
     "fp16": [1, "true"],
     "append_eos": [1, "true", None],
+    "input_projection": [1, "true", None],
     "seed": ["42", 1.0],
     "separator": [None, 1],
 }
@@ -230,6 +232,14 @@ class TestValidation:
             ValueError, match="neighbour_relation_size: 0 and neighbour_subject_size must not both be 0"
         ):
             build(neighbour_weight=1.0, neighbour_relation_size=0, neighbour_subject_size=0)
+        with pytest.raises(
+            ValueError, match="neighbour_relation_size: 0 and neighbour_subject_size must not both be 0"
+        ):
+            build(input_projection=True, neighbour_relation_size=0, neighbour_subject_size=0)
+        with pytest.raises(
+            ValueError, match=r"initialization: 'kaiming' starts away .* with input_projection take zeros"
+        ):
+            build(input_projection=True, initialization="kaiming")
         assert build(neighbour_weight=1.0, neighbour_relation_size=0).neighbour_subject_size == 6
         with pytest.raises(ValueError, match=r"weight_decay: 0\.1 belongs to adamw; leave it 0 with optimizer: polyak"):
             build(optimizer="polyak", weight_decay=0.1)

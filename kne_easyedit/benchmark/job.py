@@ -19,7 +19,7 @@ from kne_easyedit.bridge import patches
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.second_moments import needs_second_moments, own_files
 from kne_easyedit.bridge.text_source import TextSource
-from kne_easyedit.editing.neighbours import neighbour_source
+from kne_easyedit.editing.neighbours import neighbour_source, uses_neighbours
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.localization.ensemble import NeuronEnsemble
@@ -38,6 +38,8 @@ _ADDED: Mapping[str, object] = {
     "neighbour_tokens": 4,
     "neighbours_per_step": 0,
     "neighbour_stop": None,
+    "input_projection": False,
+    "projection_ridge": 1e-5,
 }
 """Settings that KNE did not have from the beginning -> the value under which it does what it did without them. With
 that value they are left out: earlier fingerprints hold. It stays here even if the default changes."""
@@ -197,7 +199,7 @@ def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | No
     parts: list = [base, method, settings, job.mode]
     if hparams.alg_name == KNE:
         parts.append(None if ensemble is None else digest(ensemble.members()))
-        if hparams.neighbour_weight and hparams.neighbour_data is None:
+        if uses_neighbours(hparams) and hparams.neighbour_data is None:
             parts.append(["neighbours", data_digest(neighbour_source(hparams)[0])])
     if needs_second_moments(hparams):
         parts.append(job.moments_text.digest())

@@ -24,6 +24,7 @@ from kne_easyedit.bridge.edited_modules import (
 )
 from kne_easyedit.editing.neighbours import neighbours_in_step
 from kne_easyedit.editing.optimizers import OPTIMIZERS
+from kne_easyedit.editing.projection import LARGEST_SHARE
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.targets import Target, resolve_target
@@ -32,6 +33,8 @@ MemoryFormula: TypeAlias = Callable[[nn.Module, Any, int], dict[str, int]]
 """(model, hyperparameters, bytes per weight) -> bytes by purpose. Raises ValueError for a module that is missing."""
 PRECISE = 4
 """Bytes of a float32."""
+TOKENS_OF_A_NEIGHBOUR = 16
+"""Of a neighbour and its continuation; a beginning that several share counts less."""
 
 
 def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int) -> dict[str, int]:
@@ -53,6 +56,16 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int) -> dict[str, i
         # What the unedited model says after each neighbour: log-probabilities of every token.
         neighbours = hparams.batch_size * (hparams.neighbour_relation_size + hparams.neighbour_subject_size)
         needed["neighbours"] = precise * neighbours * hparams.neighbour_tokens * vocabulary(model)
+    if hparams.input_projection:
+        neighbours = hparams.batch_size * (hparams.neighbour_relation_size + hparams.neighbour_subject_size)
+        closed = [
+            (t, min(neighbours * TOKENS_OF_A_NEIGHBOUR, int(LARGEST_SHARE * in_features(t.modules[0]))))
+            for t, _ in rows
+        ]
+        # Of each module the inputs of all neighbours' tokens, and the basis of what is removed.
+        needed["projections (estimated)"] = sum(
+            (itemsize + precise) * len(target.modules) * n * in_features(target.modules[0]) for target, n in closed
+        )
     if hparams.ensemble is None:
         # At least a row of every path, with half of the layers before it, and the head's rows. More rows are used if
         # there is room, in a quarter of what is free then (see attribution.rows_in_flight).

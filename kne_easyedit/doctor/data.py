@@ -14,7 +14,7 @@ from kne_easyedit.attribution.score_cache import scores_folder
 from kne_easyedit.bridge.edited_modules import vocabulary
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.doctor.findings import DATA, FAILURE, OK, WARNING, Finding, failure, size
-from kne_easyedit.editing.neighbours import neighbour_source, neighbours_by_request
+from kne_easyedit.editing.neighbours import neighbour_source, neighbours_by_request, uses_neighbours
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer, encode_request, require_length
 from kne_easyedit.facts.records import load_records, require_evaluable
 from kne_easyedit.hparams import KNEHyperParams
@@ -101,7 +101,7 @@ def localization_facts(
 
 def neighbours(hparams: KNEHyperParams, requests: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     """Checks that the records have neighbours to train on, if they are asked for."""
-    if not hparams.neighbour_weight or not requests:
+    if not uses_neighbours(hparams) or not requests:
         return
     name = "neighbour_data"
     try:

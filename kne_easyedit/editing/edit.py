@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
+from kne_easyedit.editing.adapter import rows_by_module
 from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.optimizers import OPTIMIZERS
+from kne_easyedit.editing.projection import projections_for
 from kne_easyedit.editing.row_edit import RowEdit, write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.editing.settings import EditSettings
@@ -75,7 +77,8 @@ def compute_edit(
     if hparams.append_eos:  # after localisation: scores are those of the answers alone
         facts = [_ended(tok, fact, model.config) for fact in facts]
     objectives = objectives_for(model, tok, requests, hparams)
-    return train_rows(model, facts, ensemble, hparams, objectives, on_step)
+    projections = projections_for(model, tok, requests, hparams, list(rows_by_module(model, ensemble)))
+    return train_rows(model, facts, ensemble, hparams, objectives, on_step, projections)
 
 
 def _ended(tok: Tokenizer, fact: Fact, config: Any) -> Fact:

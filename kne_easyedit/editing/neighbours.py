@@ -10,6 +10,7 @@ from typing import Any
 
 from kne_easyedit._util.messages import shorten
 from kne_easyedit.editing.settings import EditSettings
+from kne_easyedit.facts.encoding import Tokenizer, chat_prompt
 from kne_easyedit.facts.neighbours import FactPool, packaged_pool, run_exclusions
 from kne_easyedit.facts.readers import EMBEDDED, data_digest
 from kne_easyedit.facts.records import load_requests
@@ -57,6 +58,16 @@ def neighbours_by_request(requests: Sequence[Mapping[str, Any]], hparams: EditSe
         subject = pool.subject_prompts(request, hparams.neighbour_subject_size, seed=hparams.seed, exclude=exclude)
         found.append([one.prompt for pair in zip_longest(relation, subject) for one in pair if one is not None])
     return found
+
+
+def templated(tokenizer: Tokenizer, prompts: Sequence[str], hparams: EditSettings) -> list[str]:
+    """The prompts as the model reads them: in the chat template under ``use_chat_template``."""
+    return [chat_prompt(tokenizer, prompt) if hparams.use_chat_template else prompt for prompt in prompts]
+
+
+def uses_neighbours(hparams: EditSettings) -> bool:
+    """Whether an edit under these settings has to do with neighbours."""
+    return bool(hparams.neighbour_weight) or hparams.input_projection
 
 
 def neighbours_in_step(hparams: EditSettings) -> int:

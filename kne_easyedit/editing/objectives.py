@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit.editing.divergence import Divergence
-from kne_easyedit.editing.neighbours import neighbour_prompts
+from kne_easyedit.editing.neighbours import neighbour_prompts, templated
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import IGNORE, Batch, Fact, Tokenizer, chat_prompt
+from kne_easyedit.facts.encoding import IGNORE, Batch, Fact, Tokenizer
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.models.state import preserve_state
@@ -102,7 +102,7 @@ def _unrelated(
     model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
 ) -> Objective:
     prompts = unrelated_prompts(hparams, [request["prompt"] for request in requests])
-    return Alone(Divergence(model, tokenizer, _templated(tokenizer, prompts, hparams), hparams.kl_weight))
+    return Alone(Divergence(model, tokenizer, templated(tokenizer, prompts, hparams), hparams.kl_weight))
 
 
 def _neighbours(
@@ -114,17 +114,13 @@ def _neighbours(
     return Divergence(
         model,
         tokenizer,
-        _templated(tokenizer, prompts, hparams),
+        templated(tokenizer, prompts, hparams),
         hparams.neighbour_weight,
         name="neighbours",
         tokens=hparams.neighbour_tokens,
         per_step=hparams.neighbours_per_step * len(requests),
         bound=math.inf if hparams.neighbour_stop is None else hparams.neighbour_stop,
     )
-
-
-def _templated(tokenizer: Tokenizer, prompts: Sequence[str], hparams: EditSettings) -> list[str]:
-    return [chat_prompt(tokenizer, prompt) if hparams.use_chat_template else prompt for prompt in prompts]
 
 
 ObjectiveBuilder = Callable[[nn.Module, Tokenizer, Sequence[Mapping[str, Any]], EditSettings], Objective | None]

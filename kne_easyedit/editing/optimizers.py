@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from kne_easyedit.editing.projection import InputProjection
 from kne_easyedit.editing.settings import EditSettings
 
 
@@ -25,6 +26,12 @@ class TrainedRows:
     """PEFT's ``A``, which is ``W_kne`` (Eq. 8-10): ``(n, d1)``, a leaf."""
     scale: float
     """``alpha / sqrt(n)`` (Eq. 11)."""
+    projection: InputProjection | None = None
+    """Along what it leaves of a direction the rows may move; None: anywhere."""
+
+    def project(self, directions: Tensor) -> Tensor:
+        """What rows ``(n, d1)`` have of the directions in which these rows may move."""
+        return directions if self.projection is None else self.projection(directions)
 
 
 class Optimizer(Protocol):
@@ -48,29 +55,39 @@ class Optimizer(Protocol):
 
 
 class AdamW:
-    """torch's AdamW on ``W_kne``: the paper's. Reads ``lr`` and ``weight_decay``."""
+    """torch's AdamW on ``W_kne``: the paper's. Reads ``lr`` and ``weight_decay``.
+
+    Where rows have a projection, their gradients and the steps that AdamW makes of them are projected.
+    """
 
     rate_setting: ClassVar[str] = "lr"
     moments: ClassVar[int] = 2
 
     def __init__(self, rows: Sequence[TrainedRows], hparams: EditSettings) -> None:
-        self._parameters = [one.values for one in rows]
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=hparams.lr, weight_decay=hparams.weight_decay)
+        self._rows = rows
+        self._optimizer = torch.optim.AdamW(
+            [one.values for one in rows], lr=hparams.lr, weight_decay=hparams.weight_decay
+        )
 
     def step(self, loss: Tensor, gradients: Sequence[Tensor]) -> None:
         """One step of AdamW; ``loss`` is not used."""
-        for parameter, gradient in zip(self._parameters, gradients):
-            parameter.grad = gradient
+        for one, gradient in zip(self._rows, gradients):
+            one.values.grad = one.project(gradient)
+        bound = [(one, one.values.detach().clone()) for one in self._rows if one.projection is not None]
         self._optimizer.step()
+        with torch.no_grad():  # AdamW divides elementwise: its step leaves the space of the gradients
+            for one, before in bound:
+                one.values.copy_(before + one.project(one.values - before))
 
 
 class Polyak:
     """Polyak's step along gradients that are normalised for each module: no learning rate. Reads ``polyak_fraction``.
 
     With ``g_m`` the gradient with respect to the rows of module ``m`` themselves (to ``ΔW_m = scale * A``, not to
-    ``A``), every module moves by ``-c * g_m / ||g_m||`` with one common length ``c = polyak_fraction * L / sum_m
-    ||g_m||``. The sum of the norms is what the loss falls by for each unit of length, so that a loss that were linear
-    would fall by ``polyak_fraction * L``. Rows with a gradient of zero stay.
+    ``A``) and ``d_m`` its projection (``g_m`` itself where there is none), every module moves by ``-c * d_m / ||d_m||``
+    with one common length ``c = polyak_fraction * L / sum_m <g_m, d_m> / ||d_m||``. Without projections that is
+    ``polyak_fraction * L / sum_m ||g_m||``. The sum is what the loss falls by for each unit of length, so that a loss
+    that were linear would fall by ``polyak_fraction * L``. Rows with a gradient of zero stay.
 
     ``L`` is the sum that is minimised, with the weighted objectives, for the gradients are those of the sum: 0 is a
     lower bound of every term. Steps do not depend on ``alpha``: ``ΔW`` is the same, up to rounding.
@@ -84,17 +101,23 @@ class Polyak:
 
     def step(self, loss: Tensor, gradients: Sequence[Tensor]) -> None:
         """One step, of zero length where all gradients are zero."""
-        of_a = torch.stack([gradient.norm().to(loss.device) for gradient in gradients]).tolist()
-        norms = [norm / one.scale for norm, one in zip(of_a, self._rows)]  # d/dA = scale * d/dΔW
-        total = sum(norms)
-        if not total:
+        directions = [one.project(gradient) for one, gradient in zip(self._rows, gradients)]
+        norms = _numbers([direction.norm() for direction in directions], loss.device)
+        inner = _numbers([(g * d).sum() for g, d in zip(gradients, directions)], loss.device)
+        # d/dA = scale * d/dΔW: of ΔW both norm and slope are those of A divided by the scale.
+        slope = sum(product / (norm * one.scale) for product, norm, one in zip(inner, norms, self._rows) if norm)
+        if not slope:
             return
-        length = self._fraction * loss.item() / total
+        length = self._fraction * loss.item() / slope
         with torch.no_grad():
-            for one, gradient, norm in zip(self._rows, gradients, norms):
+            for one, direction, norm in zip(self._rows, directions, norms):
                 if norm:
-                    # ΔW moves by -length * g / ||g||, and A by that divided by the scale.
-                    one.values.add_(gradient, alpha=-length / (one.scale**2 * norm))
+                    one.values.add_(direction, alpha=-length / (one.scale * norm))
+
+
+def _numbers(scalars: Sequence[Tensor], device: torch.device) -> list[float]:
+    """Scalars of any device as numbers, by one transfer."""
+    return torch.stack([scalar.to(device) for scalar in scalars]).tolist()
 
 
 OPTIMIZERS: Mapping[str, type[Optimizer]] = {"adamw": AdamW, "polyak": Polyak}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -19,6 +19,7 @@ from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter, rows_by_module
 from kne_easyedit.editing.objectives import Objective, SharedObjective, answer_logits, cross_entropy
 from kne_easyedit.editing.optimizers import OPTIMIZERS, TrainedRows
+from kne_easyedit.editing.projection import InputProjection
 from kne_easyedit.editing.row_edit import Answer, RowEdit
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Fact, collate
@@ -38,6 +39,7 @@ def train_rows(
     hparams: EditSettings,
     objectives: Sequence[Objective] = (),
     on_step: Callable[[int, float], None] | None = None,
+    projections: Mapping[str, InputProjection] | None = None,
 ) -> RowEdit:
     """Trains ``W_kne`` (Eq. 8-11) on ``facts`` in one batch, and leaves the model exactly as it was.
 
@@ -53,6 +55,7 @@ def train_rows(
             are read.
         objectives: Further terms of the loss; none: the paper's training.
         on_step: Called before each step with its number, from 1, and the cross-entropy in nats.
+        projections: Of modules by name (`input_projections`): the directions in which their rows may move; none: all.
 
     Returns:
         The edit: for each module ``(n, d1)`` to add to its rows, the cross-entropy before every step and at the end,
@@ -73,7 +76,8 @@ def train_rows(
         _progress(hparams.num_steps) as progress,
     ):
         rows = [
-            TrainedRows(name, layer.lora_A[ADAPTER].weight, layer.scaling[ADAPTER]) for name, layer in trained.items()
+            TrainedRows(name, layer.lora_A[ADAPTER].weight, layer.scaling[ADAPTER], (projections or {}).get(name))
+            for name, layer in trained.items()
         ]
         parameters = [one.values for one in rows]
         optimizer = OPTIMIZERS[hparams.optimizer](rows, hparams)

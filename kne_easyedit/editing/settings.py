@@ -30,6 +30,8 @@ class EditSettings(LocalizationSettings, Protocol):
     neighbour_tokens: int
     neighbours_per_step: int
     neighbour_stop: float | None
+    input_projection: bool
+    projection_ridge: float
     seed: int
     device: int | str
 

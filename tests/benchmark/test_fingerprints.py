@@ -60,6 +60,8 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
         "neighbour_weight": 1.0,
         "neighbour_stop": 0.1,
         "append_eos": True,
+        "input_projection": True,
+        "projection_ridge": 1e-3,
     }
     counts = ("neighbour_relation_size", "neighbour_subject_size", "neighbour_tokens", "neighbours_per_step")
     for name, value in {**others, **dict.fromkeys(counts, 2), "neighbour_data": "embedded"}.items():
@@ -77,8 +79,8 @@ def test_neighbours_count_by_the_content_of_the_file_they_come_from(tmp_path):
     localized, named = {"localization_data": str(facts)}, {"neighbour_data": str(facts)}
     assert found("[1]", **localized) == found("[2]", **localized)
     for settings in (localized, named, localized | named):
-        on = {"neighbour_weight": 1.0, **settings}
-        assert found("[1]", **on) == found("[1]", **on) != found("[2]", **on)
+        for on in ({"neighbour_weight": 1.0, **settings}, {"input_projection": True, **settings}):
+            assert found("[1]", **on) == found("[1]", **on) != found("[2]", **on)
 
 
 def test_the_digest_of_a_record():

@@ -23,10 +23,12 @@ from transformers import LlamaConfig
 from kne_easyedit.doctor.memory import memory_needed
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
 from kne_easyedit.editing.divergence import Divergence
+from kne_easyedit.editing.projection import input_projections
 from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import encode
 from kne_easyedit.localization.ensemble import select_ensemble
+from kne_easyedit.models.state import preserve_state
 from kne_easyedit.models.targets import resolve_target
 
 
@@ -75,6 +77,17 @@ def test_neighbours_are_counted(llama, tokenizer):
     kl = memory_needed(llama, tiny_hparams(**settings, kl_weight=1.0, kl_data="embedded", kl_size=7))
     activations = [needed["activations (estimated)"] for needed in (on, few, kl)]
     assert activations == [texts * off["activations (estimated)"] / 5 for texts in (20, 10, 12)]
+
+
+def test_a_projection_is_counted(llama, tokenizer):
+    """At least as much as its bases take, and no more than half of a module's inputs allow."""
+    names = [LLAMA_DOWN.format(layer) for layer in range(4)]
+    with preserve_state(llama):
+        found = input_projections(llama, tokenizer, ["The capital of Spain is", "Marie was"], names, 1e-5)
+    settings = {"neighbour_relation_size": 1, "neighbour_subject_size": 1}
+    needed = memory_needed(llama, tiny_hparams(**settings, input_projection=True))["projections (estimated)"]
+    assert _bytes(*(one.basis for one in found.values())) < needed == 8 * 4 * 20 * 40
+    assert "projections (estimated)" not in memory_needed(llama, tiny_hparams(**settings))
 
 
 def test_an_ensemble_file_says_how_many_rows(tmp_path, llama):

@@ -1,0 +1,200 @@
+"""Directions in which the trained rows may move: those that the inputs of neighbours do not have.
+
+What a row adds to a module's output for an input ``x`` is its inner product with ``x``. Rows that are orthogonal to all
+inputs that a module has in some texts add nothing there: then the next module's inputs are what they were, too, and so
+on to the logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kne_easyedit._util.interrupts import safe_point
+from kne_easyedit.editing.divergence import AT_ONCE, continuations
+from kne_easyedit.editing.neighbours import neighbour_prompts, templated
+from kne_easyedit.editing.settings import EditSettings
+from kne_easyedit.facts.encoding import Tokenizer, pad
+from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.fast_linear import fast_linear
+from kne_easyedit.models.state import preserve_state
+from kne_easyedit.models.targets import rows
+
+logger = logging.getLogger(__name__)
+
+LARGEST_SHARE = 0.5
+"""Of a module's input dimensions, how many may be closed at most: the rest is left for the edit."""
+
+
+class InputProjection:
+    """``P = I - X^T (X X^T + lambda I)^-1 X`` of one module, with ``lambda = ridge * median_i ||x_i||^2``.
+
+    With ``ridge`` near 0 it removes from a direction all that lies in the span of the inputs. The median, for models
+    give the first token of a text activations that are thousands of times the others'.
+
+    Args:
+        inputs: ``X``, ``(N, d1)``, ``N`` smaller than ``d1``.
+        ridge: A positive number: the larger, the less is removed of directions in which inputs are small.
+
+    Raises:
+        ValueError: The ridge is too small for these inputs.
+    """
+
+    def __init__(self, inputs: Tensor, ridge: float):
+        device, precise = inputs.device, torch.promote_types(inputs.dtype, torch.float32)
+        # Gram matrix and Cholesky factor in float64: their condition number is beyond float32. mps has no float64.
+        x = inputs.to("cpu" if device.type == "mps" else device).double()
+        gram = x @ x.t()
+        gram.diagonal().add_(ridge * gram.diagonal().median())
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            raise ValueError(f"projection_ridge: {ridge} is too small for the inputs of {len(x)} tokens; raise it")
+        # With L L^T = X X^T + lambda I, P = I - B^T B for B = L^-1 X. The rows of B are all but orthonormal, so that
+        # float32 suffices to apply it.
+        self._basis = torch.linalg.solve_triangular(factor, x, upper=False).to(device, precise)  # (N, d1)
+
+    @property
+    def basis(self) -> Tensor:
+        """``B``, ``(N, d1)``, with ``P = I - B^T B``."""
+        return self._basis
+
+    def __call__(self, directions: Tensor) -> Tensor:
+        """``directions P``: rows ``(n, d1)`` without what the inputs have of them."""
+        basis = self._basis.to(directions.dtype)
+        return directions - (directions @ basis.t()) @ basis
+
+
+def input_projections(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    modules: Sequence[str],
+    ridge: float,
+    tokens: int = 1,
+) -> dict[str, InputProjection]:
+    """The projections of modules, for prompts and the unedited model's own continuations of them.
+
+    Texts are taken in order as long as their different beginnings are at most `LARGEST_SHARE` of the inputs' dimension:
+    tokens with the same ones before them have the same inputs, and count once.
+
+    Args:
+        model: The model before the edit, frozen and in evaluation mode (`preserve_state`).
+        tokenizer: Its tokenizer.
+        prompts: The neighbours, at least one.
+        modules: Names of linear layers.
+        ridge: See `InputProjection`.
+        tokens: What the model says in place of so many tokens after each prompt is left as it is.
+
+    Returns:
+        Module name -> its projection.
+
+    Raises:
+        ValueError: A module does not read every token of a text (an expert of several); the ridge is too small.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    most = int(LARGEST_SHARE * min(rows(model.get_submodule(name)).shape[1] for name in modules))
+    ids = within([tokenizer(prompt)["input_ids"] for prompt in dict.fromkeys(prompts)], most, tokens)
+    if len(ids) < len(set(prompts)):
+        logger.info("input_projection: %s of %s neighbours, for %s tokens at most", len(ids), len(set(prompts)), most)
+    ids.sort(key=len)
+    seen: set[tuple[int, ...]] = set()
+    with torch.no_grad():
+        for start in range(0, len(ids), AT_ONCE):
+            safe_point()
+            some = ids[start : start + AT_ONCE]
+            with _inputs_of(model, modules) as passes:
+                texts, first = _read(model, some, tokens, tokenizer.eos_token_id)
+            where = []
+            for row, text in enumerate(texts):
+                for end in range(len(text)):
+                    if (beginning := tuple(text[: end + 1])) not in seen:
+                        seen.add(beginning)
+                        where.append((row, first[row] + end))
+            if where:
+                in_text, at = zip(*where)
+                for name in modules:
+                    found[name].append(_joined(passes[name], some, name)[list(in_text), list(at)])
+    return {name: InputProjection(torch.cat(found.pop(name)), ridge) for name in modules}
+
+
+def projections_for(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: EditSettings,
+    modules: Sequence[str],
+) -> dict[str, InputProjection]:
+    """The projections of the modules of an edit under ``input_projection``; none without it, or without neighbours.
+
+    Runs ``model``, which is left exactly as it was.
+    """
+    if not hparams.input_projection:
+        return {}
+    prompts = templated(tokenizer, neighbour_prompts(requests, hparams), hparams)
+    if not prompts:
+        return {}
+    with preserve_state(model), fast_linear(model):
+        return input_projections(model, tokenizer, prompts, modules, hparams.projection_ridge, hparams.neighbour_tokens)
+
+
+def within(texts: Sequence[Sequence[int]], most: int, tokens: int) -> list[Sequence[int]]:
+    """The first of some texts, as token ids, that have ``most`` different beginnings with ``tokens - 1`` more each."""
+    seen: set[tuple[int, ...]] = set()
+    for i, text in enumerate(texts):
+        seen.update(tuple(text[: end + 1]) for end in range(len(text)))
+        if len(seen) + (i + 1) * (tokens - 1) > most:
+            return list(texts[:i])
+    return list(texts)
+
+
+def _read(
+    model: Any, prompts: Sequence[Sequence[int]], tokens: int, end: int | None
+) -> tuple[list[list[int]], list[int]]:
+    """Runs the model on prompts and on all but the last token of their continuations.
+
+    Returns:
+        The texts that were read, and where each begins in its row.
+    """
+    if tokens == 1:  # nothing is to be predicted, so that the output head can be left out
+        input_ids, attention_mask = (tensor.to(device_of(model)) for tensor in pad(prompts))
+        model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return [list(row) for row in prompts], [0] * len(prompts)
+    said, _ = continuations(model, prompts, tokens, end)
+    longest = max(map(len, prompts))
+    return [[*row, *answer[:-1]] for row, answer in zip(prompts, said)], [longest - len(row) for row in prompts]
+
+
+@contextmanager
+def _inputs_of(model: nn.Module, modules: Sequence[str]) -> Iterator[Mapping[str, list[Tensor]]]:
+    """Inside, the inputs of each module are collected, pass by pass."""
+    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    hooks: list[RemovableHandle] = []
+
+    def collect(name: str, arguments: tuple[Any, ...]) -> None:
+        found[name].append(arguments[0].detach())
+
+    try:
+        for name in modules:
+            module = model.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: collect(name, args)))
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _joined(passes: Sequence[Tensor], texts: Sequence[Sequence[int]], name: str) -> Tensor:
+    """The inputs of several passes of the same texts, ``(texts, positions, d1)``: a prompt's, then token by token."""
+    widths = [max(map(len, texts)), *[1] * (len(passes) - 1)]
+    if not passes or any(x.numel() != len(texts) * width * x.shape[-1] for x, width in zip(passes, widths)):
+        raise ValueError(
+            f"input_projection: {name} does not read every token of a text once; leave it out of target_modules, or "
+            f"set input_projection: false"
+        )
+    return torch.cat([x.reshape(len(texts), width, x.shape[-1]) for x, width in zip(passes, widths)], 1)
