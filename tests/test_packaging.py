@@ -94,7 +94,7 @@ def test_every_file_that_is_no_module_is_installed(config):
 
 def test_a_file_that_no_list_installs_is_found(config):
     del config["options.package_data"]["kne_easyedit.facts"]
-    assert left_out(config) == ["kne_easyedit/facts/facts.json"]
+    assert sorted(left_out(config)) == ["kne_easyedit/facts/facts.json", "kne_easyedit/facts/relations.json"]
 
 
 # Pins
@@ -195,7 +195,8 @@ def test_the_wheel_holds_the_package_its_data_and_nothing_else(built):
     shipped = {
         f"kne_easyedit/{path.relative_to(ROOT / 'kne_easyedit')}" for path in (ROOT / "kne_easyedit").rglob("*.py")
     }
-    shipped |= {"kne_easyedit/facts/facts.json", "kne_easyedit/benchmark/paper.json", "kne_easyedit/py.typed"}
+    shipped |= {f"kne_easyedit/facts/{name}.json" for name in ("facts", "relations")}
+    shipped |= {"kne_easyedit/benchmark/paper.json", "kne_easyedit/py.typed"}
     settings = {path.relative_to(ROOT / "hparams") for path in (ROOT / "hparams").rglob("*") if path.is_file()}
     shipped |= {f"kne_easyedit/shipped_hparams/{path}" for path in settings if path.suffix != ".pyc"}
     assert {name for name in files if ".dist-info/" not in name} == shipped

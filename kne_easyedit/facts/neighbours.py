@@ -6,13 +6,17 @@ An edit should leave them alone. Some of them train, others are asked afterwards
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
 
 from kne_easyedit.facts.index import FactIndex, KnownFact, facts_of, plain, prompts_of, relation_key
 from kne_easyedit.facts.templates import (
+    SLOT,
     content_words,
     fill,
     normalised,
@@ -23,7 +27,16 @@ from kne_easyedit.facts.templates import (
     without,
 )
 
-__all__ = ["FactPool", "KnownFact", "Neighbour", "is_held_out", "prompts_of", "run_exclusions", "template_of"]
+__all__ = [
+    "FactPool",
+    "KnownFact",
+    "Neighbour",
+    "is_held_out",
+    "packaged_pool",
+    "prompts_of",
+    "run_exclusions",
+    "template_of",
+]
 
 RELATION, SUBJECT = "relation", "subject"
 """Kinds of neighbours: the request's template with another subject, the request's subject in another template."""
@@ -138,12 +151,13 @@ class FactPool(FactIndex):
                 spelling = self._spelling(name)
                 if is_held_out(spelling) != held_out or barred.subject(name):
                     continue
-                prompt = fill(template, spelling)
+                begins = template.startswith(SLOT) and subject[:1].isupper()
+                prompt = fill(template, spelling[:1].upper() + spelling[1:] if begins else spelling)
                 if barred.prompt(prompt):
                     continue
-                if barred.answer(self._truths[name, relation] | self._claims[name, relation]):
+                if barred.answer(self._answers(name, relation)):
                     continue
-                truth = min(self._truths[name, relation], default=None)
+                truth = min(self._truths.get((name, relation), ()), default=None)
                 chosen.append(Neighbour(prompt, spelling, RELATION, template, truth, same_kind=rank in KIN))
         return chosen
 
@@ -185,27 +199,37 @@ class FactPool(FactIndex):
                 continue
             if other not in own and (counts[other] < enough or evidence[other] < TYPICAL):
                 continue  # it may make sense for those few only
-            pattern = min(self._templates[other], key=lambda text: _shuffled(seed, name, text))
-            words, prompt = content_words(pattern), fill(pattern, subject)
-            if not words or any(2 * len(words & others) > min(len(words), len(others)) for others in asked):
+            answers = self._answers(name, other)
+            if barred.answer(answers, old=True):
                 continue
-            answers = self._truths[name, other] | self._claims[name, other]
-            if barred.prompt(prompt) or barred.answer(answers, old=True) or barred.names_answer(prompt):
-                continue
-            truth = min(self._truths[name, other], default=None)
-            chosen.append(Neighbour(prompt, subject, SUBJECT, pattern, truth))
+            for pattern in sorted(self._templates[other], key=lambda text: _shuffled(seed, name, text)):
+                words, prompt = content_words(pattern), fill(pattern, subject)
+                alike = (self._ask_the_same(words, others) for others in asked)
+                if words and not any(alike) and not barred.prompt(prompt) and not barred.names_answer(prompt):
+                    truth = min(self._truths.get((name, other), ()), default=None)
+                    chosen.append(Neighbour(prompt, subject, SUBJECT, pattern, truth))
+                    break
         return chosen
 
-    def locate(self, request: Mapping) -> tuple[str, str] | None:
-        """Subject and template of a request; None if there is no subject."""
-        template = template_of(request)
-        return None if template is None else (request["subject"], template)
+
+@lru_cache(maxsize=1)
+def packaged_pool() -> FactPool:
+    """The facts of the packaged relations, ``relations.json``: for a fact of one's own, where there are no others."""
+    relations = json.loads(files("kne_easyedit.facts").joinpath("relations.json").read_text(encoding="utf-8"))
+    facts = [
+        KnownFact(subject, template, answer, relation=name, kind=relation["kind"])
+        for name, relation in relations.items()
+        for template in relation["templates"]
+        for subject, answer in relation["facts"].items()
+    ]
+    return FactPool(facts, {name: relation.get("implies", ()) for name, relation in relations.items()})
 
 
 class _Barred:
     """What must not be a neighbour of a request."""
 
     def __init__(self, request: Mapping, subject: str, template: str, exclude: Iterable[str]):
+        exclude = tuple(exclude)
         self.excluded = {normalised(text) for text in exclude}
         self.subjects = {subject_key(text) for text in exclude}
         self.prompts = {normalised(prompt) for prompt in prompts_of(request)}

@@ -33,6 +33,7 @@ _FUNCTION_WORDS = frozenset(
 """Words that do not tell one relation from another."""
 _NAME_OF = re.compile(r"\bthe names? of\b|'s name\b")
 """Tells none either; "the given name of" does."""
+_SHORTENED = re.compile(r"\b(what|who|where|when|how)['’]s\b")
 
 
 def normalised(text: str) -> str:
@@ -46,15 +47,15 @@ def subject_key(subject: str) -> str:
     return text.removeprefix("the ") or text
 
 
-def without(prompt: str, subject: str) -> str | None:
+def without(prompt: str, subject: str, any_case: bool = True) -> str | None:
     """The prompt with every place of the subject, as whole words, replaced by ``{}``; None if there is none.
 
-    Written as in the prompt, else in another case. None, too, if the prompt has braces of its own at a place ``{}``.
+    Written as in the prompt, else in another case (``any_case``). None, too, if the prompt itself has a ``{}``.
     """
     if SLOT in prompt or not subject.strip():
         return None
     places = list(_places(prompt, subject))
-    if not places and len(prompt.casefold()) == len(prompt) and len(subject.casefold()) == len(subject):
+    if any_case and not places and len(prompt.casefold()) == len(prompt) and len(subject.casefold()) == len(subject):
         places = list(_places(prompt.casefold(), subject.casefold()))
     if not places:
         return None
@@ -100,7 +101,7 @@ def stands_in(name: str, text: str) -> bool:
 @lru_cache(maxsize=65536)
 def template_key(template: str) -> str:
     """Names a template whatever its case, articles, blanks, and marks at its end."""
-    words = normalised(template).rstrip(" ?:.").split()
+    words = _SHORTENED.sub(r"\1 is", normalised(template)).rstrip(" ?:.").split()
     return " ".join(word for word in words if word not in _ARTICLES)
 
 
@@ -123,8 +124,10 @@ def subject_pattern(template: str) -> re.Pattern[str]:
     before, _, after = template_key(template).replace("\\", "").partition(SLOT)
     gap = r"\s+(?:(?:the|an?)\s+)*"
     begin = r"\s*(?:(?:the|an?)\s+)*" if before else r"\s*"
+    gap_is = re.compile(rf"\b(what|who|where|when|how){re.escape(gap)}is\b")
     head = gap.join(map(re.escape, before.split())) + (r"\s+" if before.endswith(" ") else "")
     tail = (gap if after.startswith(" ") else "") + gap.join(map(re.escape, after.split()))
+    head = gap_is.sub(lambda found: rf"{found[1]}(?:{gap}is|['’]s)", head)
     return re.compile(rf"{begin}{head}(.+?){tail}(?:\s+(?:the|an?))?[\s?:.]*", re.IGNORECASE)
 
 
