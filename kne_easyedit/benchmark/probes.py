@@ -11,7 +11,7 @@ from kne_easyedit.benchmark.asking import askable
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.facts.encoding import chat_prompt
-from kne_easyedit.facts.neighbours import FactPool, Neighbour
+from kne_easyedit.facts.neighbours import FactPool, Neighbour, packaged_pool
 from kne_easyedit.facts.readers import EMBEDDED
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.localization.data import localization_requests
@@ -89,8 +89,12 @@ class _Pools:
         self._pools: dict[str, FactPool] = {}
 
     def made(self, request: Mapping) -> Iterator[Neighbour]:
-        """Neighbours of a request, the best first: of the data file, then of the packaged facts."""
-        for name, make in (("data", self._of_data),):
+        """Neighbours of a request, the best first: of the data file, then of the packaged facts.
+
+        The packaged records are few, and their relations are written out with many subjects: there these come first.
+        """
+        pools = [("data", self._of_data), ("packaged", packaged_pool)]
+        for name, make in reversed(pools) if self.job.data == EMBEDDED else pools:
             if name not in self._pools:
                 self._pools[name] = make()
             number = 2 * self.job.neighbours  # the model may not take all of them

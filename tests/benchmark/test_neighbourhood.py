@@ -300,7 +300,7 @@ def test_a_sequence_asks_the_neighbours_of_earlier_facts_again(job, tmp_path):
     assert all(0 <= stop[name] <= 100 for stop in stops for name in ("neighbourhood", "neighbourhood_free", "bleed"))
     asked = [json.loads(text) for text in (job.folder / "retention.jsonl").read_text().splitlines()]
     assert [line["probes"] for line in asked] == [len(choose(job)[line["index"]].neighbours) for line in asked]
-    # Asked right after its own edit, a fact's neighbours answer as in its result line; after the next edit they may not.
+    # Right after its own edit a fact's neighbours answer as in its result line, after the next one they may not.
     first = lines_of(job)[0]
     assert (asked[0]["neighbourhood"], asked[0]["bleed"]) == (first["neighbourhood"], first["bleed"])
     assert asked[1]["neighbourhood"] < asked[0]["neighbourhood"]
