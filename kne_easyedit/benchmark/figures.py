@@ -48,8 +48,10 @@ def draw_all(found: Collection, folder: Path) -> dict[str, str]:
         ),
         (
             "neighbourhood-intervals.png",
-            "The same for what our runs alone measure.",
-            lambda *given: _intervals(*given, [metric for metric in compared(found) if _is_added(metric)]),
+            "The same for neighbours and what is compared with them.",
+            lambda *given: _intervals(
+                *given, [metric for metric in compared(found) if _is_added(metric) and metric.in_run_table]
+            ),
         ),
         (
             "tradeoff.png",
