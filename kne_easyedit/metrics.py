@@ -46,6 +46,8 @@ class Metric:
     """A report compares the methods by it, with intervals. Others are costs."""
     optional: bool = False
     """Shown only if any record has it."""
+    retained: bool = False
+    """A run of ours measures it again on earlier facts of a sequence."""
     in_run_table: bool = True
     """Whether the table that `kne run` prints has it."""
     paper_column: int | None = None
@@ -90,53 +92,75 @@ class Metric:
         return None if value is None else _SCALE[self.unit] * value
 
 
+def _theirs(key: str, short: str, meaning: str, field: str, **traits: Any) -> Metric:
+    """A share that EasyEdit's evaluator gives in this field."""
+    return Metric(key, short, meaning, PERCENT, "up", ("metrics", "post", field), **traits)
+
+
+def _ours(key: str, short: str, meaning: str, better: Literal["up", "down"] = "up", **traits: Any) -> Metric:
+    """A share that runs of ours measure, in the field of its name; lines of earlier versions may lack it."""
+    return Metric(key, short, meaning, PERCENT, better, (key,), **{"optional": True, **traits})
+
+
 METRICS = (
-    Metric(
+    _theirs(
         "edit_success",
         "ES",
         "share of the new answer's tokens that the edited model predicts, the right ones before it given",
-        PERCENT,
-        "up",
-        ("metrics", "post", "rewrite_acc"),
+        "rewrite_acc",
         paper_column=0,
     ),
-    Metric(
-        "exact_match",
-        "EM",
-        "share of records whose free greedy answer begins with the new answer",
-        PERCENT,
-        "up",
-        ("exact_match",),
+    _ours("exact_match", "EM", "share of records whose free greedy answer begins with the new answer", optional=False),
+    _ours(
+        "whole_answer", "WHOLE", "as exact_match, and there the text, the sentence or the line ends", in_run_table=False
     ),
-    Metric(
-        "rephrase",
-        "REPH",
-        "as edit_success, for the prompt in other words",
-        PERCENT,
-        "up",
-        ("metrics", "post", "rephrase_acc"),
-        optional=True,
-    ),
-    Metric(
+    _theirs("rephrase", "REPH", "as edit_success, for the prompt in other words", "rephrase_acc", optional=True),
+    _theirs(
         "portability",
         "PORT",
         "as edit_success, for what follows from the edit: aliases, reasoning, inverse relations",
-        PERCENT,
-        "up",
-        ("metrics", "post", "portability"),
+        "portability",
         by_category=True,
         paper_column=1,
     ),
-    Metric(
+    _theirs(
         "locality",
         "LOC",
         "share of predicted tokens that the edit left as they were, on unrelated facts",
-        PERCENT,
-        "up",
-        ("metrics", "post", "locality"),
+        "locality",
         by_category=True,
         paper_column=2,
     ),
+    _ours(
+        "neighbourhood",
+        "NBH",
+        "share of predicted tokens that the edit left as they were, on prompts of its relation about other subjects",
+        retained=True,
+    ),
+    _ours(
+        "neighbourhood_free",
+        "NBH-F",
+        "share of these prompts whose free answer keeps its first word",
+        retained=True,
+        in_run_table=False,
+    ),
+    _ours(
+        "bleed",
+        "BLEED",
+        "share of these prompts whose free answer begins with the new answer, and did not before",
+        "down",
+        retained=True,
+    ),
+    _ours("bleed_forced", "BLEED-T", "as edit_success, for these prompts", "down", retained=True, in_run_table=False),
+    _ours(
+        "alias_beyond_bleed",
+        "PORT-B",
+        "share of prompts with an alias of the subject whose free answer begins with the new one, minus bleed",
+    ),
+    _ours(
+        "alias_beyond_bleed_forced", "PORT-BT", "as edit_success, for an alias, minus bleed_forced", in_run_table=False
+    ),
+    _ours("denial", "DENY", "probability of denying the new fact, of that of denying or affirming it", "down"),
     Metric(
         "fluency",
         "FLU",
@@ -183,8 +207,9 @@ def run_columns(*summaries: Mapping[str, Any]) -> list[Metric]:
 
 
 def retention_metrics(*summaries: Mapping[str, Any]) -> list[Metric]:
-    """Metrics that a sequence measures again on facts edited earlier: EasyEdit's own that need no generated text."""
-    return [metric for metric in qualities(*summaries) if metric.from_easyedit and metric.unit == PERCENT]
+    """Metrics that a sequence measures again on facts edited earlier; of EasyEdit's those that need no sampled text."""
+    shown = qualities(*summaries)
+    return [metric for metric in shown if metric.retained or (metric.from_easyedit and metric.unit == PERCENT)]
 
 
 def own_metrics() -> list[Metric]:

@@ -13,8 +13,11 @@ from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.second_moments import needs_second_moments
-from kne_easyedit.facts.records import load_records, load_requests
+from kne_easyedit.facts.records import EMBEDDED, load_records, load_requests
 from kne_easyedit.models.loading import load_model
+
+_ADDED = ("neighbours", "contradiction")
+"""Settings of the evaluation that earlier versions did not have."""
 
 
 def job_folder(settings: Mapping) -> Path:
@@ -38,7 +41,10 @@ def job_folder(settings: Mapping) -> Path:
 
 def distinguishing(settings: Mapping) -> dict:
     """The settings that distinguish jobs, without the seed, the shard, and the folders of results and downloads."""
-    return {name: value for name, value in settings.items() if name not in ("out", "knowedit", "seed", "shard")}
+    found = {name: value for name, value in settings.items() if name not in ("out", "knowedit", "seed", "shard")}
+    # Switched off they are left out, so that the folders of earlier versions, which did not have them, are found.
+    evaluation = {name: its for name, its in settings["evaluation"].items() if its or name not in _ADDED}
+    return {**found, "evaluation": evaluation}
 
 
 def other_folders(folder: Path) -> list[Path]:
@@ -95,11 +101,13 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
     i, n = shard_of(settings["shard"])
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
     text_source = bridge.TextSource.from_settings(settings["statistics"])
+    where, apart = data["localization"], []
+    # Only KNE and second moments need the file; the other methods do without.
+    if needs_second_moments(hparams) or where["file"] == EMBEDDED or Path(where["file"]).is_file():
+        apart = load_requests(where["file"], where["size"], where["offset"])
     if needs_second_moments(hparams):
         # Text for second moments is sampled after facts that are not edited: subjects frequent in it resist edits.
-        apart = data["localization"]
-        prompts = [request["prompt"] for request in load_requests(apart["file"], apart["size"], apart["offset"])]
-        text_source = replace(text_source, prompts=prompts)
+        text_source = replace(text_source, prompts=[request["prompt"] for request in apart])
     model, tokenizer = load_model(hparams)
     return Run(
         model,
@@ -113,6 +121,7 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
         complaints=complaints,
         before_folder=Path(settings["out"]) / "before",
         text_source=text_source,
+        apart=apart,
         others=other_folders(folder),
         **evaluation,
     )
@@ -142,6 +151,8 @@ def _check(settings: Mapping) -> None:
         "evaluation.retention_every": int,
         "evaluation.chat_template": bool,
         "evaluation.fluency": bool,
+        "evaluation.neighbours": int,
+        "evaluation.contradiction": bool,
         "statistics.file": str | None,
         "statistics.samples": int,
         "statistics.length": int,

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kne_easyedit._util.markdown import markdown_table
-from kne_easyedit.benchmark.answers import one_line
-from kne_easyedit.benchmark.result_line import parse_result
+from kne_easyedit.benchmark.answers import one_line, up_to_stop
+from kne_easyedit.benchmark.result_line import ResultLine, parse_result
 from kne_easyedit.benchmark.store import read_lines
 from kne_easyedit.metrics import retention_metrics, run_columns
 
 
-def print_report(summary: Mapping[str, Any], folder: Path, examples: int = 3) -> None:
+def print_report(summary: Mapping[str, Any], folder: Path, examples: int = 3, neighbours_of: str | None = None) -> None:
     """Prints the summary of a run and the first answers of its ``results.jsonl``.
 
     Args:
         summary: What `benchmark.run` returns.
         folder: The run's folder.
         examples: How many records are shown with their answers.
+        neighbours_of: The prompt of the record whose neighbours are shown; None, or one that has none: the first record
+            that has some.
     """
     easyedit, found = summary["easyedit"], summary["localization"]
     print(f"\nEasyEdit: {easyedit['kind']} {easyedit['version']}; fluency variant: {summary['fluency_variant']}")
@@ -42,9 +44,12 @@ def print_report(summary: Mapping[str, Any], folder: Path, examples: int = 3) ->
     columns = run_columns(*summary["methods"].values())
     table = markdown_table(summary["methods"], [metric.key for metric in columns], width=8)
     print(f"\n{summary['records']} records, {mode}\n\n{table}\n")
+    width = max(16, *(len(metric.key) for metric in columns))
     for metric in columns:
-        print(f"  {metric.key:<16} {metric.meaning}")
-    _print_answers(summary, folder, examples)
+        print(f"  {metric.key:<{width}} {metric.meaning}")
+    lines = _lines(folder)
+    _print_answers(lines, summary, examples)
+    _print_neighbours(lines, summary, neighbours_of)
     for method, figures in summary["methods"].items():
         for stop in figures.get("retention", ()):
             shown = ", ".join(
@@ -59,10 +64,31 @@ def print_report(summary: Mapping[str, Any], folder: Path, examples: int = 3) ->
     print(f"\nWritten to {folder}: {', '.join(['summary.json', 'results.jsonl', *ensembles])}")
 
 
-def _print_answers(summary: Mapping[str, Any], folder: Path, examples: int) -> None:
+def _lines(folder: Path) -> list[ResultLine]:
+    """The latest result line of every record and method, in the order of the records."""
     lines = [parse_result(line) for _, line in read_lines(folder / "results.jsonl")]
     latest = {(line["index"], line["method"]): line for line in lines}
-    lines = sorted(latest.values(), key=lambda line: line["index"])  # workers finish in any order
+    return sorted(latest.values(), key=lambda line: line["index"])  # workers finish in any order
+
+
+def _print_neighbours(lines: Sequence[ResultLine], summary: Mapping[str, Any], prompt: str | None) -> None:
+    """What the neighbours of one edit answer before it and after it by each method."""
+    having = [line for line in lines if line["neighbours"]]
+    if not having:
+        return
+    chosen = next((line for line in having if line["prompt"] == prompt), having[0])
+    own = {line["method"]: line["neighbours"] or [] for line in having if line["index"] == chosen["index"]}
+    width = max(8, *map(len, summary["methods"]))
+    print(f"\nNeighbours before and after the edit  {chosen['prompt']}  ->  {chosen['target_new']}")
+    for its in chosen["neighbours"] or ():
+        print(f"\n  {its['prompt']}\n    {'before':<{width}} {one_line(up_to_stop(its['before']))}")
+        for method, neighbours in own.items():
+            for found in neighbours:
+                if found["prompt"] == its["prompt"]:
+                    print(f"    {method:<{width}} {one_line(up_to_stop(found['after']))}")
+
+
+def _print_answers(lines: Sequence[ResultLine], summary: Mapping[str, Any], examples: int) -> None:
     width = max(8, *map(len, summary["methods"]))
     print("\nAnswers before and after (greedy):")
     for index in dict.fromkeys(line["index"] for line in lines[: examples * len(summary["methods"])]):

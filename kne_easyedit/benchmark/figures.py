@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.benchmark.tables import compared, mean
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.figures import draw_ensemble
-from kne_easyedit.metrics import PERCENT, retention_metrics
+from kne_easyedit.metrics import PERCENT, Metric, retention_metrics
 
 _BASELINES = list(
     zip(("#7a7a7a", "#b5532a", "#c99a2e", "#6b8e23", "#8c6bb1", "#d16ba5", "#4a7ebb", "#2e8b57"), "osv^<>ph")
@@ -21,6 +21,7 @@ _BASELINES = list(
 _VARIANTS = list(zip(("#0b3c4d", "#1f9fc4", "#5bc0de", "#14708a"), "DX*P"))
 """KNE and its variants: shades of one colour."""
 _TRADEOFFS = (("edit_success", "locality"), ("edit_success", "portability"), ("portability", "locality"))
+_NEIGHBOUR_TRADEOFFS = (("exact_match", "bleed"), ("locality", "neighbourhood"), ("portability", "alias_beyond_bleed"))
 """Pairs of metrics that are drawn against each other."""
 
 
@@ -40,11 +41,28 @@ def draw_all(found: Collection, folder: Path) -> dict[str, str]:
     styles = _styles(found.methods)
     drawn = {}
     for name, caption, draw in (
-        ("intervals.png", "Mean and 95 % interval of every method.", _intervals),
+        (
+            "intervals.png",
+            "Mean and 95 % interval of every method.",
+            lambda *given: _intervals(*given, [metric for metric in compared(found) if not _is_added(metric)]),
+        ),
+        (
+            "neighbourhood-intervals.png",
+            "The same for neighbours and what is compared with them.",
+            lambda *given: _intervals(
+                *given, [metric for metric in compared(found) if _is_added(metric) and metric.in_run_table]
+            ),
+        ),
         (
             "tradeoff.png",
             "Edit success, portability and locality against each other: the upper right corner is the best.",
-            _tradeoff,
+            lambda *given: _tradeoff(*given, _TRADEOFFS),
+        ),
+        (
+            "neighbourhood.png",
+            "What an edit does to its neighbours: bleed should be low, all else high. Where every subject gives the new"
+            " answer, so does an alias: portability is worth what is beyond bleed.",
+            lambda *given: _tradeoff(*given, _NEIGHBOUR_TRADEOFFS),
         ),
         (
             "time.png",
@@ -72,9 +90,16 @@ def _styles(methods: list[str]) -> dict[str, tuple[str, str]]:
     return {m: styles[i % len(styles)] for group, styles in groups for i, m in enumerate(group)}
 
 
-def _intervals(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
-    """Data sets by figures; in each panel one line a method."""
-    data_sets, metrics = found.data_sets, [metric for metric in compared(found) if metric.unit == PERCENT]
+def _is_added(metric: Metric) -> bool:
+    """Whether it has a picture of its own: what only our runs measure, and not every line has."""
+    return metric.optional and not metric.from_easyedit
+
+
+def _intervals(found: Collection, styles: dict[str, tuple[str, str]], shown: Sequence[Metric]) -> Any:
+    """Data sets by figures; in each panel one line a method. None if there is nothing to draw."""
+    data_sets, metrics = found.data_sets, [metric for metric in shown if metric.unit == PERCENT]
+    if not metrics:
+        return None
     figure = new_figure(figsize=(3 * len(metrics), len(data_sets) * (0.26 * len(styles) + 0.9)), layout="constrained")
     axes = figure.subplots(len(data_sets), len(metrics), squeeze=False, sharey=True)
     for data, row in zip(data_sets, axes):
@@ -85,7 +110,8 @@ def _intervals(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
                         (value.low, value.high), (place, place), color=colour, linewidth=2.5 if is_kne(method) else 1.5
                     )
                     axis.plot(value.mean, place, marker, color=colour, markersize=7)
-            axis.set(xlim=(-3, 103), title=f"{data}: {metric.label}")
+            # A difference may be negative.
+            axis.set(xlim=(min(-3, axis.dataLim.xmin - 3), 103), title=f"{data}: {metric.label}")
             axis.title.set_fontsize(10)
             axis.set_yticks(range(len(styles)), styles)
             axis.set_ylim(len(styles) - 0.5, -0.5)
@@ -93,14 +119,18 @@ def _intervals(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
     return figure
 
 
-def _tradeoff(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
+def _tradeoff(found: Collection, styles: dict[str, tuple[str, str]], pairs: Sequence[tuple[str, str]]) -> Any:
+    """Data sets by pairs of metrics; None if no pair has both."""
     data_sets = found.data_sets
-    figure = new_figure(figsize=(12, 4 * len(data_sets) + 0.5), layout="constrained")
-    axes = figure.subplots(len(data_sets), len(_TRADEOFFS), squeeze=False)
     labels = {metric.key: metric.label for metric in compared(found)}
+    pairs = [pair for pair in pairs if set(pair) <= labels.keys()]
+    if not pairs:
+        return None
+    figure = new_figure(figsize=(4 * len(pairs), 4 * len(data_sets) + 0.5), layout="constrained")
+    axes = figure.subplots(len(data_sets), len(pairs), squeeze=False)
     handles: dict[str, Any] = {}
     for data, row in zip(data_sets, axes):
-        for axis, (x, y) in zip(row, _TRADEOFFS):
+        for axis, (x, y) in zip(row, pairs):
             for method, (colour, marker) in styles.items():
                 figures = summarize(found.of(data, method))
                 if figures[x] is not None and figures[y] is not None:

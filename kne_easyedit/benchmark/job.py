@@ -67,6 +67,10 @@ class Run:
     retention_every: int = 10
     chat_template: bool = False
     """Every prompt, at edit and evaluation, in the tokenizer's chat template."""
+    neighbours: int = 8
+    """Prompts about other subjects that are asked of each record, to see what else an edit changes; 0: none."""
+    contradiction: bool = False
+    """Whether the model is asked if the new fact is not true (`probes.DENIALS`)."""
     fluency: bool = True
     """Whether text is sampled for the fluency metric; without it an evaluation takes about half the time."""
     skip_bad: bool = False
@@ -81,6 +85,8 @@ class Run:
     """Answers of so many records are printed as soon as an edit is made."""
     complaints: list[str] = field(default_factory=list)
     """Records left out so far, and why."""
+    apart: Sequence[Mapping] = ()
+    """Facts that other jobs of the comparison are localised on: they are not asked."""
     others: Sequence[Path] = ()
     """Folders of other jobs: lines there of the same settings are not computed again."""
 
@@ -110,6 +116,8 @@ class Run:
             )
         if self.retention_every < 1:
             raise ValueError(f"retention_every: {self.retention_every} must be at least 1")
+        if self.neighbours < 0:
+            raise ValueError(f"neighbours: {self.neighbours} must be at least 0, which asks none")
         if self.workers < 1 or (self.workers > 1 and self.mode == "sequential"):
             raise ValueError(
                 f"workers: {self.workers} with mode {self.mode}; "
@@ -180,7 +188,9 @@ def base_fingerprint(job: Run, weights: str, variant: str) -> list:
     return base if job.fluency else [*base, "no fluency"]
 
 
-def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | None) -> str:
+def fingerprint(
+    job: Run, method: str, base: list, ensemble: NeuronEnsemble | None, asked: Mapping[int, str] | None = None
+) -> str:
     """Digest of what a method's results depend on, the single record apart. Files count by their content.
 
     Args:
@@ -188,6 +198,7 @@ def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | No
         method: Its label.
         base: `base_fingerprint`.
         ensemble: Of KNE, if it localises before the first edit.
+        asked: Number of a record -> digest of what is asked of it beside EasyEdit's probes.
     """
     hparams = job.hparams[method]
     settings = {
@@ -207,6 +218,9 @@ def fingerprint(job: Run, method: str, base: list, ensemble: NeuronEnsemble | No
             parts.append([data_digest(file) for file in own])
     if job.mode != "single":  # there a result depends on the other records, too
         parts += [job.batch_size, job.retention_every, [record_digest(request) for request in job.requests]]
+    if job.neighbours or job.contradiction:  # added only then: lines of earlier versions keep their fingerprints
+        of_others = None if job.mode == "single" else sorted((asked or {}).items())
+        parts.append(["asked", job.neighbours, job.contradiction, of_others])
     return digest(parts)[:16]
 
 

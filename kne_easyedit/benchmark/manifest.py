@@ -62,6 +62,8 @@ def manifest_of(
         "batch_size": job.batch_size,
         "retention_every": job.retention_every,
         "chat_template": job.chat_template,
+        "neighbours": job.neighbours,
+        "contradiction": job.contradiction,
         "fluency_variant": prepared.variant,
         "second_moments": second_moments,
         "fingerprints": prepared.fingerprints,

@@ -12,6 +12,7 @@ from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.intervals import Interval
 from kne_easyedit.benchmark.labels import data_name, is_kne
+from kne_easyedit.benchmark.neighbour_report import neighbour_parts
 from kne_easyedit.benchmark.result_line import ResultLine
 from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.benchmark.tables import (
@@ -53,12 +54,12 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
         "What the rows mean:",
         "\n".join(f"- **{metric.short}**, {metric.label}: {metric.meaning}." for metric in compared(found)),
     ]
-    parts += shown("tradeoff.png")
+    parts += shown("tradeoff.png", "neighbourhood.png")
     parts += [
         "## How sure the means are",
         "Mean and 95 % bootstrap interval over records (10,000 resamples);"
         " a record under several seeds is drawn with all of them.",
-        *shown("intervals.png"),
+        *shown("intervals.png", "neighbourhood-intervals.png"),
         _table_of_intervals(found),
     ]
     parts += [
@@ -80,6 +81,7 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
     parts += ["## Cost", _costs(found)]
     parts += shown("time.png", "losses.png")
     parts += ["## Some answers before and after", _answers(found)]
+    parts += neighbour_parts(found)
     parts += ["## The paper's own figures", _paper(found)]
     parts += ["## What was run", _what_was_run(found)]
     return "\n\n".join(parts) + "\n"

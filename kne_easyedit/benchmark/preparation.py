@@ -12,6 +12,7 @@ from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings, resolve_paths
 from kne_easyedit.benchmark.bad_records import usable_records
 from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, settings_digest
+from kne_easyedit.benchmark.probes import Asked, choose
 from kne_easyedit.benchmark.result_line import LineHead, is_readable, line_head
 from kne_easyedit.bridge import patches
 from kne_easyedit.bridge.methods import NAME as KNE
@@ -36,6 +37,8 @@ class PreparedRun:
     """The records that can be edited, in the chat template if the run asks for it."""
     records: dict[int, str]
     """Number of a record -> digest of its content."""
+    asked: dict[int, Asked]
+    """Number of a record -> what is asked of it beside EasyEdit's probes."""
     base: list
     """`job.base_fingerprint`."""
     hparams: dict[str, Any]
@@ -64,7 +67,11 @@ class PreparedRun:
         if not isinstance(method, str) or not isinstance(index, int) or not is_readable(line):
             return False
         same_settings = self.fingerprints.get(method) == line.get("fingerprint")
-        return same_settings and self.records.get(index) == line.get("record")
+        if not same_settings or self.records.get(index) != line.get("record"):
+            return False
+        # Other facts in the data file make other neighbours. A retention line does not name them.
+        asked = [neighbour.prompt for neighbour in self.asked[index].neighbours]
+        return line.get("neighbours") is None or [its.get("prompt") for its in line["neighbours"]] == asked
 
 
 def prepare(job: Run) -> PreparedRun:
@@ -89,6 +96,8 @@ def prepare(job: Run) -> PreparedRun:
     base = base_fingerprint(job, weights, variant)
     hparams = {method: _own_settings(job, its) for method, its in job.hparams.items()}
     ensembles, localization = _localize(job, hparams)
+    asked = choose(job)
+    keys = {index: its.key for index, its in asked.items()}
     return PreparedRun(
         job,
         model_name=str(next(iter(job.hparams.values())).model_name),
@@ -96,11 +105,12 @@ def prepare(job: Run) -> PreparedRun:
         variant=variant,
         requests=requests,
         records={request["index"]: record_digest(request) for request in requests},
+        asked=asked,
         base=base,
         hparams=hparams,
         ensembles=ensembles,
         localization=localization,
-        fingerprints={method: fingerprint(job, method, base, ensembles.get(method)) for method in hparams},
+        fingerprints={method: fingerprint(job, method, base, ensembles.get(method), keys) for method in hparams},
         settings={method: settings_digest(job, method, weights, variant, ensembles.get(method)) for method in hparams},
     )
 

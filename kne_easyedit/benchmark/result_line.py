@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from kne_easyedit.benchmark.answers import begins_with
+from kne_easyedit.benchmark.answers import FreeAnswer, begins_with, is_whole
 from kne_easyedit.benchmark.checks import LONGEST, is_int, require
 from kne_easyedit.benchmark.job import Run
-from kne_easyedit.benchmark.unedited import Unedited
+from kne_easyedit.benchmark.neighbourhood import AliasLine, Figures, NeighbourLine
+from kne_easyedit.benchmark.unedited import Probabilities, Unedited
 from kne_easyedit.metrics import check_metrics, is_number, own_metrics
 
 VERSION = 1
@@ -59,6 +60,27 @@ class ResultLine(LineHead):
     """The free greedy answer after the edit."""
     exact_match: float | None
     """1.0 if ``after`` begins with ``target_new``, else 0.0."""
+    answer_before: str | None
+    """The free greedy answer of the unedited model to its natural stop (`answers.FreeAnswer`)."""
+    answer_after: str | None
+    whole_answer: float | None
+    """1.0 if ``answer_after`` is ``target_new`` up to its natural stop, else 0.0."""
+    probabilities_before: Probabilities | None
+    """Of the whole new and old answer after the prompt."""
+    probabilities_after: Probabilities | None
+    probes: int | None
+    """Number of neighbours that were asked."""
+    neighbourhood: float | None
+    """This and the next fields: `neighbourhood.Figures`."""
+    neighbourhood_free: float | None
+    bleed: float | None
+    bleed_forced: float | None
+    alias_beyond_bleed: float | None
+    alias_beyond_bleed_forced: float | None
+    neighbours: list[NeighbourLine] | None
+    aliases: list[AliasLine] | None
+    denial_before: float | None
+    denial: float | None
     metrics: dict[str, Any]
     """EasyEdit's, before (``pre``) and after (``post``) the edit."""
 
@@ -68,6 +90,12 @@ class RetentionLine(LineHead):
 
     after: int
     """Number of edits that had been made."""
+    probes: int | None
+    """This and the next fields as in a `ResultLine`."""
+    neighbourhood: float | None
+    neighbourhood_free: float | None
+    bleed: float | None
+    bleed_forced: float | None
     metrics: dict[str, Any]
     """EasyEdit's, after them (``post``)."""
 
@@ -89,7 +117,9 @@ def result_line(
     job: Run,
     request: Mapping[str, Any],
     unedited: Unedited,
-    answer: str,
+    answer: FreeAnswer,
+    probabilities: Probabilities,
+    figures: Figures,
     post: dict,
     *,
     seconds: float,
@@ -104,6 +134,8 @@ def result_line(
         request: The record as it was edited.
         unedited: Metrics and answer of the unedited model.
         answer: The free greedy answer after the edit.
+        probabilities: Of the new and the old answer after the edit.
+        figures: Of the neighbours.
         post: EasyEdit's metrics after the edit, compared with those before.
         seconds: To compute and write the edit.
         peak_bytes: Its peak memory; None if it was not measured.
@@ -123,15 +155,31 @@ def result_line(
         "peak_bytes": peak_bytes,
         "losses": [round(loss, 4) for loss in losses],
         "before": unedited["answer"],
-        "after": answer,
-        "exact_match": float(begins_with(answer, request["target_new"])),
+        "after": answer.beginning,
+        "exact_match": float(begins_with(answer.beginning, request["target_new"])),
+        "answer_before": unedited["whole"],
+        "answer_after": answer.whole,
+        "whole_answer": float(is_whole(answer.whole, request["target_new"])),
+        "probabilities_before": unedited["probabilities"],
+        "probabilities_after": probabilities,
+        "probes": len(figures["neighbours"]),
+        **figures,
         "metrics": {"pre": _without_outputs(unedited["metrics"]), "post": post},
     }
 
 
-def retention_line(head: LineHead, after: int, post: dict) -> RetentionLine:
+def retention_line(head: LineHead, after: int, figures: Figures, post: dict) -> RetentionLine:
     """The line of one record evaluated again after so many edits."""
-    return {**head, "after": after, "metrics": {"post": post}}
+    return {
+        **head,
+        "after": after,
+        "probes": len(figures["neighbours"]),
+        "neighbourhood": figures["neighbourhood"],
+        "neighbourhood_free": figures["neighbourhood_free"],
+        "bleed": figures["bleed"],
+        "bleed_forced": figures["bleed_forced"],
+        "metrics": {"post": post},
+    }
 
 
 def parse_result(line: Mapping[str, Any]) -> ResultLine:
@@ -160,6 +208,8 @@ def parse_result(line: Mapping[str, Any]) -> ResultLine:
     require(line.get("seed") is None or is_int(line["seed"]), "seed", line.get("seed"), "a whole number")
     for name in (metric.path[0] for metric in own_metrics()):
         require(line.get(name) is None or is_number(line[name]), name, line.get(name), "a finite number")
+    for name in ("neighbours", "aliases"):
+        _require_answers(line.get(name), name)
     losses = line.get("losses")
     # A loss may be NaN: an edit that diverges is a finding.
     numbers = losses is None or (isinstance(losses, list) and all(isinstance(x, float) or is_number(x) for x in losses))
@@ -190,7 +240,20 @@ _TEXTS = (
     "target_new",
     "before",
     "after",
+    "answer_before",
+    "answer_after",
 )
+
+
+def _require_answers(found: object, field: str) -> None:
+    """Raises ValueError, naming the field, unless it is None or a list of what a report shows of prompts."""
+    require(found is None or isinstance(found, list), field, found, "a list")
+    for i, its in enumerate(found if isinstance(found, list) else ()):
+        require(isinstance(its, dict), f"{field}[{i}]", its, "a mapping")
+        for name in ("prompt", "before", "after"):
+            require(isinstance(its.get(name), str), f"{field}[{i}].{name}", its.get(name), "a text")
+        for name in ("kept", "forced_before", "forced_after"):
+            require(its.get(name) is None or is_number(its[name]), f"{field}[{i}].{name}", its.get(name), "a number")
 
 
 def _without_outputs(metrics: dict) -> dict:

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,26 @@ from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.machine import PeakMemory
 from kne_easyedit._util.workers import run_parallel
-from kne_easyedit.benchmark.answers import free_answer, one_line
+from kne_easyedit.benchmark.answers import FreeAnswer, free_answers, one_line
+from kne_easyedit.benchmark.asking import AT_ONCE
 from kne_easyedit.benchmark.bad_records import describe_error, is_record_error, report_bad_record
 from kne_easyedit.benchmark.figures import draw_run
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.benchmark.labels import suffix
 from kne_easyedit.benchmark.manifest import manifest_of, summary_of
+from kne_easyedit.benchmark.neighbourhood import Figures, Questioner
 from kne_easyedit.benchmark.preparation import PreparedRun, prepare
 from kne_easyedit.benchmark.result_line import ResultLine, result_line, retention_line
 from kne_easyedit.benchmark.store import Lines, exclusive_lock
-from kne_easyedit.benchmark.unedited import Unedited, UneditedEvaluations, plain, with_old_answer
+from kne_easyedit.benchmark.unedited import (
+    Unedited,
+    UneditedEvaluations,
+    answer_probabilities,
+    plain,
+    with_old_answer,
+)
 from kne_easyedit.bridge import second_moments
+from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.output import easyedit_output
 from kne_easyedit.models.fingerprint import model_digest
 
@@ -112,7 +122,8 @@ class _Runner:
         self.job = job = prepared.job
         self.requests = prepared.requests
         self.device = next(job.model.parameters()).device
-        self.before = UneditedEvaluations(job, prepared.base, prepared.records, quiet)
+        self.before = UneditedEvaluations(job, prepared.base, prepared.records, prepared.asked, quiet)
+        self.questioner = Questioner(job.tokenizer, job.separator)
         self.measured: set[str] = set()
         """Methods whose peak memory is known."""
 
@@ -181,9 +192,9 @@ class _Runner:
             )
             lines = []
             for request, was in zip(chunk, before):
-                answer = free_answer(editor.model, self.job.tokenizer, request, self.job.separator)
+                answer = free_answers(editor.model, self.job.tokenizer, request, self.job.separator)
                 # Reported before the evaluation, which takes longer.
-                yield "answer", method, (request["index"], request["prompt"], answer)
+                yield "answer", method, (request["index"], request["prompt"], answer.beginning)
                 lines.append(self._line(method, editor, request, was, answer, seconds / len(chunk), peak))
             return lines
         except Exception as error:
@@ -255,8 +266,8 @@ class _Runner:
                 ) from error
             return False
         if (request["index"], method) not in self.done:
-            answer = free_answer(editor.model, self.job.tokenizer, request, self.job.separator)
-            self._take("answer", method, (request["index"], request["prompt"], answer))
+            answer = free_answers(editor.model, self.job.tokenizer, request, self.job.separator)
+            self._take("answer", method, (request["index"], request["prompt"], answer.beginning))
             self._keep(self._line(method, editor, request, was, answer, seconds, peak))
         return True
 
@@ -267,7 +278,8 @@ class _Runner:
         for request, was in edited:
             if (len(edited), request["index"]) not in again:
                 post = self._post(editor, request, was, fluency=False)
-                self.retained.append(retention_line(self.prepared.head(method, request), len(edited), post))
+                figures = self._figures(editor, request, was, post, neighbours_only=True)
+                self.retained.append(retention_line(self.prepared.head(method, request), len(edited), figures, post))
                 again.add((len(edited), request["index"]))
 
     def _apply(self, method: str, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> tuple[float, int | None]:
@@ -292,17 +304,20 @@ class _Runner:
         editor: bridge.MethodEditor,
         request: dict,
         was: Unedited,
-        answer: str,
+        answer: FreeAnswer,
         seconds: float,
         peak: int | None,
     ) -> ResultLine:
+        post = self._post(editor, request, was, fluency=self.job.fluency)
         return result_line(
             self.prepared.head(method, request),
             self.job,
             request,
             was,
             answer,
-            self._post(editor, request, was, fluency=self.job.fluency),
+            answer_probabilities(editor.model, self.job.tokenizer, request, self.job.separator),
+            self._figures(editor, request, was, post),
+            post,
             seconds=seconds,
             peak_bytes=peak,
             losses=editor.losses,
@@ -313,6 +328,16 @@ class _Runner:
         with self.quiet():
             post = plain(editor.evaluate(request, generation=fluency, seed=self.job.seed))
         return bridge.compare(was["metrics"], post)
+
+    def _figures(
+        self, editor: bridge.MethodEditor, request: dict, was: Unedited, post: dict, *, neighbours_only: bool = False
+    ) -> Figures:
+        """The figures of the neighbours under the model as it is; ``post``: EasyEdit's metrics of it."""
+        asked = self.prepared.asked[request["index"]]
+        if neighbours_only:
+            asked = replace(asked, aliases=(), denials=())
+        at_once = 1 if traits_of(editor.hparams.alg_name).one_text else AT_ONCE
+        return self.questioner.after(editor.model, request, asked, was["asked"], post, at_once=at_once)
 
     def _keep(self, line: ResultLine) -> None:
         self.results.append(line)

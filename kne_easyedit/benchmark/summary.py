@@ -31,8 +31,6 @@ def retention(lines: Sequence[Mapping]) -> list[dict]:
         One entry for each number of edits (``edits``) after which facts were evaluated, in ascending order.
     """
     counts = sorted({line["after"] for line in lines})
-    found = {
-        count: summarize_metrics([line["metrics"] for line in lines if line["after"] == count]) for count in counts
-    }
+    found = {count: summarize([line for line in lines if line["after"] == count]) for count in counts}
     names = [*(metric.key for metric in retention_metrics(*found.values())), "records"]
     return [{"edits": count, **{name: summary[name] for name in names}} for count, summary in found.items()]

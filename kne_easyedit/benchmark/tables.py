@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
 
-from kne_easyedit.benchmark.answers import begins_with
+from kne_easyedit.benchmark.answers import begins_with, is_whole
 from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.intervals import Interval, interval, paired
 from kne_easyedit.benchmark.labels import is_kne
+from kne_easyedit.benchmark.result_line import ResultLine
 from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.metrics import Metric, qualities
 
@@ -76,15 +77,22 @@ def category_records(lines: Sequence[Mapping], metric: Metric) -> dict[str, int]
 
 
 def unedited(found: Collection, data: str) -> list[dict]:
-    """Lines of the model before any edit, over the records of all methods; without locality, which compares with it."""
+    """Lines of the model before any edit, over the records of all methods; without what compares with it."""
     once = {line["record"]: line for line in found.lines if line["data"] == data}
-    return [
-        {
-            "metrics": {"post": line["metrics"].get("pre") or {}},
-            "exact_match": float(begins_with(line["before"] or "", line["target_new"] or "")),
-        }
-        for line in once.values()
-    ]
+    return [_before_edit(line) for line in once.values()]
+
+
+def _before_edit(line: ResultLine) -> dict:
+    """A line as it would be without the edit; what compares with the model before is left out."""
+    target, whole = line["target_new"] or "", line["answer_before"]
+    forced = [its["forced_before"] for its in line["neighbours"] or ()]
+    return {
+        "metrics": {"post": line["metrics"].get("pre") or {}},
+        "exact_match": float(begins_with(line["before"] or "", target)),
+        "whole_answer": None if whole is None else float(is_whole(whole, target)),
+        "bleed_forced": fmean(forced) if forced else None,
+        "denial": line["denial_before"],
+    }
 
 
 def baselines_mean(found: Collection, data: str, metric: Metric) -> float | None:

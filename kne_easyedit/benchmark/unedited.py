@@ -8,34 +8,58 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from kne_easyedit import bridge
 from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import atomic_write, parse_json
-from kne_easyedit.benchmark.answers import free_answer
+from kne_easyedit.benchmark.answers import free_answers
+from kne_easyedit.benchmark.asking import askable, probabilities
 from kne_easyedit.benchmark.job import Run
+from kne_easyedit.benchmark.neighbourhood import Before, Questioner
+from kne_easyedit.benchmark.probes import Asked
 from kne_easyedit.bridge.methods import traits_of
+from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer, encode
 
 logger = logging.getLogger(__name__)
 
 
+class Probabilities(TypedDict):
+    """Of a whole answer after the prompt."""
+
+    new: float
+    old: float | None
+    """None for a record without an old answer, and for one that cannot follow the prompt."""
+
+
 class Unedited(TypedDict):
-    """What a file in the folder ``before`` holds: one record, evaluated before its edit."""
+    """One record, evaluated before its edit.
+
+    A file in the folder ``before`` holds it with ``asked`` as a mapping (`Asked.key` -> answers); files of earlier
+    versions hold the first two fields.
+    """
 
     metrics: dict[str, Any]
     """EasyEdit's."""
     answer: str
-    """The free greedy answer."""
+    """The beginning of the free greedy answer."""
+    whole: str
+    """The free greedy answer to its natural stop (`answers.FreeAnswer`)."""
+    probabilities: Probabilities
+    asked: Before
+    """The answers to what else is asked of the record."""
 
 
 class UneditedEvaluations:
     """Evaluates records before their edits: once for all methods that see the tokens alike, and kept for other runs.
 
+    What a file of an earlier run lacks is measured and added to it.
+
     Args:
         job: The run.
         base: What such an evaluation depends on, the record apart (`job.base_fingerprint`).
         records: Number of a record -> its digest.
+        asked: Number of a record -> what is asked of it beside EasyEdit's probes.
         quiet: A context in which nothing is printed.
     """
 
@@ -44,22 +68,52 @@ class UneditedEvaluations:
         job: Run,
         base: list,
         records: Mapping[int, str],
+        asked: Mapping[int, Asked],
         quiet: Callable[[], contextlib.AbstractContextManager],
     ):
-        self.job, self.base, self.records, self.quiet = job, base, records, quiet
+        self.job, self.base, self.records, self.asked, self.quiet = job, base, records, asked, quiet
+        self.questioner = Questioner(job.tokenizer, job.separator)
         self.folder = job.before_folder or job.folder / "before"
 
     def of(self, editor: bridge.MethodEditor, request: dict) -> Unedited:
         """The evaluation of one record, from its file if there is one."""
         path = self.folder / f"{digest([self.base, _view(editor), self.records[request['index']]])[:32]}.json"
-        if (known := _known(path)) is not None:
-            return known
-        with self.quiet():
-            metrics = plain(editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed))
-        answer = free_answer(self.job.model, self.job.tokenizer, request, self.job.separator)
-        text = json.dumps({"metrics": metrics, "answer": answer}, ensure_ascii=False)
-        atomic_write(path, text)
-        return json.loads(text)
+        known = _known(path)
+        found: dict[str, Any] = dict(known)
+        model, tokenizer, separator = self.job.model, self.job.tokenizer, self.job.separator
+        if "metrics" not in found:
+            with self.quiet():
+                found["metrics"] = plain(editor.evaluate(request, generation=self.job.fluency, seed=self.job.seed))
+        if "whole" not in found:
+            answer = free_answers(model, tokenizer, request, separator)
+            found = {**found, "answer": found.get("answer", answer.beginning), "whole": answer.whole}
+            found["probabilities"] = answer_probabilities(model, tokenizer, request, separator)
+        asked = self.asked[request["index"]]
+        if asked.key not in found.get("asked", {}):
+            answers = self.questioner.before(model, request, asked)
+            found["asked"] = {**found.get("asked", {}), asked.key: answers}
+        if found != known:
+            text = json.dumps(found, ensure_ascii=False)
+            atomic_write(path, text)
+            found = json.loads(text)
+        return cast(Unedited, {**found, "asked": found["asked"][asked.key]})
+
+
+def answer_probabilities(
+    model: Any, tokenizer: Tokenizer, request: Mapping, separator: str = SEPARATOR
+) -> Probabilities:
+    """The probabilities of the new and the old answer of a request, each as a whole, after its prompt.
+
+    Args:
+        model: A model of transformers.
+        tokenizer: Of the model.
+        request: With ``prompt``, ``target_new`` and ``ground_truth``.
+        separator: Joins prompt and answer.
+    """
+    new = encode(tokenizer, request["prompt"], request["target_new"], separator)
+    old = askable(model, tokenizer, request["prompt"], request["ground_truth"], separator)
+    of_new, *of_old = probabilities(model, [new, *([old] if old else [])], at_once=1)
+    return {"new": of_new, "old": of_old[0] if of_old else None}
 
 
 def plain(metrics: dict) -> dict:
@@ -84,16 +138,16 @@ def _view(editor: bridge.MethodEditor) -> list:
     return view
 
 
-def _known(path: Path) -> Unedited | None:
-    """What an earlier run has measured; None if there is no complete file: then it is measured again."""
+def _known(path: Path) -> dict[str, Any]:
+    """What an earlier run has measured; nothing if there is no complete file: then it is measured again."""
     if not path.is_file():
-        return None
+        return {}
     try:
         found = parse_json(path.read_bytes())
         if isinstance(found, dict) and isinstance(found.get("metrics"), dict) and isinstance(found.get("answer"), str):
-            return Unedited(metrics=found["metrics"], answer=found["answer"])
+            return found
         reason = "holds no figures"
     except ValueError as error:
         reason = str(error)
     logger.warning("%s: %s; the figures before the edit are computed again", path, reason)
-    return None
+    return {}

@@ -71,6 +71,8 @@ class Method:
     """EasyEdit chooses the type of the weights: quantised, or that of a trained hypernetwork."""
 
     # What it computes
+    one_text: bool = False
+    """Chooses by a whole pass, or by places in a text: several texts in one pass are not answered as each alone."""
     own_evaluation: bool = False
     """EasyEdit evaluates it in a way of its own: figures before the edit cannot be shared with other methods."""
     moments_setting: str | None = None
@@ -160,6 +162,7 @@ METHODS: Mapping[str, Method] = {
             "GRACE",
             replaces_layer=True,
             packages=(("evaluate.evaluate_utils", "f1_score"),),
+            one_text=True,
             own_evaluation=True,
         ),
         Method("ICE", in_context=True, irreversible=_PROMPTS),
@@ -193,7 +196,7 @@ METHODS: Mapping[str, Method] = {
             "ULTRAEDIT",
             irreversible="gives no original weights (it looks for its modules' names among those of parameters)",
         ),
-        Method("WISE", request_field="loc_prompt", replaces_layer=True),
+        Method("WISE", request_field="loc_prompt", replaces_layer=True, one_text=True),
     )
 }
 """Label -> traits. The order is that of tables and figures: KNE and the methods of the paper first."""

@@ -94,6 +94,7 @@ def execute(
     *,
     again: bool,
     borrowed: Mapping[str, Path] | None = None,
+    neighbours_of: str | None = None,
     **settings: Any,
 ) -> int:
     """Loads the model, runs, and prints the report.
@@ -105,6 +106,7 @@ def execute(
         out: The folder of the results.
         again: Whether a finished run is repeated.
         borrowed: Label -> the shipped file of another model that serves it.
+        neighbours_of: The prompt of the record whose neighbours are shown; None: the first that has some.
         settings: Further settings of the `Run`. ``workers`` None: as many as fit.
 
     Returns:
@@ -120,7 +122,7 @@ def execute(
         edits = -(-len(requests) // settings.get("batch_size", 1))
         settings["workers"] = 1 if settings.get("mode") == "sequential" else workers_for(model, edits)
     summary = run(Run(model, tokenizer, requests, hparams, data, out, **settings), again=again)
-    print_report(summary, out)
+    print_report(summary, out, neighbours_of=neighbours_of)
     return 0
 
 

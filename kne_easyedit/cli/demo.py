@@ -11,6 +11,10 @@ from kne_easyedit.cli.comparison import add_workers, execute, load_all
 from kne_easyedit.facts.records import load_records
 
 RECORDS = 8
+NEIGHBOURS = 4
+"""Of each fact; the demo should stay short."""
+SHOWN = "The capital of Germany is"
+"""The fact whose neighbours' answers are shown."""
 
 
 def add_commands(commands: Any) -> None:
@@ -36,4 +40,6 @@ def _demo(arguments: argparse.Namespace) -> int:
         again=True,
         workers=arguments.workers,
         show=arguments.records,
+        neighbours=NEIGHBOURS,
+        neighbours_of=SHOWN,
     )

@@ -48,6 +48,17 @@ def add_commands(commands: Any) -> None:
         help="mode sequential: edits after which earlier facts are evaluated again (default %(default)s)",
     )
     job.add_argument(
+        "--neighbours",
+        type=int,
+        default=8,
+        metavar="N",
+        help="prompts about other subjects asked of each record, to see what else an edit changes; "
+        "0: none (default %(default)s)",
+    )
+    job.add_argument(
+        "--contradiction", action="store_true", help="also ask the edited model whether the new fact is not true"
+    )
+    job.add_argument(
         "--chat-template", action="store_true", help="every prompt in the model's chat template, at edit and evaluation"
     )
     job.add_argument(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,9 @@ def job(mode: str, **changes) -> Run:
         device="cpu",
         **changes,
     )
-    return Run(make_llama(), make_tokenizer(), [REQUEST], {"KNE": hparams}, "data", Path("out"), mode=mode)
+    return Run(
+        make_llama(), make_tokenizer(), [REQUEST], {"KNE": hparams}, "data", Path("out"), mode=mode, neighbours=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,16 @@ def test_neighbours_count_by_the_content_of_the_file_they_come_from(tmp_path):
             assert found("[1]", **on) == found("[1]", **on) != found("[2]", **on)
 
 
+def test_what_is_asked_beside_the_probes_of_easyedit_counts():
+    """Of other records only where edits meet; the seed's choice of neighbours is no other setting."""
+    without = job("single")
+    found = {fingerprint(without, "KNE", ["base"], None)}
+    for mode, changes in (("single", {"neighbours": 8}), ("single", {"contradiction": True}), ("batch", {})):
+        run = replace(job(mode), neighbours=8, **changes) if mode == "batch" else replace(job(mode), **changes)
+        found |= {fingerprint(run, "KNE", ["base"], None, {0: key}) for key in "ab"}
+    assert len(found) == 1 + 1 + 1 + 2
+
+
 def test_the_digest_of_a_record():
     expected = "584847790f0699ef4817664376aa1940cbb7618206aa2d7d7fffab6747ae2787"
     assert record_digest(REQUEST) == record_digest({**REQUEST, "index": 9}) == expected
@@ -99,5 +111,7 @@ def test_the_folder_of_a_job(monkeypatch):
                 job_folder(OmegaConf.to_container(compose("benchmark", overrides=list(overrides)), resolve=True))
             )
 
-    assert folder() == "outputs/benchmark/smollm2-135m/counterfact/KNE-488cedb4/seed-42/shard-0-of-1"
-    assert "KNE-488cedb4" not in folder("statistics.samples=7")
+    of_before = "outputs/benchmark/smollm2-135m/counterfact/KNE-488cedb4/seed-42/shard-0-of-1"
+    assert folder("evaluation.neighbours=0") == of_before
+    assert "KNE-488cedb4" not in folder("evaluation.neighbours=0", "statistics.samples=7")
+    assert len({of_before, folder(), folder("evaluation.neighbours=4"), folder("evaluation.contradiction=true")}) == 4

@@ -47,9 +47,11 @@ def test_separators_within_a_text_end_no_line(tmp_path, mark):
 
 def test_a_run_with_separators_in_its_texts_goes_on(job, monkeypatch, capsys):
     from kne_easyedit.benchmark import runner
+    from kne_easyedit.benchmark.answers import FreeAnswer
 
+    answer = FreeAnswer("one\u2028two\u0085three", "one\u2028two")
     job.requests[0] = {**job.requests[0], "target_new": "Rome"}
-    monkeypatch.setattr(runner, "free_answer", lambda *_: "one\u2028two\u0085three")
+    monkeypatch.setattr(runner, "free_answers", lambda *_: answer)
     print_report(run(job), job.folder)
     assert "one two three" in capsys.readouterr().out
     text = (job.folder / "results.jsonl").read_text(encoding="utf-8")

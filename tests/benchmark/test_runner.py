@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import LLAMA_DOWN, fingerprint
@@ -96,12 +97,13 @@ def test_lines_of_other_settings_are_moved_aside_each_to_a_file_of_its_own(job):
 
 
 @pytest.mark.usefixtures("quick")
-def test_settings_and_records_of_an_earlier_run_are_not_computed_again(job, monkeypatch):
+def test_settings_and_records_of_an_earlier_run_are_not_computed_again(job, monkeypatch, tmp_path):
     def move(stop_loss, records):
         job.hparams["KNE"].stop_loss, job.requests = stop_loss, everything[:records]
         return run(job)
 
-    everything = job.requests
+    everything, job.data = job.requests, str(tmp_path / "records.json")
+    Path(job.data).write_text(json.dumps(RECORDS))  # neighbours are made of the file's records, however many are edited
     first, first_lines = move(0.4, 2), lines_of(job)
     move(0.4, 1)
     assert [line["index"] for line in lines_of(job)] == [0]
