@@ -5,7 +5,9 @@ What names a module, a class or a fault of EasyEdit belongs here. ``import kne_e
 
 from kne_easyedit.bridge import (  # noqa: F401  (they define patches)
     fluency,
+    layer_patches,
     loading_patches,
+    null_space,
     runtime_patches,
     script_patches,
     second_moments_patch,
