@@ -15,6 +15,7 @@ from kne_easyedit.bridge import (  # noqa: F401  (they define patches)
 )
 from kne_easyedit.bridge.fluency import fluency_variant
 from kne_easyedit.bridge.importing import EasyEditNotFound, describe, is_legacy, load, locate
+from kne_easyedit.bridge.layer_patches import at_position
 from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
 from kne_easyedit.bridge.method_editor import MethodEditor, compare
 from kne_easyedit.bridge.methods import LABELS, METHODS, traits_of
@@ -28,6 +29,7 @@ __all__ = [
     "LoadedModel",
     "MethodEditor",
     "TextSource",
+    "at_position",
     "compare",
     "describe",
     "editor_for",

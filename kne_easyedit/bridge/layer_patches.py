@@ -1,14 +1,16 @@
 """Patches of GRACE and WISE, which put a layer of their own in the place of one.
 
-GRACE replaces what its layer gives at one token of a prompt, the last one; the layer must be told which that is. EasyEdit
-tells it by the length of the prompt that was edited, whatever prompt is evaluated.
+GRACE replaces what its layer gives at one token of a prompt, the last one; the layer must be told which that is.
+EasyEdit tells it by the length of the prompt that was edited, whatever prompt is evaluated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +24,8 @@ from kne_easyedit.bridge.patches import runtime_patch
 
 _LAST = -1
 """The last token of what a layer is given."""
+_POSITION = "kne_position"
+"""The attribute by which a layer knows the token that it looks at."""
 
 
 def _of(name: str) -> Any:
@@ -44,14 +48,15 @@ def _codebook_position(easyeditor: ModuleType) -> bool:
     @functools.wraps(forward)
     def at_its_position(self, *args):
         if not self.training:
-            self.key_id = getattr(self, "_kne_position", _LAST)
+            self.key_id = getattr(self, _POSITION)
         return forward(self, *args)
 
     @functools.wraps(generate)
     def generate_after(self, *args, **kwargs):
-        with _Position(self.model, layer, _prompt_of(args, kwargs).shape[1] - 1):
+        with at_position(self.model, _prompt_of(args, kwargs).shape[1] - 1):
             return generate(self, *args, **kwargs)
 
+    setattr(layer, _POSITION, _LAST)
     layer.forward, editor.generate = at_its_position, generate_after
     _replace_evaluator(_prompt_by_prompt(evaluators.test_prediction_acc, layer))
     evaluate = module("evaluate.evaluate")
@@ -69,20 +74,25 @@ def _codebook_position(easyeditor: ModuleType) -> bool:
     return True
 
 
-class _Position:
-    """Inside, the layers of a kind in a model are told a token's position."""
+@contextlib.contextmanager
+def at_position(model: nn.Module, position: int) -> Iterator[None]:
+    """Inside, GRACE's layer in a model looks at one token of what the model is given, instead of the last one.
 
-    def __init__(self, model: nn.Module, kind: type, position: int) -> None:
-        self.layers: list[Any] = [part for part in model.modules() if isinstance(part, kind)]
-        self.position = position
+    Teacher-forced passes need it: there the last token of the prompt is not the last of the text. It changes nothing in
+    a model without such a layer.
 
-    def __enter__(self) -> None:
-        for layer in self.layers:
-            layer._kne_position = self.position
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
-            del layer._kne_position
+    Args:
+        model: The edited model.
+        position: Of the prompt's last token, in all rows.
+    """
+    layers: list[Any] = [part for part in model.modules() if hasattr(type(part), _POSITION)]
+    try:
+        for layer in layers:
+            setattr(layer, _POSITION, position)
+        yield
+    finally:
+        for layer in layers:
+            setattr(layer, _POSITION, _LAST)
 
 
 def _prompt_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -98,7 +108,7 @@ def _prompt_by_prompt(original: Any, kind: type) -> Any:
             return original(model, tok, hparams, prompts, targets, *args, **kwargs)
         found: list[Any] = []
         for prompt, target in zip(*([x] if isinstance(x, str) else x for x in (prompts, targets))):
-            with _Position(model, kind, len(tok(prompt)["input_ids"]) - 1):
+            with at_position(model, len(tok(prompt)["input_ids"]) - 1):
                 found += original(model, tok, hparams, prompt, target, *args, **kwargs)
         return found
 
@@ -124,12 +134,12 @@ def _mask_seed(easyeditor: ModuleType) -> bool:
     @functools.wraps(original)
     def generate_activation_mask(self, mask_ratio):
         """By a seed that torch's generator gives, as every other draw of an edit."""
-        state = numpy.random.get_state()  # noqa: NPY002  (the generator that EasyEdit uses)
-        numpy.random.seed(int(torch.randint(2**31, (1,))))  # noqa: NPY002
+        state = numpy.random.get_state()
+        numpy.random.seed(int(torch.randint(2**31, (1,))))
         try:
             return original(self, mask_ratio)
         finally:
-            numpy.random.set_state(state)  # noqa: NPY002
+            numpy.random.set_state(state)
 
     layer.generate_activation_mask = generate_activation_mask
     return True

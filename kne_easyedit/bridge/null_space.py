@@ -126,4 +126,3 @@ def _projections(main: Any, model: nn.Module, tok: Any, hparams: Any, modules: l
 
 def _same(weights: list[torch.Tensor], modules: list[Any]) -> bool:
     return all(torch.equal(kept, its.weight) for kept, its in zip(weights, modules))
-
