@@ -73,6 +73,8 @@ class Method:
     """EasyEdit chooses the type of the weights: quantised, or that of a trained hypernetwork."""
 
     # What it computes
+    one_text: bool = False
+    """Chooses by a whole pass, or by places in a text: several texts in one pass are not answered as each alone."""
     own_evaluation: bool = False
     """EasyEdit evaluates it in a way of its own: figures before the edit cannot be shared with other methods."""
     moments_setting: str | None = None
@@ -158,7 +160,7 @@ METHODS: Mapping[str, Method] = {
         _causal("EAMET"),
         _causal("EMMET", originals_if_asked=True, memory=formulas.memit, texts_at_once=7),
         Method("FT-Api", irreversible=_API),
-        Method("GRACE", one_fact=True, replaces_layer=True, memory=formulas.grace),
+        Method("GRACE", one_fact=True, replaces_layer=True, one_text=True, memory=formulas.grace),
         Method("ICE", in_context=True, irreversible=_PROMPTS),
         Method(
             "IKE",
@@ -190,7 +192,14 @@ METHODS: Mapping[str, Method] = {
             "ULTRAEDIT",
             irreversible="gives no original weights (it looks for its modules' names among those of parameters)",
         ),
-        Method("WISE", request_field=UNRELATED, replaces_layer=True, memory=formulas.wise, texts_at_once=12),
+        Method(
+            "WISE",
+            request_field=UNRELATED,
+            replaces_layer=True,
+            one_text=True,
+            memory=formulas.wise,
+            texts_at_once=12,
+        ),
     )
 }
 """Label -> traits. The order is that of tables and figures: KNE and the methods of the paper first."""

@@ -93,6 +93,7 @@ EXPECTED: dict[str, dict[str, object]] = {
     "model_names": {"SPHERE": ("llama", "gpt2-xl")},
     "trained_editor": {"MEND": True},
     "own_type": {"QLoRA": True, "MEND": True},
+    "one_text": {"GRACE": True, "WISE": True},
     "own_evaluation": {"IKE": True},
     "moments_setting": {"ROME": "mom2_adjustment", "R-ROME": "mom2_adjustment"},
     "memory": {
