@@ -34,6 +34,8 @@ class _Known:
     key: tuple
     """The moments and settings of which the projections were made."""
     projections: torch.Tensor
+    keys: torch.Tensor
+    """Of all edits so far, keys times keys."""
     weights: list[torch.Tensor]
     """The edited matrices as the last edit left them: the keys of earlier edits count only on top of these."""
 
@@ -64,17 +66,18 @@ def _projected(main: Any, method: Any) -> Any:
     def apply(model, tok, requests, hparams, *args, reset_cache=False, **kwargs):
         modules = rewritten(model, hparams)
         last = known[0] if known and known[0].model() is model else None
-        known.clear()
         key = _key(main, model, tok, hparams)
         main.P = last.projections if last and last.key == key else _projections(main, model, tok, hparams, modules)
         if reset_cache or last is None or last.key != key or not _same(last.weights, modules):
             size = in_features(modules[0])
             main.cache_c = torch.zeros(len(modules), size, size)
+        else:
+            main.cache_c = last.keys.clone()  # an edit that fails may have added some of its keys
         main.P_loaded = main.cache_c_new = True
         # A file that exists, so that the method computes no projections; it reads none, for they are loaded.
         result = method(model, tok, requests, replace_settings(hparams, P_loc=__file__), *args, **kwargs)
         weights = [its.weight.detach().clone() for its in modules]
-        known[:] = [_Known(weakref.ref(model), key, main.P, weights)]
+        known[:] = [_Known(weakref.ref(model), key, main.P, main.cache_c, weights)]
         return result
 
     return apply
@@ -82,13 +85,13 @@ def _projected(main: Any, method: Any) -> Any:
 
 def _key(main: Any, model: nn.Module, tok: Any, hparams: Any) -> tuple:
     """What the projections depend on: the user's file, or the moments of the layers and the threshold."""
-    path = Path(hparams.P_loc)
+    layers, path = (tuple(hparams.layers), hparams.rewrite_module_tmp), Path(hparams.P_loc)
     if path.is_file():
         stat = path.stat()
-        return str(path.resolve()), stat.st_mtime_ns, stat.st_size
+        return *layers, str(path.resolve()), stat.st_mtime_ns, stat.st_size
     moments = _moments(main, model, tok, hparams)
     sums = tuple(float(matrix.double().diagonal().sum()) for matrix in moments)
-    return tuple(hparams.layers), hparams.rewrite_module_tmp, hparams.nullspace_threshold, sums
+    return *layers, hparams.nullspace_threshold, sums
 
 
 @torch.no_grad()

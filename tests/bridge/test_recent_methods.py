@@ -14,7 +14,7 @@ from methods import settings as tiny_settings
 from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.benchmark.answers import free_answer
-from kne_easyedit.bridge import MethodEditor
+from kne_easyedit.bridge import MethodEditor, traits_of
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.method_editor import is_batchable
 from kne_easyedit.bridge.unrelated import LOCALISING, with_unrelated
@@ -137,6 +137,19 @@ def test_an_edit_does_not_depend_on_those_that_were_undone(label):
     assert torch.equal(*found)
 
 
+def test_the_memory_of_each_is_counted():
+    model, bytes_ = make_llama(), 4
+    matrix, square = 24 * 40, 40 * 40
+    needed = {label: traits_of(label).memory(model, settings(label), bytes_) for label in LABELS}
+    assert (
+        needed["AlphaEdit"]["second moments"] == 3 * 4 * 2 * square and needed["EMMET"]["second moments"] == 4 * square
+    )
+    assert needed["GRACE"] == {"originals": bytes_ * matrix}
+    assert needed["WISE"]["copies"] == 4 * bytes_ * matrix
+    with pytest.raises(ValueError, match=r"inner_params: .*no_such"):
+        traits_of("WISE").memory(model, settings("WISE", inner_params=["model.no_such[1].mlp.weight"]), bytes_)
+
+
 # AlphaEdit
 
 SMALL = 1.0
@@ -193,6 +206,14 @@ def test_keys_of_earlier_edits_count_while_these_stay():
     one = main.cache_c.clone()
     editor.apply(records()[1:2])
     two = main.cache_c.clone()
+    editor.undo()
+    # One that fails between two that stay.
+    editor.keeps_earlier_edits = True
+    editor.apply(records()[:1])
+    with pytest.raises(AssertionError):
+        editor.apply([{**records()[2], "subject": "Nowhere"}])
+    editor.apply(records()[1:2])
+    assert torch.equal(main.cache_c, two)
     editor.undo()
     editor.apply(records()[:1])
     assert torch.equal(main.cache_c, one) and not torch.allclose(two, one)
