@@ -15,12 +15,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-METHODS = ("KNE", "FT", "FT-L", "LoRA", "AdaLoRA", "ROME", "MEMIT", "KN")
+METHODS = (
+    "KNE",
+    "FT",
+    "FT-L",
+    "LoRA",
+    "AdaLoRA",
+    "ROME",
+    "MEMIT",
+    "AlphaEdit",
+    "EMMET",
+    "WISE",
+    "GRACE",
+    "KN",
+)
 MODES = ("edit", "sequential_edit", "batch_edit 1", "batch_edit 10", "batch_edit 100", "normal_edit", "edit_requests")
 HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
 WORDS = "The capital language river name mother city of in is was to that through flows spoken a are He She".split()  # noqa: SIM905  (read as a sentence)
 SUBJECTS = [f"Land{i}" for i in range(101)]
 TARGETS = [f"Town{i}" for i in range(10)]
+UNRELATED = "The river of Land100 is Town9"
+"""For a method that wants an unrelated text in every request."""
 SENTINEL = "CELLS "
 """Begins the line of output that has the cells."""
 FORGETS = "this version begins a new adapter with every edit and loses those before"
@@ -73,12 +88,15 @@ def settings(label: str, stats: Path, tiny: bool) -> Any:
         "mom2_n_samples": 7,
         "attribution_steps": 2,
         "localization_data": None,
+        "n_iter": 3,
+        "inner_params": ["model.layers[2].mlp.down_proj.weight"],
+        "nullspace_threshold": 1e9,
     }
     for name, value in smaller.items():
         if hasattr(hparams, name):
             setattr(hparams, name, value)
     if getattr(hparams, "layers", None):
-        hparams.layers = [1, 2] if label == "MEMIT" else [2]
+        hparams.layers = [1, 2] if len(hparams.layers) > 1 else [2]
     return hparams
 
 
@@ -153,11 +171,13 @@ def attempt(label: str, mode: str, stats: Path) -> None:
     facts = requests(max(3, size + 1) if name == "batch_edit" else 3)
     count, legacy = len(facts["prompts"]), bridge.is_legacy()
     editor = bridge.editor_for(settings(label, stats, tiny=True), model, tokenizer)
+    field = bridge.traits_of(label).request_field
     before = model_digest(model)
     if name in ("edit", "sequential_edit"):
         stay = name == "sequential_edit"
         how = {"keep_original_weight": not stay} if legacy else {"sequential_edit": stay}
-        metrics, edited, _ = editor.edit(**facts, verbose=False, **how)
+        texts = {f"{field}s": [UNRELATED] * count} if field else {}
+        metrics, edited, _ = editor.edit(**facts, **texts, verbose=False, **how)
     elif name == "batch_edit":
         editor.hparams.batch_size = size
         plain = {key: facts[key] for key in ("prompts", "target_new", "ground_truth", "subject")}
@@ -171,6 +191,7 @@ def attempt(label: str, mode: str, stats: Path) -> None:
         keys = ("prompt", "target_new", "ground_truth", "subject")
         columns = zip(facts["prompts"], facts["target_new"], facts["ground_truth"], facts["subject"])
         rows = [{**dict(zip(keys, row)), "portability": {}, "locality": {}} for row in columns]
+        rows = [{**row, field: UNRELATED} if field else row for row in rows]
         metrics, edited, _ = editor.edit_requests(
             rows, verbose=False, **({"keep_original_weight": True} if legacy else {})
         )

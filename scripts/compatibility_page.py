@@ -21,10 +21,9 @@ model called "tiny-llama", by `MethodEditor`: edit, evaluate, undo, alone and tw
 
 | method | |
 |---|---|
-| MEMIT-FE, R-ROME, EMMET, EAMET, QLoRA | edited and undone bit for bit |
-| AlphaEdit, SPHERE | the same, for models with `llama`, `gpt2-xl` (AlphaEdit: or `qwen`) in their name; refused for others |
-| DPO, WISE | the same, for requests with `target_neg`, `loc_prompt`; refused for others |
-| GRACE | refused without scikit-learn; not run with it |
+| MEMIT-FE, R-ROME, EAMET, QLoRA | edited and undone bit for bit |
+| SPHERE | the same, for models with `llama` or `gpt2-xl` in their name; refused for others |
+| DPO | the same, for requests with `target_neg`; refused for others |
 | MEND | refused without the file of its trained editor (`archive`); not run with one |
 | IKE | refused: edits prompts, not weights |
 | FT-Api, DeepEdit-Api | refused: edit a model behind an API |

@@ -17,6 +17,8 @@ LABELS = ("KNE", "FT", "FT-L", "LoRA", "AdaLoRA", "ROME", "MEMIT", "KN")
 LEAVES_SWITCHES = ("FT", "LoRA", "AdaLoRA", "ROME", "MEMIT")
 """Methods that leave flags, gradients or hooks in the model."""
 NAME = "tiny-llama"
+_CAUSAL = {"layers": [1, 2], "v_loss_layer": 3, "v_num_grad_steps": 8, "v_lr": 2.0, "clamp_norm_factor": 50}
+_INNER = {"inner_params": ["model.layers[2].mlp.down_proj.weight"]}
 TINY = {
     "FT": {"layers": [2], "num_steps": 10, "lr": 0.05},
     "FT-L": {"layers": [2], "num_steps": 10, "lr": 0.05},
@@ -33,6 +35,11 @@ TINY = {
         "mom2_n_samples": 7,
     },
     "KN": {"p": 0.1, "adaptive_threshold": 0.5, "steps": 2},
+    # Not in every version: see test_recent_methods.py.
+    "AlphaEdit": {**_CAUSAL, "mom2_n_samples": 7, "nullspace_threshold": 1e9, "L2": 0.01},
+    "EMMET": {**_CAUSAL, "layers": [1], "mom2_n_samples": 7, "mom2_update_weight": 0.01},
+    "GRACE": {**_INNER, "n_iter": 15, "eps": 0.1},
+    "WISE": {**_INNER, "n_iter": 10, "edit_lr": 0.1, "act_ratio": 0.0},  # no prompt is outside its edits
 }
 
 

@@ -5,7 +5,9 @@ What names a module, a class or a fault of EasyEdit belongs here. ``import kne_e
 
 from kne_easyedit.bridge import (  # noqa: F401  (they define patches)
     fluency,
+    layer_patches,
     loading_patches,
+    null_space,
     runtime_patches,
     script_patches,
     second_moments_patch,
@@ -13,6 +15,7 @@ from kne_easyedit.bridge import (  # noqa: F401  (they define patches)
 )
 from kne_easyedit.bridge.fluency import fluency_variant
 from kne_easyedit.bridge.importing import EasyEditNotFound, describe, is_legacy, load, locate
+from kne_easyedit.bridge.layer_patches import at_position
 from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
 from kne_easyedit.bridge.method_editor import MethodEditor, compare
 from kne_easyedit.bridge.methods import LABELS, METHODS, traits_of
@@ -26,6 +29,7 @@ __all__ = [
     "LoadedModel",
     "MethodEditor",
     "TextSource",
+    "at_position",
     "compare",
     "describe",
     "editor_for",

@@ -134,6 +134,40 @@ def memit(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
     }
 
 
+def alphaedit(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
+    """AlphaEdit: beside second moments, projections and keys of earlier edits of every layer."""
+    edited = rewritten(model, hparams)
+    squares = [in_features(module) ** 2 for module in edited]
+    return {
+        "originals": 3 * itemsize * sum(matrix_size(module) for module in edited),
+        "update": PRECISE * sum(matrix_size(module) for module in edited),
+        # Moments, projections and keys, (d1, d1) in float32 for each layer.
+        "second moments": 3 * PRECISE * sum(squares),
+        # Projection, keys, their products, and the solver's factors.
+        "solver": 6 * PRECISE * max(squares),
+    }
+
+
+def wise(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
+    """WISE: copies of one matrix, its gradient and mask."""
+    size = matrix_size(_inner(model, hparams))
+    return {"copies": 4 * itemsize * size, "gradients": 2 * itemsize * size, "mask": 2 * 8 * size}
+
+
+def grace(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
+    """GRACE: a copy of one layer; keys and values are vectors."""
+    return {"originals": itemsize * matrix_size(_inner(model, hparams))}
+
+
+def _inner(model: nn.Module, hparams: Any) -> Any:
+    """The module of ``inner_params``, which EasyEdit writes as ``model.layers[3].mlp.down_proj.weight``."""
+    name = str(hparams.inner_params[0]).replace("[", ".").replace("]", "").removesuffix(".weight")
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"inner_params: {error}") from error
+
+
 def nothing(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:
     """KN: the values of single neurons, few of them in a trained model."""
     return {}

@@ -24,6 +24,7 @@ from kne_easyedit.bridge.methods import NAME, SCRIPTS, require_request, require_
 from kne_easyedit.bridge.registry import editor_for, register
 from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
 from kne_easyedit.bridge.undo import Undo, undo_on_errors
+from kne_easyedit.bridge.unrelated import with_unrelated
 from kne_easyedit.editing.row_edit import RowEdit
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.models.state import seed_generators
@@ -99,6 +100,7 @@ class MethodEditor:
         """
         alg_name = self.hparams.alg_name
         method = traits_of(alg_name)
+        requests = [with_unrelated(alg_name, request) for request in requests]
         for request in requests:
             require_request(alg_name, request)
         if self._undo:
@@ -113,6 +115,7 @@ class MethodEditor:
 
         def edit() -> None:
             try:
+                self._undo.expect(alg_name)
                 with contextlib.redirect_stdout(printed), use_text_source(self.text_source):
                     edited, originals = self.editor.apply_algo(
                         self.original,
@@ -127,7 +130,8 @@ class MethodEditor:
                 if alg_name != NAME and not self._undo.remember(edited, originals, alg_name):
                     raise ValueError(f"methods: {alg_name} gives nothing by which its edit could be undone; {SCRIPTS}")
                 self.losses = self.losses or [float(loss) for loss in _LOSS.findall(printed.getvalue())]
-                self.model = edited
+                # A replaced layer works in the model itself, which evaluators know better than a wrapper around it.
+                self.model = self.original if method.replaces_layer else edited
             except Exception as error:
                 if not self.keeps_earlier_edits:
                     raise

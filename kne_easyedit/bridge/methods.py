@@ -17,6 +17,8 @@ from kne_easyedit.bridge.importing import is_placeholder, module
 SCRIPTS = "run it by EasyEdit's own scripts (kne easyedit-run)"
 NAME = "KNE"
 """The name of this package's method in EasyEdit."""
+UNRELATED = "loc_prompt"
+"""EasyEdit's name of a text that has nothing to do with a fact."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ METHODS: Mapping[str, Method] = {
         Method("KN", one_fact=True, needs_ground_truth=True, memory=formulas.nothing),
         _causal("ROME", moments_setting="mom2_adjustment", memory=formulas.rome),
         _causal("MEMIT", memory=formulas.memit, texts_at_once=7),
-        _causal("AlphaEdit", accumulates=True, model_names=("llama", "qwen", "gpt2-xl")),
+        _causal("AlphaEdit", accumulates=True, memory=formulas.alphaedit, texts_at_once=7),
         _causal("CORE"),
         Method(
             "DEFER",
@@ -156,15 +158,9 @@ METHODS: Mapping[str, Method] = {
         Method("DPO", request_field="target_neg"),
         Method("DeepEdit-Api", needs_subject=True, irreversible=_API),
         _causal("EAMET"),
-        _causal("EMMET", originals_if_asked=True),
+        _causal("EMMET", originals_if_asked=True, memory=formulas.memit, texts_at_once=7),
         Method("FT-Api", irreversible=_API),
-        Method(
-            "GRACE",
-            replaces_layer=True,
-            packages=(("evaluate.evaluate_utils", "f1_score"),),
-            one_text=True,
-            own_evaluation=True,
-        ),
+        Method("GRACE", one_fact=True, replaces_layer=True, one_text=True, memory=formulas.grace),
         Method("ICE", in_context=True, irreversible=_PROMPTS),
         Method(
             "IKE",
@@ -196,7 +192,14 @@ METHODS: Mapping[str, Method] = {
             "ULTRAEDIT",
             irreversible="gives no original weights (it looks for its modules' names among those of parameters)",
         ),
-        Method("WISE", request_field="loc_prompt", replaces_layer=True, one_text=True),
+        Method(
+            "WISE",
+            request_field=UNRELATED,
+            replaces_layer=True,
+            one_text=True,
+            memory=formulas.wise,
+            texts_at_once=12,
+        ),
     )
 }
 """Label -> traits. The order is that of tables and figures: KNE and the methods of the paper first."""

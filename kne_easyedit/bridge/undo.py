@@ -44,11 +44,15 @@ class Undo:
         """Keeps the rows that KNE is about to write, before they are written: the edit can be undone at any moment."""
         self._last(_Rows).keep(edit)
 
+    def expect(self, alg_name: str) -> None:
+        """Prepares for an edit that is about to begin: one that is interrupted may have replaced a layer already."""
+        if traits_of(alg_name).replaces_layer and not self._steps:
+            self._steps.append(self._restore_layers)
+
     def remember(self, edited: Any, originals: Any, alg_name: str = "") -> bool:
         """Keeps what a method of EasyEdit has returned for undoing its edit. False if that is nothing."""
         if traits_of(alg_name).replaces_layer:
-            if not self._steps:
-                self._steps.append(self._restore_layers)
+            self.expect(alg_name)
         elif callable(originals):
             self._steps.append(torch.no_grad()(originals))
         elif hasattr(edited, "peft_config"):
@@ -177,6 +181,7 @@ class _Recorder:
         asked = not self.legacy or kwargs.get("keep_original_weight")
         if not asked or traits_of(self.alg_name).originals_if_asked:
             kwargs = {**kwargs, "keep_original_weight": True}
+        self.undo.expect(self.alg_name)
         result = self.apply(*args, **kwargs)
         if not (isinstance(result, tuple) and len(result) == 2):  # prompts of in-context editing
             return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from methods import HPARAMS, in_tmp, records, settings, tokenizer_for  # noqa: F
 from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.bridge import MethodEditor, importing
+from kne_easyedit.bridge import methods as methods_table
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.methods import METHODS, require_request, require_undoable
 
@@ -109,12 +111,14 @@ def test_a_model_whose_name_says_nothing_is_refused_where_the_name_counts(method
 
 def test_a_missing_package_is_found_before_the_first_edit(monkeypatch):
     bridge.register()
+    needs = dataclasses.replace(METHODS["FT"], packages=(("evaluate.evaluate_utils", "f1_score"),))
+    monkeypatch.setattr(methods_table, "METHODS", {**METHODS, "FT": needs})
     absent = importing.placeholder("sklearn.metrics.f1_score", "No module named 'sklearn'")
     monkeypatch.setattr(module("evaluate.evaluate_utils"), "f1_score", absent, raising=False)
-    with pytest.raises(ValueError, match=r"GRACE needs sklearn.metrics.f1_score.*No module named 'sklearn'; install"):
-        MethodEditor(SimpleNamespace(alg_name="GRACE", model_name="m"), make_llama(), make_tokenizer())
+    with pytest.raises(ValueError, match=r"FT needs sklearn.metrics.f1_score.*No module named 'sklearn'; install"):
+        MethodEditor(SimpleNamespace(alg_name="FT", model_name="m"), make_llama(), make_tokenizer())
     monkeypatch.setattr(module("evaluate.evaluate_utils"), "f1_score", len)
-    require_undoable(SimpleNamespace(alg_name="GRACE", model_name="m"))
+    require_undoable(SimpleNamespace(alg_name="FT", model_name="m"))
 
 
 def test_a_missing_archive_is_found_before_the_first_edit(tmp_path):

@@ -30,6 +30,14 @@ from methods import (  # noqa: F401  (in_tmp is a fixture)
     settings,
     tokenizer_for,
 )
+from recent_probes import (
+    a_codebook_is_evaluated_as_other_methods,
+    fluency_after_a_wrapper,
+    layers_of_a_sequence,
+    masks_are_seeded,
+    projections_of_any_model,
+    prompts_decide_alone,
+)
 
 from kne_easyedit import bridge
 from kne_easyedit.bridge import MethodEditor, importing, patches, use_text_source
@@ -304,7 +312,13 @@ PROBES = {
     "ft-last-token": Probe(ft_sees_the_last_token, True, False),
     "tied-head": Probe(finds_a_tied_head, True, "LookupError"),
     "layer-outputs": Probe(memit_reads_layer_outputs, [24], "IndexError"),
+    "codebook-position": Probe(a_codebook_is_evaluated_as_other_methods, True, False),
+    "mask-seed": Probe(masks_are_seeded, True, False),
+    "wrapper-name": Probe(fluency_after_a_wrapper, "sampled", "AttributeError"),
+    "sequence-of-layers": Probe(layers_of_a_sequence, 2, 1),
+    "decision-for-each-prompt": Probe(prompts_decide_alone, True, False),
     "second-moments": Probe(needs_no_download, [40, 40], "ConnectionError"),
+    "null-space": Probe(projections_of_any_model, "projected", "NameError"),
     "name-keyed-caches": Probe(what_methods_remember, True, False),
     "model-type": Probe(loads_the_type_asked_for, True, False),
     "evaluation-type": Probe(evaluation_type_counts, True, False),

@@ -1,0 +1,269 @@
+"""Tunes methods on train records: one rule and one budget for all of them, hparams/tuning.yaml.
+
+    KNOWEDIT=... EASYEDIT_HOME=... python scripts/tune.py ft adalora rome
+    KNOWEDIT=... EASYEDIT_HOME=... python scripts/tune.py --report-only
+
+Every setting is a job of scripts/run_benchmark.py on each data set. Interrupted, the same command resumes where it stopped.
+A table of all settings is printed and written to OUT/METHOD.md, the chosen one to hparams/benchmark/method/METHOD_tuned.yaml.
+"""  # noqa: E501  (commands)
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from kne_easyedit._util.errors import RunStopped
+from kne_easyedit._util.files import atomic_write
+from kne_easyedit._util.machine import keep_large_blocks
+from kne_easyedit._util.markdown import table_of_rows
+from kne_easyedit.benchmark import run
+from kne_easyedit.benchmark.config import job_folder, job_of
+from kne_easyedit.metrics import METRICS, PERCENT, Metric
+
+HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
+_BY_KEY = {metric.key: metric for metric in METRICS}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of a method, and what was measured of it: the means of its data sets."""
+
+    settings: Mapping[str, Any]
+    figures: Mapping[str, float]
+    of: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Data set -> figures."""
+
+    @property
+    def name(self) -> str:
+        """The settings as a text; those of the method's file have none."""
+        return named(self.settings) or "as its file has it"
+
+
+def named(settings: Mapping[str, Any]) -> str:
+    """Settings as a text that may be a part of a label."""
+    return " ".join(f"{name}={_short(value)}" for name, value in settings.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+# The rule
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The content of the tuning file.
+
+    Raises:
+        ValueError: A method has another number of settings than the budget, does not begin with those of its own file,
+            or has one twice; or the rule's first metric is unknown.
+    """
+    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for method, grid in plan["methods"].items():
+        if len(grid) != plan["budget"]:
+            raise ValueError(f"{path.name}: methods.{method} has {len(grid)} settings, the budget is {plan['budget']}")
+        if grid[0]:
+            raise ValueError(f"{path.name}: methods.{method} must begin with {{}}, the settings of its own file")
+        if len({named(settings) for settings in grid}) < len(grid):
+            raise ValueError(f"{path.name}: methods.{method} has one of its settings twice")
+    ((key, _),) = plan["choice"]["reach"].items()
+    if key not in _BY_KEY:
+        raise ValueError(f"{path.name}: choice.reach: {key!r} is no metric; there are {', '.join(_BY_KEY)}")
+    return plan
+
+
+def counted(candidates: Sequence[Candidate], rule: Mapping[str, Any]) -> list[Metric]:
+    """The metrics of the rule's mean that were measured of every candidate."""
+    known = [_BY_KEY[key] for key in rule["mean"] if key in _BY_KEY]
+    return [metric for metric in known if all(metric.key in its.figures for its in candidates)]
+
+
+def score(candidate: Candidate, metrics: Sequence[Metric]) -> float:
+    """The mean of some metrics, in percent; one that is better if it is lower counts as 100 less it."""
+    values = [(metric, candidate.figures[metric.key]) for metric in metrics]
+    return fmean(100 - value if metric.better == "down" else value for metric, value in values)
+
+
+def choose(candidates: Sequence[Candidate], rule: Mapping[str, Any]) -> Candidate:
+    """The candidate that the rule chooses.
+
+    Args:
+        candidates: All settings of one method.
+        rule: ``reach`` (one metric and the value that is to be reached) and ``mean`` (the metrics of the mean).
+
+    Returns:
+        Of those that reach the value, or come nearest to it if none does, the first of the highest mean.
+    """
+    ((key, enough),) = rule["reach"].items()
+    best = max(its.figures[key] for its in candidates)
+    able = [its for its in candidates if its.figures[key] >= min(enough, best)]
+    metrics = counted(candidates, rule)
+    return max(able, key=lambda its: score(its, metrics))  # the first of those that are equal
+
+
+# The jobs
+
+
+def configuration(method: str, model: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What scripts/run_benchmark.py would be given for a method, with Hydra's overrides."""
+    with initialize_config_dir(config_dir=str(HPARAMS), version_base="1.3"):
+        given = [f"benchmark/method@method={method}", f"benchmark/model@model={model}", *overrides]
+        found = compose("benchmark", overrides=given)
+    return cast(dict[str, Any], OmegaConf.to_container(found, resolve=True))
+
+
+def job(base: Mapping[str, Any], plan: Mapping[str, Any], data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of one setting's job on one data set."""
+    found = cast(dict[str, Any], deepcopy(base))
+    where = OmegaConf.create({"knowedit": base["knowedit"], "its": plan["data"][data]})
+    found["data"] |= {"name": f"{data}-train", **cast(dict, OmegaConf.to_container(where, resolve=True))["its"]}
+    found["evaluation"] |= plan["evaluation"]
+    method = found["method"]
+    method["settings"] = {**method["settings"], **settings}
+    method["label"] = label_of(base, settings)
+    return found
+
+
+def label_of(base: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The label of one setting's job."""
+    return f"{base['method']['label']} {named(settings)}".strip()
+
+
+def figures_of(folder: Path, label: str) -> dict[str, float]:
+    """The metrics in percent of a finished job; seconds an edit, too.
+
+    Raises:
+        FileNotFoundError: It has not been run.
+        ValueError: It has no results.
+    """
+    file = folder / "summary.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: the job was not run")
+    summary = json.loads(file.read_text(encoding="utf-8"))["methods"][label]
+    wanted = [metric.key for metric in METRICS if metric.unit == PERCENT or metric.key == "seconds_per_edit"]
+    found = {key: summary[key] for key in wanted if summary.get(key) is not None}
+    if not found:
+        raise ValueError(f"{file}: no record of {label} was edited")
+    return found
+
+
+def candidate(base: Mapping[str, Any], plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Candidate:
+    """What was measured of one setting; a metric that a data set lacks is left out."""
+    jobs = {data: job(base, plan, data, settings) for data in plan["data"]}
+    of = {data: figures_of(job_folder(its), its["method"]["label"]) for data, its in jobs.items()}
+    first, *others = of.values()
+    shared = [key for key in first if all(key in other for other in others)]
+    return Candidate(settings, {key: fmean(its[key] for its in of.values()) for key in shared}, of)
+
+
+# What is written
+
+
+def table(candidates: Sequence[Candidate], chosen: Candidate, rule: Mapping[str, Any]) -> str:
+    """All settings of a method as a Markdown table, for each data set and for the mean; the chosen one is bold."""
+    metrics = [metric for metric in METRICS if any(metric.key in its.figures for its in candidates)]
+    scored = counted(candidates, rule)
+    rows = [["settings", "data", *(metric.short for metric in metrics), "mean"]]
+    for its in candidates:
+        name = f"**{its.name}**" if its is chosen else its.name
+        for data, figures in (*its.of.items(), ("mean", its.figures)):
+            shown = [f"{figures[m.key]:.1f}" if m.key in figures else "-" for m in metrics]
+            rows.append([name, data, *shown, f"{score(its, scored):.1f}" if data == "mean" else "-"])
+            name = ""
+    return table_of_rows(rows)
+
+
+def tuned_file(base: Mapping[str, Any], chosen: Candidate, budget: int) -> str:
+    """The text of the chosen settings' file for scripts/run_benchmark.py."""
+    method = base["method"]
+    content = {
+        "label": f"{method['label']}-tuned",
+        "hparams": method["hparams"],
+        "settings": {**method["settings"], **chosen.settings},
+    }
+    head = f"# Of {budget} settings the one that the rule in hparams/tuning.yaml chooses; written by scripts/tune.py.\n"
+    return head + yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the jobs that are missing, and writes tables and chosen settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help="names in hparams/tuning.yaml (default: all)")
+    parser.add_argument("--plan", type=Path, default=HPARAMS / "tuning.yaml", help="another tuning file")
+    parser.add_argument("--model", default="smollm2-135m", help="as in hparams/benchmark/model (default %(default)s)")
+    parser.add_argument("--out", default="outputs/tuning", help="folder of the results (default %(default)s)")
+    parser.add_argument(
+        "--to", type=Path, default=HPARAMS / "benchmark" / "method", help="folder of the chosen settings' files"
+    )
+    parser.add_argument("--report-only", action="store_true", help="run nothing: of the methods that are finished")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="overrides of hparams/benchmark.yaml, as Hydra's"
+    )
+    given = parser.parse_args(arguments)
+    plan = read_plan(given.plan)
+    if unknown := [name for name in given.methods if name not in plan["methods"]]:
+        parser.error(f"{unknown[0]!r} is not in {given.plan.name}; there are {', '.join(plan['methods'])}")
+    methods = given.methods or list(plan["methods"])
+    bases = {name: configuration(name, given.model, [f"out={given.out}", *given.set]) for name in methods}
+    failed: set[str] = set()
+    if not given.report_only:
+        keep_large_blocks()
+        failed = run_all(
+            [
+                job(bases[name], plan, data, settings)
+                for name in methods
+                for settings in plan["methods"][name]
+                for data in plan["data"]
+            ]
+        )
+    for name in methods:
+        grid = [its for its in plan["methods"][name] if label_of(bases[name], its) not in failed]
+        try:
+            candidates = [candidate(bases[name], plan, settings) for settings in grid]
+        except FileNotFoundError as error:
+            if not given.report_only:
+                raise
+            print(f"{name}: not finished ({error})\n")
+            continue
+        chosen = choose(candidates, plan["choice"])
+        text = f"## {name}\n\n{table(candidates, chosen, plan['choice'])}\n"
+        atomic_write(Path(given.out) / f"{name}.md", text)
+        atomic_write(given.to / f"{name}_tuned.yaml", tuned_file(bases[name], chosen, plan["budget"]))
+        print(f"{text}\nchosen: {chosen.name}\n")
+
+
+def run_all(jobs: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Runs jobs one after the other.
+
+    Args:
+        jobs: Their configurations.
+
+    Returns:
+        Labels of the settings under which a method has left the model changed: they cannot be chosen.
+    """
+    failed = set()
+    with tqdm(jobs, desc="tune", unit="job") as bar:
+        for settings in bar:
+            label = settings["method"]["label"]
+            bar.set_postfix_str(f"{label} on {settings['data']['name']}")
+            try:
+                run(job_of(settings, HPARAMS))
+            except RunStopped as error:
+                bar.write(f"{label}: {error}")
+                failed.add(label)
+    return failed
+
+
+if __name__ == "__main__":
+    main()
