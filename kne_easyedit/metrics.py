@@ -51,7 +51,7 @@ class Metric:
     in_run_table: bool = True
     """Whether the table that `kne run` prints has it."""
     paper_column: int | None = None
-    """Its place in the lists of ``benchmark/paper.json``; None if the paper's tables lack it."""
+    """Its place in the lists of ``benchmark/published.json``; None if the paper's tables lack it."""
 
     @property
     def label(self) -> str:
@@ -218,7 +218,7 @@ def own_metrics() -> list[Metric]:
 
 
 def paper_metrics() -> list[tuple[Metric, int]]:
-    """The rows of the paper's tables: each metric with its place in the lists of ``paper.json``."""
+    """The rows of the paper's tables: each metric with its place in the lists of ``published.json``."""
     return [(metric, metric.paper_column) for metric in METRICS if metric.paper_column is not None]
 
 

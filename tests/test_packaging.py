@@ -196,7 +196,7 @@ def test_the_wheel_holds_the_package_its_data_and_nothing_else(built):
         f"kne_easyedit/{path.relative_to(ROOT / 'kne_easyedit')}" for path in (ROOT / "kne_easyedit").rglob("*.py")
     }
     shipped |= {f"kne_easyedit/facts/{name}.json" for name in ("facts", "relations")}
-    shipped |= {"kne_easyedit/benchmark/paper.json", "kne_easyedit/py.typed"}
+    shipped |= {"kne_easyedit/benchmark/published.json", "kne_easyedit/py.typed"}
     settings = {path.relative_to(ROOT / "hparams") for path in (ROOT / "hparams").rglob("*") if path.is_file()}
     shipped |= {f"kne_easyedit/shipped_hparams/{path}" for path in settings if path.suffix != ".pyc"}
     assert {name for name in files if ".dist-info/" not in name} == shipped

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
@@ -13,6 +11,7 @@ from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.intervals import Interval
 from kne_easyedit.benchmark.labels import data_name, is_kne
 from kne_easyedit.benchmark.neighbour_report import neighbour_parts
+from kne_easyedit.benchmark.published import quoted_results
 from kne_easyedit.benchmark.result_line import ResultLine
 from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.benchmark.tables import (
@@ -25,7 +24,7 @@ from kne_easyedit.benchmark.tables import (
     unedited,
     with_categories,
 )
-from kne_easyedit.metrics import Metric, paper_metrics
+from kne_easyedit.metrics import Metric
 
 
 def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> str:
@@ -82,7 +81,7 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
     parts += shown("time.png", "losses.png")
     parts += ["## Some answers before and after", _answers(found)]
     parts += neighbour_parts(found)
-    parts += ["## The paper's own figures", _paper(found)]
+    parts += ["## Published figures", quoted_results(found)]
     parts += ["## What was run", _what_was_run(found)]
     return "\n\n".join(parts) + "\n"
 
@@ -285,30 +284,6 @@ def _answers(found: Collection, examples: int = 3) -> str:
                 ]
             )
     return table_of_rows(rows)
-
-
-def _paper(found: Collection) -> str:
-    paper = json.loads(files("kne_easyedit.benchmark").joinpath("paper.json").read_text(encoding="utf-8"))
-    ours = {Path(str(manifest["model"]["name"])).name.lower() for manifest in found.manifests}
-    parts = []
-    for model, of_model in ((name, content) for name, content in paper.items() if isinstance(content, dict)):
-        same = model.lower() in ours
-        columns = list(dict.fromkeys(method for of_data in of_model.values() for method in of_data))
-        rows = [["data", "metric", *columns, *(["our KNE"] if same else [])]]
-        for data, of_data in of_model.items():
-            lines = found.of(data, "KNE") if same else []
-            mine = summarize(lines) if lines else {}
-            for i, (metric, column) in enumerate(paper_metrics()):
-                quoted = [f"{of_data[m][column]:.2f}" if m in of_data else "-" for m in columns]
-                own = [_number(mine.get(metric.key), "{:.2f}")] if same else []
-                rows.append([data if i == 0 else "", metric.short, *quoted, *own])
-        where = (
-            "the model of this report; records, versions and metrics may still differ"
-            if same
-            else "**another model and other records than above: not to be compared**"
-        )
-        parts.append(f"{model} ({paper['source']}; {where}):\n\n{table_of_rows(rows)}")
-    return "\n\n".join(parts)
 
 
 def _what_was_run(found: Collection) -> str:
