@@ -60,7 +60,8 @@ class KNEHyperParams:
     """How the scores of several facts become one (section 4.4): ``max`` or ``mean``."""
     score_scale: str = "none"
     """Beyond the paper: ``layer`` divides scores by their layer's largest before the threshold; ``none``: the paper.
-    It spreads the ensemble over the layers."""
+    It spreads the ensemble over the layers. ``shuffled`` then exchanges the neurons of each layer at random: a control
+    that asks what localisation is worth."""
     localization_data: str | None = None
     """Data file to localise on (docs/data.md has the formats), or ``embedded``: the packaged facts; None:
     every edit's own requests."""

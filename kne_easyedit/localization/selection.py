@@ -34,7 +34,19 @@ def _by_layer(scores: Tensor) -> Tensor:
     return scores / torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
-SCALES: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda scores: scores, "layer": _by_layer}
+def _shuffled(scores: Tensor) -> Tensor:
+    """As `_by_layer`, then permuted within each layer, always alike: as many rows of each layer, chosen at random."""
+    generator = torch.Generator().manual_seed(0)
+    scaled = _by_layer(scores)
+    order = torch.stack([torch.randperm(scaled.shape[1], generator=generator) for _ in scaled])
+    return scaled.gather(1, order.to(scaled.device))
+
+
+SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda scores: scores,
+    "layer": _by_layer,
+    "shuffled": _shuffled,  # the control of a comparison: what does it matter which rows these are?
+}
 """Rules ``(layers, d2) -> (layers, d2)`` that scale the scores before the threshold."""
 
 

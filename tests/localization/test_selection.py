@@ -34,7 +34,7 @@ class TestValue:
             ),
             ("aggregation", "zzz", r"^aggregation: 'zzz' must be one of \('max', 'mean'\)$"),
             ("aggregation", ["max"], "^aggregation: .* must be one of"),
-            ("scale", "layers", r"^score_scale: 'layers' must be one of \('none', 'layer'\); did you mean 'layer'\?"),
+            ("scale", "layers", r"^score_scale: 'layers' must be one of \('none', 'layer', 'shuffled'\); did you mean 'layer'\?"),
             ("layers", (0, -1), r"^layers: \[0, -1\] must be numbers of layers, from 0"),
             ("layers", (1.0,), r"^layers: \[1.0\] must be numbers of layers, from 0"),
         ],
@@ -80,6 +80,13 @@ class TestSelecting:
         chosen = {scale: Selection(0.25, scale=scale).choose(SCORES)[0].tolist() for scale in SCALES}
         assert chosen["none"] == [[True, False, False, True], [False] * 4]
         assert chosen["layer"] == [[True, False, False, False], [False, True, False, False]]
+
+    def test_shuffled_keeps_as_many_neurons_of_each_layer_but_others(self):
+        scores = torch.rand(4, 50, generator=torch.Generator().manual_seed(1))
+        chosen = {scale: Selection(0.1, scale=scale).choose(scores)[0] for scale in ("layer", "shuffled")}
+        assert chosen["shuffled"].sum(1).tolist() == chosen["layer"].sum(1).tolist()
+        assert not torch.equal(*chosen.values())
+        assert torch.equal(chosen["shuffled"], Selection(0.1, scale="shuffled").choose(scores.clone())[0])
 
 
 class TestRecord:
