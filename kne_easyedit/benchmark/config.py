@@ -13,6 +13,7 @@ from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.second_moments import needs_second_moments
+from kne_easyedit.editing.neighbours import uses_neighbours
 from kne_easyedit.facts.records import EMBEDDED, load_records, load_requests
 from kne_easyedit.models.loading import load_model
 
@@ -98,6 +99,10 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
         }
         overrides = {**found, **overrides}
     hparams = replace_settings(hparams, **overrides)
+    if hparams.alg_name == KNE and uses_neighbours(hparams) and hparams.neighbour_data is None:
+        # All records of that file may serve, unless they are those that are edited: then the ones localised on, alone.
+        if data["localization"]["file"] not in (EMBEDDED, data["file"]):
+            hparams = replace_settings(hparams, neighbour_data=data["localization"]["file"])
     i, n = shard_of(settings["shard"])
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
     text_source = bridge.TextSource.from_settings(settings["statistics"])

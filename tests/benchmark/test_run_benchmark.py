@@ -255,6 +255,34 @@ def test_text_for_second_moments_comes_from_facts_that_are_not_edited(place, mon
     assert jobs["ft"].text_source.prompts == ()  # needs no other facts, so none are asked for
 
 
+@pytest.mark.parametrize(
+    ("localized", "settings", "expected"),
+    [
+        ("facts.json", {"input_projection": True}, "facts.json"),
+        ("facts.json", {}, None),  # nothing trains on neighbours: the fingerprint stays
+        ("records.json", {"input_projection": True}, None),  # its other records are edited
+        ("embedded", {"input_projection": True}, None),
+        ("facts.json", {"input_projection": True, "neighbour_data": "embedded"}, "embedded"),
+    ],
+)
+def test_neighbours_are_made_of_the_whole_file_localised_on_unless_its_records_are_edited(
+    localized, settings, expected, place, monkeypatch
+):
+    monkeypatch.chdir(place)
+    config = composed(
+        "benchmark/method@method=kne",
+        "benchmark/data@data=embedded",
+        "data.file=records.json",
+        "data.offset=0",
+        f"data.localization.file={localized}",
+        *(f"++method.settings.{name}={str(value).lower()}" for name, value in settings.items()),
+        *TINY[:2],
+    )
+    config = OmegaConf.masked_copy(config, [name for name in config if name != "hydra"])
+    job = job_of(OmegaConf.to_container(config, resolve=True), ROOT / "hparams")
+    assert job.hparams["KNE"].neighbour_data == expected
+
+
 @pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0", ""])
 def test_a_shard_that_is_none(text):
     with pytest.raises(ValueError, match=r"shard: .* is no part i/n"):
