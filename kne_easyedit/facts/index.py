@@ -237,11 +237,12 @@ class FactIndex:
         features = self._features_of(request, subject, relation)
         evidence, _ = self._evidence(features)
         direct = set().union(*(self._having.get(feature, ()) for feature in features))
+        named = any(isinstance(feature, tuple) for feature in features)  # kinds by name need no evidence
         asked = self._having.get(relation, set())
         kin, others = set(), set()
         for name, found in self._features.items():
             odds = math.fsum(evidence[feature] for feature in found if feature != relation)
-            if odds > (0.0 if name in direct else CLEAR):
+            if (named and name in direct) or odds > (0.0 if name in direct else CLEAR):
                 kin.add(name)
             elif odds < -CLEAR:
                 others.add(name)
