@@ -101,6 +101,8 @@ class KNEHyperParams:
     append_eos: bool = False
     """Beyond the paper: the tokenizer's end token is trained as the answer's last token. Localisation and evaluation do
     without it."""
+    edit_gain: float = 1.0
+    """Beyond the paper: trained rows are multiplied by it, or by less if an answer's loss would leave ``stop_loss``."""
     kl_weight: float = 0.0
     """Beyond the paper: weight of ``KL(before || now)`` after unrelated prompts, added to the loss; 0: none."""
     kl_data: str | None = None
@@ -248,6 +250,7 @@ class KNEHyperParams:
         require_one_of("attribution_engine", self.attribution_engine, ENGINES)
         require_one_of("initialization", self.initialization, INITIALISATIONS)
         require_one_of("on_failure", self.on_failure, ON_FAILURE)
+        _require(1 <= self.edit_gain < math.inf, "edit_gain", self.edit_gain, "must be at least 1 and finite")
         require_one_of("optimizer", self.optimizer, OPTIMIZERS)
         _require(0 < self.polyak_fraction < 2, "polyak_fraction", self.polyak_fraction, "must be in (0, 2)")
         adamw = self.optimizer == "adamw"

@@ -47,15 +47,14 @@ class SharedObjective(Objective, Protocol):
     of all texts in a pass of its own.
     """
 
-    @property
-    def bound(self) -> float:
-        """Training goes on while the term of a step is not below; infinity: it stops by the answers alone."""
-
     def texts(self, step: int) -> Sequence[Fact]:
         """The texts of step number ``step``, from 0. The term looks at what is predicted for their answers' tokens."""
 
     def loss_of(self, logits: Tensor, step: int) -> Tensor:
         """The term, a scalar, of the logits ``(tokens, vocabulary)`` that predict these tokens, text by text."""
+
+    def may_stop(self, logits: Tensor, step: int) -> bool:
+        """Whether training may stop with these logits, once the answers are reached."""
 
 
 class Alone:

@@ -41,7 +41,7 @@ class RowEdit:
     deltas: Mapping[str, tuple[tuple[int, ...], Tensor]]
     """Module name -> its rows, and what to add to them: ``(n, d1)``, with the scale ``alpha / sqrt(n)`` applied."""
     losses: tuple[float, ...]
-    """The answers' mean cross-entropy in nats before every step; the last one is that of ``deltas``."""
+    """The answers' mean cross-entropy in nats before every step; the last one is that of ``deltas`` as they are."""
     answers: tuple[Answer, ...] = ()
     """The facts, and how well ``deltas`` answer them; empty for an edit that was not trained."""
 
