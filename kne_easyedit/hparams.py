@@ -103,6 +103,8 @@ class KNEHyperParams:
     without it."""
     edit_gain: float = 1.0
     """Beyond the paper: trained rows are multiplied by it, or by less if an answer's loss would leave ``stop_loss``."""
+    subject_variants: int = 0
+    """Beyond the paper: so many variants of the subject's name (shortened, with initials) are trained to the answer."""
     kl_weight: float = 0.0
     """Beyond the paper: weight of ``KL(before || now)`` after unrelated prompts, added to the loss; 0: none."""
     kl_data: str | None = None
@@ -261,7 +263,7 @@ class KNEHyperParams:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")
         _require(self.chunk_rows is None or self.chunk_rows >= 1, "chunk_rows", self.chunk_rows, "must be at least 1")
-        for name in ("neighbour_relation_size", "neighbour_subject_size", "neighbours_per_step"):
+        for name in ("neighbour_relation_size", "neighbour_subject_size", "neighbours_per_step", "subject_variants"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         stop = self.neighbour_stop
         _require(stop is None or 0 < stop < math.inf, "neighbour_stop", stop, "must be positive and finite, or null")

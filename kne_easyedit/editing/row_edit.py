@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
-from kne_easyedit.editing.objectives import answer_logits, cross_entropy
+from kne_easyedit.editing.losses import answer_logits, cross_entropy
 from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.state import default_modes, preserve_state, require_trainable

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter, rows_by_module
-from kne_easyedit.editing.objectives import Objective, SharedObjective, answer_logits, cross_entropy
+from kne_easyedit.editing.losses import answer_logits, cross_entropy
+from kne_easyedit.editing.objectives import Objective, SharedObjective
 from kne_easyedit.editing.optimizers import OPTIMIZERS, TrainedRows
 from kne_easyedit.editing.projection import InputProjection
 from kne_easyedit.editing.row_edit import Answer, RowEdit

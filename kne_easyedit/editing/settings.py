@@ -21,6 +21,7 @@ class EditSettings(LocalizationSettings, Protocol):
     initialization: str
     append_eos: bool
     edit_gain: float
+    subject_variants: int
     kl_weight: float
     kl_data: str | None
     kl_size: int
