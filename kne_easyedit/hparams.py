@@ -102,6 +102,10 @@ class KNEHyperParams:
     append_eos: bool = False
     """Beyond the paper: the tokenizer's end token is trained as the answer's last token. Localisation and evaluation do
     without it."""
+    edit_gain: float = 1.0
+    """Beyond the paper: trained rows are multiplied by it, or by less if an answer's loss would leave ``stop_loss``."""
+    subject_variants: int = 0
+    """Beyond the paper: so many variants of the subject's name (shortened, with initials) are trained to the answer."""
     kl_weight: float = 0.0
     """Beyond the paper: weight of ``KL(before || now)`` after unrelated prompts, added to the loss; 0: none."""
     kl_data: str | None = None
@@ -249,6 +253,7 @@ class KNEHyperParams:
         require_one_of("attribution_engine", self.attribution_engine, ENGINES)
         require_one_of("initialization", self.initialization, INITIALISATIONS)
         require_one_of("on_failure", self.on_failure, ON_FAILURE)
+        _require(1 <= self.edit_gain < math.inf, "edit_gain", self.edit_gain, "must be at least 1 and finite")
         require_one_of("optimizer", self.optimizer, OPTIMIZERS)
         _require(0 < self.polyak_fraction < 2, "polyak_fraction", self.polyak_fraction, "must be in (0, 2)")
         adamw = self.optimizer == "adamw"
@@ -259,7 +264,7 @@ class KNEHyperParams:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")
         _require(self.chunk_rows is None or self.chunk_rows >= 1, "chunk_rows", self.chunk_rows, "must be at least 1")
-        for name in ("neighbour_relation_size", "neighbour_subject_size", "neighbours_per_step"):
+        for name in ("neighbour_relation_size", "neighbour_subject_size", "neighbours_per_step", "subject_variants"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         stop = self.neighbour_stop
         _require(stop is None or 0 < stop < math.inf, "neighbour_stop", stop, "must be positive and finite, or null")

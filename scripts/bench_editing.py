@@ -36,7 +36,8 @@ from kne_easyedit._util.machine import available_cores, environment, hardware, k
 from kne_easyedit._util.workers import run_parallel
 from kne_easyedit.cli.common import shipped
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
-from kne_easyedit.editing.objectives import answer_loss, objectives_for
+from kne_easyedit.editing.losses import answer_loss
+from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import IGNORE, Batch, Tokenizer, collate, encode_request

@@ -106,6 +106,8 @@ RANGES = {
     "on_failure": (["ignore", ""], "must be one of"),
     "optimizer": (["adam", "sgd", ""], "must be one of"),
     "polyak_fraction": ([0.0, -0.3, 2.0, float("nan"), float("inf")], r"must be in \(0, 2\)"),
+    "edit_gain": ([0.9, 0.0, -1.0, float("nan"), float("inf")], "must be at least 1 and finite"),
+    "subject_variants": ([-1], "must be 0 or more"),
     "kl_size": ([0], "must be at least 1"),
     "kl_weight": ([-0.1, float("nan"), float("inf")], "must be 0 or more and finite"),
     "neighbour_weight": ([-0.1, float("nan"), float("inf")], "must be 0 or more and finite"),

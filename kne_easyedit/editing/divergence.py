@@ -69,6 +69,10 @@ class Divergence:
         """The divergence of the logits ``(tokens, vocabulary)`` that predict the continuations of a step's texts."""
         return _divergence(logits, torch.cat([self._before[i] for i in self._turn(step)]))
 
+    def may_stop(self, logits: Tensor, step: int) -> bool:
+        """Whether the term of a step is below the bound."""
+        return math.isinf(self.bound) or self.loss_of(logits, step).item() < self.bound
+
     def loss(self, model: nn.Module) -> Tensor:
         """The divergence of ``model`` from what it was, in all texts: a scalar, 0 for an unchanged model."""
         input_ids, attention_mask = (tensor.to(device_of(model)) for tensor in pad([t.ids[:-1] for t in self._texts]))

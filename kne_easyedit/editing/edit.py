@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,7 +16,7 @@ from kne_easyedit.editing.projection import projections_for
 from kne_easyedit.editing.row_edit import RowEdit, write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import Fact, Tokenizer, require_length
+from kne_easyedit.facts.encoding import Tokenizer, with_end
 from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.localizer import find_ensemble, inherit
@@ -75,25 +73,10 @@ def compute_edit(
     if ensemble is None:
         ensemble = find_ensemble(model, tok, facts, hparams)
     if hparams.append_eos:  # after localisation: scores are those of the answers alone
-        facts = [_ended(tok, fact, model.config) for fact in facts]
+        facts = [with_end(tok, fact, model.config) for fact in facts]
     objectives = objectives_for(model, tok, requests, hparams)
     projections = projections_for(model, tok, requests, hparams, list(rows_by_module(model, ensemble)))
     return train_rows(model, facts, ensemble, hparams, objectives, on_step, projections)
-
-
-def _ended(tok: Tokenizer, fact: Fact, config: Any) -> Fact:
-    """The fact with the tokenizer's end token as its answer's last: as an id, so that no other token changes."""
-    end = tok.eos_token_id
-    if end is None:
-        raise ValueError(
-            f"append_eos: True, but {type(tok).__name__} of this model has no end token; set tokenizer.eos_token, or "
-            f"append_eos: false"
-        )
-    if fact.ids[-1] == end:
-        return fact
-    ended = replace(fact, ids=(*fact.ids, end))
-    require_length(ended, config)
-    return ended
 
 
 def _shortfall(edit: RowEdit, hparams: EditSettings) -> str | None:

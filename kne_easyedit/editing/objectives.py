@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from kne_easyedit.editing.divergence import Divergence
 from kne_easyedit.editing.neighbours import neighbour_prompts, templated
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import IGNORE, Batch, Fact, Tokenizer
+from kne_easyedit.editing.variants import Variants, variant_facts
+from kne_easyedit.facts.encoding import Fact, Tokenizer
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.models.state import preserve_state
@@ -47,15 +47,14 @@ class SharedObjective(Objective, Protocol):
     of all texts in a pass of its own.
     """
 
-    @property
-    def bound(self) -> float:
-        """Training goes on while the term of a step is not below; infinity: it stops by the answers alone."""
-
     def texts(self, step: int) -> Sequence[Fact]:
         """The texts of step number ``step``, from 0. The term looks at what is predicted for their answers' tokens."""
 
     def loss_of(self, logits: Tensor, step: int) -> Tensor:
         """The term, a scalar, of the logits ``(tokens, vocabulary)`` that predict these tokens, text by text."""
+
+    def may_stop(self, logits: Tensor, step: int) -> bool:
+        """Whether training may stop with these logits, once the answers are reached."""
 
 
 class Alone:
@@ -123,11 +122,23 @@ def _neighbours(
     )
 
 
+def _variants(
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
+) -> Objective | None:
+    facts = variant_facts(model, tokenizer, requests, hparams)
+    return Variants(facts, hparams.stop_loss) if facts else None
+
+
 ObjectiveBuilder = Callable[[nn.Module, Tokenizer, Sequence[Mapping[str, Any]], EditSettings], Objective | None]
 """Builds an objective from model, tokenizer, requests and settings; None: these requests have nothing for it."""
 
-OBJECTIVES: dict[str, ObjectiveBuilder] = {"kl_weight": _unrelated, "neighbour_weight": _neighbours}
-"""Setting that is an objective's weight -> what builds the objective from model, tokenizer, requests and settings."""
+OBJECTIVES: dict[str, ObjectiveBuilder] = {
+    "kl_weight": _unrelated,
+    "neighbour_weight": _neighbours,
+    "subject_variants": _variants,
+}
+"""Setting that is an objective's weight, or number of texts -> what builds the objective. It is used where that is not
+0."""
 
 
 def objectives_for(
@@ -143,37 +154,3 @@ def objectives_for(
     with preserve_state(model):
         built = [build(model, tokenizer, requests, hparams) for build in chosen]
     return [objective for objective in built if objective is not None]
-
-
-def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean cross-entropy over the answers' tokens of all facts: what the rows of Eq. 8-11 are trained on.
-
-    Args:
-        model: A causal language model of transformers.
-        batch: Facts as `collate` gives them, padded on either side.
-
-    Returns:
-        A scalar in nats, in float32 at least; gradients flow.
-    """
-    return cross_entropy(*answer_logits(model, batch))
-
-
-def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The logits ``(tokens, vocabulary)`` that predict the answers' tokens, and these tokens ``(tokens,)``, by fact.
-
-    Positions count from the first token that is not padding, so that the padding side makes no difference.
-    """
-    position_ids = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-    out = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=position_ids, use_cache=False
-    )
-    labels = batch.labels[:, 1:].to(out.logits.device)
-    answers = labels != IGNORE
-    return out.logits[:, :-1][answers], labels[answers]  # the answers' rows only: padding never meets the loss
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Torch's cross-entropy, computed in float32 at least."""
-    return nn.functional.cross_entropy(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction=reduction
-    )

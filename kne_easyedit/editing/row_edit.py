@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
-from kne_easyedit.editing.objectives import answer_logits, cross_entropy
+from kne_easyedit.editing.losses import answer_logits, cross_entropy
 from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.state import default_modes, preserve_state, require_trainable
@@ -41,7 +41,7 @@ class RowEdit:
     deltas: Mapping[str, tuple[tuple[int, ...], Tensor]]
     """Module name -> its rows, and what to add to them: ``(n, d1)``, with the scale ``alpha / sqrt(n)`` applied."""
     losses: tuple[float, ...]
-    """The answers' mean cross-entropy in nats before every step; the last one is that of ``deltas``."""
+    """The answers' mean cross-entropy in nats before every step; the last one is that of ``deltas`` as they are."""
     answers: tuple[Answer, ...] = ()
     """The facts, and how well ``deltas`` answer them; empty for an edit that was not trained."""
 

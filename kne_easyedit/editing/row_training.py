@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter, rows_by_module
-from kne_easyedit.editing.objectives import Objective, SharedObjective, answer_logits, cross_entropy
+from kne_easyedit.editing.losses import answer_logits, cross_entropy
+from kne_easyedit.editing.objectives import Objective, SharedObjective
 from kne_easyedit.editing.optimizers import OPTIMIZERS, TrainedRows
 from kne_easyedit.editing.projection import InputProjection
 from kne_easyedit.editing.row_edit import Answer, RowEdit
@@ -28,6 +29,8 @@ from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fast_linear import fast_linear
 from kne_easyedit.models.state import preserve_state
 
+GAINS = 3
+"""How many gains above 1 are tried, in equal steps up to ``edit_gain``."""
 PATIENCE = 5.0
 """Seconds after which training shows its progress."""
 
@@ -44,15 +47,17 @@ def train_rows(
     """Trains ``W_kne`` (Eq. 8-11) on ``facts`` in one batch, and leaves the model exactly as it was.
 
     Minimises the answers' mean cross-entropy plus ``weight * loss`` of each objective. Training stops as soon as the
-    cross-entropy is below ``hparams.stop_loss`` and every shared objective's term below its ``bound``, after
-    ``hparams.num_steps`` steps at the latest. The texts of shared objectives are in one batch with the facts.
+    cross-entropy is below ``hparams.stop_loss`` and every shared objective lets it (`SharedObjective.may_stop`), after
+    ``hparams.num_steps`` steps at the latest. Then the rows are multiplied by ``hparams.edit_gain``, or by a smaller
+    gain under which every answer's loss stays below ``hparams.stop_loss``. The texts of shared objectives are in one
+    batch with the facts.
 
     Args:
         model: A causal language model of transformers.
         facts: The facts to learn (`encode`).
         ensemble: The rows to train.
-        hparams: ``optimizer`` and its settings, ``num_steps``, ``stop_loss``, ``alpha``, ``initialization``, ``seed``
-            are read.
+        hparams: ``optimizer`` and its settings, ``num_steps``, ``stop_loss``, ``edit_gain``, ``alpha``,
+            ``initialization``, ``seed`` are read.
         objectives: Further terms of the loss; none: the paper's training.
         on_step: Called before each step with its number, from 1, and the cross-entropy in nats.
         projections: Of modules by name (`input_projections`): the directions in which their rows may move; none: all.
@@ -91,7 +96,6 @@ def train_rows(
                 logits, *others = predicted.split([_tokens(facts), *map(_tokens, texts)])
                 labels = labels[: len(logits)]
                 loss = cross_entropy(logits, labels)
-                terms = [objective.loss_of(part, len(losses)) for objective, part in zip(shared, others)]
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
                     rate = optimizer.rate_setting
@@ -99,21 +103,49 @@ def train_rows(
                         f"training: the loss is {losses[-1]} at step {len(losses) - 1}; lower {rate} (it is "
                         f"{getattr(hparams, rate)}), or load the model in float32 or bfloat16"
                     )
-                kept = all(math.isinf(o.bound) or term.item() < o.bound for o, term in zip(shared, terms))
-                if (losses[-1] < hparams.stop_loss and kept) or len(losses) > hparams.num_steps:
+                step = len(losses) - 1
+                if len(losses) > hparams.num_steps or (
+                    losses[-1] < hparams.stop_loss
+                    and all(objective.may_stop(part.detach(), step) for objective, part in zip(shared, others))
+                ):
                     break
                 if on_step is not None:
                     on_step(len(losses), losses[-1])
-                for shared_one, term in zip(shared, terms):
-                    loss = loss + shared_one.weight * term
+                for sharing, part in zip(shared, others):
+                    loss = loss + sharing.weight * sharing.loss_of(part, step)
                 for objective in alone:
                     loss = loss + objective.weight * objective.loss(model)
                 optimizer.step(loss.detach(), torch.autograd.grad(loss, parameters))
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 progress.update()
-        deltas = {one.module: (chosen[one.module], (one.values * one.scale).detach()) for one in rows}
         answers = _answers(facts, logits.detach(), labels)
+        if hparams.edit_gain > 1 and len(losses) > 1 and (gained := _gained(model, facts, rows, hparams)):
+            answers, losses[-1] = gained
+        deltas = {one.module: (chosen[one.module], (one.values * one.scale).detach()) for one in rows}
     return RowEdit(deltas, tuple(losses), answers)
+
+
+def _gained(
+    model: nn.Module, facts: Sequence[Fact], rows: Sequence[TrainedRows], hparams: EditSettings
+) -> tuple[tuple[Answer, ...], float] | None:
+    """Multiplies trained rows by the largest gain under which every answer keeps a loss below ``stop_loss``.
+
+    Returns:
+        The answers with these rows, and their mean cross-entropy; None if no gain above 1 keeps them: the rows stay.
+    """
+    batch, trained = collate(facts).to(device_of(model)), [one.values.detach().clone() for one in rows]
+    with torch.no_grad():
+        for part in range(GAINS, 0, -1):
+            safe_point()
+            for one, before in zip(rows, trained):
+                one.values.copy_(before * (1 + (hparams.edit_gain - 1) * part / GAINS))
+            logits, labels = answer_logits(model, batch)
+            answers = _answers(facts, logits, labels)
+            if all(answer.loss < hparams.stop_loss for answer in answers):
+                return answers, cross_entropy(logits, labels).item()
+        for one, before in zip(rows, trained):
+            one.values.copy_(before)
+    return None
 
 
 def _tokens(facts: Sequence[Fact]) -> int:

@@ -136,6 +136,30 @@ def encode(tokenizer: Tokenizer, prompt: str, target: str, separator: str = SEPA
     return Fact(prompt, target, tuple(ids), len(prompt_ids))
 
 
+def with_end(tokenizer: Tokenizer, fact: Fact, config: Any) -> Fact:
+    """The fact with the end token as its answer's last: as an id, so that no other token changes.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        fact: The fact; one that ends with the end token already is returned as it is.
+        config: The model's configuration, for the longest text.
+
+    Raises:
+        ValueError: There is no end token, or the model does not take a longer text.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            f"append_eos: True, but {type(tokenizer).__name__} of this model has no end token; set "
+            f"tokenizer.eos_token, or append_eos: false"
+        )
+    if fact.ids[-1] == end:
+        return fact
+    ended = Fact(fact.prompt, fact.target, (*fact.ids, end), fact.prompt_length)
+    require_length(ended, config)
+    return ended
+
+
 def _begins_at(tokenizer: Tokenizer, text: str, cut: int, prompt_end: int, answer_start: int) -> bool:
     """Whether the text's tokens from number ``cut`` on are the answer's, although the prompt's last token differs.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_llama
 
-from kne_easyedit.editing.objectives import answer_loss
+from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.facts.encoding import collate
 
 

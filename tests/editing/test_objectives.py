@@ -15,11 +15,11 @@ from kne_easyedit import apply_kne_to_model, compute_edit, restore
 from kne_easyedit.editing import objectives as objectives_module
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
 from kne_easyedit.editing.divergence import Divergence
+from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.editing.objectives import (
     OBJECTIVES,
     Alone,
     SharedObjective,
-    answer_loss,
     objectives_for,
     unrelated_prompts,
 )

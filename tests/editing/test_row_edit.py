@@ -17,7 +17,7 @@ from conftest import (
 from edits import ROWS, edit_of, ensemble_of, masks_of
 
 from kne_easyedit.editing import row_edit
-from kne_easyedit.editing.objectives import answer_loss
+from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.editing.row_edit import RowEdit, restore, write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import collate, encode

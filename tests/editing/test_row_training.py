@@ -22,7 +22,7 @@ from reference import literal_row_training
 from kne_easyedit.editing import adapter
 from kne_easyedit.editing import row_training as training
 from kne_easyedit.editing.adapter import row_adapter
-from kne_easyedit.editing.objectives import answer_loss
+from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import collate, encode

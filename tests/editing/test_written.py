@@ -22,7 +22,7 @@ from torch import nn
 
 from kne_easyedit.editing import row_training as training
 from kne_easyedit.editing.edit import EditFailed, apply_kne_to_model
-from kne_easyedit.editing.objectives import answer_loss
+from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.editing.row_edit import EditLost, RowEdit, restore, write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import collate

@@ -1,0 +1,78 @@
+"""Other spellings of a subject's name, by rules alone: shortened, with an initial, without diacritics."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kne_easyedit.facts.index import prompts_of
+from kne_easyedit.facts.templates import content_words, fill, normalised, stands_in, template_of, without
+
+_HYPHENS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014", "-"))
+
+
+def name_variants(name: str) -> list[str]:
+    """Variants of a name, each once, the name itself left out.
+
+    In this order: without the first word, the first word as an initial, without the last word, first and last word of
+    three or more, with "the", without diacritics, with plain hyphens, with a middle initial. None begins or ends with a
+    function word that stood inside the name ("of England"), or has one letter.
+
+    Args:
+        name: A subject's name.
+
+    Returns:
+        The variants; a name of one word has few.
+    """
+    found: dict[str, str] = {}
+    for variant in _by_rules(" ".join(name.split())):
+        if normalised(variant) != normalised(name) and len(variant) > 1 and content_words(variant):
+            found.setdefault(normalised(variant), variant)
+    return list(found.values())
+
+
+def _by_rules(name: str) -> Iterator[str]:
+    words = name.split(" ")
+    if len(words) > 1:
+        if content_words(words[1]):
+            yield " ".join(words[1:])
+            if words[0][0].isupper() and content_words(words[0]):
+                yield " ".join([f"{words[0][0]}.", *words[1:]])
+        if content_words(words[-2]):
+            yield " ".join(words[:-1])
+    if len(words) > 2:
+        yield f"{words[0]} {words[-1]}"
+    if normalised(words[0]) not in ("the", "a", "an"):
+        yield f"the {name}"
+    decomposed = unicodedata.normalize("NFD", name)
+    yield unicodedata.normalize("NFC", "".join(c for c in decomposed if not unicodedata.combining(c)))
+    yield name.translate(_HYPHENS)
+    if len(words) == 2 and all(word[0].isupper() and content_words(word) for word in words):
+        yield f"{words[0]} {words[1][0]}. {words[1]}"
+
+
+def variant_prompts(request: Mapping[str, Any], n: int) -> list[str]:
+    """The request's prompt with variants of its subject's name, ``n`` at most.
+
+    A variant that stands anywhere in the request beside the subject itself (an alias that is asked) is left out.
+
+    Args:
+        request: An EasyEdit request.
+        n: How many at most.
+
+    Returns:
+        The prompts; none for a request without a subject.
+    """
+    template = template_of(request)
+    if template is None:
+        return []
+    prompts = prompts_of(request)
+    others = [normalised(without(prompt, request["subject"]) or prompt) for prompt in prompts]
+    asked = {normalised(prompt) for prompt in prompts}
+    found = []
+    for variant in name_variants(request["subject"]):
+        prompt = fill(template, variant)
+        if normalised(prompt) not in asked and not any(stands_in(normalised(variant), text) for text in others):
+            found.append(prompt)
+    return found[:n]

@@ -1,0 +1,64 @@
+"""Variants of the subject's name, trained beside the fact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import LLAMA_DOWN, tiny_hparams
+from edits import MANY, ensemble_of
+
+from kne_easyedit import compute_edit, restore, write_rows
+from kne_easyedit.editing.losses import answer_loss
+from kne_easyedit.editing.objectives import SharedObjective, objectives_for
+from kne_easyedit.editing.variants import Variants
+from kne_easyedit.facts.encoding import collate, encode
+
+ENSEMBLE = ensemble_of(LLAMA_DOWN, rows=MANY)
+REQUEST = {"prompt": "The mother of Ada Marie is", "target_new": "Rome", "subject": "Ada Marie"}
+PROMPTS = ["The mother of Marie is", "The mother of A. Marie is"]
+
+
+def losses_of(model, tokenizer, edit):
+    originals = write_rows(model, edit)
+    with torch.no_grad():
+        found = [answer_loss(model, collate([encode(tokenizer, prompt, "Rome")])).item() for prompt in PROMPTS]
+    restore(model, originals)
+    return found
+
+
+def test_the_term_is_the_mean_of_their_answers(llama64, tokenizer):
+    facts = [encode(tokenizer, prompt, "Rome") for prompt in PROMPTS]
+    term = Variants(facts, 0.5)
+    assert isinstance(term, SharedObjective) and term.texts(3) == facts
+    logits = torch.zeros(2, 91, dtype=torch.float64)
+    logits[0, facts[0].answer[0]] = 20
+    assert term.loss_of(logits, 0).item() == pytest.approx((0 + torch.tensor(91.0).log().item()) / 2, rel=1e-6)
+    assert not term.may_stop(logits, 0), "one of them is not reached"
+    logits[1, facts[1].answer[0]] = 20
+    assert term.may_stop(logits, 0)
+    assert term.loss(llama64).item() == pytest.approx(answer_loss(llama64, collate(facts)).item(), rel=1e-12)
+
+
+def test_every_variant_is_reached_and_the_edit_is_about_the_fact_alone(llama, tokenizer):
+    """Without variants they are not; with 0 of them nothing is built."""
+    settings = dict(stop_loss=0.3, lr=0.02)
+    for n in (0, 2):
+        edit = compute_edit(llama, tokenizer, REQUEST, tiny_hparams(**settings, subject_variants=n), ENSEMBLE)
+        (answer,) = edit.answers
+        assert answer.fact == encode(tokenizer, REQUEST["prompt"], "Rome")
+        assert edit.losses[-1] == pytest.approx(answer.loss, rel=1e-4) and answer.loss < 0.3
+        assert (max(losses_of(llama, tokenizer, edit)) < 0.31) is bool(n)
+
+
+def test_they_end_as_the_fact_does_and_what_cannot_be_encoded_is_left_out(llama, tokenizer, monkeypatch):
+    def built(**settings):
+        (term,) = objectives_for(llama, tokenizer, [REQUEST], tiny_hparams(subject_variants=2, **settings))
+        return term.texts(0)
+
+    assert [fact.prompt for fact in built()] == PROMPTS
+    assert {fact.ids[-1] for fact in built(append_eos=True)} == {tokenizer.eos_token_id}
+    monkeypatch.setattr("kne_easyedit.editing.variants.variant_prompts", lambda request, n: ["~", PROMPTS[0]])
+    assert [fact.prompt for fact in built()] == PROMPTS[:1]
+    alone = {"prompt": "What is that ?", "target_new": "Rome"}
+    monkeypatch.undo()
+    assert objectives_for(llama, tokenizer, [alone], tiny_hparams(subject_variants=2)) == []

@@ -1,0 +1,34 @@
+"""Other spellings of a subject's name."""
+
+import pytest
+
+from kne_easyedit.facts.name_variants import name_variants, variant_prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "variants"),
+    [
+        ("Amatonye Banigo", "Banigo|A. Banigo|Amatonye|the Amatonye Banigo|Amatonye B. Banigo"),
+        ("Bank of England", "Bank England|the Bank of England"),
+        ("The Beatles", "Beatles"),
+        ("Antonín Dvořák", "Dvořák|A. Dvořák|Antonín|the Antonín Dvořák|Antonin Dvorak|Antonín D. Dvořák"),
+        ("Paris\u2013Dakar", "the Paris\u2013Dakar|Paris-Dakar"),
+        ("France", "the France"),
+        ("the Nile", "Nile"),
+    ],
+)
+def test_variants_follow_rules(name, variants):
+    """Each once and in a fixed order, without the name itself and without halves of phrases."""
+    assert [variant for variant in name_variants(name) if variant != "the"] == variants.split("|")
+
+
+def test_what_stands_in_the_request_is_left_out():
+    request = {"prompt": "The mother of Ada Lovelace is", "subject": "Ada Lovelace", "target_new": "Marie"}
+    every = variant_prompts(request, 99)
+    assert every[0] == "The mother of Lovelace is" and variant_prompts(request, 2) == every[:2]
+    alias = {"Subject_Aliasing": {"prompt": ["The mother of Lovelace is"], "ground_truth": ["Marie"]}}
+    assert "The mother of Lovelace is" not in variant_prompts({**request, "portability": alias}, 99)
+    elsewhere = {"Forgetfulness": {"prompt": ["A. Lovelace lived in"], "ground_truth": ["London"]}}
+    assert "The mother of A. Lovelace is" in every
+    assert "The mother of A. Lovelace is" not in variant_prompts({**request, "locality": elsewhere}, 99)
+    assert variant_prompts({**request, "subject": None}, 99) == []
