@@ -9,6 +9,7 @@ from test_report import MANIFEST, line, write
 
 from kne_easyedit import cli
 from kne_easyedit.benchmark.collect import collect
+from kne_easyedit.benchmark.console import _lines, _print_neighbours
 from kne_easyedit.benchmark.markdown_report import report_text
 from kne_easyedit.benchmark.publish import publish
 from kne_easyedit.benchmark.result_line import parse_result
@@ -134,3 +135,21 @@ def test_the_command_says_what_it_has_asked(made, capsys):
     assert cli.main(["summarize", str(made / "results.jsonl")]) == 0
     shown = capsys.readouterr().out
     assert "| bleed |" in shown and " 80.00 |" in shown
+
+
+def test_a_run_prints_the_neighbours_of_one_record(made, capsys):
+    """The first that has some, or the one that is asked for."""
+    second = with_neighbours("KNE", 1, 1.0, 1, prompt="The capital of Chad is")
+    write(made / "results.jsonl", [line("KNE", 7, 1.0), with_neighbours("KNE", 0, 1.0, 0), second])
+    lines = _lines(made)
+    for prompt, shown, bled in (
+        (None, "The capital | of <b>France</b> is", 0),
+        ("The capital of Chad is", "The capital of Chad is", 1),
+        ("The capital of Mali is", "The capital | of <b>France</b> is", 0),
+    ):
+        _print_neighbours(lines, {"methods": {"KNE": {}}}, prompt)
+        printed = capsys.readouterr().out
+        assert f"before and after the edit  {shown}  ->  Rome" in printed
+        assert printed.count("    before   Madrid") == 5 and printed.count("    KNE      Rome.\n") == bled
+    _print_neighbours([parse_result(line("KNE", 0, 1.0))], {"methods": {"KNE": {}}}, None)
+    assert capsys.readouterr().out == ""
