@@ -15,6 +15,7 @@ from kne_easyedit.benchmark.neighbourhood import Questioner
 from kne_easyedit.benchmark.probes import Asked
 from kne_easyedit.facts.neighbours import Neighbour, is_held_out, packaged_pool
 
+pytestmark = pytest.mark.model
 ROOT = Path(__file__).parents[2]
 FACTS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"},
