@@ -145,9 +145,9 @@ class FactIndex:
             # "Gold melts at", but not "The lead actor is"
             if template is not None and (capital == spelling or template.startswith(SLOT)):
                 found.append((True, -len(spelling), spelling, template))
-        known = [choice for choice in found if not choice[0]]
+        exact = [choice for choice in found if not choice[0]]
         listed = [choice for choice in found if choice[1] < 0]
-        best = min(known or listed or found, default=None)
+        best = min(exact or listed or found, default=None)
         return None if best is None else self._with_article(best[2], best[3])
 
     def _compiled(self) -> list[tuple[re.Pattern[str], Hashable]]:
