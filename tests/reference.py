@@ -134,13 +134,13 @@ def literal_row_training(
             added[name].grad[~mask] = 0
         moves = {name: change.grad @ projectors[name] if projectors else change.grad for name, change in added.items()}
         if fraction is None:
-            before = {name: change.detach().clone() for name, change in added.items()}
+            unmoved = {name: change.detach().clone() for name, change in added.items()}
             for name, change in added.items():
                 change.grad.copy_(moves[name])
             optimizer.step()
             with torch.no_grad():
                 for name, change in added.items() if projectors else ():
-                    change.copy_(before[name] + (change - before[name]) @ projectors[name])
+                    change.copy_(unmoved[name] + (change - unmoved[name]) @ projectors[name])
         else:
             norms = {name: move.square().sum().sqrt() for name, move in moves.items()}
             slope = sum((added[name].grad * move).sum() / norms[name] for name, move in moves.items())

@@ -75,8 +75,9 @@ def test_neighbours_are_counted(llama, tokenizer):
     assert "neighbours" not in off and on["neighbours"] == 5 * _bytes(*kept)
     few = memory_needed(llama, tiny_hparams(**settings, neighbour_weight=1.0, neighbours_per_step=1))
     kl = memory_needed(llama, tiny_hparams(**settings, kl_weight=1.0, kl_data="embedded", kl_size=7))
-    activations = [needed["activations (estimated)"] for needed in (on, few, kl)]
-    assert activations == [texts * off["activations (estimated)"] / 5 for texts in (20, 10, 12)]
+    variants = memory_needed(llama, tiny_hparams(**settings, subject_variants=2))
+    activations = [needed["activations (estimated)"] for needed in (on, few, kl, variants)]
+    assert activations == [texts * off["activations (estimated)"] / 5 for texts in (20, 10, 12, 15)]
 
 
 def test_a_projection_is_counted(llama, tokenizer):

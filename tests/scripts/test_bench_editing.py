@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -48,6 +49,20 @@ def test_a_measurement_has_a_line_a_fact_and_a_median(measure, line, closing, ca
             assert float(forward) > 0 and float(backward) > 0
     assert weights(model) == before
     assert torch.autograd.grad is grad and "forward" not in vars(model)
+
+
+def test_steps_with_neighbours_are_multiples_of_one_without(capsys, tmp_path):
+    subjects = ("Peru", "Italy", "Oslo", "Madrid", "Lima")
+    facts = [{"prompt": f"The capital of {s} is", "target_new": "Latin", "subject": s} for s in subjects]
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    hparams = tiny_hparams(neighbour_data=str(tmp_path / "facts.json"), neighbour_relation_size=2, neighbour_tokens=2)
+    model = make_llama()
+    before = weights(model)
+    bench.neighbours(model, make_tokenizer(), REQUESTS, hparams, 1)
+    out = capsys.readouterr().out
+    found = re.findall(r"as a multiple: 1 ([\d.]+), .* all ([\d.]+); to prepare them ([\d.]+)$", out, re.MULTILINE)
+    assert len(found) == len(REQUESTS) and all(float(value) > 0 for values in found for value in values)
+    assert re.search(r"^median 1 [\d.]+, .* all [\d.]+$", out, re.MULTILINE) and weights(model) == before
 
 
 def test_memory_for_seven_billion_parameters_is_that_of_the_doctor(capsys):
