@@ -44,25 +44,27 @@ def draw_all(found: Collection, folder: Path) -> dict[str, str]:
         (
             "intervals.png",
             "Mean and 95 % interval of every method.",
-            lambda *given: _intervals(*given, [metric for metric in compared(found) if not _is_added(metric)]),
+            lambda found, styles: _intervals(
+                found, styles, [metric for metric in compared(found) if not _is_added(metric)]
+            ),
         ),
         (
             "neighbourhood-intervals.png",
             "The same for neighbours and what is compared with them.",
-            lambda *given: _intervals(
-                *given, [metric for metric in compared(found) if _is_added(metric) and metric.in_run_table]
+            lambda found, styles: _intervals(
+                found, styles, [metric for metric in compared(found) if _is_added(metric) and metric.in_run_table]
             ),
         ),
         (
             "tradeoff.png",
             "Edit success, portability and locality against each other: the upper right corner is the best.",
-            lambda *given: _tradeoff(*given, _TRADEOFFS),
+            lambda found, styles: _tradeoff(found, styles, _TRADEOFFS),
         ),
         (
             "neighbourhood.png",
             "What an edit does to its neighbours: bleed should be low, all else high. Where every subject gives the new"
             " answer, so does an alias: portability is worth what is beyond bleed.",
-            lambda *given: _tradeoff(*given, _NEIGHBOUR_TRADEOFFS),
+            lambda found, styles: _tradeoff(found, styles, _NEIGHBOUR_TRADEOFFS),
         ),
         (
             "time.png",

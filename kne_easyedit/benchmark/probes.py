@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,7 +93,7 @@ class _Pools:
 
         The packaged records are few, and their relations are written out with many subjects: there these come first.
         """
-        pools = [("data", self._of_data), ("packaged", packaged_pool)]
+        pools: list[tuple[str, Callable[[], FactPool]]] = [("data", self._of_data), ("packaged", packaged_pool)]
         for name, make in reversed(pools) if self.job.data == EMBEDDED else pools:
             if name not in self._pools:
                 self._pools[name] = make()
