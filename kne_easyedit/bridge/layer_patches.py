@@ -68,7 +68,8 @@ def _codebook_position(easyeditor: ModuleType) -> bool:
             hparams = replace_settings(hparams, alg_name=f"{hparams.alg_name}, teacher-forced")
         return original(model, model_name, hparams, *args, **kwargs)
 
-    for holder in [m for name, m in sorted(sys.modules.items()) if name.startswith("easyeditor.")]:
+    holders: list[Any] = [m for name, m in sorted(sys.modules.items()) if name.startswith("easyeditor.")]
+    for holder in holders:
         if getattr(holder, "compute_edit_quality", None) is original:
             holder.compute_edit_quality = compute_edit_quality
     return True
