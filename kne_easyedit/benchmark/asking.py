@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from kne_easyedit.bridge.layer_patches import at_position
 from kne_easyedit.facts.encoding import Fact, Tokenizer, encode, pad, require_length
 
 AT_ONCE = 16
@@ -98,7 +99,8 @@ def _logits(model: Any, facts: Sequence[Fact], at_once: int) -> Iterator[torch.T
     device = next(model.parameters()).device
     for some in _chunks(facts, at_once):
         ids, mask = pad([fact.ids for fact in some])  # padded at the right: positions are those of a single text
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        with at_position(model, some[0].positions.start):  # methods whose layer looks at one place are asked one by one
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         for row, fact in zip(logits, some):
             yield row[fact.positions.start : fact.positions.stop]
 

@@ -100,9 +100,7 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
         overrides = {**found, **overrides}
     hparams = replace_settings(hparams, **overrides)
     if hparams.alg_name == KNE and uses_neighbours(hparams) and hparams.neighbour_data is None:
-        # All records of that file may serve, unless they are those that are edited: then the ones localised on, alone.
-        if data["localization"]["file"] not in (EMBEDDED, data["file"]):
-            hparams = replace_settings(hparams, neighbour_data=data["localization"]["file"])
+        hparams = replace_settings(hparams, neighbour_data=_neighbour_data(data))
     i, n = shard_of(settings["shard"])
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
     text_source = bridge.TextSource.from_settings(settings["statistics"])
@@ -130,6 +128,12 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
         others=other_folders(folder),
         **evaluation,
     )
+
+
+def _neighbour_data(data: Mapping) -> str | None:
+    """The whole file that is localised on; None if its records are edited: then those localised on alone may serve."""
+    file = data["localization"]["file"]
+    return None if file in (EMBEDDED, data["file"]) else file
 
 
 def _check(settings: Mapping) -> None:

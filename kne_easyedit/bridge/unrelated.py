@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from kne_easyedit.bridge.methods import UNRELATED, traits_of
+from kne_easyedit.facts.neighbours import is_held_out
 from kne_easyedit.facts.records import load_requests
 
 LOCALISING = 20
@@ -35,7 +36,11 @@ def with_unrelated(alg_name: str, request: Mapping[str, Any]) -> dict[str, Any]:
     if traits_of(alg_name).request_field != UNRELATED or request.get(UNRELATED):
         return dict(request)
     asked = " ".join(_texts(request)).casefold()
-    free = [fact for fact in _packaged() if fact["subject"].casefold() not in asked]
+    free = [
+        fact
+        for fact in _packaged()
+        if fact["subject"].casefold() not in asked and not is_held_out(fact["subject"])  # neighbours are never trained
+    ]
     if not free:
         return dict(request)
     fact = free[zlib.crc32(request["prompt"].encode()) % len(free)]

@@ -1,4 +1,4 @@
-"""On the real model: an edit that spares its neighbours changes one fact, where the shipped settings change them all."""
+"""On the real model: an edit that spares neighbours changes one fact, where the shipped settings change many."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def test_neighbours_keep_their_answers(request_, smollm2, sparing):
 
 
 @pytest.mark.parametrize("request_", FACTS[:1], ids=lambda request: request["subject"])
-def test_these_bounds_fail_for_the_settings_of_the_paper_and_those_tuned_without_neighbours(
-    request_, smollm2, shipped
-):
+def test_these_bounds_fail_for_the_settings_of_the_paper_and_those_tuned_without_neighbours(request_, smollm2, shipped):
     found = figures(smollm2, shipped, request_, packaged(request_))
     assert found["bleed"] >= 3 / ASKED and found["neighbourhood_free"] <= 3 / ASKED
 
