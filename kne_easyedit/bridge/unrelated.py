@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from kne_easyedit.bridge.methods import UNRELATED, traits_of
 from kne_easyedit.facts.neighbours import is_held_out
 from kne_easyedit.facts.records import load_requests
+from kne_easyedit.facts.templates import texts_in
 
 LOCALISING = 20
 """The packaged facts on which ensembles are found; those behind them are edited, and asked."""
@@ -35,7 +36,7 @@ def with_unrelated(alg_name: str, request: Mapping[str, Any]) -> dict[str, Any]:
     """
     if traits_of(alg_name).request_field != UNRELATED or request.get(UNRELATED):
         return dict(request)
-    asked = " ".join(_texts(request)).casefold()
+    asked = " ".join(texts_in(request)).casefold()
     free = [
         fact
         for fact in _packaged()
@@ -45,14 +46,3 @@ def with_unrelated(alg_name: str, request: Mapping[str, Any]) -> dict[str, Any]:
         return dict(request)
     fact = free[zlib.crc32(request["prompt"].encode()) % len(free)]
     return {**request, UNRELATED: f"{fact['prompt']} {fact['ground_truth']}"}
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for its in value.values():
-            yield from _texts(its)
-    elif isinstance(value, (list, tuple)):
-        for its in value:
-            yield from _texts(its)

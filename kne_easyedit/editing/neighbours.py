@@ -8,17 +8,25 @@ from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
+from torch import nn
+
 from kne_easyedit._util.messages import shorten
+from kne_easyedit.editing.own_neighbours import own_pool
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Tokenizer, chat_prompt
-from kne_easyedit.facts.neighbours import FactPool, packaged_pool, run_exclusions
+from kne_easyedit.facts.neighbours import FactPool, packaged_digest, packaged_pool, run_exclusions
 from kne_easyedit.facts.readers import EMBEDDED, data_digest
 from kne_easyedit.facts.records import load_requests
 
 logger = logging.getLogger(__name__)
 
 
-def neighbour_prompts(requests: Sequence[Mapping[str, Any]], hparams: EditSettings) -> list[str]:
+def neighbour_prompts(
+    requests: Sequence[Mapping[str, Any]],
+    hparams: EditSettings,
+    model: nn.Module | None = None,
+    tokenizer: Tokenizer = None,
+) -> list[str]:
     """The neighbours of all requests, each once: first one of each request, then another, with kinds in turn.
 
     No prompt of ``requests`` is among them, and no subject that is held out for evaluation
@@ -28,6 +36,9 @@ def neighbour_prompts(requests: Sequence[Mapping[str, Any]], hparams: EditSettin
         requests: What is edited together.
         hparams: ``neighbour_data``, ``neighbour_relation_size``, ``neighbour_subject_size`` and ``seed`` are read;
             where ``neighbour_data`` is None, ``localization_data`` with its size and offset, too.
+        model: The unedited model; it names subjects of its own where the facts know none (`own_pool`). None: nothing
+            does.
+        tokenizer: Of the model.
 
     Returns:
         The prompts; a warning names requests that have none.
@@ -36,7 +47,7 @@ def neighbour_prompts(requests: Sequence[Mapping[str, Any]], hparams: EditSettin
         ValueError: The data file cannot be used.
         FileNotFoundError: It does not exist.
     """
-    found = neighbours_by_request(requests, hparams)
+    found = neighbours_by_request(requests, hparams, model, tokenizer)
     for request, own in zip(requests, found):
         if not own:
             logger.warning(
@@ -47,15 +58,22 @@ def neighbour_prompts(requests: Sequence[Mapping[str, Any]], hparams: EditSettin
     return list(dict.fromkeys(prompt for turn in zip_longest(*found) for prompt in turn if prompt is not None))
 
 
-def neighbours_by_request(requests: Sequence[Mapping[str, Any]], hparams: EditSettings) -> list[list[str]]:
+def neighbours_by_request(
+    requests: Sequence[Mapping[str, Any]],
+    hparams: EditSettings,
+    model: nn.Module | None = None,
+    tokenizer: Tokenizer = None,
+) -> list[list[str]]:
     """The neighbours of each request, kinds in turn; for arguments and errors see `neighbour_prompts`."""
     pool, exclude = _pool(hparams), run_exclusions(requests)
     found = []
     for request in requests:
-        relation = pool.relation_prompts(
-            request, hparams.neighbour_relation_size, held_out=False, seed=hparams.seed, exclude=exclude
-        )
-        subject = pool.subject_prompts(request, hparams.neighbour_subject_size, seed=hparams.seed, exclude=exclude)
+        size, seed = hparams.neighbour_relation_size, hparams.seed
+        relation = pool.relation_prompts(request, size, held_out=False, seed=seed, exclude=exclude)
+        if size and not relation and model is not None:
+            named = own_pool(model, tokenizer, request)
+            relation = named.relation_prompts(request, size, held_out=False, seed=seed, exclude=exclude)
+        subject = pool.subject_prompts(request, hparams.neighbour_subject_size, seed=seed, exclude=exclude)
         found.append([one.prompt for pair in zip_longest(relation, subject) for one in pair if one is not None])
     return found
 
@@ -86,6 +104,12 @@ def neighbour_source(hparams: EditSettings) -> tuple[str, int | None, int]:
     if hparams.localization_data in (None, EMBEDDED):
         return EMBEDDED, None, 0
     return str(hparams.localization_data), hparams.localization_size, hparams.localization_offset
+
+
+def neighbour_digest(hparams: EditSettings) -> str | None:
+    """SHA-256 of what neighbours are made of; None if there is no such file."""
+    path, *_ = neighbour_source(hparams)
+    return packaged_digest() if path == EMBEDDED else data_digest(path)
 
 
 def _pool(hparams: EditSettings) -> FactPool:

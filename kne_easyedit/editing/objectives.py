@@ -107,7 +107,7 @@ def _unrelated(
 def _neighbours(
     model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
 ) -> Objective | None:
-    prompts = neighbour_prompts(requests, hparams)
+    prompts = neighbour_prompts(requests, hparams, model, tokenizer)
     if not prompts:
         return None
     return Divergence(

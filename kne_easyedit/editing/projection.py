@@ -136,7 +136,7 @@ def projections_for(
     """
     if not hparams.input_projection:
         return {}
-    prompts = templated(tokenizer, neighbour_prompts(requests, hparams), hparams)
+    prompts = templated(tokenizer, neighbour_prompts(requests, hparams, model, tokenizer), hparams)
     if not prompts:
         return {}
     with preserve_state(model), fast_linear(model):

@@ -18,6 +18,7 @@ from kne_easyedit.facts.templates import (
     subject_pattern,
     template_key,
     template_of,
+    texts_in,
     without,
 )
 
@@ -49,10 +50,10 @@ class KnownFact:
 
 def prompts_of(request: Mapping) -> list[str]:
     """Every prompt that stands in a request: its own, the rephrased one, all probes."""
-    found = [request["prompt"], *([request["rephrase_prompt"]] if "rephrase_prompt" in request else [])]
+    found = [request["prompt"], *texts_in(request.get("rephrase_prompt"))]
     for section in ("portability", "locality"):
         for probes in (request.get(section) or {}).values():
-            found += probes["prompt"]
+            found += texts_in(probes.get("prompt"))
     return found
 
 

@@ -24,6 +24,7 @@ from kne_easyedit.facts.templates import (
     stands_in,
     subject_key,
     template_of,
+    texts_in,
     without,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "KnownFact",
     "Neighbour",
     "is_held_out",
+    "packaged_digest",
     "packaged_pool",
     "prompts_of",
     "run_exclusions",
@@ -215,7 +217,7 @@ class FactPool(FactIndex):
 @lru_cache(maxsize=1)
 def packaged_pool() -> FactPool:
     """The facts of the packaged relations, ``relations.json``: for a fact of one's own, where there are no others."""
-    relations = json.loads(files("kne_easyedit.facts").joinpath("relations.json").read_text(encoding="utf-8"))
+    relations = json.loads(_packaged())
     facts = [
         KnownFact(subject, template, answer, relation=name, kind=relation["kind"])
         for name, relation in relations.items()
@@ -223,6 +225,15 @@ def packaged_pool() -> FactPool:
         for subject, answer in relation["facts"].items()
     ]
     return FactPool(facts, {name: relation.get("implies", ()) for name, relation in relations.items()})
+
+
+def packaged_digest() -> str:
+    """SHA-256 of the packaged relations."""
+    return hashlib.sha256(_packaged()).hexdigest()
+
+
+def _packaged() -> bytes:
+    return files("kne_easyedit.facts").joinpath("relations.json").read_bytes()
 
 
 class _Barred:
@@ -233,10 +244,7 @@ class _Barred:
         self.excluded = {normalised(text) for text in exclude}
         self.subjects = {subject_key(text) for text in exclude}
         self.prompts = {normalised(prompt) for prompt in prompts_of(request)}
-        portability = request.get("portability") or {}
-        self.about = [
-            normalised(text) for probes in portability.values() for text in (*probes["prompt"], *probes["ground_truth"])
-        ]
+        self.about = [normalised(text) for text in texts_in(request.get("portability"))]
         aliases = (slot_text(prompt, template) for prompt in prompts_of({**request, "locality": {}}))
         self.new = request["target_new"]
         self.old = request.get("ground_truth")

@@ -145,3 +145,15 @@ def _places(text: str, name: str) -> Iterator[int]:
 def _one_word(left: str, right: str) -> bool:
     """Whether a word goes on from one character to the next. Scripts without cases (Chinese) may have no blanks."""
     return left.isalnum() and right.isalnum() and not {"Lo"} & {unicodedata.category(left), unicodedata.category(right)}
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """All texts in nested mappings and lists: EasyEdit's requests have probes as lists and as single texts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for its in value.values():
+            yield from texts_in(its)
+    elif isinstance(value, (list, tuple)):
+        for its in value:
+            yield from texts_in(its)

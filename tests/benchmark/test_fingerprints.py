@@ -72,6 +72,17 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
         assert fingerprint(job("single", **{name: value}), "KNE", ["base"], None) != plain
 
 
+def test_the_content_of_the_packaged_relations_counts_where_they_serve(monkeypatch):
+    def found(**settings) -> str:
+        return fingerprint(job("single", **settings), "KNE", ["base"], None)
+
+    sparing = {"input_projection": True}
+    before = found(), found(**sparing), found(**sparing, neighbour_data="embedded")
+    monkeypatch.setattr("kne_easyedit.editing.neighbours.packaged_digest", lambda: "of another version")
+    after = found(), found(**sparing), found(**sparing, neighbour_data="embedded")
+    assert [a == b for a, b in zip(before, after)] == [True, False, False]
+
+
 def test_neighbours_count_by_the_content_of_the_file_they_come_from(tmp_path):
     """Also where this is the file that was localised on; without neighbours it does not count, its ensemble does."""
     facts = tmp_path / "facts.json"

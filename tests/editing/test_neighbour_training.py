@@ -20,7 +20,7 @@ from kne_easyedit.editing.divergence import Divergence, continuations
 from kne_easyedit.editing.neighbours import neighbour_prompts, neighbour_source
 from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.row_training import train_rows
-from kne_easyedit.facts.neighbours import is_held_out
+from kne_easyedit.facts.neighbours import FactPool, KnownFact, is_held_out
 from kne_easyedit.models.state import preserve_state
 
 PROMPTS = [*[prompt for prompt, _ in FACTS], "The mother of Marie was", "Spain is"]
@@ -208,6 +208,26 @@ class TestChoice:
         with caplog.at_level(logging.WARNING):
             assert objectives_for(llama, tokenizer, [alone], hparams) == []
         assert "neighbour_data: no neighbours of 'What is that ?'" in caplog.text
+
+    def test_the_model_names_subjects_where_the_facts_know_none(self, llama, tokenizer, records, monkeypatch):
+        """And only there. What it names is chosen from as from facts: nothing that is held out."""
+        asked = []
+
+        def own_pool(model, tokenizer, request):
+            asked.append(request["subject"])
+            names = ["Spain", "Peru", "Italy", "France", "Rome", "Oslo", "Lima"]
+            return FactPool([KnownFact(name, "What is {} ?", kind="named") for name in names])
+
+        monkeypatch.setattr("kne_easyedit.editing.neighbours.own_pool", own_pool)
+        hparams = tiny_hparams(neighbour_data=records, **ON)
+        unknown = {"prompt": "What is xyz ?", "subject": "xyz", "target_new": "Rome"}
+        assert neighbour_prompts([REQUEST], hparams, llama, tokenizer) and asked == []
+        assert neighbour_prompts([unknown], hparams) == [] and asked == []
+        named = neighbour_prompts([unknown], hparams, llama, tokenizer)
+        assert asked == ["xyz"] and named
+        assert not any(is_held_out(prompt.split()[-2]) for prompt in named)
+        (penalty,) = objectives_for(llama, tokenizer, [unknown], hparams)
+        assert {text.prompt for text in penalty.texts(0)} <= set(named)
 
 
 def test_an_edit_with_neighbours_leaves_them_nearer_to_what_they_were(llama, tokenizer, records):

@@ -316,3 +316,16 @@ def test_a_subject_of_special_characters_is_a_text_not_a_pattern():
     assert len(odd) == 3 and pool.subjects == len(odd)
     for record in requests:
         assert names(both(pool, record)) == {*odd} - {record["subject"]}
+
+
+@pytest.mark.parametrize("form", ["lists", "single texts", "nested answers"])
+def test_probes_of_easyedits_own_requests_count_in_every_form(form):
+    """EasyEdit's editors take a probe's prompt as a text or as a list, and answers nested in lists."""
+    pool = FactPool.of_requests([request_of("The capital of {} is", name, "Oslo", name) for name in "ABCDEFGHIJ"])
+    request = {"prompt": "The capital of Peru is", "subject": "Peru", "target_new": "Rome", "rephrase_prompt": None}
+    plain = {one.prompt for one in both(pool, request)}
+    left_out = sorted(plain)[0]
+    prompt, answer = (left_out, "Lima") if form == "single texts" else ([left_out], ["Lima"])
+    answer = [answer] if form == "nested answers" else answer
+    request["locality"] = {"mine": {"prompt": prompt, "ground_truth": answer}}
+    assert {one.prompt for one in both(pool, request)} == plain - {left_out}
