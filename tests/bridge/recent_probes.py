@@ -1,4 +1,4 @@
-"""Probes of `test_patch_faults.py` for methods that not every version has; what a version lacks has no faults."""
+"""Probes of `test_patch_faults.py`: second moments, and methods that not every version has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy
 import torch
-from conftest import make_llama
+from conftest import LLAMA_DOWN, make_llama, make_tokenizer
 from methods import records, settings, tokenizer_for
 
 from kne_easyedit import bridge
@@ -92,3 +92,15 @@ def projections_of_any_model():
     apply = module("models.alphaedit.AlphaEdit_main").apply_AlphaEdit_to_model
     apply(make_llama(), tokenizer_for(hparams), records()[:1], hparams)
     return "projected"
+
+
+def needs_no_download():
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Wikipedia")
+
+    module("models.rome.layer_stats").load_dataset = load_dataset
+    hparams = settings("MEMIT", layers=[1])
+    get_cov = module("models.memit.memit_main").get_cov
+    return list(
+        get_cov(make_llama(), make_tokenizer(), LLAMA_DOWN.format(1), "wikipedia", 7, "float32", hparams=hparams).shape
+    )

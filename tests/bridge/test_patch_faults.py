@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import recent_probes as recent
 import torch
 from conftest import HANGS, LLAMA_DOWN, failing, fingerprint, make_llama, make_tokenizer, tiny_hparams
 from methods import (  # noqa: F401  (in_tmp is a fixture)
@@ -29,14 +30,6 @@ from methods import (  # noqa: F401  (in_tmp is a fixture)
     records,
     settings,
     tokenizer_for,
-)
-from recent_probes import (
-    a_codebook_is_evaluated_as_other_methods,
-    fluency_after_a_wrapper,
-    layers_of_a_sequence,
-    masks_are_seeded,
-    projections_of_any_model,
-    prompts_decide_alone,
 )
 
 from kne_easyedit import bridge
@@ -126,18 +119,6 @@ def memit_reads_layer_outputs():
     request = {**records()[0], "prompt": "The capital of {} is"}
     z = module("models.memit.compute_z").compute_z(make_llama(), tokenizer_for(hparams), request, hparams, 1, [["{}"]])
     return list(z.shape)
-
-
-def needs_no_download():
-    def load_dataset(*args, **kwargs):
-        raise ConnectionError("Wikipedia")
-
-    module("models.rome.layer_stats").load_dataset = load_dataset
-    hparams = settings("MEMIT", layers=[1])
-    get_cov = module("models.memit.memit_main").get_cov
-    return list(
-        get_cov(make_llama(), make_tokenizer(), LLAMA_DOWN.format(1), "wikipedia", 7, "float32", hparams=hparams).shape
-    )
 
 
 def names_records_without_their_subject():
@@ -312,13 +293,13 @@ PROBES = {
     "ft-last-token": Probe(ft_sees_the_last_token, True, False),
     "tied-head": Probe(finds_a_tied_head, True, "LookupError"),
     "layer-outputs": Probe(memit_reads_layer_outputs, [24], "IndexError"),
-    "codebook-position": Probe(a_codebook_is_evaluated_as_other_methods, True, False),
-    "mask-seed": Probe(masks_are_seeded, True, False),
-    "wrapper-name": Probe(fluency_after_a_wrapper, "sampled", "AttributeError"),
-    "sequence-of-layers": Probe(layers_of_a_sequence, 2, 1),
-    "decision-for-each-prompt": Probe(prompts_decide_alone, True, False),
-    "second-moments": Probe(needs_no_download, [40, 40], "ConnectionError"),
-    "null-space": Probe(projections_of_any_model, "projected", "NameError"),
+    "codebook-position": Probe(recent.a_codebook_is_evaluated_as_other_methods, True, False),
+    "mask-seed": Probe(recent.masks_are_seeded, True, False),
+    "wrapper-name": Probe(recent.fluency_after_a_wrapper, "sampled", "AttributeError"),
+    "sequence-of-layers": Probe(recent.layers_of_a_sequence, 2, 1),
+    "decision-for-each-prompt": Probe(recent.prompts_decide_alone, True, False),
+    "second-moments": Probe(recent.needs_no_download, [40, 40], "ConnectionError"),
+    "null-space": Probe(recent.projections_of_any_model, "projected", "NameError"),
     "name-keyed-caches": Probe(what_methods_remember, True, False),
     "model-type": Probe(loads_the_type_asked_for, True, False),
     "evaluation-type": Probe(evaluation_type_counts, True, False),
