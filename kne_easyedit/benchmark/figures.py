@@ -8,6 +8,7 @@ from typing import Any
 
 from kne_easyedit._util.plotting import GRID, new_figure, write_figure
 from kne_easyedit.benchmark.collect import Collection
+from kne_easyedit.benchmark.curves import draw_curves
 from kne_easyedit.benchmark.labels import is_kne, suffix
 from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.benchmark.tables import compared, mean
@@ -65,6 +66,11 @@ def draw_all(found: Collection, folder: Path) -> dict[str, str]:
             "What an edit does to its neighbours: bleed should be low, all else high. Where every subject gives the new"
             " answer, so does an alias: portability is worth what is beyond bleed.",
             lambda found, styles: _tradeoff(found, styles, _NEIGHBOUR_TRADEOFFS),
+        ),
+        (
+            "curves.png",
+            "Methods with one setting swept, its first and last value beside the points.",
+            draw_curves,
         ),
         (
             "time.png",

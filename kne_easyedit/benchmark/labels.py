@@ -13,6 +13,8 @@ _DATA_SETS = {
     "recent_train": "recent (train)",
 }
 """File of KnowEdit, without its ending -> name of the data set. The first three are the paper's, in its order."""
+POINT = "@"
+"""Between the name of a curve and the value of the setting that is swept."""
 _PAPER_DATA_SETS = list(_DATA_SETS.values())[:3]
 
 
@@ -29,12 +31,18 @@ def data_set_order(name: str) -> tuple:
 def method_order(label: str) -> tuple:
     """Sorting key of methods: in the order of `METHODS`, others behind, KNE and its variants last."""
     known = list(METHODS)
-    return is_kne(label), known.index(label) if label in known else len(known), label
+    name = curve_of(label)
+    return is_kne(label), known.index(name) if name in known else len(known), label
 
 
 def is_kne(label: str) -> bool:
     """Whether a label is KNE's or that of a variant of it."""
-    return label == KNE or label.startswith(f"{KNE}-")
+    return curve_of(label) == KNE or label.startswith(f"{KNE}-")
+
+
+def curve_of(label: str) -> str:
+    """The curve of which a label is a point, ``NAME@VALUE``; the label itself if it is none."""
+    return label.rpartition(POINT)[0] or label
 
 
 def suffix(label: str) -> str:

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
+from kne_easyedit.benchmark.curves import curve_parts
 from kne_easyedit.benchmark.intervals import Interval
 from kne_easyedit.benchmark.labels import data_name, is_kne
 from kne_easyedit.benchmark.neighbour_report import neighbour_parts
@@ -77,6 +78,7 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
                 " **bold** where the interval leaves out 0.",
             ]
             parts.append(table_of_rows(rows))
+    parts += curve_parts(found, shown("curves.png"))
     parts += ["## Cost", _costs(found)]
     parts += shown("time.png", "losses.png")
     parts += ["## Some answers before and after", _answers(found)]
