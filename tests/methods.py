@@ -14,6 +14,8 @@ from kne_easyedit.bridge.patches import Patch
 
 HPARAMS = Path(__file__).parents[1] / "hparams"
 LABELS = ("KNE", "FT", "FT-L", "LoRA", "AdaLoRA", "ROME", "MEMIT", "KN")
+RECENT = ("AlphaEdit", "EMMET", "GRACE", "WISE")
+"""Methods with settings that the EasyEdit of 2023 does not have."""
 LEAVES_SWITCHES = ("FT", "LoRA", "AdaLoRA", "ROME", "MEMIT")
 """Methods that leave flags, gradients or hooks in the model."""
 NAME = "tiny-llama"

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import LLAMA_DOWN, failing, fingerprint, make_llama
-from methods import HPARAMS, SMALL_TEXT, edit_inputs, in_tmp, records, tokenizer_for  # noqa: F401  (a fixture)
+from methods import HPARAMS, RECENT, SMALL_TEXT, edit_inputs, in_tmp, records, tokenizer_for  # noqa: F401  (a fixture)
 from methods import settings as tiny_settings
 
 from kne_easyedit import bridge
@@ -20,7 +20,6 @@ from kne_easyedit.bridge.method_editor import is_batchable
 from kne_easyedit.bridge.unrelated import LOCALISING, with_unrelated
 from kne_easyedit.facts.records import load_requests
 
-LABELS = ("AlphaEdit", "EMMET", "GRACE", "WISE")
 MODELS = ("gpt-j-6B", "llama2-7b-chat", "smollm2-135m")
 
 
@@ -44,7 +43,7 @@ def logits(editor: MethodEditor, request: dict) -> torch.Tensor:
     return editor.model(**inputs).logits[0, -1]
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", RECENT)
 @pytest.mark.parametrize("model", MODELS)
 def test_there_are_settings_for_every_model(label, model):
     settings(label)
@@ -54,7 +53,7 @@ def test_there_are_settings_for_every_model(label, model):
     assert entry == {"label": label, "hparams": label, "settings": {}}
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", RECENT)
 def test_an_edit_works_and_is_undone(label):
     editor = editor_of(label)
     before, fact = fingerprint(editor.original), records()[0]
@@ -68,7 +67,7 @@ def test_an_edit_works_and_is_undone(label):
     assert torch.equal(logits(editor, fact), unedited)
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", RECENT)
 def test_a_sequence_keeps_its_edits_until_it_is_undone(label):
     editor = editor_of(label)
     before, facts = fingerprint(editor.original), records()
@@ -105,7 +104,7 @@ def test_an_edit_that_is_interrupted_leaves_no_layer_behind(label, kind, earlier
     assert fingerprint(own.model) == before
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", RECENT)
 def test_several_facts_at_once_where_easyedit_can(label):
     editor = editor_of(label)
     if not is_batchable(editor.hparams.alg_name):
@@ -120,7 +119,7 @@ def test_several_facts_at_once_where_easyedit_can(label):
     assert fingerprint(editor.original) == before
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", RECENT)
 def test_an_edit_does_not_depend_on_those_that_were_undone(label):
     """Nor on the state of numpy's generator: WISE's mask is drawn from it."""
     found = []
@@ -140,7 +139,7 @@ def test_an_edit_does_not_depend_on_those_that_were_undone(label):
 def test_the_memory_of_each_is_counted():
     model, bytes_ = make_llama(), 4
     matrix, square = 24 * 40, 40 * 40
-    needed = {label: traits_of(label).memory(model, settings(label), bytes_) for label in LABELS}
+    needed = {label: traits_of(label).memory(model, settings(label), bytes_) for label in RECENT}
     assert (
         needed["AlphaEdit"]["second moments"] == 3 * 4 * 2 * square and needed["EMMET"]["second moments"] == 4 * square
     )
