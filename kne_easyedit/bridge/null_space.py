@@ -12,7 +12,6 @@ import inspect
 import sys
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -84,11 +83,8 @@ def _projected(main: Any, method: Any) -> Any:
 
 
 def _key(main: Any, model: nn.Module, tok: Any, hparams: Any) -> tuple:
-    """What the projections depend on: the user's file, or the moments of the layers and the threshold."""
-    layers, path = (tuple(hparams.layers), hparams.rewrite_module_tmp), Path(hparams.P_loc)
-    if path.is_file():
-        stat = path.stat()
-        return *layers, str(path.resolve()), stat.st_mtime_ns, stat.st_size
+    """What the projections depend on: the moments of the layers, and the threshold."""
+    layers = tuple(hparams.layers), hparams.rewrite_module_tmp
     moments = _moments(main, model, tok, hparams)
     sums = tuple(float(matrix.double().diagonal().sum()) for matrix in moments)
     return *layers, hparams.nullspace_threshold, sums
@@ -105,19 +101,9 @@ def _moments(main: Any, model: nn.Module, tok: Any, hparams: Any) -> list[torch.
 def _projections(main: Any, model: nn.Module, tok: Any, hparams: Any, modules: list[Any]) -> torch.Tensor:
     """``(layers, d1, d1)``: for each layer the projection onto the directions of small second moments.
 
-    Raises:
-        ValueError: The user's file has projections of another shape.
+    Always computed: EasyEdit's own file of them (``P_loc``) is a pickle that may be of another model.
     """
     size = in_features(modules[0])
-    path = Path(hparams.P_loc)
-    if path.is_file():
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        if found.shape != (len(modules), size, size):
-            raise ValueError(
-                f"P_loc: {path} holds projections of shape {tuple(found.shape)}, this model and these layers need "
-                f"{(len(modules), size, size)}; take it away, and they are computed"
-            )
-        return found
     found = torch.empty(len(modules), size, size)
     for i, moments in enumerate(_moments(main, model, tok, hparams)):
         safe_point()

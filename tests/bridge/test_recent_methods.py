@@ -187,15 +187,13 @@ def test_projections_of_another_model_are_not_used():
     assert not any(map(torch.equal, first, others))
 
 
-def test_a_file_of_projections_is_read():
+def test_a_file_of_projections_is_never_read():
+    """It is a pickle, and says nothing of the model that it was made of."""
     plain = alphaedit(make_llama())
     torch.save(torch.zeros(2, 40, 40), "mine.pt")
-    before = [make_llama().get_submodule(LLAMA_DOWN.format(layer)).weight for layer in (1, 2)]
-    assert all(map(torch.equal, alphaedit(make_llama(), P_loc="mine.pt"), before)), "nothing is left to be changed"
-    assert not any(map(torch.equal, plain, before))
-    torch.save(torch.zeros(2, 24, 24), "mine.pt")
-    with pytest.raises(ValueError, match=r"P_loc: mine.pt holds projections of shape \(2, 24, 24\).*\(2, 40, 40\)"):
-        alphaedit(make_llama(), P_loc="mine.pt")
+    assert all(map(torch.equal, alphaedit(make_llama(), P_loc="mine.pt"), plain))
+    Path("mine.pt").write_bytes(b"no pickle at all")
+    assert all(map(torch.equal, alphaedit(make_llama(), P_loc="mine.pt"), plain))
 
 
 def test_keys_of_earlier_edits_count_while_these_stay():
