@@ -50,7 +50,7 @@ LAST = 6
 """The last one has subjects of which nothing is known."""
 TYPICAL = math.log(0.75)
 """Evidence of a relation from which on it counts as one of the kind's."""
-RARE = 0.05
+RARE = 0.002
 """A relation is not typical of a kind if it is asked about a smaller share of its subjects."""
 
 
