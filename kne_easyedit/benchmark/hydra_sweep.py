@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.experimental.callback import Callback
+
 from kne_easyedit.benchmark.config import distinguishing
 from kne_easyedit.benchmark.labels import data_name
 
 
-class RequireLabels:
+class RequireLabels(Callback):
     """A callback of Hydra's: ends a sweep, in the process that starts it, if its jobs cannot be in one report.
 
     Only there all jobs are known, with any launcher. Sweepers other than Hydra's own are not checked: they choose their

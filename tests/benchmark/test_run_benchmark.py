@@ -66,6 +66,7 @@ def run(place: Path, out: str, *overrides: str, **changes: str) -> None:
         timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "raised AttributeError" not in done.stderr, "Hydra calls methods of a callback that it does not have"
 
 
 def figures_of(folder: Path) -> list[dict]:
