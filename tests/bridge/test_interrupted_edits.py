@@ -174,14 +174,16 @@ def test_real_signals_leave_the_model_as_it_was(quick_kne, signals, keeps):
     editor = bridge.editor_for(quick_kne, make_llama(), tokenizer_for(quick_kne))
     mode, random = keeping() if keeps else undoing(), Random(signals)
     edit(editor, undoing())  # warm
-    start = time.perf_counter()
-    edit(editor, undoing())
-    duration = time.perf_counter() - start
-    hits = 0
-    for _ in range(SIGNALS):
+    hits, rounds, duration = 0, 0, 0.0
+    # As many rounds as it takes: how long an edit takes changes with what else the machine does.
+    while rounds < SIGNALS or (hits <= SIGNALS // 5 and rounds < 40 * SIGNALS):
+        rounds += 1
         before = fingerprint(editor.model)
         delays = [random.random() * duration] + [random.random() * 2e-3 for _ in range(signals - 1)]
+        start = time.perf_counter()
         hit = interrupted(lambda: edit(editor, mode), delays)
+        if not hit:
+            duration = time.perf_counter() - start
         hits += hit
         if hit or not keeps:
             assert fingerprint(editor.model) == before
