@@ -16,7 +16,7 @@ from kne_easyedit._util.messages import require_one_of
 from kne_easyedit._util.settings import EVALUATORS, SECRET, replace_settings
 from kne_easyedit.attribution.engine import ENGINES
 from kne_easyedit.attribution.quadrature import QUADRATURES
-from kne_easyedit.editing.neighbours import uses_neighbours
+from kne_easyedit.editing.neighbours import neighbours_wanted, uses_neighbours
 from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.localization.selection import Selection
 from kne_easyedit.models.targets import check_template
@@ -281,7 +281,7 @@ class KNEHyperParams:
             "must name a file of prompts when kl_weight is not 0",
         )
         _require(
-            not uses_neighbours(self) or self.neighbour_relation_size + self.neighbour_subject_size > 0,
+            not uses_neighbours(self) or neighbours_wanted(self) > 0,
             "neighbour_relation_size",
             self.neighbour_relation_size,
             "and neighbour_subject_size must not both be 0 with neighbour_weight or input_projection; set "

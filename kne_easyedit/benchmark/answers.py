@@ -57,11 +57,6 @@ def free_answers(model: Any, tokenizer: Tokenizer, request: Mapping, separator: 
     return FreeAnswer(text(ids[:shown]), text(ids))
 
 
-def free_answer(model: Any, tokenizer: Tokenizer, request: Mapping, separator: str = SEPARATOR) -> str:
-    """The beginning of `free_answers`."""
-    return free_answers(model, tokenizer, request, separator).beginning
-
-
 def up_to_stop(text: str) -> str:
     """A text up to its first end of a sentence or line; blanks and line ends before it do not count."""
     text = text.lstrip()

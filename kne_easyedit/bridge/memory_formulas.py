@@ -22,7 +22,7 @@ from kne_easyedit.bridge.edited_modules import (
     state_bytes,
     vocabulary,
 )
-from kne_easyedit.editing.neighbours import neighbours_in_step
+from kne_easyedit.editing.neighbours import neighbours_in_step, neighbours_wanted
 from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.editing.projection import LARGEST_SHARE
 from kne_easyedit.hparams import KNEHyperParams
@@ -52,12 +52,11 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int) -> dict[str, i
         # PEFT's B, dense: (neurons, rows) in every layer.
         "row selector": precise * sum(n * target.n_neurons for target, n in rows),
     }
+    neighbours = hparams.batch_size * neighbours_wanted(hparams)
     if hparams.neighbour_weight:
         # What the unedited model says after each neighbour: log-probabilities of every token.
-        neighbours = hparams.batch_size * (hparams.neighbour_relation_size + hparams.neighbour_subject_size)
         needed["neighbours"] = precise * neighbours * hparams.neighbour_tokens * vocabulary(model)
     if hparams.input_projection:
-        neighbours = hparams.batch_size * (hparams.neighbour_relation_size + hparams.neighbour_subject_size)
         closed = [
             (t, min(neighbours * TOKENS_OF_A_NEIGHBOUR, int(LARGEST_SHARE * in_features(t.modules[0]))))
             for t, _ in rows

@@ -88,9 +88,14 @@ def uses_neighbours(hparams: EditSettings) -> bool:
     return bool(hparams.neighbour_weight) or hparams.input_projection
 
 
+def neighbours_wanted(hparams: EditSettings) -> int:
+    """Neighbours of each fact, of both kinds, at most."""
+    return hparams.neighbour_relation_size + hparams.neighbour_subject_size
+
+
 def neighbours_in_step(hparams: EditSettings) -> int:
     """Neighbours of each fact in one training step, at most; 0 where none train."""
-    size = hparams.neighbour_relation_size + hparams.neighbour_subject_size
+    size = neighbours_wanted(hparams)
     return min(hparams.neighbours_per_step or size, size) if hparams.neighbour_weight else 0
 
 

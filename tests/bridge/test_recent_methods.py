@@ -13,7 +13,7 @@ from methods import settings as tiny_settings
 
 from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings
-from kne_easyedit.benchmark.answers import free_answer
+from kne_easyedit.benchmark.answers import free_answers
 from kne_easyedit.bridge import MethodEditor, traits_of
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.method_editor import is_batchable
@@ -237,7 +237,7 @@ def test_a_codebook_answers_at_the_end_of_its_prompt():
         else:
             assert found["rewrite_acc"] == unedited["rewrite_acc"]
             assert found["locality"] == unedited["locality"]
-    assert free_answer(editor.model, editor.tokenizer, fact).strip().startswith("Rome")
+    assert free_answers(editor.model, editor.tokenizer, fact).beginning.strip().startswith("Rome")
     both = {"prompt": [long["prompt"], fact["prompt"]], "ground_truth": ["Oslo", fact["target_new"]]}
     found = editor.evaluate({**fact, "portability": {"Both": both}}, generation=False, seed=1)
     assert found["portability"]["Both_acc"][1] == 1

@@ -10,7 +10,7 @@ from conftest import fingerprint, make_gpt2, make_llama, weights
 from data_files import FACT, PROBE, case, job_of, lines_of
 
 from kne_easyedit.benchmark import run
-from kne_easyedit.benchmark.answers import free_answer
+from kne_easyedit.benchmark.answers import free_answers
 from kne_easyedit.benchmark.bad_records import is_record_error
 from kne_easyedit.bridge import MethodEditor
 from kne_easyedit.facts.records import BadRecord, load_records, require_evaluable, to_request
@@ -201,4 +201,5 @@ class TestBadRecords:
         """GPT-2 has no position beyond its last: asked for more it would fail."""
         model = make_gpt2(n_positions=8)
         request = {"prompt": "The capital of Peru is", "target_new": "Oslo"}
-        assert free_answer(model, tokenizer, request) != free_answer(make_gpt2(), tokenizer, request)
+        short, full = (free_answers(its, tokenizer, request).beginning for its in (model, make_gpt2()))
+        assert short != full
