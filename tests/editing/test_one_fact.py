@@ -1,4 +1,4 @@
-"""On the real model: an edit that spares neighbours changes one fact, where the shipped settings change many."""
+"""On the real model: an edit that spares neighbours changes one fact, where the tuned ones of before change many."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def shipped() -> KNEHyperParams:
 
 
 @pytest.fixture(scope="module")
-def sparing(shipped) -> KNEHyperParams:
-    method = yaml.safe_load((ROOT / "hparams/benchmark/method/kne_spare.yaml").read_text())
+def tuned(shipped) -> KNEHyperParams:
+    method = yaml.safe_load((ROOT / "hparams/benchmark/method/kne_tuned.yaml").read_text())
     return replace_settings(shipped, **method["settings"])
 
 
@@ -60,15 +60,15 @@ def spared(found: dict) -> bool:
 
 
 @pytest.mark.parametrize("request_", FACTS, ids=lambda request: request["subject"])
-def test_neighbours_are_spared_by_these_settings_and_not_by_the_shipped_ones(request_, smollm2, sparing, shipped):
-    """The shipped ones, measured: bleed 4, 6, 2 of 6; the same first word 1, 0, 2."""
+def test_neighbours_are_spared_by_the_shipped_settings_and_not_by_the_tuned_ones(request_, smollm2, shipped, tuned):
+    """The tuned ones, measured: bleed 4, 6, 2 of 6; the same first word 1, 0, 2."""
     asked = packaged(request_)
-    assert spared(figures(smollm2, sparing, request_, asked))
-    assert not spared(figures(smollm2, shipped, request_, asked))
+    assert spared(figures(smollm2, shipped, request_, asked))
+    assert not spared(figures(smollm2, tuned, request_, asked))
 
 
 @pytest.mark.slow
-def test_the_hard_cases(smollm2, sparing):
+def test_the_hard_cases(smollm2, shipped):
     """Their held-out half is asked; of the other half the packaged relations may have trained some."""
     measured = []
     for one in json.loads(case("neighbourhoods.json").read_text()):
@@ -76,7 +76,7 @@ def test_the_hard_cases(smollm2, sparing):
         asked = [Neighbour(one["template"].format(name), name, "relation", one["template"]) for name in names]
         prompt = one["template"].format(one["subject"])
         request = {"prompt": prompt, "target_new": one["target_new"], "subject": one["subject"]}
-        measured.append(figures(smollm2, sparing, request, asked))
+        measured.append(figures(smollm2, shipped, request, asked))
 
     def mean(name: str) -> float:
         return sum(found[name] for found in measured) / len(measured)
