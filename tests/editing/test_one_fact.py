@@ -36,6 +36,11 @@ def tuned(shipped) -> KNEHyperParams:
     return replace_settings(shipped, **method["settings"])
 
 
+def test_the_benchmark_has_the_shipped_settings_as_kne_spare(shipped, tuned):
+    method = yaml.safe_load((ROOT / "hparams/benchmark/method/kne_spare.yaml").read_text())
+    assert replace_settings(tuned, **method["settings"]) == shipped != tuned
+
+
 def packaged(request: dict) -> list[Neighbour]:
     found = packaged_pool().relation_prompts(request, ASKED, held_out=True)
     assert len(found) == ASKED
