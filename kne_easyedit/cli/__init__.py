@@ -11,7 +11,19 @@ import sys
 
 from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.machine import keep_large_blocks
-from kne_easyedit.cli import cache, data, demo, doctor, easyedit_run, explain, localize, report, run, summarize
+from kne_easyedit.cli import (
+    cache,
+    data,
+    demo,
+    doctor,
+    easyedit_run,
+    explain,
+    hparams,
+    localize,
+    report,
+    run,
+    summarize,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="more messages, full tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (demo, run, doctor, easyedit_run, summarize, report, localize, explain, cache, data):
+    for module in (demo, hparams, run, doctor, easyedit_run, summarize, report, localize, explain, cache, data):
         module.add_commands(commands)
     return parser

@@ -13,12 +13,27 @@ from kne_easyedit._util.settings import resolve_paths
 from kne_easyedit.hparams import KNEHyperParams
 
 SHIPPED = "smollm2-135m"
+UNTUNED = "mistral-7b"
+"""A shipped file whose training settings are the paper's: the pattern for models that no file is shipped for."""
 
 
 def shipped() -> Path:
     """The folder of the shipped hyperparameter files: of the checkout, or of the installed package."""
     checkout = Path(__file__).resolve().parents[2] / "hparams"
     return checkout if (checkout / "KNE").is_dir() else Path(str(files("kne_easyedit.shipped_hparams")))
+
+
+def shipped_for(model: str) -> Path | None:
+    """The shipped file of KNE's settings that names this very model; None if there is none."""
+    for path in sorted((shipped() / "KNE").glob("*.yaml")):
+        if read_settings(path).get("model_name") == model:
+            return path
+    return None
+
+
+def pattern_of_settings() -> str:
+    """The text of the settings file that serves as the pattern for other models."""
+    return (shipped() / "KNE" / f"{UNTUNED}.yaml").read_text(encoding="utf-8")
 
 
 def method_of(path: Path, methods: Collection[str] = ()) -> str | None:

@@ -73,7 +73,7 @@ def model_folder(plan: Mapping[str, Any]) -> Generator[Finding, None, Path | Non
         yield Finding("model", FAILURE, text, "name one in all files: one run has one model")
         return None
     try:
-        return _local_folder(names[0])
+        return local_folder(names[0])
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         yield failure("model", error)
         return None
@@ -97,7 +97,15 @@ def architecture(folder: Path) -> Generator[Finding, None, nn.Module | None]:
     return model
 
 
-def _local_folder(name: str) -> Path:
+def local_folder(name: str) -> Path:
+    """The folder of a model's files on this machine. Nothing is downloaded.
+
+    Args:
+        name: ``smollm2-135m``, a path, or a hub name in the cache.
+
+    Raises:
+        ValueError: The model is not here; the message says how to get it.
+    """
     if name == SMOLLM2:
         from kne_easyedit.models.smollm2 import smollm2_path
 
