@@ -17,6 +17,7 @@ from kne_easyedit.cli import (
     demo,
     doctor,
     easyedit_run,
+    edit,
     explain,
     hparams,
     localize,
@@ -63,6 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="more messages, full tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (demo, hparams, run, doctor, easyedit_run, summarize, report, localize, explain, cache, data):
+    for module in (demo, edit, hparams, run, doctor, easyedit_run, summarize, report, localize, explain, cache, data):
         module.add_commands(commands)
     return parser

@@ -145,13 +145,25 @@ def with_overrides(
 def load_settings(arguments: argparse.Namespace) -> KNEHyperParams:
     """The hyperparameters that the arguments of `add_settings` name, with absolute paths.
 
+    Without a file they are those of the model: of the shipped file that names it, else as `kne hparams` writes them.
+
     Raises:
-        FileNotFoundError, ValueError: As `read_settings` and `KNEHyperParams.from_hparams`.
+        FileNotFoundError, ValueError: As `read_settings`, `KNEHyperParams.from_hparams` and `settings_file.settings_for`.
     """
-    if arguments.hparams.exists():
-        read_settings(arguments.hparams)
-    hparams = KNEHyperParams.from_hparams(arguments.hparams)
-    hparams = with_overrides(hparams, overrides_of(arguments.set), arguments.model, arguments.modules)
+    path: Path | None = arguments.hparams
+    overrides = overrides_of(arguments.set)
+    if path is None:
+        model = str(arguments.model or overrides.get("model_name") or SHIPPED)
+        path = shipped_for(model)
+    if path is None:
+        from kne_easyedit.doctor.settings_file import hparams_for
+
+        hparams = hparams_for(model, pattern_of_settings())
+    else:
+        if path.exists():
+            read_settings(path)
+        hparams = KNEHyperParams.from_hparams(path)
+    hparams = with_overrides(hparams, overrides, arguments.model, arguments.modules)
     resolve_paths(hparams)
     return hparams
 

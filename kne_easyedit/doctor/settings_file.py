@@ -53,8 +53,8 @@ def settings_for(name: str, pattern: str) -> str:
     if chosen is None:
         others = f"; its linear layers are {', '.join(each.template for each in found)}" if found else ""
         raise ValueError(
-            f"model_name: {name!r} is a {type(model).__name__} whose layers have no output of an MLP or an attention that "
-            f"could be found{others}; copy a shipped file and set target_modules by hand"
+            f"model_name: {name!r} is a {type(model).__name__}; no output of an MLP or an attention was found in its "
+            f"layers{others}; copy a shipped file and set target_modules by hand"
         )
     layers = [] if len(chosen.layers) == depth(model) else list(chosen.layers)
     resolve_target(model, chosen.template, layers)  # what edits it will find it, too

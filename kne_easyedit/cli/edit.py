@@ -1,0 +1,115 @@
+"""``kne edit``: one fact, or a file of facts, edited into a model and saved as a small folder."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from kne_easyedit.cli.common import add_overrides, load_settings, positive, require_folder
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser of ``kne``."""
+    parser = commands.add_parser(
+        "edit", help="edit a fact, or a file of facts: answers before and after; the edit is saved as a small folder"
+    )
+    add_overrides(parser, "overrides any setting, e.g. p=0.02 device=cpu localization_data=null")
+    parser.add_argument(
+        "--hparams",
+        type=Path,
+        metavar="FILE",
+        help="KNE's YAML (default: the shipped one of the model, else as `kne hparams` writes it)",
+    )
+    parser.add_argument("--prompt", help="the beginning of a sentence, e.g. 'The capital of France is'")
+    parser.add_argument("--target", help="the new answer")
+    parser.add_argument("--subject", help="what the prompt is about, as it stands there; some settings use it")
+    parser.add_argument("--old", metavar="ANSWER", help="the old answer (default: what the model says)")
+    parser.add_argument(
+        "--requests", metavar="FILE", help="a file of facts in place of --prompt: CSV, JSON or JSON Lines"
+    )
+    parser.add_argument("--records", type=positive, metavar="N", help="only the first N facts of the file")
+    parser.add_argument(
+        "--neighbours", type=int, default=4, metavar="N", help="neighbours asked of each fact (default %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the edit; it must be new")
+    parser.set_defaults(command=_edit)
+
+
+def _edit(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from kne_easyedit.benchmark.before_after import Questions
+    from kne_easyedit.cli.side_by_side import FACTS, print_questions
+    from kne_easyedit.editing.edit import apply_kne_to_model
+    from kne_easyedit.editing.kne_edit import KNEEdit
+    from kne_easyedit.models.loading import load_model
+
+    require_new(arguments.out)
+    requests = _requests(arguments)
+    hparams = load_settings(arguments)
+    model, tokenizer = load_model(hparams)
+    questions = Questions(
+        model,
+        tokenizer,
+        requests,
+        neighbours=arguments.neighbours,
+        of_facts=FACTS,
+        separator=hparams.separator,
+        chat=hparams.use_chat_template,
+    )
+    before = questions.ask(model)
+    edits: list[KNEEdit] = []
+    start = time.monotonic()
+    with tqdm(total=hparams.num_steps, desc="training", unit="step", leave=False, disable=None) as bar:
+
+        def on_step(step: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}")
+            bar.update()
+
+        apply_kne_to_model(model, tokenizer, requests, hparams, on_trained=edits.append, on_step=on_step)
+    (edit,) = edits
+    seconds = time.monotonic() - start
+    edit.save(arguments.out)
+    print(
+        f"{len(requests)} {'fact' if len(requests) == 1 else 'facts'} in {seconds:.1f} s: {edit.steps} steps, loss "
+        f"{edit.losses[0]:.3f} -> {edit.losses[-1]:.3f}, {edit.size} rows of {len(edit.deltas)} modules"
+    )
+    print_questions(questions, before, questions.ask(model))
+    if len(requests) > FACTS:
+        print(f"\n... and {len(requests) - FACTS} facts more: kne show {arguments.out}")
+    print(f"\nWritten to {arguments.out}; the model itself is not changed. Ask it: kne ask {arguments.out}")
+    return 0
+
+
+def require_new(folder: Path) -> None:
+    """Raises ValueError, naming the option, if a folder cannot be made, or holds something."""
+    require_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--out: {folder} holds something; name a new folder, or remove it first")
+
+
+def _requests(arguments: argparse.Namespace) -> list[dict]:
+    """The facts to edit. Raises ValueError, naming the options, and as `load_records`."""
+    from kne_easyedit.facts.records import load_records, to_request
+
+    single = {
+        "prompt": arguments.prompt,
+        "target_new": arguments.target,
+        "subject": arguments.subject,
+        "ground_truth": arguments.old,
+    }
+    given = {name: value for name, value in single.items() if value is not None}
+    if arguments.requests is not None:
+        if given:
+            raise ValueError("--requests: a file of facts takes the place of --prompt, --target, --subject and --old")
+        return load_records(arguments.requests, arguments.records)[0]
+    if arguments.records is not None:
+        raise ValueError("--records: counts the facts of a file; name it by --requests")
+    if not {"prompt", "target_new"} <= given.keys():
+        raise ValueError("--prompt and --target belong together: a fact has both; or name a file by --requests")
+    try:
+        return [to_request(given)]
+    except ValueError as error:
+        raise ValueError(f"--prompt, --target, --subject: {error}") from error
