@@ -12,6 +12,7 @@ import sys
 from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.machine import keep_large_blocks
 from kne_easyedit.cli import (
+    ask,
     cache,
     data,
     demo,
@@ -23,6 +24,7 @@ from kne_easyedit.cli import (
     localize,
     report,
     run,
+    show,
     summarize,
 )
 
@@ -64,6 +66,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="more messages, full tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (demo, edit, hparams, run, doctor, easyedit_run, summarize, report, localize, explain, cache, data):
+    for module in (
+        demo,
+        edit,
+        ask,
+        show,
+        hparams,
+        run,
+        doctor,
+        easyedit_run,
+        summarize,
+        report,
+        localize,
+        explain,
+        cache,
+        data,
+    ):
         module.add_commands(commands)
     return parser

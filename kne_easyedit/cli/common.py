@@ -148,7 +148,7 @@ def load_settings(arguments: argparse.Namespace) -> KNEHyperParams:
     Without a file they are those of the model: of the shipped file that names it, else as `kne hparams` writes them.
 
     Raises:
-        FileNotFoundError, ValueError: As `read_settings`, `KNEHyperParams.from_hparams` and `settings_file.settings_for`.
+        FileNotFoundError, ValueError: As `read_settings`, `from_hparams` and `settings_file.settings_for`.
     """
     path: Path | None = arguments.hparams
     overrides = overrides_of(arguments.set)

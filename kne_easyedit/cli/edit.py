@@ -31,6 +31,12 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--records", type=positive, metavar="N", help="only the first N facts of the file")
     parser.add_argument(
+        "--on-bad-record",
+        choices=("fail", "skip"),
+        default="fail",
+        help="facts that cannot be used (default %(default)s)",
+    )
+    parser.add_argument(
         "--neighbours", type=int, default=4, metavar="N", help="neighbours asked of each fact (default %(default)s)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the edit; it must be new")
@@ -104,7 +110,12 @@ def _requests(arguments: argparse.Namespace) -> list[dict]:
     if arguments.requests is not None:
         if given:
             raise ValueError("--requests: a file of facts takes the place of --prompt, --target, --subject and --old")
-        return load_records(arguments.requests, arguments.records)[0]
+        found, complaints = load_records(arguments.requests, arguments.records, on_bad=arguments.on_bad_record)
+        for complaint in complaints:
+            print(f"skipped: {complaint}")
+        if not found:
+            raise ValueError(f"--requests: no fact of {arguments.requests} can be used")
+        return found
     if arguments.records is not None:
         raise ValueError("--records: counts the facts of a file; name it by --requests")
     if not {"prompt", "target_new"} <= given.keys():

@@ -1,4 +1,4 @@
-"""``kne show``: what an edit is: facts, layers, rows, how large the change is, a picture, what it shares with others."""
+"""``kne show``: an edit's facts, layers, rows, how large the change is, a picture, what it shares with others."""
 
 from __future__ import annotations
 
