@@ -16,7 +16,7 @@ from runs import RECORDS, counting, ft, job_fixture, lines_of, no_fluency_fixtur
 from kne_easyedit import NeuronEnsemble
 from kne_easyedit.benchmark import run
 from kne_easyedit.benchmark.console import print_report
-from kne_easyedit.benchmark.store import exclusive_lock
+from kne_easyedit._util.files import exclusive_lock
 from kne_easyedit.bridge import MethodEditor, second_moments
 from kne_easyedit.bridge.text_source import TextSource
 
