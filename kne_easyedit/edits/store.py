@@ -1,38 +1,32 @@
 """A folder of edits with an order and a switch for each.
 
-``store.json`` lists them; ``edits/ID`` holds one each. The list is replaced in one step, after an edit's folder is there
-and before it is removed: a store that is killed at any moment is in the state before or after.
+``store.json`` lists them; ``edits/ID`` holds one each. The list is replaced in one step, after an edit's folder is
+there and before it is removed: a store that is killed at any moment is in the state before or after.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from kne_easyedit._util.files import atomic_write, exclusive_lock, parse_json
+from kne_easyedit._util.files import exclusive_lock
 from kne_easyedit._util.messages import require_one_of, shorten
-from kne_easyedit.editing.edit_files import base_from_json
-from kne_easyedit.editing.kne_edit import Base, KNEEdit
+from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.row_edit import Answer
 from kne_easyedit.editing.row_training import measured_answers
+from kne_easyedit.edits.listing import LIST_FILE, Content, Listed, checked_id, read_list, write_list
 from kne_easyedit.edits.stack import EditStack
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "kne-edit-store"
-SCHEMA_VERSION = 1
-LIST_FILE, EDITS_FOLDER = "store.json", "edits"
-_ID = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-])?")
+EDITS_FOLDER = "edits"
 
 
 @dataclass(frozen=True)
@@ -71,26 +65,6 @@ class Checked:
         return tuple(now for before, now in zip(self.trained, self.now) if before.greedy and not now.greedy)
 
 
-@dataclass(frozen=True)
-class _Listed:
-    """An edit as the file lists it."""
-
-    id: str
-    on: bool
-    digest: str
-    facts: tuple[str, ...]
-    trained_on: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Content:
-    """The file."""
-
-    edits: tuple[_Listed, ...] = ()
-    base: Base | None = None
-    """Of all edits together: the first one that names a module decides."""
-
-
 class EditStore:
     """Edits of one base model in a folder, each switched on or off.
 
@@ -113,11 +87,11 @@ class EditStore:
             odd = [p.name for p in self.folder.iterdir() if p.name != EDITS_FOLDER and not p.name.startswith(".")]
             if odd:
                 raise ValueError(f"store: {self.folder} is no store of edits (no {LIST_FILE}, but {odd[0]})")
-        self._read()
+        read_list(self.folder)
 
     def list(self) -> tuple[Entry, ...]:
         """All edits, in their order."""
-        listed = self._read().edits
+        listed = read_list(self.folder).edits
         ids = {one.digest: one.id for one in listed}
         active: set[str] = set()
         entries = []
@@ -150,7 +124,7 @@ class EditStore:
                     if name not in (None, one.id):
                         raise ValueError(f"store: {self.folder} has this edit already, as {one.id!r}")
                     return one.id
-            new = _checked_id(edit.digest[:12] if name is None else name)
+            new = checked_id(edit.digest[:12] if name is None else name)
             if taken := [one.id for one in content.edits if one.id.casefold() == new.casefold()]:
                 raise ValueError(f"store: name: {taken[0]!r} is taken in {self.folder}; choose another name")
             if content.base is not None and (reason := edit.base.conflict(content.base)):
@@ -163,7 +137,7 @@ class EditStore:
             known = {one.digest for one in content.edits}
             if strange := [digest[:12] for digest in edit.trained_on if digest not in known]:
                 logger.warning(
-                    "store: %s was trained on top of edits that %s has not got (%s): without them its answers may differ",
+                    "store: %s was trained on top of edits that %s has not got (%s); its answers may differ without them",
                     new,
                     self.folder,
                     ", ".join(strange),
@@ -172,8 +146,8 @@ class EditStore:
             if place.exists():  # of a process that was killed before it listed the edit
                 shutil.rmtree(place)
             edit.save(place)
-            listed = _Listed(new, True, edit.digest, edit.facts, edit.trained_on)
-            self._write(_Content((*content.edits, listed), base))
+            listed = Listed(new, True, edit.digest, edit.facts, edit.trained_on)
+            write_list(self.folder, Content((*content.edits, listed), base))
         return new
 
     def on(self, id: str) -> None:
@@ -213,7 +187,7 @@ class EditStore:
                 raise ValueError(
                     f"store: ids: {shorten(list(ids))} must be all ids of the store, each once: {list(by_id)}"
                 )
-            self._write(replace(content, edits=tuple(by_id[id] for id in ids)))
+            write_list(self.folder, replace(content, edits=tuple(by_id[id] for id in ids)))
 
     def remove(self, id: str) -> tuple[Entry, ...]:
         """Removes an edit and its files.
@@ -231,7 +205,7 @@ class EditStore:
         with self._changing() as content:
             require_one_of("id", id, [one.id for one in content.edits])
             before = self.list()
-            self._write(replace(content, edits=tuple(one for one in content.edits if one.id != id)))
+            write_list(self.folder, replace(content, edits=tuple(one for one in content.edits if one.id != id)))
             shutil.rmtree(self.folder / EDITS_FOLDER / id)
         return self._worse(before)
 
@@ -242,7 +216,7 @@ class EditStore:
             ValueError: The store has not got it, or its files are damaged or another edit's.
             OSError: They are missing, or cannot be read.
         """
-        found = {one.id: one for one in self._read().edits}
+        found = {one.id: one for one in read_list(self.folder).edits}
         require_one_of("id", id, found)
         return self._load(found[id])
 
@@ -265,7 +239,7 @@ class EditStore:
             ValueError: The store has not got it, or as `active`.
             OSError: As `active`.
         """
-        require_one_of("id", id, [one.id for one in self._read().edits])
+        require_one_of("id", id, [one.id for one in read_list(self.folder).edits])
         return self._stack(lambda one: one.on and one.id != id)
 
     def apply(self, model: nn.Module, *, force: bool = False) -> None:
@@ -305,18 +279,17 @@ class EditStore:
             found.append(Checked(entry, edit.answers, answers, {id: count for id, count in pairs if count}))
         return tuple(found)
 
-    def _stack(self, wanted: Callable[[_Listed], bool]) -> EditStack:
-        return EditStack(tuple(self._load(one) for one in self._read().edits if wanted(one)))
+    def _stack(self, wanted: Callable[[Listed], bool]) -> EditStack:
+        return EditStack(tuple(self._load(one) for one in read_list(self.folder).edits if wanted(one)))
 
-    def _load(self, listed: _Listed) -> KNEEdit:
+    def _load(self, listed: Listed) -> KNEEdit:
         edit = self._loaded.get(listed.digest)
         if edit is None:
             try:
                 edit = KNEEdit.load(self.folder / EDITS_FOLDER / listed.id)
             except (OSError, ValueError) as error:
-                raise type(error)(
-                    f"store: {listed.id} of {self.folder}: {error}; switch it off, or remove it"
-                ) from error
+                kind = OSError if isinstance(error, OSError) else ValueError
+                raise kind(f"store: {listed.id} of {self.folder}: {error}; switch it off, or remove it") from error
             if edit.digest != listed.digest:
                 raise ValueError(f"store: {listed.id} of {self.folder} is another edit than was added; remove it")
             self._loaded[listed.digest] = edit
@@ -328,7 +301,7 @@ class EditStore:
             before = self.list()
             edits = tuple(replace(one, on=on) if one.id == id else one for one in content.edits)
             if edits != content.edits:
-                self._write(replace(content, edits=edits))
+                write_list(self.folder, replace(content, edits=edits))
         return self._worse(before)
 
     def _worse(self, before: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -345,60 +318,7 @@ class EditStore:
         return found
 
     @contextmanager
-    def _changing(self) -> Iterator[_Content]:
+    def _changing(self) -> Iterator[Content]:
         """The list as it is now, while no other process changes it."""
         with exclusive_lock(self.folder, wait=True):
-            yield self._read()
-
-    def _read(self) -> _Content:
-        path = self.folder / LIST_FILE
-        try:
-            text = path.read_bytes()
-        except FileNotFoundError:
-            return _Content()
-        try:
-            return _content(parse_json(text))
-        except ValueError as error:
-            raise ValueError(f"store: {path} cannot be used: {error}") from error
-
-    def _write(self, content: _Content) -> None:
-        base = None if content.base is None else asdict(content.base)
-        edits = [asdict(one) for one in content.edits]
-        text = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "base": base, "edits": edits}
-        atomic_write(self.folder / LIST_FILE, json.dumps(text, ensure_ascii=False, indent=1) + "\n")
-
-
-def _checked_id(value: object) -> str:
-    """An id is the name of a folder in the store, on any system."""
-    if not isinstance(value, str) or not _ID.fullmatch(value):
-        raise ValueError(
-            f"store: name: {shorten(value)} cannot name an edit; take 1 to 64 letters, digits, '_', '-' or '.', the "
-            f"first a letter or digit"
-        )
-    return value
-
-
-def _content(found: Any) -> _Content:
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"its field 'format' is not {FORMAT!r}")
-    version = found.get("schema_version")
-    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-        raise ValueError(
-            f"schema_version: {shorten(version)}, this version of kne_easyedit reads 1 to {SCHEMA_VERSION}"
-        )
-    edits = []
-    for one in found["edits"] if isinstance(found.get("edits"), list) else [None]:
-        sound = isinstance(one, dict) and isinstance(one.get("on"), bool) and isinstance(one.get("digest"), str)
-        for name in ("facts", "trained_on"):
-            sound = sound and isinstance(one.get(name), list) and all(isinstance(text, str) for text in one[name])
-        if not sound:
-            raise ValueError(f"edits: {shorten(one)} is no entry (id, on, digest, facts, trained_on)")
-        entry = _Listed(
-            _checked_id(one.get("id")), one["on"], one["digest"], tuple(one["facts"]), tuple(one["trained_on"])
-        )
-        edits.append(entry)
-    for name in ("id", "digest"):
-        names = [getattr(one, name).casefold() for one in edits]
-        if len(set(names)) != len(names):
-            raise ValueError(f"edits: {max(names, key=names.count)!r} occurs twice")
-    return _Content(tuple(edits), None if found.get("base") is None else base_from_json(found["base"]))
+            yield read_list(self.folder)
