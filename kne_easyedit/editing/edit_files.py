@@ -188,7 +188,7 @@ def _fields(content: dict[str, Any], rows_file: Path) -> dict[str, Any]:
     _need(all(isinstance(one, str) for one in trained_on), "trained_on", trained_on, "a list of digests")
     for name in ("hparams", "versions"):
         _need(isinstance(content.get(name), dict), name, content.get(name), "a mapping")
-    base = _base(content.get("base"))
+    base = base_from_json(content.get("base"))
     modules = content.get("modules")
     _need(isinstance(modules, dict) and bool(modules), "modules", modules, "a mapping of module names to rows")
     assert isinstance(modules, dict)  # noqa: S101  (for the type checker; checked above)
@@ -250,7 +250,8 @@ def _deltas(modules: dict[str, Any], base: Base, path: Path) -> StoredDeltas:
     return deltas
 
 
-def _base(content: Any) -> Base:
+def base_from_json(content: Any) -> Base:
+    """The fingerprint that ``dataclasses.asdict`` gave. Raises ValueError, with field and value, for others."""
     _need(isinstance(content, dict), "base", content, "a mapping")
     for name in ("architecture", "name", "revision"):
         _need(isinstance(content.get(name), str), f"base: {name}", content.get(name), "a text")
