@@ -19,6 +19,7 @@ from kne_easyedit.cli import (
     doctor,
     easyedit_run,
     edit,
+    edits,
     explain,
     hparams,
     localize,
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     for module in (
         demo,
         edit,
+        edits,
         ask,
         show,
         hparams,

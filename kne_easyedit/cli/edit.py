@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kne_easyedit.cli.common import add_overrides, load_settings, positive, require_folder
+
+if TYPE_CHECKING:
+    from kne_easyedit.edits.store import EditStore
 
 
 def add_commands(commands: Any) -> None:
@@ -39,7 +42,12 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--neighbours", type=int, default=4, metavar="N", help="neighbours asked of each fact (default %(default)s)"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the edit; it must be new")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="DIR", help="folder of the edit; it must be new")
+    where.add_argument(
+        "--store", type=Path, metavar="STORE", help="train on top of a store's active edits, and add it to them"
+    )
+    parser.add_argument("--name", help="its name in the store (default: the start of its digest)")
     parser.set_defaults(command=_edit)
 
 
@@ -50,12 +58,15 @@ def _edit(arguments: argparse.Namespace) -> int:
     from kne_easyedit.cli.side_by_side import FACTS, print_questions
     from kne_easyedit.editing.edit import apply_kne_to_model
     from kne_easyedit.editing.kne_edit import KNEEdit
+    from kne_easyedit.edits.store import EDITS_FOLDER
     from kne_easyedit.models.loading import load_model
 
-    require_new(arguments.out)
+    store = _store(arguments)
     requests = _requests(arguments)
     hparams = load_settings(arguments)
     model, tokenizer = load_model(hparams)
+    if store is not None:
+        store.apply(model)
     questions = Questions(
         model,
         tokenizer,
@@ -77,16 +88,39 @@ def _edit(arguments: argparse.Namespace) -> int:
         apply_kne_to_model(model, tokenizer, requests, hparams, on_trained=edits.append, on_step=on_step)
     (edit,) = edits
     seconds = time.monotonic() - start
-    edit.save(arguments.out)
+    where = arguments.out
+    if store is None:
+        edit.save(where)
+    else:
+        where = arguments.store / EDITS_FOLDER / store.add(edit, arguments.name)
     print(
         f"{len(requests)} {'fact' if len(requests) == 1 else 'facts'} in {seconds:.1f} s: {edit.steps} steps, loss "
         f"{edit.losses[0]:.3f} -> {edit.losses[-1]:.3f}, {edit.size} rows of {len(edit.deltas)} modules"
     )
     print_questions(questions, before, questions.ask(model))
     if len(requests) > FACTS:
-        print(f"\n... and {len(requests) - FACTS} facts more: kne show {arguments.out}")
-    print(f"\nWritten to {arguments.out}; the model itself is not changed. Ask it: kne ask {arguments.out}")
+        print(f"\n... and {len(requests) - FACTS} facts more: kne show {where}")
+    print(f"\nWritten to {where}; the model's own files stay. Ask it: kne ask {arguments.store or where}")
     return 0
+
+
+def _store(arguments: argparse.Namespace) -> EditStore | None:
+    """The store to add to; None for a folder of its own. Raises ValueError if there can be neither."""
+    from kne_easyedit.edits.listing import checked_id
+    from kne_easyedit.edits.store import EditStore
+
+    if arguments.store is None:
+        if arguments.name is not None:
+            raise ValueError("--name: names an edit of a store; give one by --store")
+        require_new(arguments.out)
+        return None
+    require_folder(arguments.store, "--store")
+    store = EditStore(arguments.store)
+    if arguments.name is not None:
+        taken = {entry.id.casefold() for entry in store.list()}
+        if checked_id(arguments.name).casefold() in taken:
+            raise ValueError(f"--name: {arguments.name!r} is taken in {arguments.store}; choose another name")
+    return store
 
 
 def require_new(folder: Path) -> None:

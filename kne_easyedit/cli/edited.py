@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kne_easyedit.cli.common import overrides_of
 
 if TYPE_CHECKING:
+    from kne_easyedit.editing.kne_edit import KNEEdit
+    from kne_easyedit.edits.store import EditStore
     from kne_easyedit.facts.encoding import Tokenizer
 
 LOADING = ("model_name", "device", "model_parallel", "fp16", "bf16")
@@ -43,11 +45,47 @@ class Opened:
 
 
 def open_edits(folder: Path) -> Opened:
-    """The edit in a folder. Raises FileNotFoundError and ValueError as `KNEEdit.load`."""
+    """The edit in a folder, or the active edits of a store's.
+
+    Raises:
+        FileNotFoundError, ValueError: It is neither, or damaged; the message names it.
+    """
+    if not is_store(folder):
+        edit = load_edit(folder)
+        return Opened(edit, edit.facts, edit.hparams, edit.base.name)
+    store = open_store(folder)
+    entries = store.list()
+    if not entries:
+        raise ValueError(f"store: {folder} holds no edit; add one: kne edits add {folder} DIR")
+    active = [entry for entry in entries if entry.on]
+    first = store.edit((active or entries)[0].id)
+    return Opened(store, tuple(fact for one in active for fact in one.facts), first.hparams, first.base.name)
+
+
+def load_edit(folder: Path) -> KNEEdit:
+    """The edit in a folder. Raises FileNotFoundError and ValueError as `KNEEdit.load`; a store is told apart."""
     from kne_easyedit.editing.kne_edit import KNEEdit
 
-    edit = KNEEdit.load(folder)
-    return Opened(edit, edit.facts, edit.hparams, edit.base.name)
+    if is_store(folder):
+        raise ValueError(f"edit: {folder} is a store of edits; name one of them, {folder}/edits/ID (kne edits list)")
+    return KNEEdit.load(folder)
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a store of edits."""
+    from kne_easyedit.edits.listing import LIST_FILE
+
+    return (folder / LIST_FILE).is_file()
+
+
+def open_store(folder: Path) -> EditStore:
+    """The store in a folder. Raises FileNotFoundError if there is none, and ValueError as `EditStore`."""
+    from kne_easyedit.edits.store import EditStore
+
+    if not is_store(folder):
+        what = "is no store of edits" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"store: {folder} {what}; `kne edits add {folder} DIR` makes one")
+    return EditStore(folder)
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:

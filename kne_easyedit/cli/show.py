@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kne_easyedit.cli.edited import load_edit
+
 BAR = 24
 """Widest bar, in characters."""
 NAMED = 10
@@ -27,11 +29,10 @@ def add_commands(commands: Any) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from kne_easyedit.editing.kne_edit import KNEEdit
-    from kne_easyedit.editing.sizes import ensemble_of, shared_rows, sizes_of
+    from kne_easyedit.edits.sizes import ensemble_of, shared_rows, sizes_of
 
-    edit = KNEEdit.load(arguments.edit)
-    others = [(path, KNEEdit.load(path)) for path in arguments.others]
+    edit = load_edit(arguments.edit)
+    others = [(path, load_edit(path)) for path in arguments.others]
     _print_facts(edit, arguments.edit)
     name = arguments.model or str(edit.hparams.get("model_name") or edit.base.name)
     sizes = sizes_of(edit, _folder(name))
@@ -59,7 +60,8 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _print_facts(edit: Any, folder: Path) -> None:
-    print(f"edit {edit.digest[:12]} in {folder}, of {edit.base.label} ({edit.base.architecture})")
+    base = edit.hparams.get("model_name") or edit.base.name
+    print(f"edit {edit.digest[:12]} in {folder}, of {base} ({edit.base.architecture})")
     answers = {(one.fact.prompt, one.fact.target): one for one in edit.answers}
     for request in edit.requests[:NAMED]:
         found = answers.get((request["prompt"], request.get("target_new")))

@@ -18,7 +18,7 @@ from kne_easyedit import cli
 from kne_easyedit.benchmark.before_after import Questions, answers_to
 from kne_easyedit.cli.side_by_side import print_rows
 from kne_easyedit.editing.kne_edit import KNEEdit
-from kne_easyedit.editing.sizes import ensemble_of, shared_rows, sizes_of
+from kne_easyedit.edits.sizes import ensemble_of, shared_rows, sizes_of
 from kne_easyedit.models.loading import load_model
 
 FACT = ("--prompt", "The capital of France is", "--target", "Rome")

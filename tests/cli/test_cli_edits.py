@@ -1,0 +1,149 @@
+"""``kne edits``: a store from the command line; one of several edits is taken back exactly."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_llama, make_tokenizer, tiny_hparams, weights, with_same_threads
+
+from kne_easyedit import cli
+from kne_easyedit.edits import EditStore
+from kne_easyedit.models.loading import load_model
+
+FACTS = {"rome": "The capital of France is", "latin": "The language of Peru is", "oslo": "The name of the mother is"}
+
+
+def kne(*arguments: str) -> int:
+    return cli.main([*arguments])
+
+
+@pytest.fixture(name="folder", scope="module")
+def folder_fixture(tmp_path_factory):
+    """A tiny model, its settings, and an edit of it."""
+    folder = tmp_path_factory.mktemp("edits")
+    make_llama().save_pretrained(folder / "tiny-model")
+    make_tokenizer().save_pretrained(folder / "tiny-model")
+    hparams = tiny_hparams(model_name=str(folder / "tiny-model")).to_dict()
+    (folder / "kne.yaml").write_text(json.dumps(hparams))  # JSON is YAML
+    assert kne("edit", "--prompt", FACTS["rome"], "--target", "Rome", *settings(folder), "--out", f"{folder}/rome") == 0
+    return folder
+
+
+def settings(folder: Path) -> tuple[str, ...]:
+    return ("--hparams", str(folder / "kne.yaml"), "--neighbours", "0")
+
+
+@pytest.fixture(name="store")
+def store_fixture(folder, monkeypatch, tmp_path):
+    """A store with two edits; the second one was trained on top of the first."""
+    monkeypatch.chdir(folder)
+    store = str(tmp_path / "store")
+    assert kne("edits", "add", store, "rome", "--name", "rome") == 0
+    target = ("--prompt", FACTS["latin"], "--target", "Latin")
+    assert kne("edit", *target, *settings(folder), "--store", store, "--name", "latin") == 0
+    return store
+
+
+def base(folder: Path):
+    return load_model(tiny_hparams(model_name=str(folder / "tiny-model")))[0]
+
+
+def test_edit_ask_new_process_off_and_the_base_again(store, folder, capsys):
+    model = base(folder)
+    unedited = weights(model)
+    capsys.readouterr()
+    assert kne("edits", "list", store) == 0
+    out = capsys.readouterr().out
+    assert "2 edits, 2 on" in out and "The capital of France is -> Rome" in out and "trained on top of rome" in out
+    assert kne("ask", store, *list(FACTS.values())[:2], "--tokens", "1") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\| Rome\n", out) and re.search(r"\| Latin\n", out)
+    EditStore(store).apply(model)
+    both = weights(model)
+    assert both != unedited
+
+    assert kne("edits", "off", store, "rome") == 0
+    command = [sys.executable, "-m", "kne_easyedit.cli", "ask", store, FACTS["latin"], "--tokens", "1"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=with_same_threads()).stdout
+    assert "| Latin" in said or "before" in said
+    EditStore(store).apply(model)
+    alone = weights(model)
+    assert alone not in (both, unedited)
+    other = base(folder)
+    EditStore(store).edit("latin").apply(other)
+    assert weights(other) == alone  # bit for bit as if the first had never been
+
+    assert kne("edits", "off", store, "latin") == 0
+    EditStore(store).apply(model)
+    assert weights(model) == unedited
+    assert kne("edits", "on", store, "latin", "rome") == 0
+    EditStore(store).apply(model)
+    assert weights(model) == both
+
+
+def test_what_was_trained_on_top_is_named_and_measured(store, capsys, caplog):
+    assert kne("edits", "check", store) == 0
+    assert "every fact that was reached is there" in capsys.readouterr().out
+    code = kne("edits", "off", store, "rome", "--check")
+    out = capsys.readouterr().out
+    assert "latin was trained on top of rome" in caplog.text
+    assert "not active before it: rome" in out and re.search(r"P [\d.]+% -> [\d.]+%", out)
+    assert code == int("LOST" in out)
+    assert kne("edits", "off", store, "latin", "--check") == 0
+    assert "the model is the base" in capsys.readouterr().out
+
+
+def test_another_order_and_removal(store, capsys):
+    assert kne("edits", "reorder", store, "latin", "rome") == 0
+    assert [entry.id for entry in EditStore(store).list()] == ["latin", "rome"]
+    assert kne("edits", "remove", store, "rome", "rome") == 0
+    assert [entry.id for entry in EditStore(store).list()] == ["latin"]
+    assert not (Path(store) / "edits/rome").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("list", "{}-none"), "does not exist; `kne edits add"),
+        (("list", "rome"), "is no store of edits"),
+        (("off", "{}", "latin", "rmoe"), "did you mean 'rome'?"),
+        (("on", "{}", "nobody"), "id: 'nobody' must be one of"),
+        (("reorder", "{}", "rome"), "must be all ids of the store"),
+        (("add", "{}", "rome", "rome", "--name", "x"), "--name: names one edit"),
+        (("add", "{}", "nowhere"), "nowhere does not exist"),
+        (("add", "rome", "rome"), "rome is no store of edits"),
+        (("add", "{}", "{}"), "is a store of edits; name one of them"),
+    ],
+)
+def test_bad_input_changes_nothing(store, capsys, arguments, message):
+    before = EditStore(store).list()
+    capsys.readouterr()
+    assert kne("edits", *(argument.replace("{}", store) for argument in arguments)) == 1
+    assert message in capsys.readouterr().err
+    assert EditStore(store).list() == before
+
+
+def test_a_taken_name_is_refused_before_the_model_is_loaded(store, folder, capsys, monkeypatch):
+    monkeypatch.setattr("kne_easyedit.models.loading.load_model", lambda *_: pytest.fail("loaded"))
+    fact = ("--prompt", FACTS["oslo"], "--target", "Oslo", *settings(folder))
+    for arguments, message in [
+        (("--store", store, "--name", "Latin"), "'Latin' is taken"),
+        (("--store", store, "--name", "../x"), "../x"),
+        (("--store", "rome"), "is no store of edits"),
+        (("--out", "new", "--name", "x"), "--name: names an edit of a store"),
+    ]:
+        assert kne("edit", *fact, *arguments) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_ask_and_show_tell_a_store_from_an_edit(store, tmp_path, capsys):
+    assert kne("show", store) == 1
+    assert "kne edits list" in capsys.readouterr().err
+    assert kne("edits", "remove", store, "rome", "latin") == 0
+    assert kne("ask", store, "Rome") == 1
+    assert "holds no edit" in capsys.readouterr().err
