@@ -97,7 +97,7 @@ def set_edits(model: nn.Module, edits: Sequence[Appliable], *, force: bool = Fal
                     if before is not None:
                         base[torch.searchsorted(index, known).to(base.device)] = before.to(base.device)
                     written.append((weight, place, now))
-                    weight[place] = _sum(base, index, ours)
+                    weight[place] = add_rows(base, index, ours)
                     if changed:
                         own = torch.searchsorted(index, torch.tensor(changed))
                         kept = base if len(changed) == len(index) else base[own.to(base.device)]
@@ -109,8 +109,17 @@ def set_edits(model: nn.Module, edits: Sequence[Appliable], *, force: bool = Fal
             raise
 
 
-def _sum(base: Tensor, index: Tensor, deltas: Sequence[tuple[tuple[int, ...], Tensor]]) -> Tensor:
-    """Rows ``index`` without edits plus the deltas, rounded once."""
+def add_rows(base: Tensor, index: Tensor, deltas: Sequence[tuple[tuple[int, ...], Tensor]]) -> Tensor:
+    """Rows plus deltas, added in order in the deltas' precision (the rows', if that is higher) and rounded once.
+
+    Args:
+        base: The rows without edits, ``(n, d1)``; it is not changed.
+        index: Their numbers, ascending.
+        deltas: Numbers of some of them, and what to add: ``(m, d1)``.
+
+    Returns:
+        The rows in the type of ``base``; ``base`` itself, if there are no deltas.
+    """
     if not deltas:
         return base
     total = base.to(reduce(torch.promote_types, (delta.dtype for _, delta in deltas), base.dtype), copy=True)

@@ -79,6 +79,9 @@ class StoredDeltas(Mapping[str, tuple[tuple[int, ...], Tensor]]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.rows  # the mixin's would read the file
+
     def __deepcopy__(self, memo: object) -> StoredDeltas:
         return self
 

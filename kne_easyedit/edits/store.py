@@ -137,7 +137,7 @@ class EditStore:
             known = {one.digest for one in content.edits}
             if strange := [digest[:12] for digest in edit.trained_on if digest not in known]:
                 logger.warning(
-                    "store: %s was trained on top of edits that %s has not got (%s); its answers may differ without them",
+                    "store: %s was trained on top of edits that %s has not got (%s): its answers may differ",
                     new,
                     self.folder,
                     ", ".join(strange),
@@ -206,7 +206,7 @@ class EditStore:
             require_one_of("id", id, [one.id for one in content.edits])
             before = self.list()
             write_list(self.folder, replace(content, edits=tuple(one for one in content.edits if one.id != id)))
-            shutil.rmtree(self.folder / EDITS_FOLDER / id)
+            shutil.rmtree(self.folder / EDITS_FOLDER / id, ignore_errors=True)  # what is left is not listed
         return self._worse(before)
 
     def edit(self, id: str) -> KNEEdit:
