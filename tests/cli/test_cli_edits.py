@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,10 @@ def folder_fixture(tmp_path_factory):
     hparams = tiny_hparams(model_name=str(folder / "tiny-model")).to_dict()
     (folder / "kne.yaml").write_text(json.dumps(hparams))  # JSON is YAML
     assert kne("edit", "--prompt", FACTS["rome"], "--target", "Rome", *settings(folder), "--out", f"{folder}/rome") == 0
+    store = str(folder / "two")
+    assert kne("edits", "add", store, f"{folder}/rome", "--name", "rome") == 0
+    target = ("--prompt", FACTS["latin"], "--target", "Latin")
+    assert kne("edit", *target, *settings(folder), "--store", store, "--name", "latin") == 0
     return folder
 
 
@@ -43,9 +48,7 @@ def store_fixture(folder, monkeypatch, tmp_path):
     """A store with two edits; the second one was trained on top of the first."""
     monkeypatch.chdir(folder)
     store = str(tmp_path / "store")
-    assert kne("edits", "add", store, "rome", "--name", "rome") == 0
-    target = ("--prompt", FACTS["latin"], "--target", "Latin")
-    assert kne("edit", *target, *settings(folder), "--store", store, "--name", "latin") == 0
+    shutil.copytree(folder / "two", store)
     return store
 
 
