@@ -20,6 +20,7 @@ ROOMS = (
     "localization",
     "editing",
     "hparams",
+    "edits",
     "bridge",
     "benchmark",
     "doctor",
