@@ -61,7 +61,7 @@ def adapter_card(
         "",
         f"# Edited facts for {literal(name)}",
         "",
-        "A LoRA adapter that changes facts in a language model (Knowledge Neuronal Ensemble, arXiv 2412.20637), written "
+        "A LoRA adapter that changes facts in a language model (Knowledge Neuronal Ensemble, arXiv 2412.20637), made "
         "by kne_easyedit. It belongs to the base model named here, of the same revision, and to no other.",
         "",
         table_of_rows([["after", "the model says"], *([literal(p), literal(t)] for p, t in facts[:LISTED])])

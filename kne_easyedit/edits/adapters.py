@@ -176,7 +176,7 @@ def _places(edits: Sequence[Any], changed: Mapping[str, Rows], model: nn.Module 
             wanted = in_features(model.get_submodule(name))
             if delta.shape[1] != wanted:
                 raise ValueError(
-                    f"edits: {name} has {delta.shape[1]} inputs, in {type(model).__name__} it has {wanted}; the edit is "
+                    f"edits: {name} has {delta.shape[1]} inputs, in {type(model).__name__} it has {wanted}; it is "
                     f"of another model"
                 )
     return found
@@ -218,7 +218,7 @@ def _checked_answers(
         named = ", ".join(f"{one.prompt!r} -> {one.target!r} ({one.reduced:.2%})" for one in lost[:5])
         raise AnswersLost(
             f"max_rank: reduced to rank {max(one.rank for one in factors.values())} (relative error "
-            f"{total_error(factors):.2g}), {len(lost)} of {len(answers)} answers are lost: {named}; take a higher rank, "
+            f"{total_error(factors):.2g}), {len(lost)} of {len(answers)} answers are lost: {named}; raise the rank, "
             f"or leave out max_rank"
         )
     return answers
