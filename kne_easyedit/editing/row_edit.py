@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
+from kne_easyedit.editing.lineage import edited, note_one_more
 from kne_easyedit.editing.losses import answer_logits, cross_entropy
 from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.devices import device_of
@@ -85,6 +86,7 @@ def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str,
     require_trainable(model)
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in edit.deltas}
     originals: dict[str, Tensor] = {}
+    before = edited(model) if hasattr(edit, "digest") else None  # a `KNEEdit`: it may be told from others
 
     def put_back() -> None:
         with default_modes(model), torch.no_grad():
@@ -104,6 +106,8 @@ def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str,
             torch.clear_autocast_cache()  # the caller's autocast keeps copies of the old weights
             if check and edit.answers:
                 _require_trained_loss(model, edit)
+            if before is not None:
+                note_one_more(model, before, edit, {name: originals[f"{name}.weight"] for name in modules})
         except BaseException:
             put_back()
             raise
