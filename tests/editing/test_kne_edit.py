@@ -1,0 +1,349 @@
+"""A `KNEEdit` in the weights of a loaded model: applied, taken back, refused, and what it was trained on."""
+
+import gc
+import logging
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+from conftest import (
+    GPT2_DOWN,
+    GPTJ_DOWN,
+    LLAMA_DOWN,
+    failing,
+    fingerprint,
+    make_gpt2,
+    make_gptj,
+    make_llama,
+    tiny_hparams,
+    weights,
+)
+from edits import REQUEST, REQUESTS, edit_of, edited, ensemble_of, thing_of
+
+from kne_easyedit.editing import applying, lineage
+from kne_easyedit.editing.applying import set_edits
+from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
+from kne_easyedit.editing.kne_edit import KNEEdit
+from kne_easyedit.editing.row_edit import restore, write_rows
+
+ENSEMBLE = ensemble_of(LLAMA_DOWN)
+QUICK = tiny_hparams(num_steps=2)
+CASES = [(make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN), (make_gpt2, GPT2_DOWN)]
+
+
+class TestWhatItSays:
+    def test_compute_edit_and_on_trained_give_the_same(self, llama, tokenizer):
+        handed = []
+        edit = compute_edit(llama, tokenizer, [REQUEST], tiny_hparams())
+        apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams(), on_trained=handed.append)
+        assert handed == [edit] and isinstance(edit, KNEEdit)
+        assert edit.requests == (REQUEST,)
+        assert edit.facts == ("The capital of France is -> Rome",)
+        assert edit.ensemble.size == edit.size > 0
+        assert edit.hparams["p"] == 0.2 and edit.versions["torch"] == torch.__version__
+        assert edit.trained_on == ()
+        assert edit.probabilities[-1] == pytest.approx(edit.answers[0].probability, rel=1e-4)
+
+    def test_the_scale_is_in_the_deltas(self, llama, tokenizer):
+        edit = compute_edit(llama, tokenizer, [REQUEST], tiny_hparams(alpha=3.0, num_steps=1), ENSEMBLE)
+        for name, (chosen, _) in edit.deltas.items():
+            assert edit.scaling[name] == pytest.approx(3.0 / len(chosen) ** 0.5)
+
+    def test_it_is_frozen(self, llama):
+        with pytest.raises(FrozenInstanceError):
+            thing_of(llama).losses = ()
+
+    def test_equal_are_those_that_add_the_same(self, llama):
+        one = thing_of(llama)
+        assert one == thing_of(llama) and hash(one) == hash(thing_of(llama))
+        assert one != thing_of(llama, seed=1)
+        assert one != replace(one, trained_on=("0" * 64,))
+
+    def test_shared_rows(self, llama):
+        one = thing_of(llama, layers=(0, 2), rows=(1, 2, 3))
+        assert one.shared_rows(thing_of(llama, layers=(2, 3), rows=(2, 3, 4))) == 2
+        assert one.shared_rows(thing_of(llama, layers=(3,))) == 0
+
+    def test_without_on_trained_nothing_is_fingerprinted(self, llama, tokenizer, monkeypatch):
+        monkeypatch.setattr("kne_easyedit.editing.kne_edit.base_of", lambda *_: pytest.fail("fingerprinted"))
+        apply_kne_to_model(llama, tokenizer, [REQUEST], QUICK, ensemble=ENSEMBLE)
+
+
+class TestApplying:
+    @pytest.mark.parametrize(("make", "template"), CASES)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_writes_what_write_rows_writes_and_takes_it_back(self, make, template, dtype):
+        model, other = make(dtype), make(dtype)
+        before, edit = fingerprint(model), thing_of(model, template=template)
+        edit.apply(model)
+        write_rows(other, edit)
+        assert weights(model) == weights(other) != before["weights"]
+        edit.take_back(model)
+        assert fingerprint(model) == before
+
+    def test_applied_is_for_the_block_alone(self, llama):
+        before, edit = fingerprint(llama), thing_of(llama)
+        with edit.applied(llama) as model:
+            assert model is llama and weights(llama) != before["weights"]
+        assert fingerprint(llama) == before
+
+    def test_applied_ends_after_an_exception_too(self, llama):
+        before = fingerprint(llama)
+        with pytest.raises(RuntimeError, match="inside"), thing_of(llama).applied(llama):
+            raise RuntimeError("inside")
+        assert fingerprint(llama) == before
+
+    def test_applied_inside_applied(self, llama):
+        before, one, two = weights(llama), thing_of(llama, 1), thing_of(llama, 2)
+        with one.applied(llama):
+            alone = weights(llama)
+            with two.applied(llama):
+                assert weights(llama) not in (alone, before)
+            assert weights(llama) == alone
+        assert weights(llama) == before
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_rounded_once(self, dtype):
+        model = make_llama(dtype)
+        name, rows = LLAMA_DOWN.format(0), [2, 3, 11]
+        base = model.get_submodule(name).weight[rows].clone()
+        edits = [thing_of(model, seed, scale=0.01) for seed in range(4)]
+        for edit in edits:
+            edit.apply(model)
+        total = base.float()
+        for edit in edits:
+            total = total + edit.deltas[name][1]
+        assert torch.equal(model.get_submodule(name).weight[rows], total.to(dtype))
+        if dtype is torch.bfloat16:  # converse: rounded at every step they are others
+            for edit in edits:
+                base = (base.float() + edit.deltas[name][1]).to(dtype)
+            assert not torch.equal(base, total.to(dtype))
+
+    @pytest.mark.parametrize("taken", [0, 1, 2])
+    def test_taking_back_one_of_many_is_applying_the_others(self, taken):
+        model, fresh = make_llama(torch.bfloat16), make_llama(torch.bfloat16)
+        edits = [thing_of(model, seed, rows=(seed, 5, 9)) for seed in range(3)]
+        for edit in edits:
+            edit.apply(model)
+        edits[taken].take_back(model)
+        for edit in (*edits[:taken], *edits[taken + 1 :]):
+            edit.apply(fresh)
+        assert weights(model) == weights(fresh)
+
+    def test_subtracting_would_not_take_back(self):
+        """Converse: the reason why values without edits are kept."""
+        model = make_llama(torch.bfloat16)
+        before, edit = weights(model), thing_of(model)
+        edit.apply(model)
+        write_rows(model, replace(edit, deltas={n: (rows, -delta) for n, (rows, delta) in edit.deltas.items()}))
+        assert weights(model) != before
+
+    def test_twice_is_once(self, llama):
+        edit = thing_of(llama)
+        edit.apply(llama)
+        once = weights(llama)
+        edit.apply(llama)
+        assert weights(llama) == once
+        with pytest.raises(ValueError, match="occurs twice"):
+            set_edits(llama, [edit, edit])
+
+    def test_taking_back_what_is_not_there(self, llama):
+        with pytest.raises(ValueError, match="is not applied to this model; apply it first"):
+            thing_of(llama).take_back(llama)
+
+    @pytest.mark.parametrize("error", [RuntimeError("injected"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+    @pytest.mark.parametrize("call", [1, 2, 3])
+    def test_after_an_exception_while_writing(self, monkeypatch, error, call):
+        model = make_llama(torch.bfloat16)
+        one, two = thing_of(model, 1), thing_of(model, 2, layers=(0, 1, 3))
+        one.apply(model)
+        before = fingerprint(model)
+        monkeypatch.setattr(applying, "add_rows", failing(applying.add_rows, call, error))
+        with pytest.raises(type(error)):
+            two.apply(model)
+        assert fingerprint(model) == before
+        monkeypatch.undo()
+        one.take_back(model)
+        assert weights(model) == weights(make_llama(torch.bfloat16))
+
+    def test_no_second_copy_is_kept(self, llama):
+        """Of a module only the rows that edits change, and nothing once they are taken back."""
+        edit = thing_of(llama)
+        edit.apply(llama)
+        kept = lineage._LINEAGES[llama].originals
+        assert {name: tuple(index.tolist()) for name, (index, _) in kept.items()} == {
+            name: chosen for name, (chosen, _) in edit.deltas.items()
+        }
+        edit.take_back(llama)
+        assert llama not in lineage._LINEAGES
+
+
+class TestAnotherBase:
+    @pytest.fixture
+    def refused(self, caplog):
+        def check(edit, model, message, shapes=False):
+            before = fingerprint(model)
+            with pytest.raises(ValueError, match=message):
+                edit.apply(model)
+            assert fingerprint(model) == before
+            if shapes:  # nothing forces these
+                with pytest.raises(ValueError, match=message):
+                    edit.apply(model, force=True)
+                assert fingerprint(model) == before
+            else:
+                with caplog.at_level(logging.WARNING):
+                    edit.apply(model, force=True)
+                assert weights(model) != before["weights"] and "applied to another base" in caplog.text
+
+        return check
+
+    def test_other_weights(self, llama, refused):
+        refused(thing_of(llama), make_llama(seed=11), "weights of model.layers.0.mlp.down_proj differ")
+
+    def test_one_bit(self, llama, refused):
+        edit = thing_of(llama)
+        with torch.no_grad():  # a row that the edit leaves alone
+            llama.get_submodule(LLAMA_DOWN.format(2)).weight[20, 0] *= 1.0001
+        refused(edit, llama, "weights of model.layers.2.mlp.down_proj differ")
+
+    def test_weights_of_other_modules_do_not_count(self, llama):
+        """Converse: only touched modules are fingerprinted."""
+        edit = thing_of(llama)
+        with torch.no_grad():
+            llama.get_submodule(LLAMA_DOWN.format(1)).weight[20, 0] += 1
+        edit.apply(llama)
+
+    def test_an_edited_model(self, llama, refused):
+        """Edited by an edit that nobody knows."""
+        edit = thing_of(llama)
+        write_rows(llama, edit_of(llama))
+        refused(edit, llama, "a model that is edited already")
+
+    def test_another_configuration(self, llama, refused):
+        edit = thing_of(llama)
+        refused(edit, make_llama(num_hidden_layers=3), "its layers is 4, here it is 3")
+
+    def test_another_width(self, llama, refused):
+        refused(thing_of(llama), make_llama(intermediate_size=48), r"is \(24, 40\); here it is \(24, 48\)", shapes=True)
+
+    def test_another_family(self, llama, refused):
+        refused(thing_of(llama), make_gptj(), "GPTJForCausalLM has no module 'model.layers.0.mlp.down_proj'", True)
+
+    def test_the_same_in_another_number_type(self):
+        """A base in bfloat16, loaded in float32 or as it is."""
+        half = make_llama(torch.bfloat16)
+        edit = thing_of(half)
+        same = make_llama(torch.bfloat16).float()
+        edit.apply(same)
+        assert weights(same) != weights(make_llama(torch.bfloat16).float())
+        edit.take_back(same)
+        assert weights(same) == weights(make_llama(torch.bfloat16).float())
+
+    def test_quantised(self, llama):
+        edit = thing_of(llama)
+        llama.get_submodule(LLAMA_DOWN.format(0)).weight = torch.nn.Parameter(
+            torch.zeros(24, 40, dtype=torch.int8), requires_grad=False
+        )
+        for force in (False, True):
+            with pytest.raises(ValueError, match="of type int8" if force else "a fine-tuned or quantised copy"):
+                edit.apply(llama, force=force)
+
+
+class TestTrainedOn:
+    def test_an_edit_trained_on_others_says_so(self, llama, tokenizer):
+        handed = []
+        for one in REQUESTS[:2]:
+            apply_kne_to_model(llama, tokenizer, [one], QUICK, ensemble=ENSEMBLE, on_trained=handed.append)
+        first, second = handed
+        assert first.trained_on == () and second.trained_on == (first.digest,)
+        assert second.base.conflict(first.base) is None, "the base is that without the first"
+        third = compute_edit(llama, tokenizer, [REQUESTS[2]], QUICK, ENSEMBLE)
+        assert third.trained_on == (first.digest, second.digest)
+
+    def test_both_are_applied_to_the_base(self, tokenizer):
+        model, base = make_llama(), make_llama()
+        handed = []
+        for one in REQUESTS[:2]:
+            apply_kne_to_model(model, tokenizer, [one], QUICK, ensemble=ENSEMBLE, on_trained=handed.append)
+        set_edits(base, handed)
+        for one in REQUESTS[:2]:
+            assert edited(base, tokenizer, one) == edited(model, tokenizer, one)
+        for name in handed[0].deltas:
+            torch.testing.assert_close(base.get_submodule(name).weight, model.get_submodule(name).weight)
+
+    def test_what_was_restored_does_not_count(self, llama, tokenizer):
+        """Converse: by `restore`, and as EasyEdit does it."""
+        for put_back in (restore, _as_easyedit):
+            handed = []
+            _, originals = apply_kne_to_model(
+                llama,
+                tokenizer,
+                [REQUEST],
+                QUICK,
+                ensemble=ENSEMBLE,
+                on_trained=handed.append,
+                return_orig_weights=True,
+            )
+            put_back(llama, originals)
+            edit = compute_edit(llama, tokenizer, [REQUESTS[1]], QUICK, ENSEMBLE)
+            assert edit.trained_on == () and edit.base.conflict(handed[0].base) is None
+
+    def test_restoring_the_last_leaves_the_first(self, llama, tokenizer):
+        handed = []
+        for one in REQUESTS[:2]:
+            _, originals = apply_kne_to_model(
+                llama, tokenizer, [one], QUICK, ensemble=ENSEMBLE, on_trained=handed.append, return_orig_weights=True
+            )
+        restore(llama, originals)
+        assert compute_edit(llama, tokenizer, [REQUESTS[2]], QUICK, ENSEMBLE).trained_on == (handed[0].digest,)
+        handed[0].take_back(llama)
+        assert weights(llama) == weights(make_llama())
+
+    def test_a_copy_has_the_same_edits(self, llama, tokenizer):
+        first = thing_of(llama)
+        first.apply(llama)
+        handed = []
+        copy, _ = apply_kne_to_model(
+            llama, tokenizer, [REQUEST], QUICK, ensemble=ENSEMBLE, copy=True, on_trained=handed.append
+        )
+        assert handed[0].trained_on == (first.digest,)
+        set_edits(copy, [])
+        assert weights(copy) == weights(make_llama())
+        first.take_back(llama)
+        assert weights(llama) == weights(make_llama())
+
+    def test_written_rows_are_not_kept_alive(self, llama, tokenizer):
+        """A sequence of a thousand edits keeps their digests, not their rows."""
+        apply_kne_to_model(llama, tokenizer, [REQUEST], QUICK, ensemble=ENSEMBLE, on_trained=lambda _: None)
+        gc.collect()
+        with pytest.raises(ValueError, match="whose rows are not at hand"):
+            compute_edit(llama, tokenizer, [REQUESTS[1]], QUICK, ENSEMBLE).apply(llama)
+        set_edits(llama, [])  # the base needs none of them
+        assert weights(llama) == weights(make_llama())
+
+    def test_rows_changed_by_something_else(self, llama):
+        edit = thing_of(llama)
+        edit.apply(llama)
+        with torch.no_grad():
+            llama.get_submodule(LLAMA_DOWN.format(0)).weight[2] += 1
+        before = weights(llama)
+        with pytest.raises(ValueError, match="changed by something else since"):
+            edit.take_back(llama)
+        with pytest.raises(ValueError, match="the base cannot be restored; load the model again"):
+            set_edits(llama, [])
+        with pytest.raises(ValueError, match="changed by something else since they were written"):
+            edit.apply(llama)
+        assert weights(llama) == before
+
+    def test_rows_changed_inside_applied_are_put_back(self, llama):
+        before = weights(llama)
+        with thing_of(llama).applied(llama), torch.no_grad():
+            llama.get_submodule(LLAMA_DOWN.format(0)).weight[2] += 1
+        assert weights(llama) == before
+
+
+@torch.no_grad()
+def _as_easyedit(model, originals):
+    parameters = dict(model.named_parameters())
+    for name, value in originals.items():
+        parameters[name][...] = value
