@@ -12,6 +12,7 @@ import sys
 from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.machine import keep_large_blocks
 from kne_easyedit.cli import (
+    adapter,
     ask,
     cache,
     data,
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         edits,
         ask,
         show,
+        adapter,
         hparams,
         run,
         doctor,

@@ -142,16 +142,25 @@ def with_overrides(
         raise ValueError(f"{' and '.join(_options(overrides, model, modules))}: {error}") from error
 
 
-def load_settings(arguments: argparse.Namespace) -> KNEHyperParams:
+def sparing() -> dict[str, object]:
+    """The settings of the benchmark's KNE-spare that differ from the shipped ones: they leave neighbours alone."""
+    return dict(read_settings(shipped() / "benchmark" / "method" / "kne_spare.yaml")["settings"])
+
+
+def load_settings(arguments: argparse.Namespace, first: Mapping[str, object] | None = None) -> KNEHyperParams:
     """The hyperparameters that the arguments of `add_settings` name, with absolute paths.
 
     Without a file they are those of the model: of the shipped file that names it, else as `kne hparams` writes them.
+
+    Args:
+        arguments: Of `add_settings`.
+        first: Settings in place of the file's; ``--set`` overrides them.
 
     Raises:
         FileNotFoundError, ValueError: As `read_settings`, `from_hparams` and `settings_file.settings_for`.
     """
     path: Path | None = arguments.hparams
-    overrides = overrides_of(arguments.set)
+    overrides = {**(first or {}), **overrides_of(arguments.set)}
     if path is None:
         model = str(arguments.model or overrides.get("model_name") or SHIPPED)
         path = shipped_for(model)

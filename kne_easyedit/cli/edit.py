@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kne_easyedit.cli.common import add_overrides, load_settings, positive, require_folder
+from kne_easyedit.cli.common import add_overrides, load_settings, positive, require_folder, sparing
 
 if TYPE_CHECKING:
     from kne_easyedit.edits.store import EditStore
@@ -24,6 +24,9 @@ def add_commands(commands: Any) -> None:
         type=Path,
         metavar="FILE",
         help="KNE's YAML (default: the shipped one of the model, else as `kne hparams` writes it)",
+    )
+    parser.add_argument(
+        "--spare", action="store_true", help="leave neighbours of the facts alone: the benchmark's settings KNE-spare"
     )
     parser.add_argument("--prompt", help="the beginning of a sentence, e.g. 'The capital of France is'")
     parser.add_argument("--target", help="the new answer")
@@ -63,7 +66,7 @@ def _edit(arguments: argparse.Namespace) -> int:
 
     store = _store(arguments)
     requests = _requests(arguments)
-    hparams = load_settings(arguments)
+    hparams = load_settings(arguments, sparing() if arguments.spare else {})
     model, tokenizer = load_model(hparams)
     if store is not None:
         store.apply(model)

@@ -84,6 +84,22 @@ def test_without_settings_they_are_made_for_the_model(tiny, capsys):
     assert edit.hparams["target_modules"] == ["model.layers.{}.mlp.down_proj"] and edit.answers[0].greedy
 
 
+def test_settings_that_spare_neighbours(tiny, monkeypatch):
+    given = []
+
+    def stop(hparams):
+        given.append(hparams)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("kne_easyedit.models.loading.load_model", stop)
+    for options in ((), ("--spare",), ("--spare", "--set", "stop_loss=0.2")):
+        assert kne("edit", *FACT, "--hparams", "kne.yaml", *options, "--out", "spare") == 1
+    plain, spare, changed = given
+    assert (plain.optimizer, plain.input_projection) == ("adamw", False)
+    assert (spare.optimizer, spare.input_projection, spare.stop_loss) == ("polyak", True, 0.3)
+    assert (changed.optimizer, changed.stop_loss) == ("polyak", 0.2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

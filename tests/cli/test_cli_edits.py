@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_llama, make_tokenizer, tiny_hparams, weights, with_same_threads
 
 from kne_easyedit import cli
@@ -150,3 +151,36 @@ def test_ask_and_show_tell_a_store_from_an_edit(store, tmp_path, capsys):
     assert kne("edits", "remove", store, "rome", "latin") == 0
     assert kne("ask", store, "Rome") == 1
     assert "holds no edit" in capsys.readouterr().err
+
+
+def test_the_active_edits_become_one_adapter(store, folder, tmp_path, capsys):
+    """In another process PEFT alone gives the answers: see tests/edits; here it loads what the command has written."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert kne("adapter", store, "--out", str(tmp_path / "all"), "--base-name", "somebody/tiny") == 0
+    out = capsys.readouterr().out
+    assert "portable adapter of rank" in out
+    model = base(folder)
+    EditStore(store).apply(model)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "tiny-model")
+    merged = PeftModel.from_pretrained(plain, str(tmp_path / "all")).merge_and_unload()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), weight)
+    assert weights(merged) != weights(base(folder))
+
+
+def test_a_reduced_adapter_is_asked_again(store, folder, tmp_path, capsys):
+    assert kne("adapter", "rome", "--out", str(tmp_path / "small"), "--max-rank", "4") == 0
+    out = capsys.readouterr().out
+    assert "of the change left out" in out and "The capital of France is  ->  Rome   P " in out
+    assert kne("adapter", "rome", "--out", str(tmp_path / "free"), "--max-rank", "2", "--no-check") == 0
+    assert " P " not in capsys.readouterr().out
+
+
+def test_no_adapter_of_nothing(store, tmp_path, capsys):
+    assert kne("adapter", "rome", "--out", "rome") == 1
+    assert "rome exists" in capsys.readouterr().err
+    assert kne("edits", "off", store, "rome", "latin") == 0
+    assert kne("adapter", store, "--out", str(tmp_path / "x")) == 1
+    assert "no edit of" in capsys.readouterr().err and not (tmp_path / "x").exists()
