@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ class Questions:
             Question(one["prompt"], fact.prompt, fact, self._old(model, one, fact)) for one, fact in zip(shown, facts)
         )
         self.neighbours: tuple[tuple[Question, ...], ...] = tuple(
-            self._neighbours(model, requests, number, neighbours) for number in range(len(shown))
+            self._neighbours(model, requests, len(shown), neighbours) if neighbours > 0 else [()] * len(shown)
         )
         self._length = max(SHOWN, *(len(fact.answer) + 2 for fact in facts))
 
@@ -111,20 +111,18 @@ class Questions:
         prompt = fact.ids[: fact.prompt_length]
         return Fact(fact.prompt, self._tokenizer.decode(ids).strip(), (*prompt, *ids), len(prompt))
 
-    def _neighbours(self, model: Any, requests: Sequence[Mapping], number: int, n: int) -> tuple[Question, ...]:
-        if n < 1:
-            return ()
-        request, exclude = requests[number], run_exclusions(requests)
-        pools = (
-            lambda: FactPool.of_requests(requests),
-            packaged_pool,
-            lambda: own_pool(model, self._tokenizer, request) if number == 0 else FactPool([]),
-        )
-        for pool in pools:
-            found = pool().relation_prompts(request, n, held_out=True, exclude=exclude)
-            if found:
-                return tuple(Question(one.prompt, self._asked(one.prompt)) for one in found)
-        return ()
+    def _neighbours(
+        self, model: Any, requests: Sequence[Mapping], shown: int, n: int
+    ) -> Iterator[tuple[Question, ...]]:
+        """Of each of the first requests its neighbours."""
+        exclude, own = run_exclusions(requests), FactPool.of_requests(requests)
+        for number, request in enumerate(requests[:shown]):
+            found = own.relation_prompts(request, n, held_out=True, exclude=exclude)
+            found = found or packaged_pool().relation_prompts(request, n, held_out=True, exclude=exclude)
+            if not found and number == 0:  # the model is asked to name subjects, which takes some seconds
+                pool = own_pool(model, self._tokenizer, request)
+                found = pool.relation_prompts(request, n, held_out=True, exclude=exclude)
+            yield tuple(Question(one.prompt, self._asked(one.prompt)) for one in found)
 
 
 def answers_to(model: Any, tokenizer: Tokenizer, prompts: Sequence[str], length: int = SHOWN) -> list[str]:
