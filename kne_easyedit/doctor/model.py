@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kne_easyedit._util.files import expand_path
 from kne_easyedit.bridge.edited_modules import depth, vocabulary
 from kne_easyedit.bridge.loaded_model import prepare_tokenizer
 from kne_easyedit.bridge.methods import require_undoable
@@ -110,8 +111,9 @@ def local_folder(name: str) -> Path:
         from kne_easyedit.models.smollm2 import smollm2_path
 
         return smollm2_path()
-    if Path(name).is_dir():
-        return Path(name).absolute()
+    path = expand_path(name) if name[:1] == "~" or "$" in name else Path(name)  # as `load_model` takes it
+    if path.is_dir():
+        return path.absolute()
     from huggingface_hub import snapshot_download
 
     try:

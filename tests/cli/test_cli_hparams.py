@@ -155,6 +155,15 @@ def test_what_cannot_be_read_is_one_line_and_nothing_is_written(saved, tmp_path,
     assert (tmp_path / "there.yaml").read_text() == "mine\n" and not (tmp_path / "new.yaml").exists()
 
 
+def test_a_folder_may_be_named_by_a_variable(saved, tmp_path, monkeypatch, capsys):
+    saved(make_llama(), "home/model")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MODELS", str(tmp_path / "home"))
+    for name in ("~/model", "$MODELS/model"):
+        assert kne("hparams", name) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["model_name"] == name
+
+
 def test_a_shipped_file_is_named(saved, capsys, monkeypatch):
     """Its settings were tried, those of the command were not."""
     folder = saved(make_llama())
