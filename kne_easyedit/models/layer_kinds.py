@@ -38,6 +38,11 @@ _LIBRARIES = {
 }
 
 
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether it is a layer of bitsandbytes, 8 or 4 bit: it can be trained beside, but nothing can be added to it."""
+    return any(cls.__module__.split(".")[0] == "bitsandbytes" for cls in type(module).__mro__)
+
+
 def known_kind(*things: object) -> tuple[str, str] | None:
     """The kind of a layer (or weight) that is listed here, and what to do; None for all others."""
     for thing in things:
