@@ -89,8 +89,7 @@ def require_unquantised(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         if found := known_kind(module, module._parameters.get("weight")):
             raise ValueError(
-                f"edit: {name} cannot take it: its weight is {found[0]}, and merging would round what is added to its "
-                f"few bits; keep the edit beside the model (kne_easyedit.edits.save_adapter, model.load_adapter), or "
+                f"edit: {name} cannot take it: its weight is {found[0]}, and merging would round what is added; "
                 f"{found[1]}"
             )
 

@@ -53,7 +53,8 @@ def model_digest(model: nn.Module) -> str:
             f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + hashlib.sha256(data).digest()
         ).hexdigest()
 
-    tensors = [*model.named_parameters(), *model.named_buffers(), *_quantisation_states(model)]
+    states = [*_quantisation_states(model)]  # first: it unpacks 4-bit weights (`preserve_state`)
+    tensors = [*model.named_parameters(), *model.named_buffers(), *states]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets other threads run
         digests = list(pool.map(of_tensor, tensors))
     settings: Any = model.config
