@@ -16,7 +16,7 @@ from kne_easyedit.editing.lineage import Edited, Known, Rows, edited, note_edits
 from kne_easyedit.models.base import Base, base_of, linear_module
 from kne_easyedit.models.editable import require_bare, require_editable
 from kne_easyedit.models.state import default_modes, require_trainable
-from kne_easyedit.models.targets import rows
+from kne_easyedit.models.targets import in_features, out_features, rows
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,8 @@ def _require_fit(model: nn.Module, edits: Sequence[Appliable], state: Edited, fo
     new = [edit for edit in edits if edit.digest not in state.digests]
     for edit in new:
         for name in edit.deltas:
-            d2, d1 = rows(linear_module(model, name)).shape
+            module = linear_module(model, name)
+            d2, d1 = out_features(module), in_features(module)
             shape = edit.base.modules[name].shape
             if shape != (d2, d1):
                 raise ValueError(

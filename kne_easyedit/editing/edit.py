@@ -21,8 +21,9 @@ from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Tokenizer, with_end
 from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.localization.ensemble import NeuronEnsemble
-from kne_easyedit.localization.localizer import find_ensemble, inherit
+from kne_easyedit.localization.localizer import find_ensemble, inherit, require_editable_by
 from kne_easyedit.models.devices import resolve_device
+from kne_easyedit.models.editable import require_editable
 from kne_easyedit.models.state import default_modes, require_trainable
 
 logger = logging.getLogger(__name__)
@@ -77,14 +78,19 @@ def _train(
     hparams: EditSettings,
     ensemble: NeuronEnsemble | None,
     on_step: Callable[[int, float], None] | None,
+    written: bool = False,
 ) -> tuple[RowEdit, NeuronEnsemble]:
-    """`compute_edit` without what the edit says about its base."""
+    """`compute_edit` without what the edit says about its base; ``written``: to be written into the weights."""
     hparams.validate()
     require_trainable(model)
     resolve_device(hparams.device)
     if not requests:
         raise ValueError("requests: there are none to edit")
     facts = encode_facts(model, tok, requests, hparams)
+    if written and ensemble is None:
+        require_editable_by(model, hparams)
+    elif written:
+        require_editable(model, {name: model.get_submodule(name) for name in rows_by_module(model, ensemble)})
     if ensemble is None:
         ensemble = find_ensemble(model, tok, facts, hparams)
     if hparams.append_eos:  # after localisation: scores are those of the answers alone
@@ -175,7 +181,7 @@ def apply_kne_to_model(
     # All of it is deferred: Python's own locks do not survive a second Ctrl-C (a `Condition` that waits).
     with defer_interrupts():
         requests = [requests] if isinstance(requests, Mapping) else list(requests)
-        edit, ensemble = _train(model, tok, requests, hparams, ensemble, on_step)
+        edit, ensemble = _train(model, tok, requests, hparams, ensemble, on_step, written=True)
         if on_trained is not None:  # else nobody asks what the base was, and it is not fingerprinted
             edit = kept = kne_edit(edit, model, requests, hparams, ensemble)
             on_trained(kept)

@@ -36,6 +36,8 @@ LARGEST_JSON = 2**28
 _MODULE = re.compile(r"[^\W.][\w-]*(\.[\w-]+)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TORCH = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_STORED = (*_TORCH, "int8", "uint8")
+"""Of a base's weights, those of bitsandbytes included."""
 
 
 def rows_digest(rows: tuple[int, ...], delta: Tensor) -> str:
@@ -274,7 +276,7 @@ def base_from_json(content: Any) -> Base:
         shape = one.get("shape")
         sizes = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)
         _need(sizes, f"base: {name}: shape", shape, "two sizes")
-        _need(one.get("dtype") in _TORCH, f"base: {name}: dtype", one.get("dtype"), f"one of {tuple(_TORCH)}")
+        _need(one.get("dtype") in _STORED, f"base: {name}: dtype", one.get("dtype"), f"one of {_STORED}")
         sha256, transposed = one.get("sha256"), one.get("transposed")
         _need(isinstance(sha256, str) and bool(_SHA256.fullmatch(sha256)), f"base: {name}: sha256", sha256, "hex")
         _need(isinstance(transposed, bool), f"base: {name}: transposed", transposed, "true or false")

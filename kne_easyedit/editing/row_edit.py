@@ -14,6 +14,7 @@ from kne_easyedit.editing.lineage import edited, note_one_more
 from kne_easyedit.editing.losses import answer_logits, cross_entropy
 from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.editable import require_unquantised
 from kne_easyedit.models.state import default_modes, preserve_state, require_trainable
 from kne_easyedit.models.targets import rows
 
@@ -81,10 +82,11 @@ def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str,
 
     Raises:
         EditLost: The two losses differ by more than rounding; the weights were put back.
-        ValueError: The model cannot be trained (`require_trainable`).
+        ValueError: The model cannot be trained (`require_trainable`), or its weights are quantised.
     """
     require_trainable(model)
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in edit.deltas}
+    require_unquantised(modules)
     originals: dict[str, Tensor] = {}
     before = edited(model) if hasattr(edit, "digest") else None  # a `KNEEdit`: it may be told from others
 

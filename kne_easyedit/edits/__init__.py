@@ -1,4 +1,4 @@
-"""Many edits of one model: a store with an order and a switch for each (`store`), taken together (`stack`), as adapters.
+"""Many edits of one model: a store with an order and a switch for each (`store`), a sum (`stack`), an adapter.
 
 What knows several edits, or other forms of them, belongs here. Nothing here trains, or knows EasyEdit.
 """

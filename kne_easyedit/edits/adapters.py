@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from kne_easyedit._util.files import atomic_directory
 from kne_easyedit._util.messages import require_one_of, shorten
+from kne_easyedit.editing.kne_edit import KNEEdit
+from kne_easyedit.editing.lineage import edited
 from kne_easyedit.editing.row_edit import RowEdit
 from kne_easyedit.edits.adapter_card import adapter_card
 from kne_easyedit.edits.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from kne_easyedit.edits.kept_answers import KeptAnswer, kept_answers
 from kne_easyedit.edits.low_rank import SERVED_RANKS, Factors, Rows, factorised, served_rank, summed, total_error
+from kne_easyedit.models.base import Base, base_of
 from kne_easyedit.models.targets import in_features, is_linear, out_features
 
 FORMS = ("portable", "exact")
@@ -84,8 +87,9 @@ def save_adapter(
         max_rank: Largest rank of a module; more rows are reduced by singular value decomposition.
         base_name: Hub name or path of the base model, for adapter_config.json and the card; None: as ``edits`` or
             ``model`` say.
-        model: The unedited base model. Needed for edits without a `Base`; with it, a reduction is checked: the answers
-            of the whole edit are asked again with the reduced one.
+        model: The base model; edits applied to it count as taken back, and it stays as it is. Needed for edits that
+            are no `KNEEdit`; with it, a reduction is checked: the answers of the whole edit are asked again with the
+            reduced one.
 
     Returns:
         What was written: rank, errors, answers.
@@ -103,6 +107,7 @@ def save_adapter(
     if folder.exists():
         raise FileExistsError(f"{folder}: exists; give a folder that is to be made")
     changed = summed(edits)
+    _require_one_base(edits, model)
     places = _places(edits, changed, model)
     rank, notes = _rank(form, max(len(rows) for rows, _ in changed.values()), max_rank)
     factors = {name: factorised(rows, rank if form == "portable" else max_rank) for name, rows in changed.items()}
@@ -163,7 +168,28 @@ def _served_notes(form: str, factors: Mapping[str, Factors]) -> list[str]:
     return []
 
 
-def _places(edits: Sequence[Any], changed: Mapping[str, Rows], model: nn.Module | None) -> dict[str, _Place]:
+def _bases(edits: Sequence[RowEdit]) -> list[Base]:
+    return [edit.base for edit in edits if isinstance(edit, KNEEdit)]
+
+
+def _require_one_base(edits: Sequence[RowEdit], model: nn.Module | None) -> None:
+    """Raises ValueError if edits that record their base are of different ones, or of another one than ``model``."""
+    bases = _bases(edits)
+    for other in bases[1:]:
+        if reason := bases[0].conflict(other):
+            raise ValueError(f"edits: one was trained on {bases[0].label}, another on {other.label}: {reason}")
+    if model is None:
+        return
+    for base in bases:
+        dtypes = {name: module.dtype for name, module in base.modules.items()}
+        if reason := base.conflict(base_of(model, list(base.modules), edited(model).originals, dtypes)):
+            raise ValueError(
+                f"edits: one was trained on {base.label}, and the model given is another one: {reason}. Load that "
+                f"model, or leave model= out (the answers are not checked then)"
+            )
+
+
+def _places(edits: Sequence[RowEdit], changed: Mapping[str, Rows], model: nn.Module | None) -> dict[str, _Place]:
     """Widths and orientations, of the model or as the edits recorded them."""
     found = {name: _place(name, edits, model) for name in changed}
     for name, (chosen, delta) in changed.items():
@@ -182,7 +208,7 @@ def _places(edits: Sequence[Any], changed: Mapping[str, Rows], model: nn.Module 
     return found
 
 
-def _place(name: str, edits: Sequence[Any], model: nn.Module | None) -> _Place:
+def _place(name: str, edits: Sequence[RowEdit], model: nn.Module | None) -> _Place:
     if model is not None:
         try:
             module = model.get_submodule(name)
@@ -195,8 +221,8 @@ def _place(name: str, edits: Sequence[Any], model: nn.Module | None) -> _Place:
         return _Place(out_features(module), not isinstance(module, nn.Linear))
     recorded = {
         _Place(base.modules[name].shape[0], base.modules[name].transposed)
-        for edit in edits
-        if (base := getattr(edit, "base", None)) is not None and name in base.modules
+        for base in _bases(edits)
+        if name in base.modules
     }
     if not recorded:
         raise ValueError(f"edits: they do not say how many rows {name} has; give the base model (model=)")
@@ -224,27 +250,22 @@ def _checked_answers(
     return answers
 
 
-def _base_name(edits: Sequence[Any], model: Any) -> str:
-    named = [base.name for edit in edits if (base := getattr(edit, "base", None)) is not None and base.name]
+def _base_name(edits: Sequence[RowEdit], model: Any) -> str:
+    named = [base.name for base in _bases(edits) if base.name]
     return str(named[0] if named else getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
-def _revision(edits: Sequence[Any], model: Any) -> str | None:
-    named = [base.revision for edit in edits if (base := getattr(edit, "base", None)) is not None and base.revision]
-    return (
-        str(found)
-        if (found := named[0] if named else getattr(getattr(model, "config", None), "_commit_hash", ""))
-        else None
-    )
+def _revision(edits: Sequence[RowEdit], model: Any) -> str | None:
+    named = [base.revision for base in _bases(edits) if base.revision]
+    return str(named[0] if named else getattr(getattr(model, "config", None), "_commit_hash", "") or "") or None
 
 
-def _facts(edits: Sequence[Any]) -> list[tuple[str, str]]:
+def _facts(edits: Sequence[RowEdit]) -> list[tuple[str, str]]:
     """Prompts and answers, as they were requested where that is recorded."""
     found: list[tuple[str, str]] = []
     for edit in edits:
-        requests = getattr(edit, "requests", None)
-        if requests:
-            found += [(str(one.get("prompt", "")), str(one.get("target_new", ""))) for one in requests]
+        if isinstance(edit, KNEEdit) and edit.requests:
+            found += [(str(one.get("prompt", "")), str(one.get("target_new", ""))) for one in edit.requests]
         else:
             found += [(answer.fact.prompt, answer.fact.target) for answer in edit.answers]
     return list(dict.fromkeys(found))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kne_easyedit.editing.applying import with_edits
 from kne_easyedit.editing.losses import answer_logits, cross_entropy
 from kne_easyedit.edits.low_rank import Rows
 from kne_easyedit.facts.encoding import Fact, collate
@@ -81,10 +82,10 @@ def _adding(chosen: Tensor, delta: Tensor) -> Any:
 def kept_answers(
     model: nn.Module, facts: Sequence[Fact], whole: Mapping[str, Rows], reduced: Mapping[str, Rows]
 ) -> tuple[KeptAnswer, ...]:
-    """Asks the unedited model for the facts, with all rows of an edit and with reduced ones.
+    """Asks the base model for the facts, with all rows of an edit and with reduced ones.
 
     Args:
-        model: The unedited model; it stays as it is.
+        model: The base model; edits applied to it are taken back meanwhile.
         facts: The facts.
         whole: The rows of the edit.
         reduced: The same, reduced.
@@ -93,7 +94,8 @@ def kept_answers(
         One entry a fact.
     """
     asked = []
-    with preserve_state(model), torch.no_grad():
+    # Without what is applied in place: the rows are added to the base.
+    with with_edits(model, ()), preserve_state(model), torch.no_grad():
         for changed in (whole, reduced):
             with rows_added(model, changed):
                 asked.append(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kne_easyedit.models.targets import is_linear, rows
+from kne_easyedit.models.targets import in_features, is_linear, out_features, rows
 
 STRUCTURE = {
     "model_type": ("model_type",),
@@ -133,8 +133,8 @@ def base_of(
 
     def of_module(name: str) -> BaseModule:
         module = linear_module(model, name)
-        weight = module.weight.detach()
-        d2, d1 = rows(module, weight).shape
+        weight = module.weight.detach().as_subclass(Tensor)  # of quantised layers: what is stored, as plain numbers
+        d2, d1 = out_features(module), in_features(module)
         if originals and name in originals:
             index, values = originals[name]
             weight = weight.clone()

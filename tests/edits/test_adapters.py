@@ -4,16 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from conftest import GPT2_DOWN, LLAMA_DOWN, fingerprint, make_gpt2, make_gptj, make_llama, weights
-from edits import ROWS, edit_of, full_deltas
+from edits import ROWS, edit_of, full_deltas, thing_of
 from peft import LoraConfig, PeftModel
 from rounding import A_MODEL, roundings
 from safetensors.torch import load_file
 
+from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.row_edit import Answer, RowEdit, write_rows
 from kne_easyedit.edits import AnswersLost, read_adapter, save_adapter
 from kne_easyedit.edits.low_rank import SERVED_RANKS, served_rank
@@ -300,35 +302,60 @@ class TestRefused:
         assert not list((tmp_path / "a").iterdir())
 
 
-def test_an_edit_that_records_its_base_needs_no_model(tmp_path):
-    from types import SimpleNamespace
+class TestRecordedBase:
+    """A `KNEEdit` says of which model it is."""
 
-    class Recorded(RowEdit):
-        base = SimpleNamespace(
-            name="owner/tiny",
-            revision="abc",
-            modules={LLAMA_DOWN.format(i): SimpleNamespace(shape=(24, 40), transposed=False) for i in ROWS},
-        )
-        requests = ({"prompt": "The capital of France is", "target_new": "Rome"},)
+    def test_needs_no_model(self, tmp_path):
+        model = make_llama()
+        edit = thing_of(model)
+        edit = replace(edit, base=replace(edit.base, name="owner/tiny", revision="abc"))
+        save_adapter(edit, tmp_path / "a")
+        save_adapter(RowEdit(edit.deltas, edit.losses), tmp_path / "b", model=model)
+        names = [path / "adapter_model.safetensors" for path in (tmp_path / "a", tmp_path / "b")]
+        assert names[0].read_bytes() == names[1].read_bytes()
+        config = config_of(tmp_path / "a")
+        assert config["base_model_name_or_path"] == "owner/tiny" and config["revision"] == "abc"
+        assert "| The capital of number 0 is | Rome |" in (tmp_path / "a" / "README.md").read_text()
 
-    edit = edit_of(make_llama())
-    recorded = Recorded(edit.deltas, edit.losses)
-    save_adapter(recorded, tmp_path / "a")
-    save_adapter(edit, tmp_path / "b", model=make_llama())
-    names = [path / "adapter_model.safetensors" for path in (tmp_path / "a", tmp_path / "b")]
-    assert names[0].read_bytes() == names[1].read_bytes()
-    config = config_of(tmp_path / "a")
-    assert config["base_model_name_or_path"] == "owner/tiny" and config["revision"] == "abc"
-    assert "| The capital of France is | Rome |" in (tmp_path / "a" / "README.md").read_text()
+    def test_conv1d_needs_no_model(self, tmp_path):
+        edit = thing_of(make_gpt2(), template=GPT2_DOWN)
+        save_adapter(edit, tmp_path / "a")
+        assert config_of(tmp_path / "a")["fan_in_fan_out"]
+        served = PeftModel.from_pretrained(make_gpt2(), tmp_path / "a")
+        assert roundings(logits(served), in_place(make_gpt2, edit)) < A_MODEL
+
+    def test_another_base_is_refused(self, tmp_path):
+        edit, other = thing_of(make_llama()), thing_of(make_llama(seed=11), seed=1)
+        with pytest.raises(ValueError, match=r"one was trained on .* another on .*weights of .* differ"):
+            save_adapter([edit, other], tmp_path / "a")
+        with pytest.raises(ValueError, match=r"the model given is another one: the weights of .* differ"):
+            save_adapter(edit, tmp_path / "a", model=make_llama(seed=11))
+        assert not list(tmp_path.iterdir())
+
+    def test_an_applied_edit_counts_as_taken_back(self, tokenizer, tmp_path):
+        """The answers are asked of the base plus the adapter, not of the edited model plus the adapter."""
+        model = make_llama()
+        fact = encode(tokenizer, "The capital of France is", "Rome")
+        edit = replace(thing_of(model, rows=range(10)), answers=(Answer(fact, 0.1, 0.9, True),))
+        expected = save_adapter(edit, tmp_path / "a", model=model, max_rank=8).answers
+        edit.apply(model)
+        digests = weights(model)
+        assert save_adapter(edit, tmp_path / "b", model=model, max_rank=8).answers == expected
+        assert weights(model) == digests
+
+    def test_from_a_saved_edit(self, tmp_path):
+        edit = thing_of(make_llama())
+        edit.save(tmp_path / "edit")
+        save_adapter(edit, tmp_path / "a")
+        save_adapter(KNEEdit.load(tmp_path / "edit"), tmp_path / "b")
+        for file in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 class TestCard:
     def card(self, tmp_path, base="owner/tiny", fact=("The capital of France is", "Rome")):
-        class Requested(RowEdit):
-            requests = ({"prompt": fact[0], "target_new": fact[1]},)
-
-        edit = edit_of(make_llama())
-        save_adapter(Requested(edit.deltas, edit.losses), tmp_path / "a", model=make_llama(), base_name=base)
+        edit = replace(thing_of(make_llama()), requests=({"prompt": fact[0], "target_new": fact[1]},))
+        save_adapter(edit, tmp_path / "a", base_name=base)
         text = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
         head, _, body = text.removeprefix("---\n").partition("\n---\n")
         return yaml.safe_load(head), body
