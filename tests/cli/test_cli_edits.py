@@ -90,6 +90,18 @@ def test_edit_ask_new_process_off_and_the_base_again(store, folder, capsys):
     assert weights(model) == both
 
 
+def test_a_data_file_is_localised_on_the_base(store, folder, tmp_path):
+    """As in one process: so its scores are cached, and all edits of a store share their neurons."""
+    data = tmp_path / "data.csv"
+    data.write_text("prompt,target_new\nThe capital of Spain is,Madrid\nThe capital of Peru is,Lima\n")
+    for fact, target in ((FACTS["oslo"], "Oslo"), ("The capital of Italy is", "Lima")):
+        arguments = ("--prompt", fact, "--target", target, *settings(folder), "--set", f"localization_data={data}")
+        assert kne("edit", *arguments, "--store", store, "--name", target) == 0
+    edits = {entry.id: EditStore(store).edit(entry.id).ensemble.members() for entry in EditStore(store).list()}
+    assert edits["Oslo"] == edits["Lima"]
+    assert edits["rome"] != edits["latin"]  # each on its own request
+
+
 def test_what_was_trained_on_top_is_named_and_measured(store, capsys, caplog):
     assert kne("edits", "check", store) == 0
     assert "every fact that was reached is there" in capsys.readouterr().out
