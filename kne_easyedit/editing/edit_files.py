@@ -52,17 +52,24 @@ class StoredDeltas(Mapping[str, tuple[tuple[int, ...], Tensor]]):
         path: The file.
         rows: Module name -> its rows.
         digests: Module name -> SHA-256 of the values.
+        found: Module name -> its place in the file.
 
     Raises:
         ValueError: On reading: the file has changed since it was checked.
         OSError: On reading: it is gone, or cannot be read.
     """
 
-    def __init__(self, path: Path, rows: Mapping[str, tuple[int, ...]], digests: Mapping[str, str]):
+    def __init__(
+        self,
+        path: Path,
+        rows: Mapping[str, tuple[int, ...]],
+        digests: Mapping[str, str],
+        found: Mapping[str, Place],
+    ):
         self.path = path
         self.rows = rows
         self.digests = digests
-        self._places = places(path)
+        self._places = found
 
     def __getitem__(self, name: str) -> tuple[tuple[int, ...], Tensor]:
         rows = self.rows[name]
@@ -248,6 +255,7 @@ def _deltas(modules: dict[str, Any], base: Base, path: Path) -> StoredDeltas:
         path,
         {name: tuple(one["rows"]) for name, one in modules.items()},
         {name: one["sha256"] for name, one in modules.items()},
+        there,
     )
     for name in deltas:
         if not deltas[name][1].isfinite().all():

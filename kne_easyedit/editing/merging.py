@@ -115,7 +115,7 @@ def _require_config(source: Path, edits: Sequence[Appliable], force: bool) -> No
             f"model: {source} is quantised ({method or 'quantization_config'}): merging would round the edit to a few "
             f"bits; merge into the unquantised base, or save the edit as an adapter and keep it beside this model"
         )
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    text: dict = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     there = Base("", structure_of(SimpleNamespace(**{str(key): value for key, value in text.items()})), {})
     for edit in edits:
         _refuse(edit, source, Base("", edit.base.config, {}, edit.base.name).conflict(there), force)

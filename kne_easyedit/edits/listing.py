@@ -83,19 +83,19 @@ def _content(found: Any) -> Content:
         raise ValueError(
             f"schema_version: {shorten(version)}, this version of kne_easyedit reads 1 to {SCHEMA_VERSION}"
         )
-    edits = []
-    for one in found["edits"] if isinstance(found.get("edits"), list) else [None]:
-        sound = isinstance(one, dict) and isinstance(one.get("on"), bool) and isinstance(one.get("digest"), str)
-        for name in ("facts", "trained_on"):
-            sound = sound and isinstance(one.get(name), list) and all(isinstance(text, str) for text in one[name])
-        if not sound:
-            raise ValueError(f"edits: {shorten(one)} is no entry (id, on, digest, facts, trained_on)")
-        entry = Listed(
-            checked_id(one.get("id")), one["on"], one["digest"], tuple(one["facts"]), tuple(one["trained_on"])
-        )
-        edits.append(entry)
+    listed = found.get("edits")
+    edits = [_listed(one) for one in (listed if isinstance(listed, list) else [listed])]
     for name in ("id", "digest"):
         names = [getattr(one, name).casefold() for one in edits]
         if len(set(names)) != len(names):
             raise ValueError(f"edits: {max(names, key=names.count)!r} occurs twice")
     return Content(tuple(edits), None if found.get("base") is None else base_from_json(found["base"]))
+
+
+def _listed(one: Any) -> Listed:
+    sound = isinstance(one, dict) and isinstance(one.get("on"), bool) and isinstance(one.get("digest"), str)
+    for name in ("facts", "trained_on"):
+        sound = sound and isinstance(one.get(name), list) and all(isinstance(text, str) for text in one[name])
+    if not sound:
+        raise ValueError(f"edits: {shorten(one)} is no entry (id, on, digest, facts, trained_on)")
+    return Listed(checked_id(one.get("id")), one["on"], one["digest"], tuple(one["facts"]), tuple(one["trained_on"]))
