@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
-from kne_easyedit.editing.lineage import Edited, Known, Rows, edited, note_edits
+from kne_easyedit.editing.lineage import (
+    Edited,
+    Known,
+    edited,
+    forget_edits,
+    keep_rows,
+    note_edits,
+    states,
+    take_note_back,
+    tidy,
+)
 from kne_easyedit.models.base import Base, base_of, linear_module
 from kne_easyedit.models.editable import require_bare, require_editable
 from kne_easyedit.models.state import default_modes, require_trainable
@@ -27,6 +38,10 @@ class Appliable(Protocol):
     @property
     def deltas(self) -> Mapping[str, tuple[tuple[int, ...], Tensor]]:
         """Module name -> its rows, and what to add to them."""
+
+    @property
+    def rows(self) -> Mapping[str, tuple[int, ...]]:
+        """The rows alone: nothing is read for them."""
 
     @property
     def base(self) -> Base:
@@ -69,57 +84,90 @@ def set_edits(model: nn.Module, edits: Sequence[Appliable], *, force: bool = Fal
             f"that the base cannot be restored; load the model again"
         )
     _require_fit(model, edits, state, force)
-    touched = list(dict.fromkeys([*state.originals, *(name for edit in edits for name in edit.deltas)]))
+    differing = _differing(state, edits)
+    touched = list(dict.fromkeys([*state.originals, *(name for edit in edits for name in edit.rows)]))
     require_editable(model, {name: linear_module(model, name) for name in touched})
+    if state.lost:
+        forget_edits(model)
 
-    written: list[tuple[Tensor, Tensor, Tensor]] = []
+    written: list[tuple[str, Tensor, Tensor | None]] = []
 
     def put_back() -> None:
         with default_modes(model), torch.no_grad():
-            for weight, index, values in written:
-                weight[index] = values
+            for name, index, values in written:
+                weight = rows(linear_module(model, name))
+                values = keep_rows(model, name, index.tolist())[1] if values is None else values
+                weight[index.to(weight.device)] = values.to(weight.device)
             torch.clear_autocast_cache()
-        note_edits(model, state.edits, state.originals)
+        take_note_back(model, noted)
 
-    originals: dict[str, Rows] = {}
+    noted = states(model)
+    changed = {name: {row for edit in edits for row in edit.rows.get(name, ())} for name in touched}
     with defer_interrupts(undo=put_back), default_modes(model):
         try:
             with torch.no_grad():
                 for name in touched:
+                    if differing is None:
+                        other = {
+                            *changed[name],
+                            *(state.originals[name][0].tolist() if name in state.originals else ()),
+                        }
+                    else:
+                        other = {row for edit in differing for row in edit.rows.get(name, ())}
+                    if not other:
+                        continue
+                    index, base = keep_rows(model, name, sorted(other))
                     weight = rows(linear_module(model, name))
-                    ours = [edit.deltas[name] for edit in edits if name in edit.deltas]
-                    changed = sorted({row for chosen, _ in ours for row in chosen})
-                    known, before = state.originals.get(name, (torch.tensor([], dtype=torch.long), None))
-                    index = torch.tensor(sorted({*changed, *known.tolist()}), dtype=torch.long)
                     place = index.to(weight.device)
-                    now = weight[place]
-                    base = now if before is None else now.clone()
-                    if before is not None:
-                        base[torch.searchsorted(index, known).to(base.device)] = before.to(base.device)
-                    written.append((weight, place, now))
-                    weight[place] = add_rows(base, index, ours)
-                    if changed:
-                        own = torch.searchsorted(index, torch.tensor(changed))
-                        kept = base if len(changed) == len(index) else base[own.to(base.device)]
-                        originals[name] = torch.tensor(changed), kept
+                    # What the rows hold without edits is kept anyway, and not kept twice.
+                    written.append((name, index, weight[place] if state.edits else None))
+                    weight[place] = add_rows(base, index, [_part(edit, name, other) for edit in edits]).to(
+                        weight.device
+                    )
             torch.clear_autocast_cache()  # the caller's autocast keeps copies of the old weights
-            note_edits(model, tuple(Known(edit.digest, edit) for edit in edits), originals)
+            known = tuple(Known(edit.digest, edit) for edit in edits)
+            note_edits(model, known, {name: sorted(found) for name, found in changed.items()})
         except BaseException:
             put_back()
             raise
+    tidy(model)  # not before: an interrupt at the end of the block still needs what the rows held
 
 
-def add_rows(base: Tensor, index: Tensor, deltas: Sequence[tuple[tuple[int, ...], Tensor]]) -> Tensor:
+def _differing(state: Edited, edits: Sequence[Appliable]) -> list[Appliable] | None:
+    """The edits whose rows may hold other values than before; None: all that the model has and gets."""
+    before = [known.edit for known in state.edits]
+    if any(edit is None or isinstance(edit, ref) for edit in before):
+        return None  # written one by one (`write_rows`), and rounded every time
+    old, new = {edit.digest: edit for edit in before}, {edit.digest: edit for edit in edits}
+    if [digest for digest in old if digest in new] != [digest for digest in new if digest in old]:
+        return [*{**old, **new}.values()]
+    return [edit for digest, edit in {**old, **new}.items() if (digest in old) != (digest in new)]
+
+
+def _part(edit: Appliable, name: str, wanted: set[int]) -> tuple[tuple[int, ...], Tensor] | None:
+    """What an edit adds to some rows of a module; None: nothing. Rows are read only where there are some."""
+    chosen = edit.rows.get(name, ())
+    own = [i for i, row in enumerate(chosen) if row in wanted]
+    if not own:
+        return None
+    delta = edit.deltas[name][1]
+    if len(own) == len(chosen):
+        return chosen, delta
+    return tuple(chosen[i] for i in own), delta[torch.tensor(own, device=delta.device)]
+
+
+def add_rows(base: Tensor, index: Tensor, parts: Iterable[tuple[tuple[int, ...], Tensor] | None]) -> Tensor:
     """Rows plus deltas, added in order in the deltas' precision (the rows', if that is higher) and rounded once.
 
     Args:
         base: The rows without edits, ``(n, d1)``; it is not changed.
         index: Their numbers, ascending.
-        deltas: Numbers of some of them, and what to add: ``(m, d1)``.
+        parts: Numbers of some of them, and what to add: ``(m, d1)``; or None: nothing.
 
     Returns:
-        The rows in the type of ``base``; ``base`` itself, if there are no deltas.
+        The rows in the type of ``base``; ``base`` itself, if nothing is added.
     """
+    deltas = [part for part in parts if part is not None]
     if not deltas:
         return base
     total = base.to(reduce(torch.promote_types, (delta.dtype for _, delta in deltas), base.dtype), copy=True)
@@ -133,7 +181,7 @@ def _require_fit(model: nn.Module, edits: Sequence[Appliable], state: Edited, fo
     """Raises ValueError for an edit that is new to the model, and of another base."""
     new = [edit for edit in edits if edit.digest not in state.digests]
     for edit in new:
-        for name in edit.deltas:
+        for name in edit.rows:
             module = linear_module(model, name)
             d2, d1 = out_features(module), in_features(module)
             shape = edit.base.modules[name].shape
@@ -179,7 +227,7 @@ def with_edits(model: nn.Module, edits: Sequence[Appliable], *, force: bool = Fa
     """
     before = edited(model).at_hand()
     set_edits(model, edits, force=force)
-    kept = edited(model).originals
+    kept = dict(edited(model).originals)
     try:
         yield model
     finally:

@@ -87,10 +87,11 @@ def _train(
     if not requests:
         raise ValueError("requests: there are none to edit")
     facts = encode_facts(model, tok, requests, hparams)
-    if written and ensemble is None:
-        require_editable_by(model, hparams)
-    elif written:
-        require_editable(model, {name: model.get_submodule(name) for name in rows_by_module(model, ensemble)})
+    if written:
+        if ensemble is None:
+            require_editable_by(model, hparams)
+        else:
+            require_editable(model, {name: model.get_submodule(name) for name in rows_by_module(model, ensemble)})
     if ensemble is None:
         ensemble = find_ensemble(model, tok, facts, hparams)
     if hparams.append_eos:  # after localisation: scores are those of the answers alone

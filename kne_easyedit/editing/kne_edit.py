@@ -76,6 +76,11 @@ class KNEEdit(RowEdit):
             }
         return found
 
+    @cached_property
+    def rows(self) -> Mapping[str, tuple[int, ...]]:
+        """Module name -> its rows."""
+        return {name: tuple(one["rows"]) for name, one in self._modules.items()}
+
     @property
     def probabilities(self) -> tuple[float, ...]:
         """Probability of an answer token, the geometric mean over all, before every step and at the end."""
@@ -89,7 +94,7 @@ class KNEEdit(RowEdit):
     @property
     def size(self) -> int:
         """Number of rows."""
-        return sum(len(one["rows"]) for one in self._modules.values())
+        return sum(map(len, self.rows.values()))
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, KNEEdit) else NotImplemented
@@ -99,8 +104,7 @@ class KNEEdit(RowEdit):
 
     def shared_rows(self, other: KNEEdit) -> int:
         """How many rows both change."""
-        ours, theirs = self._modules, other._modules
-        return sum(len({*ours[name]["rows"]} & {*theirs[name]["rows"]}) for name in ours if name in theirs)
+        return sum(len({*chosen} & {*other.rows.get(name, ())}) for name, chosen in self.rows.items())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes it into a new folder: ``edit.json`` and ``rows.safetensors``. Half of it is never seen.

@@ -7,8 +7,9 @@ written weights back by itself (EasyEdit does), or anything else.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -50,7 +51,7 @@ class Edited:
     edits: tuple[Known, ...] = ()
     """In the order in which they were added."""
     originals: Mapping[str, Rows] = field(default_factory=dict)
-    """Module name -> the rows that they changed, without them."""
+    """Module name -> the rows that they changed, without them: as long as nothing is written."""
     lost: bool = False
     """Edits were noted, but the weights are neither those with them nor those before: something else changed them."""
 
@@ -75,10 +76,13 @@ class Edited:
         return found
 
 
+_State = tuple[tuple[Known, ...], dict[str, Mark]]
+
+
 @dataclass
 class _Lineage:
     originals: dict[str, Rows]
-    states: list[tuple[tuple[Known, ...], dict[str, Mark]]]
+    states: list[_State]
     """The states of the weights, from that without edits to the last one that was written."""
 
 
@@ -99,18 +103,74 @@ def edited(model: nn.Module) -> Edited:
         if _is_now(model, lineage.originals, marks):
             del lineage.states[last + 1 :]
             if edits:
-                return Edited(edits, dict(lineage.originals))
+                return Edited(edits, MappingProxyType(lineage.originals))
             del _LINEAGES[model]
             return Edited()
     return Edited(lost=True)
 
 
-def note_edits(model: nn.Module, edits: tuple[Known, ...], originals: Mapping[str, Rows]) -> None:
-    """Notes that the weights are those without edits plus ``edits``, and what ``originals`` were without them."""
-    if edits:
-        _LINEAGES[model] = _Lineage(dict(originals), [((), {}), (edits, _marks(model, originals))])
+def keep_rows(model: nn.Module, name: str, chosen: Sequence[int]) -> Rows:
+    """Keeps what rows of a module hold without edits; those that are not known yet are taken from the weights.
+
+    Args:
+        model: A model after `edited`.
+        name: The module.
+        chosen: Its rows that are about to be changed.
+
+    Returns:
+        The numbers of ``chosen``, ascending, and their values without edits: a copy.
+    """
+    lineage = _LINEAGES.setdefault(model, _Lineage({}, [((), {})]))
+    weight = rows(model.get_submodule(name)).detach()
+    _take(lineage.originals, name, chosen, weight)
+    index, values = lineage.originals[name]
+    wanted = torch.tensor(sorted(chosen), dtype=torch.long)
+    return wanted, values[torch.searchsorted(index, wanted).to(values.device)]
+
+
+def note_edits(model: nn.Module, edits: tuple[Known, ...], changed: Mapping[str, Sequence[int]]) -> None:
+    """Notes that the weights are those without edits plus ``edits``, which change the rows ``changed``."""
+    lineage = _LINEAGES.setdefault(model, _Lineage({}, []))
+    marks = {}
+    for name, chosen in changed.items():
+        if chosen:
+            index = torch.tensor(sorted(chosen), dtype=torch.long)
+            marks[name] = Mark(index, _digest(model.get_submodule(name), index))
+    lineage.states = [((), {}), (edits, marks)] if edits else [((), {})]
+
+
+def states(model: nn.Module) -> list[_State]:
+    """What is noted, for `take_note_back`."""
+    return list(_LINEAGES[model].states) if model in _LINEAGES else []
+
+
+def take_note_back(model: nn.Module, noted: list[_State]) -> None:
+    """Notes what was noted before, when the weights are put back."""
+    if noted and model in _LINEAGES:
+        _LINEAGES[model].states = noted
     else:
         _LINEAGES.pop(model, None)
+
+
+def tidy(model: nn.Module) -> None:
+    """Drops rows of `keep_rows` that no edit changes any more, once they are more than the others."""
+    lineage = _LINEAGES.get(model)
+    if lineage is None or len(lineage.states) > 2:
+        return
+    marks = lineage.states[-1][1]
+    for name, (index, values) in list(lineage.originals.items()):
+        mark = marks.get(name)
+        if mark is None:
+            del lineage.originals[name]
+        elif 2 * len(mark.index) < len(index):
+            lineage.originals[name] = mark.index, values[torch.searchsorted(index, mark.index).to(values.device)]
+    if not lineage.originals:
+        del _LINEAGES[model]
+
+
+def forget_edits(model: nn.Module) -> None:
+    """Forgets what was noted: the weights as they are count as those without edits."""
+    _LINEAGES.pop(model, None)
 
 
 def note_one_more(model: nn.Module, before: Edited, edit: Any, originals: Mapping[str, Tensor]) -> None:
@@ -125,15 +185,7 @@ def note_one_more(model: nn.Module, before: Edited, edit: Any, originals: Mappin
     lineage = _LINEAGES.get(model) if before.edits else None
     lineage = _Lineage({}, [((), {})]) if lineage is None else lineage
     for name, (chosen, _) in edit.deltas.items():
-        index, values = lineage.originals.get(name, (torch.tensor([], dtype=torch.long), None))
-        known = set(index.tolist())
-        new = torch.tensor([row for row in chosen if row not in known], dtype=torch.long)
-        if len(new):
-            weight = rows(model.get_submodule(name), originals[name])
-            more = weight[new.to(weight.device)]
-            both = more if values is None else torch.cat([values, more.to(values.device)])
-            order = torch.cat([index, new]).argsort()
-            lineage.originals[name] = torch.cat([index, new])[order], both[order.to(both.device)]
+        _take(lineage.originals, name, chosen, rows(model.get_submodule(name), originals[name]))
     lineage.states.append(((*before.edits, Known(edit.digest, ref(edit))), _marks(model, lineage.originals)))
     _LINEAGES[model] = lineage
 
@@ -142,6 +194,22 @@ def inherit_edits(copy: nn.Module, model: nn.Module) -> None:
     """Notes that ``copy``, which was copied from ``model``, has the same edits."""
     if (lineage := _LINEAGES.get(model)) is not None:
         _LINEAGES[copy] = _Lineage(dict(lineage.originals), list(lineage.states))
+
+
+def _take(known: dict[str, Rows], name: str, chosen: Sequence[int], weight: Tensor) -> None:
+    """Adds those of the rows ``chosen`` of a weight that are not known yet."""
+    index, values = known.get(name, (torch.tensor([], dtype=torch.long), None))
+    there = set(index.tolist())
+    new = torch.tensor(sorted(row for row in chosen if row not in there), dtype=torch.long)
+    if not len(new):
+        return
+    more = weight[new.to(weight.device)]
+    if values is None:
+        known[name] = new, more
+        return
+    order = torch.cat([index, new]).argsort()
+    both = torch.cat([values, more.to(values.device)])
+    known[name] = torch.cat([index, new])[order], both[order.to(both.device)]
 
 
 def _marks(model: nn.Module, originals: Mapping[str, Rows]) -> dict[str, Mark]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -18,8 +18,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name has the form ``owner/model`` of the hub."""
-    return _HUB_NAME.fullmatch(name) is not None
+    """Whether a name has the form ``owner/model`` of the hub, and is no folder here."""
+    return _HUB_NAME.fullmatch(name) is not None and not Path(name).is_dir()
 
 
 def shown_name(name: str) -> str:

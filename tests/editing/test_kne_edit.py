@@ -166,6 +166,26 @@ class TestApplying:
         one.take_back(model)
         assert weights(model) == weights(make_llama(torch.bfloat16))
 
+    def test_an_interrupt_at_the_very_end(self, monkeypatch):
+        """After everything is written and noted: undone, and the edit from before can still be taken back."""
+        model = make_llama(torch.bfloat16)
+        one, two = thing_of(model, 1), thing_of(model, 2, layers=(1, 3))
+        one.apply(model)
+        before = fingerprint(model)
+
+        class Interrupted(applying.defer_interrupts):
+            def __exit__(self, *error):
+                self._undo()
+                raise KeyboardInterrupt
+
+        for act in (lambda: two.apply(model), lambda: one.take_back(model)):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(applying, "defer_interrupts", Interrupted)
+                act()
+            assert fingerprint(model) == before
+        one.take_back(model)
+        assert weights(model) == weights(make_llama(torch.bfloat16))
+
     def test_no_second_copy_is_kept(self, llama):
         """Of a module only the rows that edits change, and nothing once they are taken back."""
         edit = thing_of(llama)

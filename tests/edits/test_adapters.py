@@ -369,6 +369,12 @@ class TestCard:
         head, body = self.card(tmp_path, base="/home/someone/models/tiny")
         assert "base_model" not in head and "someone" not in body and "tiny" in body
 
+    def test_a_folder_that_looks_like_a_hub_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert self.card(tmp_path / "x", base="models/tiny")[0]["base_model"] == "models/tiny"
+        (tmp_path / "models" / "tiny").mkdir(parents=True)
+        assert "base_model" not in self.card(tmp_path / "y", base="models/tiny")[0]
+
     def test_what_comes_from_data_has_no_effect(self, tmp_path):
         """A fact is text: no link, no picture, no tag, no row of the table, no second head."""
         fact = ("a | b\n---\nlibrary_name: evil", "![x](http://evil) <script>alert(1)</script>\n# head")
