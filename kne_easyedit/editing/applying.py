@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
 from typing import Protocol
 from weakref import ref
 
@@ -59,8 +58,8 @@ class Appliable(Protocol):
 def set_edits(model: nn.Module, edits: Sequence[Appliable], *, force: bool = False) -> None:
     """Makes the weights those without edits plus ``edits``, in place; other edits are taken back.
 
-    Every row is its value without edits plus the deltas, added in order in the deltas' precision (the weight's, if that
-    is higher) and rounded once. An exception on the way (Ctrl-C too) puts the weights back bit for bit.
+    Every row is its value without edits plus the deltas, added in order in the deltas' precision and rounded once
+    (`add_rows`). An exception on the way (Ctrl-C too) puts the weights back bit for bit.
 
     Args:
         model: A loaded model.
@@ -157,7 +156,9 @@ def _part(edit: Appliable, name: str, wanted: set[int]) -> tuple[tuple[int, ...]
 
 
 def add_rows(base: Tensor, index: Tensor, parts: Iterable[tuple[tuple[int, ...], Tensor] | None]) -> Tensor:
-    """Rows plus deltas, added in order in the deltas' precision (the rows', if that is higher) and rounded once.
+    """Rows plus deltas, added in order in the precision in which edits are trained, and rounded once.
+
+    That is float32, or the rows' own precision if it is higher. Parts are taken one at a time.
 
     Args:
         base: The rows without edits, ``(n, d1)``; it is not changed.
@@ -167,14 +168,15 @@ def add_rows(base: Tensor, index: Tensor, parts: Iterable[tuple[tuple[int, ...],
     Returns:
         The rows in the type of ``base``; ``base`` itself, if nothing is added.
     """
-    deltas = [part for part in parts if part is not None]
-    if not deltas:
-        return base
-    total = base.to(reduce(torch.promote_types, (delta.dtype for _, delta in deltas), base.dtype), copy=True)
-    for chosen, delta in deltas:
-        place = torch.searchsorted(index, torch.tensor(chosen)).to(total.device)
-        total[place] += delta.to(total.device)
-    return total.to(base.dtype)
+    total: Tensor | None = None
+    for part in parts:
+        if part is not None:
+            if total is None:
+                total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+            chosen, delta = part
+            place = torch.searchsorted(index, torch.tensor(chosen)).to(total.device)
+            total[place] += delta.to(total)
+    return base if total is None else total.to(base.dtype)
 
 
 def _require_fit(model: nn.Module, edits: Sequence[Appliable], state: Edited, force: bool) -> None:

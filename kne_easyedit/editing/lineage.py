@@ -118,13 +118,15 @@ def keep_rows(model: nn.Module, name: str, chosen: Sequence[int]) -> Rows:
         chosen: Its rows that are about to be changed.
 
     Returns:
-        The numbers of ``chosen``, ascending, and their values without edits: a copy.
+        The numbers of ``chosen``, ascending, and their values without edits, not to be changed.
     """
     lineage = _LINEAGES.setdefault(model, _Lineage({}, [((), {})]))
     weight = rows(model.get_submodule(name)).detach()
     _take(lineage.originals, name, chosen, weight)
     index, values = lineage.originals[name]
     wanted = torch.tensor(sorted(chosen), dtype=torch.long)
+    if len(wanted) == len(index):
+        return index, values
     return wanted, values[torch.searchsorted(index, wanted).to(values.device)]
 
 

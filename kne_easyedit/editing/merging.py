@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kne_easyedit._util.files import atomic_directory, parse_json
 from kne_easyedit._util.markdown import literal, table_of_rows
@@ -83,19 +82,16 @@ def merge_edits(
             with (temporary / shard).open("r+b") as file:
                 for name, (own, key) in found.items():
                     if own == shard:
-                        ours = [edit.deltas[name] for edit in edits if name in edit.deltas]
-                        transposed = next(e.base.modules[name].transposed for e in edits if name in e.deltas)
-                        write_tensor(file, tensors[key], _merged(read_tensor(file, tensors[key]), ours, transposed))
+                        ours = [edit for edit in edits if name in edit.deltas]
+                        transposed = ours[0].base.modules[name].transposed
+                        matrix = read_tensor(file, tensors[key])
+                        rows = matrix.t() if transposed else matrix
+                        index = torch.tensor(sorted({row for edit in ours for row in edit.rows[name]}))
+                        rows[index] = add_rows(rows[index], index, (edit.deltas[name] for edit in ours))
+                        write_tensor(file, tensors[key], matrix)
                 file.flush()
                 os.fsync(file.fileno())
         (temporary / CARD).write_text(_card(edits), encoding="utf-8")
-
-
-def _merged(matrix: Tensor, deltas: Sequence[tuple[tuple[int, ...], Tensor]], transposed: bool) -> Tensor:
-    rows = matrix.t() if transposed else matrix
-    index = torch.tensor(sorted({row for chosen, _ in deltas for row in chosen}))
-    rows[index] = add_rows(rows[index], index, deltas)
-    return matrix
 
 
 def _require_config(source: Path, edits: Sequence[Appliable], force: bool) -> None:
