@@ -75,9 +75,9 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int) -> dict[str, i
 
 
 def kne_texts_at_once(hparams: KNEHyperParams) -> int:
-    """Texts in one training step of KNE: the facts, their neighbours, and the prompts of ``kl_data``."""
+    """Texts in one step of KNE: the facts, a variant of each, their neighbours, and the prompts of ``kl_data``."""
     kl = hparams.kl_size if hparams.kl_weight else 0
-    return hparams.batch_size * (1 + neighbours_in_step(hparams) + hparams.subject_variants) + kl
+    return hparams.batch_size * (1 + neighbours_in_step(hparams) + bool(hparams.subject_variants)) + kl
 
 
 def _kne_rows(model: Any, hparams: KNEHyperParams) -> list[tuple[Target, int]]:

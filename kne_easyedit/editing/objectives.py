@@ -126,7 +126,7 @@ def _variants(
     model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
 ) -> Objective | None:
     facts = variant_facts(model, tokenizer, requests, hparams)
-    return Variants(facts, hparams.stop_loss) if facts else None
+    return Variants(facts, hparams.stop_loss, len(requests)) if facts else None
 
 
 ObjectiveBuilder = Callable[[nn.Module, Tokenizer, Sequence[Mapping[str, Any]], EditSettings], Objective | None]

@@ -119,7 +119,7 @@ class FactPool(FactIndex):
         exclude: Iterable[str] = (),
         strangers: bool = False,
     ) -> list[Neighbour]:
-        """The request's template with other subjects, those of the subject's kind first.
+        """The request's template with other subjects: those that it names (``neighbours``), then those of its kind.
 
         Left out are subjects that are, have as a part, or are a part of the request's subject, its aliases, its
         answers or what its portability is about; prompts that stand in the request; and facts whose known answer is the
@@ -144,13 +144,16 @@ class FactPool(FactIndex):
         barred = _Barred(request, subject, template, exclude)
         chosen: list[Neighbour] = []
         own = subject_key(subject)
-        for rank, names in enumerate(self._ranked(request, subject, template, relation)):
+        named = {subject_key(name): name for name in request.get("neighbours") or ()}
+        for rank, names in enumerate([named, *self._ranked(request, subject, template, relation)], start=-1):
             if rank >= FIRST and (chosen or (rank == LAST and not strangers)):
                 break
             for name in sorted(names, key=lambda name: _shuffled(seed, own, name)):
                 if len(chosen) == n:
                     return chosen
-                spelling = self._spelling(name)
+                if rank >= 0 and name in named:
+                    continue
+                spelling = named.get(name) or self._spelling(name)
                 if is_held_out(spelling) != held_out or barred.subject(name):
                     continue
                 begins = template.startswith(SLOT) and subject[:1].isupper()
@@ -160,7 +163,7 @@ class FactPool(FactIndex):
                 if barred.answer(self._answers(name, relation)):
                     continue
                 truth = min(self._truths.get((name, relation), ()), default=None)
-                chosen.append(Neighbour(prompt, spelling, RELATION, template, truth, same_kind=rank in KIN))
+                chosen.append(Neighbour(prompt, spelling, RELATION, template, truth, same_kind=rank < 0 or rank in KIN))
         return chosen
 
     def subject_prompts(

@@ -128,7 +128,7 @@ def to_request(record: Mapping, unused: Counter | None = None) -> dict:
 
     Returns:
         The request. Each category has a list of prompts and a list of their first answers; ``subject`` and
-        ``ground_truth`` may be None.
+        ``ground_truth`` may be None. ``neighbours``, names of other subjects, is there if the record has them.
 
     Raises:
         ValueError: The record cannot be used; the message names the field.
@@ -153,6 +153,8 @@ def to_request(record: Mapping, unused: Counter | None = None) -> dict:
         request["rephrase_prompt"] = natural(
             require_text(plain["rephrase_prompt"], "rephrase_prompt (leave it out if there is none)")
         )
+    if plain.get("neighbours") is not None:
+        request["neighbours"] = _names(plain["neighbours"], "neighbours")
     own: Counter = Counter()
     for section, known in CATEGORIES.items():
         request[section] = {}
@@ -245,6 +247,12 @@ def _probes(items: Any, field: str, unused: Counter) -> dict[str, list[str]]:
         probes["prompt"].append(natural(prompt))
         probes["ground_truth"].append(answer)
     return probes
+
+
+def _names(value: Any, field: str) -> list[str]:
+    if not isinstance(value, list):
+        raise ValueError(f"{field}: is a {type(value).__name__}, not a list of the names of other subjects")
+    return [natural_answer(require_text(name, f"{field}[{i}]")) for i, name in enumerate(value)]
 
 
 def _answer(value: Any, field: str) -> str | None:

@@ -1,8 +1,9 @@
 """Maps the records of known data sets to one plain form, KnowEdit's: one function for each schema.
 
 A plain record has ``prompt``, ``target_new``, and maybe ``subject``, ``ground_truth``, ``rephrase_prompt``,
-``portability`` and ``locality``: mappings of categories to lists of probes (``prompt``, ``ground_truth``). To add a
-data set, write such a function and add it to `SCHEMAS`. `records.to_request` checks the values afterwards.
+``portability`` and ``locality``: mappings of categories to lists of probes (``prompt``, ``ground_truth``), and
+``neighbours``: names of other subjects. To add a data set, write such a function and add it to `SCHEMAS`.
+`records.to_request` checks the values afterwards.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from kne_easyedit._util.messages import shorten
 
 PARAPHRASE, NEIGHBORHOOD, ATTRIBUTE = "Paraphrase", "Neighborhood", "Attribute"
 """Categories of the probes of other data sets."""
@@ -96,6 +99,15 @@ def _cknowedit(record: Mapping) -> dict:
     }
 
 
+def _template(record: Mapping) -> dict:
+    template, subject = record["template"], record.get("subject")
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise ValueError(f"template: {shorten(template)} must be a text with {{}} once, in place of the subject")
+    if not isinstance(subject, str):
+        raise ValueError(f"subject: {shorten(subject)} must be a text, which is put into the template")
+    return _knowedit({**record, "prompt": template.replace("{}", subject)})
+
+
 def _knowedit(record: Mapping) -> dict:
     plain = {
         "prompt": record.get("prompt", record.get("text")),
@@ -104,6 +116,7 @@ def _knowedit(record: Mapping) -> dict:
         "subject": record.get("subject", record.get("concept")),
         "portability": record.get("portability"),
         "locality": record.get("locality"),
+        "neighbours": record.get("neighbours"),
     }
     rephrased = _rephrased(
         [*_listed(record.get("rephrase_prompt")), *_listed(record.get("rephrase"))], plain["target_new"]
@@ -133,6 +146,7 @@ _PLAIN_FIELDS = {
     "portability_ground_truth",
     "locality_prompt",
     "locality_ground_truth",
+    "neighbours",
 }
 _NO_QUESTIONS = {
     "case_id",
@@ -188,6 +202,12 @@ SCHEMAS = (
         lambda record: "target_old" in record,
         _cknowedit,
         frozenset({*_PLAIN_FIELDS, "target_old", *_NO_QUESTIONS}),
+    ),
+    Schema(
+        "Template",
+        lambda record: "template" in record and "prompt" not in record,
+        _template,
+        frozenset({*_PLAIN_FIELDS, "template", *_NO_QUESTIONS}),
     ),
     Schema("KnowEdit", lambda record: True, _knowedit, frozenset({*_PLAIN_FIELDS, *_NO_QUESTIONS})),
 )

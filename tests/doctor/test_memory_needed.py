@@ -77,7 +77,7 @@ def test_neighbours_are_counted(llama, tokenizer):
     kl = memory_needed(llama, tiny_hparams(**settings, kl_weight=1.0, kl_data="embedded", kl_size=7))
     variants = memory_needed(llama, tiny_hparams(**settings, subject_variants=2))
     activations = [needed["activations (estimated)"] for needed in (on, few, kl, variants)]
-    assert activations == [texts * off["activations (estimated)"] / 5 for texts in (20, 10, 12, 15)]
+    assert activations == [texts * off["activations (estimated)"] / 5 for texts in (20, 10, 12, 10)]
 
 
 def test_a_projection_is_counted(llama, tokenizer):

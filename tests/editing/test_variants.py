@@ -28,7 +28,7 @@ def losses_of(model, tokenizer, edit):
 
 def test_the_term_is_the_mean_of_their_answers(llama64, tokenizer):
     facts = [encode(tokenizer, prompt, "Rome") for prompt in PROMPTS]
-    term = Variants(facts, 0.5)
+    term = Variants(facts, 0.5, per_step=2)
     assert isinstance(term, SharedObjective) and term.texts(3) == facts
     logits = torch.zeros(2, 91, dtype=torch.float64)
     logits[0, facts[0].answer[0]] = 20
@@ -37,6 +37,23 @@ def test_the_term_is_the_mean_of_their_answers(llama64, tokenizer):
     logits[1, facts[1].answer[0]] = 20
     assert term.may_stop(logits, 0)
     assert term.loss(llama64).item() == pytest.approx(answer_loss(llama64, collate(facts)).item(), rel=1e-12)
+
+
+def test_a_step_trains_the_one_that_was_seen_worst_and_all_must_be_reached_once(llama64, tokenizer):
+    facts = [encode(tokenizer, f"{prompt} {end}", "Rome") for prompt in PROMPTS for end in ("a", "b")][:3]
+    term = Variants(facts, 0.5)
+
+    def seen(step: int, reached: bool) -> bool:
+        logits = torch.zeros(1, 91, dtype=torch.float64)
+        logits[0, facts[0].answer[0]] = 20.0 if reached else -step
+        return term.may_stop(logits, step)
+
+    chosen = []
+    for step, reached in enumerate([False, True, False, True, True]):
+        chosen += [facts.index(fact) for fact in term.texts(step)]
+        done = seen(step, reached)
+        assert done is (step == 4)
+    assert chosen == [0, 1, 2, 2, 0], "each once, then the worst of those that are not reached"
 
 
 def test_every_variant_is_reached_and_the_edit_is_about_the_fact_alone(llama, tokenizer):
@@ -53,7 +70,13 @@ def test_every_variant_is_reached_and_the_edit_is_about_the_fact_alone(llama, to
 def test_they_end_as_the_fact_does_and_what_cannot_be_encoded_is_left_out(llama, tokenizer, monkeypatch):
     def built(**settings):
         (term,) = objectives_for(llama, tokenizer, [REQUEST], tiny_hparams(subject_variants=2, **settings))
-        return term.texts(0)
+        found = []
+        for step in range(4):
+            found += term.texts(step)
+            reached = 30 * torch.nn.functional.one_hot(torch.tensor(found[-1].answer), 91).float()
+            if term.may_stop(reached, step):
+                return found
+        raise AssertionError("never reached")
 
     assert [fact.prompt for fact in built()] == PROMPTS
     assert {fact.ids[-1] for fact in built(append_eos=True)} == {tokenizer.eos_token_id}

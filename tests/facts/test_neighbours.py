@@ -6,6 +6,7 @@ import random
 import re
 
 import pytest
+from data_files import case
 
 from kne_easyedit.facts.neighbours import (
     FactPool,
@@ -15,7 +16,7 @@ from kne_easyedit.facts.neighbours import (
     run_exclusions,
     template_of,
 )
-from kne_easyedit.facts.records import to_request
+from kne_easyedit.facts.records import load_records, to_request
 from kne_easyedit.facts.templates import fill, normalised, stands_in, subject_key
 
 PERSONS = """Ada Byron|Carl Linné|C++ Smith|Dr. (Hon.) Who|Emmy Noether|Georg|Georg Cantor|GEORG CANTOR|Hans Bethe
@@ -329,3 +330,59 @@ def test_probes_of_easyedits_own_requests_count_in_every_form(form):
     answer = [answer] if form == "nested answers" else answer
     request["locality"] = {"mine": {"prompt": prompt, "ground_truth": answer}}
     assert {one.prompt for one in both(pool, request)} == plain - {left_out}
+
+
+def named_record(**more) -> dict:
+    return {
+        "template": "The capital of {} is",
+        "subject": "Ruria",
+        "target_new": "Lom",
+        "neighbours": ["Ulia", "Oria", "ulia", "Erania", "Akka", "Ruria", "Lom", "Belm", "Dorn", "Ferr"],
+        **more,
+    }
+
+
+def test_subjects_that_a_record_names_come_first_half_of_them_to_train_and_half_to_ask():
+    request = to_request(named_record())
+    assert request["prompt"] == "The capital of Ruria is"
+    others = [
+        {"template": "The capital of {} is", "subject": name, "target_new": "Xam"}
+        for name in ("Zeria", "Oria", "Yugia")
+    ]
+    pool = FactPool.of_requests([request, *map(to_request, others)])
+    found = {held_out: pool.relation_prompts(request, 50, held_out=held_out) for held_out in (True, False)}
+    named = {"Ulia", "Oria", "Erania", "Akka", "Belm", "Dorn", "Ferr"}
+    for held_out, neighbours in found.items():
+        own = {name for name in named if is_held_out(name) is held_out}
+        assert own and {one.subject.casefold() for one in neighbours[: len(own)]} == {name.casefold() for name in own}
+        assert all(one.same_kind and one.prompt == f"The capital of {one.subject} is" for one in neighbours[: len(own)])
+    subjects = [one.subject.casefold() for one in (*found[True], *found[False])]
+    assert len(subjects) == len(set(subjects)), "none twice"
+    assert not {"ruria", "lom"} & set(subjects), "neither the subject itself nor the new answer"
+    without = to_request({key: value for key, value in named_record().items() if key != "neighbours"})
+    assert not {"Ulia", "Akka"} & names(pool.relation_prompts(without, 50, held_out=is_held_out("Akka")))
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"neighbours": "Spain"}, "neighbours: is a str, not a list"),
+        ({"neighbours": ["Spain", ""]}, r"neighbours\[1\]"),
+        ({"neighbours": ["Spain", 3]}, r"neighbours\[1\]"),
+        ({"template": "The capital is"}, "template: 'The capital is' must be a text with {} once"),
+        ({"template": 7}, "template: 7 must be a text"),
+        ({"subject": None}, "subject: None must be a text"),
+    ],
+)
+def test_damaged_names_and_templates_are_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        to_request(named_record(**more))
+
+
+def test_the_hard_cases_are_read_as_they_are():
+    requests, complaints = load_records(case("neighbourhoods.json"))
+    assert len(requests) == 4 and not complaints
+    for request in requests:
+        pool = FactPool.of_requests(requests)
+        asked = names(pool.relation_prompts(request, 50, held_out=True))
+        assert asked and asked <= set(request["neighbours"])
