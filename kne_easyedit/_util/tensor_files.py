@@ -20,8 +20,6 @@ from kne_easyedit._util.files import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the number types that are read and written here."""
-LARGEST_HEADER = 10**8
-"""Bytes; safetensors' own bound."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,23 @@ def places(path: str | os.PathLike[str]) -> dict[str, Place]:
         ValueError: It is no safetensors file, or it is truncated; the message names it.
         OSError: It cannot be read.
     """
+    header, first = _header(Path(path))
+    header.pop("__metadata__", None)
+    return {
+        name: Place(one["dtype"], tuple(one["shape"]), first + one["data_offsets"][0], first + one["data_offsets"][1])
+        for name, one in header.items()
+    }
+
+
+def texts(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts in the header of a safetensors file. Raises as `places`."""
+    return _header(Path(path))[0].get("__metadata__") or {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and the offset of the first tensor."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
     try:
         with safe_open(path, "pt"):  # the library's own checks: lengths, overlaps, types
             pass
@@ -53,13 +65,7 @@ def places(path: str | os.PathLike[str]) -> dict[str, Place]:
         raise ValueError(f"{path}: no complete safetensors file ({error})") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = parse_json(file.read(length))
-    header.pop("__metadata__", None)
-    first = 8 + length
-    return {
-        name: Place(one["dtype"], tuple(one["shape"]), first + one["data_offsets"][0], first + one["data_offsets"][1])
-        for name, one in header.items()
-    }
+        return parse_json(file.read(length)), 8 + length
 
 
 def read_tensor(file: BinaryIO, place: Place) -> Tensor:

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import shutil
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -24,7 +25,7 @@ from kne_easyedit.editing import applying, lineage
 from kne_easyedit.editing.applying import set_edits
 from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
 from kne_easyedit.editing.kne_edit import KNEEdit
-from kne_easyedit.editing.row_edit import restore, write_rows
+from kne_easyedit.editing.row_edit import RowEdit, restore, write_rows
 
 ENSEMBLE = ensemble_of(LLAMA_DOWN)
 QUICK = tiny_hparams(num_steps=2)
@@ -66,7 +67,9 @@ class TestWhatItSays:
 
     def test_without_on_trained_nothing_is_fingerprinted(self, llama, tokenizer, monkeypatch):
         monkeypatch.setattr("kne_easyedit.editing.kne_edit.base_of", lambda *_: pytest.fail("fingerprinted"))
-        apply_kne_to_model(llama, tokenizer, [REQUEST], QUICK, ensemble=ENSEMBLE)
+        rows = []
+        apply_kne_to_model(llama, tokenizer, [REQUEST], QUICK, ensemble=ENSEMBLE, on_rows=rows.append)
+        assert [type(one) for one in rows] == [RowEdit]
 
 
 class TestApplying:
@@ -137,6 +140,72 @@ class TestApplying:
         edit.apply(model)
         write_rows(model, replace(edit, deltas={n: (rows, -delta) for n, (rows, delta) in edit.deltas.items()}))
         assert weights(model) != before
+
+    @pytest.mark.parametrize("call", range(1, 7))
+    def test_interrupts_around_applied(self, monkeypatch, call):
+        """Ctrl-C after every part of the set-up, and twice at the end."""
+        model = make_llama(torch.bfloat16)
+        one, two = thing_of(model, 1), thing_of(model, 2, layers=(1, 2))
+        one.apply(model)
+        before, entered = fingerprint(model), []
+        real = applying.defer_interrupts
+
+        class Interrupted(real):
+            calls = 0
+
+            def __enter__(self):
+                Interrupted.calls += 1
+                if Interrupted.calls == call:  # before anything is deferred
+                    raise KeyboardInterrupt
+                super().__enter__()
+
+            def __exit__(self, *error):
+                super().__exit__(*error)
+                Interrupted.calls += 1
+                if Interrupted.calls in (call, call + 1) and error[0] is None:  # after the block, before the caller
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(applying, "defer_interrupts", Interrupted)
+        try:
+            with two.applied(model):
+                entered.append(True)
+        except KeyboardInterrupt:
+            pass
+        else:
+            assert call > 4
+        assert fingerprint(model) == before and lineage.edited(model).digests == (one.digest,)
+        monkeypatch.undo()
+        one.take_back(model)
+        assert weights(model) == weights(make_llama(torch.bfloat16))
+
+    def test_the_end_of_applied_reads_nothing(self, tmp_path, llama, monkeypatch):
+        """The earlier edit's files may be gone by then, and no matrix is hashed."""
+        thing_of(llama, 1).save(tmp_path / "one")
+        one, two = KNEEdit.load(tmp_path / "one"), thing_of(llama, 2)
+        one.apply(llama)
+        before = weights(llama)
+        with two.applied(llama):
+            shutil.rmtree(tmp_path / "one")
+            monkeypatch.setattr(applying, "base_of", lambda *_: pytest.fail("hashed"))
+        assert weights(llama) == before and lineage.edited(llama).digests == (one.digest,)
+
+    def test_what_is_taken_back_inside_applied_is_there_afterwards(self, llama):
+        one, two, three = (thing_of(llama, seed, layers=(seed,)) for seed in (1, 2, 3))
+        one.apply(llama)
+        before = weights(llama)
+        with two.applied(llama):
+            set_edits(llama, [three])
+        assert weights(llama) == before and lineage.edited(llama).digests == (one.digest,)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_values_that_are_not_finite(self, tmp_path, llama, value):
+        edit, before = thing_of(llama), fingerprint(llama)
+        edit.deltas[LLAMA_DOWN.format(2)][1][1, 3] = value
+        with pytest.raises(ValueError, match=r"values for model.layers.2.mlp.down_proj that are not finite"):
+            edit.apply(llama)
+        with pytest.raises(ValueError, match="not finite"):
+            edit.save(tmp_path / "edit")
+        assert fingerprint(llama) == before and not (tmp_path / "edit").exists()
 
     def test_twice_is_once(self, llama):
         edit = thing_of(llama)
@@ -259,6 +328,14 @@ class TestAnotherBase:
         edit.take_back(same)
         assert weights(same) == weights(make_llama(torch.bfloat16).float())
 
+    def test_a_base_that_is_rounded_says_in_which_type_to_load_it(self, llama):
+        edit = thing_of(llama)
+        with pytest.raises(ValueError, match=r"trained in float32, .* loaded in bfloat16: load it in float32 \(--set"):
+            edit.apply(make_llama(torch.bfloat16))
+        with pytest.raises(ValueError, match="weights of") as caught:  # converse
+            edit.apply(make_llama(seed=11))
+        assert "load it in" not in str(caught.value)
+
     def test_quantised(self, llama):
         edit = thing_of(llama)
         llama.get_submodule(LLAMA_DOWN.format(0)).weight = torch.nn.Parameter(
@@ -319,6 +396,32 @@ class TestTrainedOn:
         handed[0].take_back(llama)
         assert weights(llama) == weights(make_llama())
 
+    def test_restoring_an_earlier_one_names_the_later_ones(self, llama, tokenizer, caplog):
+        handed, originals = [], []
+        for one in REQUESTS:
+            _, kept = apply_kne_to_model(
+                llama, tokenizer, [one], QUICK, ensemble=ENSEMBLE, on_trained=handed.append, return_orig_weights=True
+            )
+            originals.append(kept)
+        caplog.clear()
+        restore(llama, originals[2])
+        assert caplog.text == ""  # converse: the last one
+        handed[2].apply(llama)
+        restore(llama, originals[0])
+        (said,) = caplog.messages
+        for edit in handed[1:]:
+            assert f"{edit.digest[:12]} ({edit.facts[0]})" in said
+        assert "gone with it are the later edits" in said and handed[0].digest[:12] not in said
+        assert "take_back" in said
+        assert weights(llama) == weights(make_llama())
+
+    def test_restoring_an_earlier_one_of_other_modules(self, llama, caplog):
+        one, two = thing_of(llama, 1, layers=(0,)), thing_of(llama, 2, layers=(0, 2))
+        originals = write_rows(llama, one)
+        write_rows(llama, two)
+        restore(llama, originals)
+        assert f"parts may be gone of {one.digest[:12]}" in caplog.text and two.digest[:12] in caplog.text
+
     def test_a_copy_has_the_same_edits(self, llama, tokenizer):
         first = thing_of(llama)
         first.apply(llama)
@@ -354,6 +457,34 @@ class TestTrainedOn:
         with pytest.raises(ValueError, match="changed by something else since they were written"):
             edit.apply(llama)
         assert weights(llama) == before
+
+    def test_rows_changed_by_something_else_are_remembered(self, llama):
+        """Another edit, even of other modules, does not make the changed weights a base."""
+        edit, other = thing_of(llama, layers=(0,)), thing_of(llama, 1, layers=(2,))
+        edit.apply(llama)
+        with torch.no_grad():
+            llama.get_submodule(LLAMA_DOWN.format(0)).weight[2] += 1
+        before = weights(llama)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"changed by something else since they were written.*force=True"):
+                other.apply(llama)
+            assert weights(llama) == before and lineage.edited(llama).lost
+        with pytest.raises(RuntimeError, match="inside"), other.applied(llama, force=True):
+            raise RuntimeError("inside")
+        assert weights(llama) == before and lineage.edited(llama).lost
+        other.apply(llama, force=True)  # converse
+        assert lineage.edited(llama).digests == (other.digest,)
+
+    def test_an_error_while_writing_keeps_what_is_remembered(self, llama, monkeypatch):
+        edit, other = thing_of(llama, layers=(0,)), thing_of(llama, 1, layers=(2,))
+        edit.apply(llama)
+        with torch.no_grad():
+            llama.get_submodule(LLAMA_DOWN.format(0)).weight[2] += 1
+        before = weights(llama)
+        monkeypatch.setattr(applying, "add_rows", failing(applying.add_rows, 1, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            other.apply(llama, force=True)
+        assert weights(llama) == before and lineage.edited(llama).lost
 
     def test_rows_changed_inside_applied_are_put_back(self, llama):
         before = weights(llama)
