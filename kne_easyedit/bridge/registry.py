@@ -56,10 +56,10 @@ def register() -> ModuleType:
 
 @contextlib.contextmanager
 def edits_handed_to(on_trained: Callable[[KNEEdit], None]) -> Iterator[None]:
-    """Inside, every edit that EasyEdit makes with KNE is handed out before it is written.
+    """Inside, every edit that EasyEdit makes with KNE is handed out once it is written: one that fails is not.
 
     Args:
-        on_trained: Takes the edit. What it raises ends the edit, and nothing is written.
+        on_trained: Takes the edit. What it raises goes on to who asked for the edit; the weights have it by then.
     """
     register()
     methods = module("util.alg_dict").ALG_DICT
@@ -67,13 +67,17 @@ def edits_handed_to(on_trained: Callable[[KNEEdit], None]) -> Iterator[None]:
 
     def apply(*args: Any, **kwargs: Any) -> Any:
         others = kwargs.pop("on_trained", None)  # of an editor that records how to undo its edits
+        trained: list[KNEEdit] = []
 
         def hand_out(edit: KNEEdit) -> None:
-            on_trained(edit)
+            trained.append(edit)
             if others is not None:
                 others(edit)
 
-        return before(*args, on_trained=hand_out, **kwargs)
+        result = before(*args, on_trained=hand_out, **kwargs)
+        for edit in trained:
+            on_trained(edit)
+        return result
 
     vars(apply)["func"] = apply_kne_to_model  # so `register` knows it
     methods[NAME] = apply

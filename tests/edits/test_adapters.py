@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.row_edit import Answer, RowEdit, write_rows
 from kne_easyedit.edits import AnswersLost, read_adapter, save_adapter
+from kne_easyedit.edits.hub import edit_card
 from kne_easyedit.edits.low_rank import SERVED_RANKS, served_rank
 from kne_easyedit.facts.encoding import encode
 
@@ -295,11 +296,15 @@ class TestRefused:
         for rank in (0, -1, 2.0, True):
             self.refused("max_rank: must be a positive integer", edit, tmp_path, max_rank=rank)
 
-    def test_an_existing_folder(self, tmp_path):
+    def test_a_folder_that_holds_something(self, tmp_path):
         (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "mine").write_text("")
         with pytest.raises(FileExistsError):
             save_adapter(edit_of(make_llama()), tmp_path / "a", model=make_llama())
-        assert not list((tmp_path / "a").iterdir())
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine"]
+        (tmp_path / "a" / "mine").unlink()
+        save_adapter(edit_of(make_llama()), tmp_path / "a", model=make_llama())
+        assert (tmp_path / "a" / "adapter_config.json").exists()
 
 
 class TestRecordedBase:
@@ -374,6 +379,17 @@ class TestCard:
         assert self.card(tmp_path / "x", base="models/tiny")[0]["base_model"] == "models/tiny"
         (tmp_path / "models" / "tiny").mkdir(parents=True)
         assert "base_model" not in self.card(tmp_path / "y", base="models/tiny")[0]
+
+    def test_a_relative_path_that_is_gone_is_no_hub_name(self, tmp_path):
+        """A commit tells a model of the hub from a folder of the same form; whoever gives base_name says so."""
+        for revision, expected in (("", None), ("abc", "outputs/merged")):
+            edit = thing_of(make_llama())
+            edit = replace(edit, base=replace(edit.base, name="outputs/merged", revision=revision))
+            save_adapter(edit, tmp_path / f"a{revision}")
+            for text in ((tmp_path / f"a{revision}" / "README.md").read_text(encoding="utf-8"), edit_card(edit)):
+                head, _, body = text.removeprefix("---\n").partition("\n---\n")
+                assert yaml.safe_load(head).get("base_model") == expected
+                assert ("outputs/merged" in body) == bool(revision)
 
     def test_what_comes_from_data_has_no_effect(self, tmp_path):
         """A fact is text: no link, no picture, no tag, no row of the table, no second head."""
