@@ -24,12 +24,13 @@ def add_commands(commands: Any) -> None:
 
 def _push(arguments: argparse.Namespace) -> int:
     from kne_easyedit.cli.edited import is_store
-    from kne_easyedit.edits.hub import files_to_push, paths_named, push
+    from kne_easyedit.edits.hub import files_to_push, paths_named, push, require_repo
 
     folder: Path = arguments.folder
     if is_store(folder):
         raise ValueError(f"store: {folder} has many edits; name one of them, {folder}/edits/ID (kne edits list)")
     files = files_to_push(folder)
+    require_repo(arguments.repo)
     if (paths := paths_named(folder)) and not arguments.yes:
         raise ValueError(
             f"push: the files name {', '.join(map(printable, paths))}: paths of this machine, for all to read. Nothing "

@@ -122,7 +122,8 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path}: {field} must be a positive {'integer' if whole else 'number'}, got {shorten(value)}"
             )
     for field, plain in _PLAIN.items():
-        if config.get(field, plain) not in (plain, *([[], {}] if plain is None else [None])):
+        empty: list[Any] = [[], {}] if plain is None else [None]
+        if config.get(field, plain) not in (plain, *empty):
             raise ValueError(
                 f"{path}: {field} must be {plain!r}, got {shorten(config[field])}: that is more than A and B"
             )
@@ -137,7 +138,7 @@ def _mapping(path: Path, config: Mapping[str, Any], field: str) -> dict[str, Any
         if not _PATTERN.fullmatch(key):
             raise ValueError(
                 f"{path}: {field}: {shorten(key)} is no plain name of a module: a regular expression with groups or "
-                f"repetitions is not run here; write one name for each module, as PEFT's get_peft_model takes them, too"
+                f"repetitions is not run here; write one name for each module"
             )
     return found
 

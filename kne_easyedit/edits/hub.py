@@ -63,6 +63,12 @@ def paths_named(folder: Path) -> list[str]:
     return sorted({match for text in texts for match in re.findall(r'"((?:/|~/|[A-Z]:\\\\)[^"\n]*)"', text)})
 
 
+def require_repo(repo: str) -> None:
+    """Raises ValueError if ``repo`` is no name of a repository."""
+    if not has_hub_form(repo):
+        raise ValueError(f"repo: {repo!r} is no name of a repository; write it as OWNER/NAME")
+
+
 def push(files: dict[str, Path | bytes], repo: str, *, private: bool = True, endpoint: str | None = None) -> str:
     """Sends files in one commit; makes the repository if there is none.
 
@@ -82,8 +88,7 @@ def push(files: dict[str, Path | bytes], repo: str, *, private: bool = True, end
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
 
-    if not has_hub_form(repo):
-        raise ValueError(f"repo: {repo!r} is no name of a repository; write it as OWNER/NAME")
+    require_repo(repo)
     disable_progress_bars()
     token = get_token()
     api = HfApi(endpoint=endpoint)

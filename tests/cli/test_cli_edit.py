@@ -190,7 +190,7 @@ def test_a_base_that_is_gone(tiny, tmp_path, capsys):
     from dataclasses import replace
 
     edit = KNEEdit.load("rome")
-    replace(edit, hparams={**edit.hparams, "model_name": "gone/model"}).save(tmp_path / "lost")
+    replace(edit, hparams={**edit.hparams, "model_name": str(tmp_path / "gone")}).save(tmp_path / "lost")
     assert kne("ask", str(tmp_path / "lost"), "Rome") == 1
     assert "say where it is by --model" in capsys.readouterr().err
     assert kne("ask", str(tmp_path / "lost"), "Rome", "--tokens", "1", "--model", str(tiny / "tiny-model")) == 0
