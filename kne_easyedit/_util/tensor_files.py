@@ -20,8 +20,6 @@ from kne_easyedit._util.files import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the number types that are read and written here."""
-LARGEST_HEADER = 10**8
-"""Bytes; safetensors' own bound."""
 
 
 @dataclass(frozen=True)

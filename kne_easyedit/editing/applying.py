@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
+from kne_easyedit.editing.edit_files import require_finite
 from kne_easyedit.editing.lineage import (
     Edited,
     Known,
     edited,
     forget_edits,
     keep_rows,
+    kept_note,
     note_edits,
-    states,
+    noted_rows,
     take_note_back,
     tidy,
 )
@@ -67,25 +69,66 @@ def set_edits(model: nn.Module, edits: Sequence[Appliable], *, force: bool = Fal
         force: Apply edits of another base, too, with a warning.
 
     Raises:
-        ValueError: An edit occurs twice, or is of another base; the model cannot be edited, or its edited rows were
-            changed by something else. Nothing was changed.
+        ValueError: An edit occurs twice, has values that are not finite, or is of another base; the model cannot be
+            edited, or its edited rows were changed by something else. Nothing was changed.
         OSError: A stored edit cannot be read; the weights were put back.
     """
+    _set(model, edits, force)
+
+
+class _Held:
+    """What rows of a model hold, and what is noted of it: both can be put back, from memory alone."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._kept: dict[str, tuple[Tensor, Tensor]] | None = None
+        self._noted: Any = None
+
+    def keep(self, touched: Mapping[str, set[int]]) -> None:
+        """Keeps rows as they are now: module name -> their numbers."""
+        kept = {}
+        for name, chosen in touched.items():
+            weight = rows(linear_module(self._model, name)).detach()
+            index = torch.tensor(sorted(chosen), dtype=torch.long)
+            kept[name] = index, weight[index.to(weight.device)]
+        self._noted, self._kept = kept_note(self._model), kept
+
+    def put_back(self) -> None:
+        """Puts them back, and takes back what was written into other rows since; as often as it is called."""
+        if self._kept is None:
+            return  # nothing was written
+        with default_modes(self._model), torch.no_grad():
+            for found in (noted_rows(self._model), self._kept):
+                for name, (index, values) in found.items():
+                    weight = rows(linear_module(self._model, name))
+                    weight[index.to(weight.device)] = values.to(weight)
+            torch.clear_autocast_cache()
+        take_note_back(self._model, self._noted)
+
+
+def _set(model: nn.Module, edits: Sequence[Appliable], force: bool, held: _Held | None = None) -> None:
+    """`set_edits`; ``held`` keeps all rows that earlier edits or these change, once nothing refuses them."""
     require_trainable(model)
     require_bare(model)
     digests = [edit.digest for edit in edits]
     if twice := sorted({one for one in digests if digests.count(one) > 1}):
         raise ValueError(f"edits: {twice[0][:12]} occurs twice; an edit is applied once")
     state = edited(model)
-    if state.lost and not edits:
+    if state.lost and not (edits and force):
+        way_out = ", or give force=True (--force) to take the weights as they are for the base" if edits else ""
         raise ValueError(
-            f"model: rows of {type(model).__name__} that edits have changed were changed by something else since, so "
-            f"that the base cannot be restored; load the model again"
+            f"model: rows of {type(model).__name__} that edits have changed were changed by something else since they "
+            f"were written, so that the base cannot be restored; load the model again{way_out}"
         )
     _require_fit(model, edits, state, force)
     differing = _differing(state, edits)
     touched = list(dict.fromkeys([*state.originals, *(name for edit in edits for name in edit.rows)]))
     require_editable(model, {name: linear_module(model, name) for name in touched})
+    changed = {name: {row for edit in edits for row in edit.rows.get(name, ())} for name in touched}
+    earlier = {name: set(index.tolist()) for name, (index, _) in state.originals.items()}
+    noted = kept_note(model)
+    if held is not None:
+        held.keep({name: changed[name] | earlier.get(name, set()) for name in touched})
     if state.lost:
         forget_edits(model)
 
@@ -100,17 +143,12 @@ def set_edits(model: nn.Module, edits: Sequence[Appliable], *, force: bool = Fal
             torch.clear_autocast_cache()
         take_note_back(model, noted)
 
-    noted = states(model)
-    changed = {name: {row for edit in edits for row in edit.rows.get(name, ())} for name in touched}
     with defer_interrupts(undo=put_back), default_modes(model):
         try:
             with torch.no_grad():
                 for name in touched:
                     if differing is None:
-                        other = {
-                            *changed[name],
-                            *(state.originals[name][0].tolist() if name in state.originals else ()),
-                        }
+                        other = changed[name] | earlier.get(name, set())
                     else:
                         other = {row for edit in differing for row in edit.rows.get(name, ())}
                     if not other:
@@ -183,6 +221,7 @@ def _require_fit(model: nn.Module, edits: Sequence[Appliable], state: Edited, fo
     """Raises ValueError for an edit that is new to the model, and of another base."""
     new = [edit for edit in edits if edit.digest not in state.digests]
     for edit in new:
+        require_finite(edit)
         for name in edit.rows:
             module = linear_module(model, name)
             d2, d1 = out_features(module), in_features(module)
@@ -200,21 +239,34 @@ def _require_fit(model: nn.Module, edits: Sequence[Appliable], state: Edited, fo
         for edit in new:
             reason = edit.base.conflict(found)
             if reason and not force:
-                lost = "; its edited rows were changed by something else since they were written" if state.lost else ""
                 raise ValueError(
                     f"edit: {edit.digest[:12]} ({'; '.join(edit.facts[:2])}) was trained on {edit.base.label}, this "
-                    f"model is {found.label}: {reason}{lost}. Load that model as it was, without edits, or give "
-                    f"force=True (--force) to apply it all the same"
+                    f"model is {found.label}: {reason}{_other_type(model, edit)}. Load that model as it was, without "
+                    f"edits, or give force=True (--force) to apply it all the same"
                 )
             if reason:
                 logger.warning("edit %s is applied to another base: %s", edit.digest[:12], reason)
+
+
+def _other_type(model: nn.Module, edit: Appliable) -> str:
+    """What a message adds if the model is loaded in another number type than the edit was trained in."""
+    for name, module in edit.base.modules.items():
+        here = str(linear_module(model, name).weight.dtype).removeprefix("torch.")
+        if here != module.dtype:
+            setting = {"float32": " (--set bf16=false)", "bfloat16": " (--set bf16=true)"}.get(module.dtype, "")
+            return (
+                f"; or only its numbers are others: it was trained in {module.dtype}, and this model is loaded in "
+                f"{here}: load it in {module.dtype}{setting}"
+            )
+    return ""
 
 
 @contextmanager
 def with_edits(model: nn.Module, edits: Sequence[Appliable], *, force: bool = False) -> Iterator[nn.Module]:
     """Inside, the model has exactly ``edits``; afterwards it has the edits from before, bit for bit.
 
-    What is applied inside is taken back as well.
+    What is applied inside is taken back as well. What the rows held is kept in memory for that: nothing is read or
+    checked at the end, and neither an error nor Ctrl-C, however often, leaves ``edits`` in the model.
 
     Args:
         model: A loaded model.
@@ -227,15 +279,23 @@ def with_edits(model: nn.Module, edits: Sequence[Appliable], *, force: bool = Fa
     Raises:
         ValueError: As `set_edits`.
     """
-    before = edited(model).at_hand()
-    set_edits(model, edits, force=force)
-    kept = dict(edited(model).originals)
+    held = _Held(model)
     try:
+        _set(model, edits, force, held)
         yield model
     finally:
-        if edited(model).lost:  # something else wrote into the rows: they are what they were all the same
-            with default_modes(model), torch.no_grad():
-                for name, (index, values) in kept.items():
-                    weight = rows(linear_module(model, name))
-                    weight[index.to(weight.device)] = values.to(weight)
-        set_edits(model, before, force=True)
+        _surely(held.put_back)
+
+
+def _surely(act: Callable[[], None]) -> None:
+    """Acts once more for every Ctrl-C that comes before interrupts are deferred; what was raised is raised then."""
+    raised: KeyboardInterrupt | None = None
+    while True:
+        try:
+            with defer_interrupts():
+                act()
+            break
+        except KeyboardInterrupt as error:  # noqa: PERF203
+            raised = error
+    if raised is not None:
+        raise raised

@@ -40,8 +40,8 @@ _STORED = (*_TORCH, "int8", "uint8")
 """Of a base's weights, those of bitsandbytes included."""
 
 
-def rows_digest(rows: tuple[int, ...], delta: Tensor) -> str:
-    """SHA-256 (hex) of the values that are added to rows of a module; their numbers stand beside it."""
+def rows_digest(delta: Tensor) -> str:
+    """SHA-256 (hex) of the values that are added to rows of a module."""
     return hashlib.sha256(bytes_of(delta)).hexdigest()
 
 
@@ -78,7 +78,7 @@ class StoredDeltas(Mapping[str, tuple[tuple[int, ...], Tensor]]):
                 delta = read_tensor(file, self._places[name])
             except ValueError as error:
                 raise ValueError(f"{self.path}: {name}: {error}") from error
-        if rows_digest(rows, delta) != self.digests[name]:
+        if rows_digest(delta) != self.digests[name]:
             raise ValueError(f"{self.path}: {name} is not what was written (its SHA-256 is another); take the original")
         return rows, delta
 
@@ -93,6 +93,22 @@ class StoredDeltas(Mapping[str, tuple[tuple[int, ...], Tensor]]):
 
     def __deepcopy__(self, memo: object) -> StoredDeltas:
         return self
+
+
+def require_finite(edit: Any) -> None:
+    """Raises ValueError if values of an edit in memory are not finite; those of a stored one were checked on loading.
+
+    Args:
+        edit: With ``deltas``, ``digest`` and ``facts``.
+    """
+    if isinstance(edit.deltas, StoredDeltas):
+        return
+    for name, (_, delta) in edit.deltas.items():
+        if not delta.isfinite().all():
+            raise ValueError(
+                f"edit: {edit.digest[:12]} ({'; '.join(edit.facts[:2])}) has values for {name} that are not finite; "
+                f"train the edit again"
+            )
 
 
 class _Values(Mapping[str, Tensor]):
@@ -121,9 +137,11 @@ def write_edit(folder: str | os.PathLike[str], edit: Any, modules: Mapping[str, 
 
     Raises:
         FileExistsError: The folder exists and holds something.
+        ValueError: Its values are not finite. Nothing was written.
         OSError: It cannot be written.
     """
     folder = Path(folder)
+    require_finite(edit)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()  # a rename replaces no folder everywhere
     if folder.exists() or folder.is_symlink():

@@ -71,7 +71,7 @@ class KNEEdit(RowEdit):
                 "rows": list(chosen),
                 "shape": list(delta.shape),
                 "dtype": str(delta.dtype).removeprefix("torch."),
-                "sha256": known.get(name) or rows_digest(chosen, delta),
+                "sha256": known.get(name) or rows_digest(delta),
                 "scaling": self.scaling.get(name, 1.0),
             }
         return found

@@ -141,17 +141,24 @@ def note_edits(model: nn.Module, edits: tuple[Known, ...], changed: Mapping[str,
     lineage.states = [((), {}), (edits, marks)] if edits else [((), {})]
 
 
-def states(model: nn.Module) -> list[_State]:
-    """What is noted, for `take_note_back`."""
-    return list(_LINEAGES[model].states) if model in _LINEAGES else []
+def kept_note(model: nn.Module) -> Any:
+    """What is noted, for `take_note_back`. Later notes do not change it."""
+    lineage = _LINEAGES.get(model)
+    return None if lineage is None else _copy(lineage)
 
 
-def take_note_back(model: nn.Module, noted: list[_State]) -> None:
-    """Notes what was noted before, when the weights are put back."""
-    if noted and model in _LINEAGES:
-        _LINEAGES[model].states = noted
-    else:
+def take_note_back(model: nn.Module, noted: Any) -> None:
+    """Notes what was noted before (`kept_note`), when the weights are put back."""
+    if noted is None:
         _LINEAGES.pop(model, None)
+    else:
+        _LINEAGES[model] = _copy(noted)
+
+
+def noted_rows(model: nn.Module) -> Mapping[str, Rows]:
+    """Module name -> rows that were changed, as they were without edits; whatever the weights are now."""
+    lineage = _LINEAGES.get(model)
+    return {} if lineage is None else dict(lineage.originals)
 
 
 def tidy(model: nn.Module) -> None:
@@ -195,7 +202,11 @@ def note_one_more(model: nn.Module, before: Edited, edit: Any, originals: Mappin
 def inherit_edits(copy: nn.Module, model: nn.Module) -> None:
     """Notes that ``copy``, which was copied from ``model``, has the same edits."""
     if (lineage := _LINEAGES.get(model)) is not None:
-        _LINEAGES[copy] = _Lineage(dict(lineage.originals), list(lineage.states))
+        _LINEAGES[copy] = _copy(lineage)
+
+
+def _copy(lineage: _Lineage) -> _Lineage:
+    return _Lineage(dict(lineage.originals), list(lineage.states))
 
 
 def _take(known: dict[str, Rows], name: str, chosen: Sequence[int], weight: Tensor) -> None:

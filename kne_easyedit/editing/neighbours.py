@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
@@ -14,7 +14,7 @@ from kne_easyedit._util.messages import shorten
 from kne_easyedit.editing.own_neighbours import own_pool
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Tokenizer, chat_prompt
-from kne_easyedit.facts.neighbours import FactPool, packaged_digest, packaged_pool, run_exclusions
+from kne_easyedit.facts.neighbours import FactPool, Neighbour, packaged_digest, packaged_pool, run_exclusions
 from kne_easyedit.facts.readers import EMBEDDED, data_digest
 from kne_easyedit.facts.records import load_requests
 
@@ -68,14 +68,35 @@ def neighbours_by_request(
     pool, exclude = _pool(hparams), run_exclusions(requests)
     found = []
     for request in requests:
-        size, seed = hparams.neighbour_relation_size, hparams.seed
-        relation = pool.relation_prompts(request, size, held_out=False, seed=seed, exclude=exclude)
-        if size and not relation and model is not None:
-            named = own_pool(model, tokenizer, request)
-            relation = named.relation_prompts(request, size, held_out=False, seed=seed, exclude=exclude)
-        subject = pool.subject_prompts(request, hparams.neighbour_subject_size, seed=seed, exclude=exclude)
+        relation = _of_relation(pool, request, hparams, exclude, model, tokenizer)
+        subject = pool.subject_prompts(request, hparams.neighbour_subject_size, seed=hparams.seed, exclude=exclude)
         found.append([one.prompt for pair in zip_longest(relation, subject) for one in pair if one is not None])
     return found
+
+
+def _of_relation(
+    pool: FactPool,
+    request: Mapping[str, Any],
+    hparams: EditSettings,
+    exclude: Iterable[str],
+    model: nn.Module | None,
+    tokenizer: Tokenizer,
+) -> list[Neighbour]:
+    """Subjects of the request's kind: of the data, else named by the model; if they are few, others of the data, too.
+
+    Of a template that the data ask of two subjects, two prompts would say too little about what all others share.
+    """
+    size = hparams.neighbour_relation_size
+
+    def of(source: FactPool, *, strangers: bool = False) -> list[Neighbour]:
+        return source.relation_prompts(
+            request, size, held_out=False, seed=hparams.seed, exclude=exclude, strangers=strangers
+        )
+
+    found = of(pool)
+    if not found and size and model is not None:
+        found = of(own_pool(model, tokenizer, request))
+    return list({one.prompt: one for one in [*found, *of(pool, strangers=True)]}.values())[:size]
 
 
 def templated(tokenizer: Tokenizer, prompts: Sequence[str], hparams: EditSettings) -> list[str]:

@@ -123,7 +123,7 @@ class FactPool(FactIndex):
 
         Left out are subjects that are, have as a part, or are a part of the request's subject, its aliases, its
         answers or what its portability is about; prompts that stand in the request; and facts whose known answer is the
-        new one. Where a subject of the same kind is found, none of an unknown kind is taken.
+        new one. Where a subject of the same kind is found, none of another or an unknown kind is taken.
 
         Args:
             request: An EasyEdit request, as `records.load_requests` gives it.
@@ -131,7 +131,7 @@ class FactPool(FactIndex):
             held_out: The side of `is_held_out`: True to ask, False to train.
             seed: Other seeds choose others among those of the same rank.
             exclude: Prompts and subjects that are not to be used (`run_exclusions`).
-            strangers: Where nothing is of the same kind, take any subjects.
+            strangers: Where those of the same kind are fewer than ``n``, fill up with any subjects, the nearest first.
 
         Returns:
             The neighbours; fewer or none where the pool has no more.
@@ -146,7 +146,7 @@ class FactPool(FactIndex):
         own = subject_key(subject)
         named = {subject_key(name): name for name in request.get("neighbours") or ()}
         for rank, names in enumerate([named, *self._ranked(request, subject, template, relation)], start=-1):
-            if rank >= FIRST and (chosen or (rank == LAST and not strangers)):
+            if rank >= FIRST and not strangers and (chosen or rank == LAST):
                 break
             for name in sorted(names, key=lambda name: _shuffled(seed, own, name)):
                 if len(chosen) == n:

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import shutil
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -138,6 +139,72 @@ class TestApplying:
         write_rows(model, replace(edit, deltas={n: (rows, -delta) for n, (rows, delta) in edit.deltas.items()}))
         assert weights(model) != before
 
+    @pytest.mark.parametrize("call", range(1, 7))
+    def test_interrupts_around_applied(self, monkeypatch, call):
+        """Ctrl-C after every part of the set-up, and twice at the end."""
+        model = make_llama(torch.bfloat16)
+        one, two = thing_of(model, 1), thing_of(model, 2, layers=(1, 2))
+        one.apply(model)
+        before, entered = fingerprint(model), []
+        real = applying.defer_interrupts
+
+        class Interrupted(real):
+            calls = 0
+
+            def __enter__(self):
+                Interrupted.calls += 1
+                if Interrupted.calls == call:  # before anything is deferred
+                    raise KeyboardInterrupt
+                super().__enter__()
+
+            def __exit__(self, *error):
+                super().__exit__(*error)
+                Interrupted.calls += 1
+                if Interrupted.calls in (call, call + 1) and error[0] is None:  # after the block, before the caller
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(applying, "defer_interrupts", Interrupted)
+        try:
+            with two.applied(model):
+                entered.append(True)
+        except KeyboardInterrupt:
+            pass
+        else:
+            assert call > 4
+        assert fingerprint(model) == before and lineage.edited(model).digests == (one.digest,)
+        monkeypatch.undo()
+        one.take_back(model)
+        assert weights(model) == weights(make_llama(torch.bfloat16))
+
+    def test_the_end_of_applied_reads_nothing(self, tmp_path, llama, monkeypatch):
+        """The earlier edit's files may be gone by then, and no matrix is hashed."""
+        thing_of(llama, 1).save(tmp_path / "one")
+        one, two = KNEEdit.load(tmp_path / "one"), thing_of(llama, 2)
+        one.apply(llama)
+        before = weights(llama)
+        with two.applied(llama):
+            shutil.rmtree(tmp_path / "one")
+            monkeypatch.setattr(applying, "base_of", lambda *_: pytest.fail("hashed"))
+        assert weights(llama) == before and lineage.edited(llama).digests == (one.digest,)
+
+    def test_what_is_taken_back_inside_applied_is_there_afterwards(self, llama):
+        one, two, three = (thing_of(llama, seed, layers=(seed,)) for seed in (1, 2, 3))
+        one.apply(llama)
+        before = weights(llama)
+        with two.applied(llama):
+            set_edits(llama, [three])
+        assert weights(llama) == before and lineage.edited(llama).digests == (one.digest,)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_values_that_are_not_finite(self, tmp_path, llama, value):
+        edit, before = thing_of(llama), fingerprint(llama)
+        edit.deltas[LLAMA_DOWN.format(2)][1][1, 3] = value
+        with pytest.raises(ValueError, match=r"values for model.layers.2.mlp.down_proj that are not finite"):
+            edit.apply(llama)
+        with pytest.raises(ValueError, match="not finite"):
+            edit.save(tmp_path / "edit")
+        assert fingerprint(llama) == before and not (tmp_path / "edit").exists()
+
     def test_twice_is_once(self, llama):
         edit = thing_of(llama)
         edit.apply(llama)
@@ -259,6 +326,14 @@ class TestAnotherBase:
         edit.take_back(same)
         assert weights(same) == weights(make_llama(torch.bfloat16).float())
 
+    def test_a_base_that_is_rounded_says_in_which_type_to_load_it(self, llama):
+        edit = thing_of(llama)
+        with pytest.raises(ValueError, match=r"trained in float32, .* loaded in bfloat16: load it in float32 \(--set"):
+            edit.apply(make_llama(torch.bfloat16))
+        with pytest.raises(ValueError, match="weights of") as caught:  # converse
+            edit.apply(make_llama(seed=11))
+        assert "load it in" not in str(caught.value)
+
     def test_quantised(self, llama):
         edit = thing_of(llama)
         llama.get_submodule(LLAMA_DOWN.format(0)).weight = torch.nn.Parameter(
@@ -354,6 +429,34 @@ class TestTrainedOn:
         with pytest.raises(ValueError, match="changed by something else since they were written"):
             edit.apply(llama)
         assert weights(llama) == before
+
+    def test_rows_changed_by_something_else_are_remembered(self, llama):
+        """Another edit, even of other modules, does not make the changed weights a base."""
+        edit, other = thing_of(llama, layers=(0,)), thing_of(llama, 1, layers=(2,))
+        edit.apply(llama)
+        with torch.no_grad():
+            llama.get_submodule(LLAMA_DOWN.format(0)).weight[2] += 1
+        before = weights(llama)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"changed by something else since they were written.*force=True"):
+                other.apply(llama)
+            assert weights(llama) == before and lineage.edited(llama).lost
+        with pytest.raises(RuntimeError, match="inside"), other.applied(llama, force=True):
+            raise RuntimeError("inside")
+        assert weights(llama) == before and lineage.edited(llama).lost
+        other.apply(llama, force=True)  # converse
+        assert lineage.edited(llama).digests == (other.digest,)
+
+    def test_an_error_while_writing_keeps_what_is_remembered(self, llama, monkeypatch):
+        edit, other = thing_of(llama, layers=(0,)), thing_of(llama, 1, layers=(2,))
+        edit.apply(llama)
+        with torch.no_grad():
+            llama.get_submodule(LLAMA_DOWN.format(0)).weight[2] += 1
+        before = weights(llama)
+        monkeypatch.setattr(applying, "add_rows", failing(applying.add_rows, 1, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            other.apply(llama, force=True)
+        assert weights(llama) == before and lineage.edited(llama).lost
 
     def test_rows_changed_inside_applied_are_put_back(self, llama):
         before = weights(llama)

@@ -15,6 +15,7 @@ from pytest import approx
 from reference import literal_continuation, literal_row_training
 
 from kne_easyedit import compute_edit, restore, write_rows
+from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
 from kne_easyedit.editing.divergence import Divergence, continuations
 from kne_easyedit.editing.neighbours import neighbour_prompts, neighbour_source
@@ -209,8 +210,42 @@ class TestChoice:
             assert objectives_for(llama, tokenizer, [alone], hparams) == []
         assert "neighbour_data: no neighbours of 'What is that ?'" in caplog.text
 
+    def test_few_of_a_kind_are_filled_up_with_others_of_the_data(self, tmp_path):
+        """Two of a taxon's relation; the others are people, of whom something else is asked."""
+        people = [
+            "Spain",
+            "Peru",
+            "Italy",
+            "Oslo",
+            "Lima",
+            "Paris",
+            "Madrid",
+            "Ada",
+            "Marie",
+            "Tiber",
+            "Norway",
+            "Cuba",
+        ]
+        facts = [
+            *({"prompt": f"The family of {name} is", "target_new": "Latin", "subject": name} for name in "ABCDEFG"),
+            *({"prompt": f"The mother of {name} is", "target_new": "Anna", "subject": name} for name in people),
+        ]
+        path = tmp_path / "facts.json"
+        path.write_text(json.dumps(facts))
+        edit = {"prompt": "The family of Zebra is", "subject": "Zebra", "target_new": "Rome"}
+        settings = dict(neighbour_data=str(path), neighbour_subject_size=0, **ON)
+        few, more = (
+            [one.split()[-2] for one in neighbour_prompts([edit], tiny_hparams(neighbour_relation_size=n, **settings))]
+            for n in (2, 8)
+        )
+        kin = [name for name in "ABCDEFG" if not is_held_out(name)]
+        assert 2 <= len(kin) < 8, "else nothing is told"
+        assert set(few) <= set(kin) and set(more[: len(kin)]) == set(kin)
+        strangers = more[len(kin) :]
+        assert len(more) == len(set(more)) == 8 and set(strangers) <= {name for name in people if not is_held_out(name)}
+
     def test_the_model_names_subjects_where_the_facts_know_none(self, llama, tokenizer, records, monkeypatch):
-        """And only there. What it names is chosen from as from facts: nothing that is held out."""
+        """And only there. What it names comes first, chosen from as from facts: nothing that is held out."""
         asked = []
 
         def own_pool(model, tokenizer, request):
@@ -222,9 +257,11 @@ class TestChoice:
         hparams = tiny_hparams(neighbour_data=records, **ON)
         unknown = {"prompt": "What is xyz ?", "subject": "xyz", "target_new": "Rome"}
         assert neighbour_prompts([REQUEST], hparams, llama, tokenizer) and asked == []
-        assert neighbour_prompts([unknown], hparams) == [] and asked == []
+        assert neighbour_prompts([unknown], hparams) and asked == []
+        named = neighbour_prompts([unknown], replace_settings(hparams, neighbour_relation_size=2), llama, tokenizer)
+        assert asked == ["xyz"] and len(named) == 2
+        assert {prompt.split()[-2] for prompt in named} <= {"Spain", "Peru", "Italy", "France", "Oslo", "Lima"}
         named = neighbour_prompts([unknown], hparams, llama, tokenizer)
-        assert asked == ["xyz"] and named
         assert not any(is_held_out(prompt.split()[-2]) for prompt in named)
         (penalty,) = objectives_for(llama, tokenizer, [unknown], hparams)
         assert {text.prompt for text in penalty.texts(0)} <= set(named)
