@@ -277,15 +277,17 @@ def test_an_edit_that_the_model_did_not_get_is_not_kept(work, tiny, capsys):
         """
         from easyeditor import BaseEditor
         hparams = editing_hparams.from_hparams(args.hparams_dir)
-        editor = BaseEditor.from_hparams(hparams)
         def edit(of, target):
+            editor = BaseEditor.from_hparams(hparams)
             editor.edit(prompts=[f"The capital of {of} is"], target_new=[target], subject=[of])
         edit("France", "Rome")
         hparams.num_steps, hparams.lr, hparams.on_failure = 1, 1e-9, "raise"
         try:
             edit("Spain", "Oslo")
-        except ValueError as error:
-            print("refused:", error)
+        except Exception as error:
+            print("refused:", type(error), error)
+        else:
+            print("not refused")
         """,
     )
     settings = ("--editing_method", "KNE", "--hparams_dir", str(tiny / "kne"))
