@@ -160,7 +160,7 @@ def write_edit(folder: str | os.PathLike[str], edit: Any, modules: Mapping[str, 
         "hparams": dict(edit.hparams),
         "versions": dict(edit.versions),
     }
-    with atomic_directory(folder) as temporary:
+    with atomic_directory(folder, exclusive=True) as temporary:
         write_tensors(temporary / ROWS_FILE, _Values(edit.deltas), {"kne_edit": edit.digest})
         with (temporary / JSON_FILE).open("x", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False)

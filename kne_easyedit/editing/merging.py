@@ -71,7 +71,7 @@ def merge_edits(
         out.rmdir()
     if out.exists() or out.is_symlink():
         raise FileExistsError(f"out: {out} exists already; choose another folder, or remove it first")
-    with atomic_directory(out) as temporary:
+    with atomic_directory(out, exclusive=True) as temporary:
         for path in sorted(source.iterdir()):
             if path.is_dir() and path.name in _FOLDERS:
                 shutil.copytree(path, temporary / path.name)

@@ -16,6 +16,8 @@ from kne_easyedit.editing.kne_edit import Base
 FORMAT = "kne-edit-store"
 SCHEMA_VERSION = 1
 LIST_FILE = "store.json"
+LARGEST_LIST = 2**28
+"""Bytes of it at most."""
 _ID = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-])?")
 
 
@@ -48,10 +50,13 @@ def read_list(folder: Path) -> Content:
     """
     path = folder / LIST_FILE
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            text = file.read(LARGEST_LIST + 1)
     except FileNotFoundError:
         return Content()
     try:
+        if len(text) > LARGEST_LIST:
+            raise ValueError(f"more than {LARGEST_LIST} bytes, which no store has")
         return _content(parse_json(text))
     except ValueError as error:
         raise ValueError(f"store: {path} cannot be used: {error}") from error

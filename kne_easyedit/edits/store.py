@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +70,8 @@ class EditStore:
 
     The weights are a function of the base and the active edits alone: rows without edits plus the active deltas, added
     in order in the deltas' precision and rounded once. So taking one back is exact, after any history. The model's own
-    files are never touched. Several processes may use a store; each change is atomic.
+    files are never touched. Several processes may use a store, except on Windows, where nothing keeps two from changing it
+    at once; each change is atomic.
 
     Args:
         folder: The store; it may not exist yet.
@@ -82,7 +83,7 @@ class EditStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder).expanduser()
-        self._loaded: dict[str, KNEEdit] = {}
+        self._loaded: dict[tuple[str, str], KNEEdit] = {}
         if self.folder.exists() and not (self.folder / LIST_FILE).exists():
             odd = [p.name for p in self.folder.iterdir() if p.name != EDITS_FOLDER and not p.name.startswith(".")]
             if odd:
@@ -91,17 +92,7 @@ class EditStore:
 
     def list(self) -> tuple[Entry, ...]:
         """All edits, in their order."""
-        listed = read_list(self.folder).edits
-        ids = {one.digest: one.id for one in listed}
-        active: set[str] = set()
-        entries = []
-        for order, one in enumerate(listed):
-            names = {digest: ids.get(digest, digest[:12]) for digest in one.trained_on}
-            missing = tuple(name for digest, name in names.items() if digest not in active)
-            entries.append(Entry(one.id, one.on, order, one.facts, one.digest, tuple(names.values()), missing))
-            if one.on:
-                active.add(one.digest)
-        return tuple(entries)
+        return _entries(read_list(self.folder).edits)
 
     def add(self, edit: KNEEdit, name: str | None = None) -> str:
         """Stores an edit, switched on, after all others.
@@ -118,7 +109,9 @@ class EditStore:
                 changed.
             OSError: The store cannot be written.
         """
-        with self._changing() as content:
+        if name is not None:
+            checked_id(name)
+        with self._changing(new=True) as content:
             for one in content.edits:
                 if one.digest == edit.digest:
                     if name not in (None, one.id):
@@ -127,12 +120,13 @@ class EditStore:
             new = checked_id(edit.digest[:12] if name is None else name)
             if taken := [one.id for one in content.edits if one.id.casefold() == new.casefold()]:
                 raise ValueError(f"store: name: {taken[0]!r} is taken in {self.folder}; choose another name")
-            if content.base is not None and (reason := edit.base.conflict(content.base)):
+            base = content.base if content.edits else None  # an emptied store takes edits of any base
+            if base is not None and (reason := edit.base.conflict(base)):
                 raise ValueError(
-                    f"store: the edit was trained on {edit.base.label}, those of {self.folder} on "
-                    f"{content.base.label}: {reason}. Keep edits of another base in another store"
+                    f"store: the edit was trained on {edit.base.label}, those of {self.folder} on {base.label}: "
+                    f"{reason}. Keep edits of another base in another store"
                 )
-            base = content.base or edit.base
+            base = base or edit.base
             base = replace(base, modules={**edit.base.modules, **base.modules})
             known = {one.digest for one in content.edits}
             if strange := [digest[:12] for digest in edit.trained_on if digest not in known]:
@@ -142,7 +136,7 @@ class EditStore:
                     self.folder,
                     ", ".join(strange),
                 )
-            place = self.folder / EDITS_FOLDER / new
+            place = self._place(new)
             if place.exists():  # of a process that was killed before it listed the edit
                 shutil.rmtree(place)
             edit.save(place)
@@ -169,11 +163,30 @@ class EditStore:
         """
         return self._switch(id, False)
 
-    def reorder(self, ids: Sequence[str]) -> None:
+    def set_active(self, ids: Iterable[str]) -> None:
+        """Switches exactly these edits on and all others off, in one step; their order stays.
+
+        Args:
+            ids: The edits.
+
+        Raises:
+            ValueError: The store has not got one. Nothing was changed.
+            OSError: The store cannot be written.
+        """
+        wanted = {*ids}
+        with self._changing() as content:
+            for id in sorted(wanted):
+                require_one_of("id", id, [one.id for one in content.edits])
+            self._replace(content, tuple(replace(one, on=one.id in wanted) for one in content.edits))
+
+    def reorder(self, ids: Sequence[str]) -> tuple[Entry, ...]:
         """Changes the order.
 
         Args:
             ids: All ids of the store, each once, in their new order.
+
+        Returns:
+            The active edits that were trained on top of one that comes after them now.
 
         Raises:
             ValueError: They are not. Nothing was changed.
@@ -187,7 +200,7 @@ class EditStore:
                 raise ValueError(
                     f"store: ids: {shorten(list(ids))} must be all ids of the store, each once: {list(by_id)}"
                 )
-            write_list(self.folder, replace(content, edits=tuple(by_id[id] for id in ids)))
+            return self._replace(content, tuple(by_id[id] for id in ids))
 
     def remove(self, id: str) -> tuple[Entry, ...]:
         """Removes an edit and its files.
@@ -204,10 +217,12 @@ class EditStore:
         """
         with self._changing() as content:
             require_one_of("id", id, [one.id for one in content.edits])
-            before = self.list()
-            write_list(self.folder, replace(content, edits=tuple(one for one in content.edits if one.id != id)))
-            shutil.rmtree(self.folder / EDITS_FOLDER / id, ignore_errors=True)  # what is left is not listed
-        return self._worse(before)
+            place = self._place(id)
+            worse = self._replace(content, tuple(one for one in content.edits if one.id != id))
+            shutil.rmtree(place, ignore_errors=True)  # what is left is not listed
+            for key in [key for key in self._loaded if key[0] == id]:
+                del self._loaded[key]
+        return worse
 
     def edit(self, id: str) -> KNEEdit:
         """One edit, read and checked.
@@ -283,42 +298,87 @@ class EditStore:
         return EditStack(tuple(self._load(one) for one in read_list(self.folder).edits if wanted(one)))
 
     def _load(self, listed: Listed) -> KNEEdit:
-        edit = self._loaded.get(listed.digest)
+        key = listed.id, listed.digest  # the same edit under another id is in another folder
+        edit = self._loaded.get(key)
         if edit is None:
             try:
-                edit = KNEEdit.load(self.folder / EDITS_FOLDER / listed.id)
+                edit = KNEEdit.load(self._place(listed.id))
             except (OSError, ValueError) as error:
                 kind = OSError if isinstance(error, OSError) else ValueError
                 raise kind(f"store: {listed.id} of {self.folder}: {error}; switch it off, or remove it") from error
             if edit.digest != listed.digest:
                 raise ValueError(f"store: {listed.id} of {self.folder} is another edit than was added; remove it")
-            self._loaded[listed.digest] = edit
+            self._loaded[key] = edit
         return edit
+
+    def _place(self, id: str) -> Path:
+        """The folder of an edit. Raises ValueError if it may be elsewhere than in the store."""
+        place = self.folder / EDITS_FOLDER / id
+        for path in (place.parent, place):
+            if path.is_symlink():
+                raise ValueError(
+                    f"store: {path} is a symbolic link, and a store holds its own files alone; put a folder in its "
+                    f"place, or delete the link"
+                )
+        return place
 
     def _switch(self, id: str, on: bool) -> tuple[Entry, ...]:
         with self._changing() as content:
             require_one_of("id", id, [one.id for one in content.edits])
-            before = self.list()
-            edits = tuple(replace(one, on=on) if one.id == id else one for one in content.edits)
-            if edits != content.edits:
-                write_list(self.folder, replace(content, edits=edits))
-        return self._worse(before)
-
-    def _worse(self, before: Sequence[Entry]) -> tuple[Entry, ...]:
-        """Active edits that lack more of what they were trained on than before; said in the log."""
-        lacked = {entry.id: set(entry.missing) for entry in before}
-        found = tuple(entry for entry in self.list() if entry.on and set(entry.missing) - lacked[entry.id])
-        for entry in found:
-            logger.warning(
-                "store: %s was trained on top of %s, which is no longer active before it; EditStore.check(model) (kne "
-                "edits check) measures what it is worth now",
-                entry.id,
-                ", ".join(sorted(set(entry.missing) - lacked[entry.id])),
+            return self._replace(
+                content, tuple(replace(one, on=on) if one.id == id else one for one in content.edits)
             )
-        return found
+
+    def _replace(self, content: Content, edits: tuple[Listed, ...]) -> tuple[Entry, ...]:
+        """Writes the list, while it is held, if it is another one.
+
+        Returns:
+            Active edits that lack more of what they were trained on than before; said in the log.
+        """
+        if edits == content.edits:
+            return ()
+        write_list(self.folder, Content(edits, content.base if edits else None))
+        # By digests: the names of what is removed change. And of what was read under the lock: others may change it.
+        lacked, ids = _missing(content.edits), {one.digest: one.id for one in content.edits}
+        lacks = _missing(edits)
+        more = {one.id: lacks[one.digest] - lacked[one.digest] for one in edits if one.on}
+        for id, digests in more.items():
+            if digests:
+                logger.warning(
+                    "store: %s was trained on top of %s, which is no longer active before it; EditStore.check(model) "
+                    "(kne edits check) measures what it is worth now",
+                    id,
+                    ", ".join(sorted(ids.get(digest, digest[:12]) for digest in digests)),
+                )
+        return tuple(entry for entry in _entries(edits) if more.get(entry.id))
 
     @contextmanager
-    def _changing(self) -> Iterator[Content]:
-        """The list as it is now, while no other process changes it."""
+    def _changing(self, new: bool = False) -> Iterator[Content]:
+        """The list as it is now, while no other process changes it; ``new``: the store may not exist yet."""
+        if not new and not self.folder.exists():
+            yield Content()  # what is refused makes no folder
+            return
         with exclusive_lock(self.folder, wait=True):
             yield read_list(self.folder)
+
+
+def _missing(edits: Sequence[Listed]) -> dict[str, set[str]]:
+    """Digest -> the digests on top of which the edit was trained, and that are not active before it."""
+    active: set[str] = set()
+    found = {}
+    for one in edits:
+        found[one.digest] = {*one.trained_on} - active
+        if one.on:
+            active.add(one.digest)
+    return found
+
+
+def _entries(edits: Sequence[Listed]) -> tuple[Entry, ...]:
+    ids = {one.digest: one.id for one in edits}
+    lacks = _missing(edits)
+    found = []
+    for order, one in enumerate(edits):
+        names = {digest: ids.get(digest, digest[:12]) for digest in one.trained_on}
+        missing = tuple(name for digest, name in names.items() if digest in lacks[one.digest])
+        found.append(Entry(one.id, one.on, order, one.facts, one.digest, tuple(names.values()), missing))
+    return tuple(found)

@@ -14,6 +14,7 @@ from crashes import killed_at
 from edits import REQUEST, ensemble_of, thing_of
 from safetensors.torch import load_file, save_file
 
+from kne_easyedit.editing import edit_files
 from kne_easyedit.editing.edit import compute_edit
 from kne_easyedit.editing.edit_files import JSON_FILE, ROWS_FILE
 from kne_easyedit.editing.kne_edit import KNEEdit
@@ -98,6 +99,21 @@ class TestSaving:
         with pytest.raises(FileExistsError, match="exists already; choose another folder"):
             thing_of(llama, 1).save(saved)
         assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+    def test_another_process_is_faster(self, tmp_path, llama, monkeypatch):
+        """What is lost is said to be lost."""
+        one, two, real = thing_of(llama, 1), thing_of(llama, 2), edit_files.write_tensors
+        folder = tmp_path / "edit"
+
+        def then_another(*given):
+            real(*given)
+            monkeypatch.undo()
+            one.save(folder)
+
+        monkeypatch.setattr(edit_files, "write_tensors", then_another)
+        with pytest.raises(FileExistsError, match="choose another folder"):
+            two.save(folder)
+        assert KNEEdit.load(folder) == one
 
     def test_an_empty_folder_is_filled(self, tmp_path, llama):
         (tmp_path / "edit").mkdir()

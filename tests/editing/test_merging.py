@@ -120,6 +120,19 @@ class TestMerged:
         found = load_file(tmp_path / "out" / "model.safetensors")[name]
         assert found.dtype is torch.bfloat16 and torch.equal(found, wide.get_parameter(name).bfloat16())
 
+    def test_another_process_is_faster(self, tmp_path, base, llama, monkeypatch):
+        one, two, real = thing_of(llama, 1), thing_of(llama, 2), merging.write_tensor
+
+        def then_another(*given):
+            monkeypatch.undo()
+            one.merge_into(base, tmp_path / "out")
+            real(*given)
+
+        monkeypatch.setattr(merging, "write_tensor", then_another)
+        with pytest.raises(FileExistsError, match="choose another folder"):
+            two.merge_into(base, tmp_path / "out")
+        assert one.digest[:12] in (tmp_path / "out" / "README.md").read_text()
+
     def test_killed_at_any_file_operation_it_is_whole_or_not_there(self, tmp_path, base, llama):
         edit, operation, died, there = thing_of(llama), 0, [True], False
         while died:

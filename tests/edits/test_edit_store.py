@@ -4,13 +4,15 @@ import json
 import logging
 import shutil
 import threading
+from contextlib import contextmanager
 
 import pytest
 from conftest import LLAMA_DOWN, fingerprint, make_llama, tiny_hparams, weights
 from edits import MANY, REQUESTS, ensemble_of, thing_of
 
 from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
-from kne_easyedit.edits import EditStore
+from kne_easyedit.edits import EditStore, listing
+from kne_easyedit.edits import store as store_module
 from kne_easyedit.edits.listing import LIST_FILE
 
 
@@ -59,6 +61,27 @@ class TestList:
         with pytest.raises(ValueError, match="has this edit already, as 'a'"):
             store.add(edits[0], "other")
 
+    def test_the_same_edit_under_another_name(self, store, edits, llama):
+        store.apply(llama)
+        before = weights(llama)
+        store.remove("c")
+        store.add(edits[2], "d")
+        store.off("d")
+        store.apply(llama)
+        store.on("d")
+        store.apply(llama)
+        assert weights(llama) == before and ids(store) == ["a", "b", "d"]
+        EditStore(store.folder).remove("d")  # another process's
+        EditStore(store.folder).add(edits[2], "e")
+        store.apply(make_llama())
+
+    def test_an_emptied_store_takes_another_base(self, store, edits):
+        for id in "abc":
+            store.remove(id)
+        store.add(thing_of(make_llama(seed=11)), "other")
+        with pytest.raises(ValueError, match="another store"):  # converse
+            store.add(edits[0])
+
     def test_removed_files_are_gone(self, store):
         store.remove("b")
         assert ids(store) == ["a", "c"]
@@ -76,6 +99,18 @@ class TestState:
                 if id in wanted:
                     edit.apply(fresh)
             assert weights(llama) == weights(fresh), wanted
+
+    def test_exactly_these_in_one_step(self, store, monkeypatch):
+        written = []
+        monkeypatch.setattr(store_module, "write_list", lambda *given: written.append(1) or listing.write_list(*given))
+        for wanted in (["c", "a"], [], iter("b")):
+            kept = {*wanted} if isinstance(wanted, list) else {"b"}
+            store.set_active(wanted)
+            assert {entry.id for entry in store.list() if entry.on} == kept and ids(store) == ["a", "b", "c"]
+        assert len(written) == 3
+        with pytest.raises(ValueError, match="id: 'aa' must be one of"):
+            store.set_active(["c", "aa"])
+        assert [entry.on for entry in store.list()] == [False, True, False]
 
     def test_the_order_counts_in_the_last_bit(self, tmp_path):
         """Converse of a set: sums are rounded."""
@@ -161,9 +196,21 @@ class TestTrainedOnOthers:
         taught.on("second")
         assert taught.remove("first")[0].missing == (taught.list()[0].missing)
 
-    def test_an_order_in_which_it_comes_first(self, taught):
-        taught.reorder(["second", "first"])
-        assert taught.list()[0].missing == ("first",)
+    def test_an_order_in_which_it_comes_first(self, taught, caplog):
+        (worse,) = taught.reorder(["second", "first"])
+        assert worse == taught.list()[0] and worse.missing == ("first",)
+        assert "second was trained on top of first" in caplog.text
+        caplog.clear()
+        assert taught.reorder(["first", "second"]) == () and caplog.text == ""
+
+    def test_switched_off_at_once(self, taught, caplog):
+        taught.set_active(["second"])
+        assert "second was trained on top of first" in caplog.text
+
+    def test_removing_what_was_off_says_nothing(self, taught, caplog):
+        taught.off("first")
+        caplog.clear()
+        assert taught.remove("first") == () and caplog.text == ""
 
     def test_what_the_store_has_not_got(self, tmp_path, llama, caplog):
         store = EditStore(tmp_path / "s")
@@ -207,6 +254,30 @@ class TestRefused:
         refused(lambda store: store.add(thing_of(make_llama(seed=11), 9)), "weights of .* differ.*another store")
 
     @pytest.mark.parametrize("action", ["on", "off", "remove", "edit", "without"])
+    def test_a_store_that_is_not_there_is_not_made(self, tmp_path, action):
+        with pytest.raises(ValueError, match="id: 'a' must be one of"):
+            getattr(EditStore(tmp_path / "none"), action)("a")
+        with pytest.raises(ValueError, match="cannot name an edit"):
+            EditStore(tmp_path / "none").add(None, "../x")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("linked", ["edits", "edits/b"])
+    def test_links_out_of_the_store(self, tmp_path, store, llama, linked):
+        outside = tmp_path / "outside"
+        (store.folder / linked).rename(outside)
+        (store.folder / linked).symlink_to(outside, target_is_directory=True)
+        there = sorted(path.relative_to(outside) for path in outside.rglob("*"))
+        fresh = EditStore(store.folder)
+        acts = [lambda: fresh.remove("b"), lambda: fresh.edit("b"), lambda: fresh.apply(llama)]
+        if linked == "edits":  # else the new one has a folder of its own
+            acts.append(lambda: fresh.add(thing_of(llama, 9), "new"))
+        for act in acts:
+            with pytest.raises(ValueError, match="is a symbolic link"):
+                act()
+        assert sorted(path.relative_to(outside) for path in outside.rglob("*")) == there
+        assert [entry.id for entry in fresh.list()] == ["a", "b", "c"]
+
+    @pytest.mark.parametrize("action", ["on", "off", "remove", "edit", "without"])
     def test_ids_that_are_unknown(self, refused, action):
         refused(lambda store: getattr(store, action)("aa"), "id: 'aa' must be one of .*; did you mean 'a'")
 
@@ -247,6 +318,14 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             EditStore(store.folder)
 
+    def test_a_list_that_is_too_long(self, store, monkeypatch):
+        size = (store.folder / LIST_FILE).stat().st_size
+        monkeypatch.setattr(listing, "LARGEST_LIST", size)
+        assert len(store.list()) == 3
+        monkeypatch.setattr(listing, "LARGEST_LIST", size - 1)
+        with pytest.raises(ValueError, match=r"store.json cannot be used: more than"):
+            EditStore(store.folder)
+
     def test_a_list_that_is_truncated(self, store):
         text = (store.folder / LIST_FILE).read_bytes()
         (store.folder / LIST_FILE).write_bytes(text[:100])
@@ -274,17 +353,69 @@ class TestRefused:
             EditStore(store.folder).apply(llama)
 
 
-def test_two_at_once_lose_nothing(tmp_path, llama):
+def at_once(*acts):
     """Each has an object and a lock of its own, as two processes have."""
+    errors = []
+
+    def run(act):
+        try:
+            act()
+        except BaseException as error:  # noqa: BLE001  (a thread's own are only printed)
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(act,)) for act in acts]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert errors == []
+
+
+def test_two_at_once_lose_nothing(tmp_path, llama):
     edits = {f"e{seed}": thing_of(llama, seed) for seed in range(16)}
 
     def add(names):
         for name in names:
             EditStore(tmp_path / "s").add(edits[name], name)
 
-    both = [threading.Thread(target=add, args=(list(edits)[half::2],)) for half in range(2)]
-    for one in both:
-        one.start()
-    for one in both:
-        one.join()
+    at_once(lambda: add([*edits][::2]), lambda: add([*edits][1::2]))
     assert sorted(ids(EditStore(tmp_path / "s"))) == sorted(edits)
+
+
+def test_another_process_adds_while_one_is_switched(store, llama, monkeypatch):
+    """After the list was written, and before what was said of it: the change is done, and nothing is raised."""
+    other, real = EditStore(store.folder), store_module.exclusive_lock
+
+    @contextmanager
+    def then_another(*given, **options):
+        with real(*given, **options):
+            yield
+        if threading.current_thread() is threading.main_thread():
+            at_once(lambda: other.add(thing_of(llama, 9, trained_on=("5" * 64,)), "new"))
+
+    monkeypatch.setattr(store_module, "exclusive_lock", then_another)
+    assert store.off("b") == ()
+    assert ids(store) == ["a", "b", "c", "new"]
+
+
+def test_two_at_once_that_do_everything(tmp_path, llama):
+    store = EditStore(tmp_path / "s")
+    edits = [thing_of(llama, seed, trained_on=() if seed < 4 else ("5" * 64,)) for seed in range(8)]
+    for seed in range(4):
+        store.add(edits[seed], f"e{seed}")
+
+    def come_and_go():
+        mine = EditStore(tmp_path / "s")
+        for seed in (4, 5, 6, 7):
+            mine.add(edits[seed], f"e{seed}")
+            mine.remove(f"e{seed}")
+
+    def switch():
+        mine = EditStore(tmp_path / "s")
+        for _ in range(4):
+            mine.off("e1")
+            mine.on("e1")
+
+    at_once(come_and_go, switch)
+    assert [(entry.id, entry.on) for entry in store.list()] == [(f"e{seed}", True) for seed in range(4)]
+    assert sorted(path.name for path in (store.folder / "edits").iterdir()) == ["e0", "e1", "e2", "e3"]
