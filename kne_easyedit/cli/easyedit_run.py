@@ -88,15 +88,12 @@ def _keeper(folder: Path) -> Callable[[KNEEdit], None]:
             f"--keep-edits: {folder} has {len(entries)} edits already, which the script's model has not; name a new "
             f"store (kne edits add {folder} DIR brings edits of it here afterwards)"
         )
-    added: set[str] = set()
+    added: dict[str, str] = {}
 
     def keep(edit: KNEEdit) -> None:
-        name = store.add(edit)
-        added.add(name)
+        added[edit.digest] = store.add(edit)
         has = {edit.digest, *edit.trained_on}
-        for entry in reversed(store.list()):  # the last first: what was trained on top of another one goes before it
-            if entry.on and entry.id in added and entry.digest not in has:
-                store.off(entry.id)
-        store.on(name)  # the same edit may have been made before, and taken back since
+        others = {entry.id for entry in store.list() if entry.on} - {*added.values()}  # of other processes
+        store.set_active(others | {name for digest, name in added.items() if digest in has})
 
     return keep

@@ -88,27 +88,28 @@ def _on(arguments: argparse.Namespace) -> int:
 def _off(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.store)
     _require_known(store.list(), arguments.ids)
-    worse = {entry.id for one in dict.fromkeys(arguments.ids) for entry in store.off(one)}
+    worse = [entry for one in dict.fromkeys(arguments.ids) for entry in store.off(one)]
     _list(arguments)
-    if worse and not arguments.check:
-        print(
-            f"{', '.join(sorted(worse))} may have lost answers without it; `kne edits check {arguments.store}` (or "
-            f"`--check` here) loads the model and measures them again"
-        )
-    return _check(arguments) if arguments.check else 0
+    if arguments.check:
+        return _check(arguments)
+    _print_worse(worse, arguments.store, " (or `--check` here)")
+    return 0
 
 
 def _reorder(arguments: argparse.Namespace) -> int:
-    open_store(arguments.store).reorder(arguments.ids)
-    return _list(arguments)
+    worse = open_store(arguments.store).reorder(arguments.ids)
+    _list(arguments)
+    _print_worse(worse, arguments.store)
+    return 0
 
 
 def _remove(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.store)
     _require_known(store.list(), arguments.ids)
-    for one in dict.fromkeys(arguments.ids):
-        store.remove(one)
-    return _list(arguments)
+    worse = [entry for one in dict.fromkeys(arguments.ids) for entry in store.remove(one)]
+    _list(arguments)
+    _print_worse(worse, arguments.store)
+    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -137,6 +138,16 @@ def _check(arguments: argparse.Namespace) -> int:
         f"\n{lost} {'fact is' if lost == 1 else 'facts are'} lost" if lost else "\nevery fact that was reached is there"
     )
     return 1 if lost else 0
+
+
+def _print_worse(worse: Sequence[Entry], store: Path, more: str = "") -> None:
+    """Names edits that were trained on top of what is not active before them any more, and what measures them."""
+    there = {entry.id for entry in open_store(store).list() if entry.on}
+    if names := sorted({entry.id for entry in worse} & there):
+        print(
+            f"{', '.join(names)} may have lost answers by this; `kne edits check {store}`{more} loads the model and "
+            f"measures them again"
+        )
 
 
 def _require_known(entries: Sequence[Entry], ids: Sequence[str]) -> None:

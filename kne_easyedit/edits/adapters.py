@@ -103,7 +103,7 @@ def save_adapter(
     Raises:
         AnswersLost: The reduction loses an answer; nothing was written.
         ValueError: An edit cannot be used, or needs a higher rank than is served; the message says the way out.
-        FileExistsError: The folder holds something.
+        FileExistsError: The folder holds something, or another process was faster.
     """
     edits = [edits] if isinstance(edits, RowEdit) else list(edits)
     require_one_of("form", form, FORMS)
@@ -341,7 +341,7 @@ def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor
 
     if _is_empty(folder):
         folder.rmdir()
-    with atomic_directory(folder) as unfinished:
+    with atomic_directory(folder, exclusive=True) as unfinished:
         (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(dict(tensors), unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         (unfinished / "README.md").write_text(card, encoding="utf-8")

@@ -189,6 +189,7 @@ def test_the_active_edits_become_a_full_model(store, folder, tmp_path, capsys):
 
 def test_another_order_and_removal(store, capsys):
     assert kne("edits", "reorder", store, "latin", "rome") == 0
+    assert f"latin may have lost answers by this; `kne edits check {store}`" in capsys.readouterr().out
     assert [entry.id for entry in EditStore(store).list()] == ["latin", "rome"]
     assert kne("edits", "remove", store, "rome", "rome") == 0
     assert [entry.id for entry in EditStore(store).list()] == ["latin"]

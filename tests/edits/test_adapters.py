@@ -304,6 +304,18 @@ class TestRefused:
         save_adapter(edit_of(make_llama()), tmp_path / "a", model=make_llama())
         assert (tmp_path / "a" / "adapter_config.json").exists()
 
+    def test_another_process_that_was_faster(self, tmp_path, monkeypatch):
+        """Its adapter stays, and ours is not reported as written."""
+
+        def save_file(*_, **__):
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "theirs").write_text("")
+
+        monkeypatch.setattr("safetensors.torch.save_file", save_file)
+        with pytest.raises(FileExistsError, match="another process"):
+            save_adapter(edit_of(make_llama()), tmp_path / "a", model=make_llama())
+        assert [path.name for path in tmp_path.rglob("*")] == ["a", "theirs"]
+
 
 class TestRecordedBase:
     """A `KNEEdit` says of which model it is."""
