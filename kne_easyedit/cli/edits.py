@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
             action.add_argument("--check", action="store_true", help="then measure what the others are worth: `check`")
         if name in ("off", "check"):
             add_base(action)
-        action.set_defaults(command=function)
+        action.set_defaults(command=function, interrupted="each change was made whole, or not at all")
 
 
 def _list(arguments: argparse.Namespace) -> int:

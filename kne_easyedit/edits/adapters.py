@@ -185,22 +185,25 @@ def _require_one_base(edits: Sequence[RowEdit], model: nn.Module | None, force: 
     Under ``force`` that is a warning.
     """
     bases = _bases(edits)
-    found = [
-        f"edits: one was trained on {bases[0].label}, another on {other.label}: {reason}"
-        for other in bases[1:]
-        if (reason := bases[0].conflict(other))
-    ]
-    for base in bases if model is not None else ():
+    for other in bases[1:]:
+        if reason := bases[0].conflict(other):
+            _refuse(f"edits: one was trained on {bases[0].label}, another on {other.label}: {reason}", force)
+    if model is None:
+        return
+    for base in bases:
         dtypes = {name: module.dtype for name, module in base.modules.items()}
         if reason := base.conflict(base_of(model, list(base.modules), edited(model).originals, dtypes)):
-            found.append(
+            _refuse(
                 f"edits: one was trained on {base.label}, and the model given is another one: {reason}. Load that "
-                f"model, leave model= out (the answers are not checked then; --no-check), or give force=True (--force)"
+                f"model, leave model= out (the answers are not checked then; --no-check), or give force=True (--force)",
+                force,
             )
-    if found and not force:
-        raise ValueError(found[0])
-    for one in found:
-        logger.warning("%s", one)
+
+
+def _refuse(message: str, force: bool) -> None:
+    if not force:
+        raise ValueError(message)
+    logger.warning("%s", message)
 
 
 def _is_empty(folder: Path) -> bool:

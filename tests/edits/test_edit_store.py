@@ -360,7 +360,7 @@ def at_once(*acts):
     def run(act):
         try:
             act()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (a thread's own are only printed)
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(act,)) for act in acts]
