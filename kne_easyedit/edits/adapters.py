@@ -160,7 +160,11 @@ def _rank(form: str, largest: int, max_rank: int | None) -> tuple[int, list[str]
 
 def _served_notes(form: str, factors: Mapping[str, Factors]) -> list[str]:
     if form == "exact":
-        return ["Each module has its own rank, and the scaling is rank-stabilised: for PEFT alone."]
+        largest = max(one.rank for one in factors.values())
+        above = (
+            f" Rank {largest} is more than any server takes ({SERVED_RANKS[-1]})." if largest > SERVED_RANKS[-1] else ""
+        )
+        return [f"Each module has its own rank, and the scaling is rank-stabilised: for PEFT alone.{above}"]
     alone = [
         name
         for name in factors

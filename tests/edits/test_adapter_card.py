@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import torch
 import yaml
 from conftest import make_llama
 from edits import thing_of
@@ -13,6 +14,16 @@ from kne_easyedit.edits.hub import edit_card
 
 def config_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
+
+
+def test_an_exact_adapter_says_that_no_server_takes_its_rank(tmp_path):
+    edit = thing_of(make_llama())
+    name = next(iter(edit.deltas))
+    for rows in (512, 513):
+        base = replace(edit.base, modules={name: replace(edit.base.modules[name], shape=(600, 4))})
+        large = replace(edit, deltas={name: (tuple(range(rows)), torch.ones(rows, 4))}, base=base)
+        report = save_adapter(large, tmp_path / str(rows), form="exact")
+        assert ("more than any server takes (512)" in report.notes[0]) == (rows > 512)
 
 
 class TestCard:
