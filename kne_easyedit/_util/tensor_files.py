@@ -41,9 +41,23 @@ def places(path: str | os.PathLike[str]) -> dict[str, Place]:
         ValueError: It is no safetensors file, or it is truncated; the message names it.
         OSError: It cannot be read.
     """
+    header, first = _header(Path(path))
+    header.pop("__metadata__", None)
+    return {
+        name: Place(one["dtype"], tuple(one["shape"]), first + one["data_offsets"][0], first + one["data_offsets"][1])
+        for name, one in header.items()
+    }
+
+
+def texts(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts in the header of a safetensors file. Raises as `places`."""
+    return _header(Path(path))[0].get("__metadata__") or {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and the offset of the first tensor."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
     try:
         with safe_open(path, "pt"):  # the library's own checks: lengths, overlaps, types
             pass
@@ -51,13 +65,7 @@ def places(path: str | os.PathLike[str]) -> dict[str, Place]:
         raise ValueError(f"{path}: no complete safetensors file ({error})") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = parse_json(file.read(length))
-    header.pop("__metadata__", None)
-    first = 8 + length
-    return {
-        name: Place(one["dtype"], tuple(one["shape"]), first + one["data_offsets"][0], first + one["data_offsets"][1])
-        for name, one in header.items()
-    }
+        return parse_json(file.read(length)), 8 + length
 
 
 def read_tensor(file: BinaryIO, place: Place) -> Tensor:

@@ -56,25 +56,26 @@ def register() -> ModuleType:
 
 @contextlib.contextmanager
 def edits_handed_to(on_trained: Callable[[KNEEdit], None]) -> Iterator[None]:
-    """Inside, every edit that EasyEdit makes with KNE is handed out once it is written: one that fails is not.
+    """Inside, every edit that EasyEdit makes with KNE is handed out once it is written.
 
     Args:
-        on_trained: Takes the edit. What it raises goes on to who asked for the edit; the weights have it by then.
+        on_trained: Takes the edit. An edit that was not written (`EditFailed`, `EditLost`, Ctrl-C) is not handed out.
+            What it raises ends the edit; an editor whose interrupted edits are undone takes it back.
     """
     register()
     methods = module("util.alg_dict").ALG_DICT
     before = methods[NAME]
 
     def apply(*args: Any, **kwargs: Any) -> Any:
-        others = kwargs.pop("on_trained", None)  # of an editor that records how to undo its edits
+        others = kwargs.pop("on_trained", None)
         trained: list[KNEEdit] = []
 
-        def hand_out(edit: KNEEdit) -> None:
+        def keep(edit: KNEEdit) -> None:
             trained.append(edit)
             if others is not None:
                 others(edit)
 
-        result = before(*args, on_trained=hand_out, **kwargs)
+        result = before(*args, on_trained=keep, **kwargs)
         for edit in trained:
             on_trained(edit)
         return result

@@ -55,7 +55,7 @@ def run_script(
         arguments: Its command line.
         skip_bad: Leaves out the records of a KnowEditDataset whose subject is not in their prompt.
         text_source: The text for second moments. If it has no prompts, it gets those of the script's first edit.
-        on_trained: Is handed each edit that the script makes with KNE, before it is written.
+        on_trained: Is handed each edit that the script makes with KNE, once it is written.
 
     Returns:
         The script's exit code.

@@ -138,6 +138,7 @@ def apply_kne_to_model(
     ensemble: NeuronEnsemble | None = None,
     legacy_contract: bool = False,
     on_trained: Callable[[KNEEdit], None] | None = None,
+    on_rows: Callable[[RowEdit], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
     **kwargs: object,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -162,7 +163,10 @@ def apply_kne_to_model(
         ensemble: Rows to train instead of those that ``hparams`` lead to.
         legacy_contract: EasyEdit's meaning before May 2024: originals are returned only if ``keep_original_weight`` is
             true; an empty mapping makes the editor let edits accumulate. The bridge sets it for such versions.
-        on_trained: Called with the trained edit before it is written.
+        on_trained: Called with the trained edit before it is written. For it alone the base is fingerprinted: every
+            touched matrix is hashed.
+        on_rows: Called with the trained rows, after ``on_trained`` and before they are written: for who undoes the
+            edit.
         on_step: Called before each training step with its number, from 1, and the cross-entropy in nats.
         kwargs: What else EasyEdit passes to every method (``train_ds``); not used.
 
@@ -186,6 +190,8 @@ def apply_kne_to_model(
         if on_trained is not None:  # else nobody asks what the base was, and it is not fingerprinted
             edit = kept = kne_edit(edit, model, requests, hparams, ensemble)
             on_trained(kept)
+        if on_rows is not None:
+            on_rows(edit)
         shortfall = _shortfall(edit, hparams)
         if shortfall and hparams.on_failure == "raise":
             raise EditFailed(f"{shortfall}. Nothing was written (on_failure: raise)")

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import atomic_directory, parse_json
 from kne_easyedit._util.messages import shorten
-from kne_easyedit._util.tensor_files import DTYPES, Place, bytes_of, places, read_tensor, write_tensors
+from kne_easyedit._util.tensor_files import DTYPES, Place, bytes_of, places, read_tensor, texts, write_tensors
 from kne_easyedit.editing.row_edit import Answer
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.localization.ensemble import NeuronEnsemble
@@ -30,6 +31,9 @@ from kne_easyedit.models.base import Base, BaseModule
 FORMAT = "kne-edit"
 SCHEMA_VERSION = 1
 """Raised when an older reader could not read what is written."""
+FIELDS_TEXT = "kne_fields"
+"""In the rows' header: JSON, field of ``edit.json`` -> SHA-256 of its value. The edit's digest says what it adds; this
+finds a change of anything else. Fields that are not named, of a later version, are not compared."""
 JSON_FILE, ROWS_FILE = "edit.json", "rows.safetensors"
 LARGEST_JSON = 2**28
 """Bytes of ``edit.json`` at most."""
@@ -70,6 +74,11 @@ class StoredDeltas(Mapping[str, tuple[tuple[int, ...], Tensor]]):
         self.rows = rows
         self.digests = digests
         self._places = found
+
+    def described(self, name: str) -> tuple[list[int], str, str]:
+        """Shape, number type and SHA-256 of a module's values, without reading them."""
+        place = self._places[name]
+        return list(place.shape), str(DTYPES[place.dtype]).removeprefix("torch."), self.digests[name]
 
     def __getitem__(self, name: str) -> tuple[tuple[int, ...], Tensor]:
         rows = self.rows[name]
@@ -161,7 +170,10 @@ def write_edit(folder: str | os.PathLike[str], edit: Any, modules: Mapping[str, 
         "versions": dict(edit.versions),
     }
     with atomic_directory(folder, exclusive=True) as temporary:
-        write_tensors(temporary / ROWS_FILE, _Values(edit.deltas), {"kne_edit": edit.digest})
+        fields = json.dumps({name: digest(value) for name, value in content.items()})
+        write_tensors(
+            temporary / ROWS_FILE, _Values(edit.deltas), {"kne_edit": edit.digest, FIELDS_TEXT: fields}
+        )
         with (temporary / JSON_FILE).open("x", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False)
             file.write("\n")
@@ -202,9 +214,21 @@ def read_edit(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
                 f"wrote it: install that"
             )
         found = _fields(content, folder / ROWS_FILE)
+        _require_unchanged(content, folder / ROWS_FILE)
     except ValueError as error:
         raise ValueError(f"edit: {path} cannot be used: {error}") from error
     return found, content["digest"]
+
+
+def _require_unchanged(content: dict[str, Any], rows_file: Path) -> None:
+    try:
+        written = parse_json(texts(rows_file).get(FIELDS_TEXT, "null"))
+    except ValueError:
+        written = None
+    _need(isinstance(written, dict) and "digest" in written, f"{rows_file.name}: {FIELDS_TEXT}", written, "a mapping")
+    for name, sha256 in written.items():
+        if digest(content.get(name)) != sha256:
+            raise ValueError(f"{name}: its content is not what was written (its SHA-256 is another); take the original")
 
 
 def _fields(content: dict[str, Any], rows_file: Path) -> dict[str, Any]:

@@ -63,15 +63,19 @@ class KNEEdit(RowEdit):
     @cached_property
     def _modules(self) -> dict[str, Any]:
         """The rows as `edit.json` describes them."""
-        known = self.deltas.digests if isinstance(self.deltas, StoredDeltas) else {}
         found = {}
         for name in self.deltas:
-            chosen, delta = self.deltas[name]
+            if isinstance(self.deltas, StoredDeltas):  # checked when it was loaded, and not read again for this
+                chosen = self.deltas.rows[name]
+                shape, dtype, sha256 = self.deltas.described(name)
+            else:
+                chosen, delta = self.deltas[name]
+                shape, dtype, sha256 = list(delta.shape), str(delta.dtype).removeprefix("torch."), rows_digest(delta)
             found[name] = {
                 "rows": list(chosen),
-                "shape": list(delta.shape),
-                "dtype": str(delta.dtype).removeprefix("torch."),
-                "sha256": known.get(name) or rows_digest(delta),
+                "shape": shape,
+                "dtype": dtype,
+                "sha256": sha256,
                 "scaling": self.scaling.get(name, 1.0),
             }
         return found

@@ -28,8 +28,9 @@ from kne_easyedit.models.base import Base, BaseModule, structure_of, weight_dige
 logger = logging.getLogger(__name__)
 
 ONE_FILE, INDEX_FILE, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
-_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors", ".bin.index.json")
-"""Files with weights, which are not copied: those that are read are written anew, others hold none of the edits."""
+_COPIED = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".md")
+"""Endings of what a model has beside its weights: configuration, tokenizer, code, texts."""
+_TEXTS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _FOLDERS = ("additional_chat_templates",)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -75,7 +76,7 @@ def merge_edits(
         for path in sorted(source.iterdir()):
             if path.is_dir() and path.name in _FOLDERS:
                 shutil.copytree(path, temporary / path.name)
-            elif path.is_file() and not path.name.endswith(_WEIGHTS) and path.name[0] != "." and path.name != CARD:
+            elif path.is_file() and _belongs(path.name, shards):
                 shutil.copyfile(path, temporary / path.name)
         for shard, tensors in shards.items():
             shutil.copyfile(source / shard, temporary / shard)
@@ -92,6 +93,13 @@ def merge_edits(
                 file.flush()
                 os.fsync(file.fileno())
         (temporary / CARD).write_text(_card(edits), encoding="utf-8")
+
+
+def _belongs(name: str, shards: Mapping[str, object]) -> bool:
+    """Whether a file of the base is copied: no weights, which hold none of the edits, and nothing that is not known."""
+    if name.endswith(".index.json"):
+        return name == INDEX_FILE and ONE_FILE not in shards
+    return name[0] != "." and name != CARD and (name.endswith(_COPIED) or name.partition(".")[0] in _TEXTS)
 
 
 def _require_config(source: Path, edits: Sequence[Appliable], force: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
-from kne_easyedit.editing.lineage import edited, note_one_more
+from kne_easyedit.editing.lineage import Edited, edited, note_one_more
 from kne_easyedit.editing.losses import answer_logits, cross_entropy
 from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.editable import require_unquantised
 from kne_easyedit.models.state import default_modes, preserve_state, require_trainable
 from kne_easyedit.models.targets import rows
+
+logger = logging.getLogger(__name__)
 
 
 class EditLost(NotImplementedError):
@@ -142,7 +145,8 @@ def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
     """Writes original weights back, bit for bit.
 
     They are whole matrices as they were before *that* edit. Restoring an earlier one of several edits undoes the later
-    ones as well, where they changed the same matrices, and only there. To undo several, restore the last one first.
+    ones as well, where they changed the same matrices, and only there; a warning names them as far as they are known
+    (`KNEEdit`). To undo several, restore the last one first. To take back one of several, use `KNEEdit.take_back`.
 
     Args:
         model: The edited model.
@@ -167,7 +171,31 @@ def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
                 f"originals: {name} is {given}, in {type(model).__name__} it is {tuple(parameter.shape)} in "
                 f"{parameter.dtype}; give what an edit of this very model returned"
             )
+    before = edited(model)
     with defer_interrupts(), default_modes(model), torch.no_grad():
         for name, value in originals.items():
             parameters[name].copy_(value)
         torch.clear_autocast_cache()
+    _warn_of_others(before, edited(model))
+
+
+def _warn_of_others(before: Edited, after: Edited) -> None:
+    """Says which edits `restore` has taken back beside its own, wholly or in part."""
+    if after.lost:
+        gone = before.edits  # which of them is its own is not known
+        if len(gone) < 2:
+            return
+    else:
+        gone = before.edits[len(after.edits) + 1 :]  # its own is the first of those that are gone
+        if not gone:
+            return
+    named = [
+        f"{known.digest[:12]} ({'; '.join(edit.facts[:2])})" if (edit := known.resolve()) else known.digest[:12]
+        for known in gone
+    ]
+    logger.warning(
+        "restore: the originals are whole matrices from before an earlier edit: %s %s. Restore the last edit first; "
+        "KNEEdit.take_back or a store (EditStore) take back one of several and leave the others",
+        "parts may be gone of" if after.lost else "gone with it are the later edits",
+        ", ".join(named),
+    )

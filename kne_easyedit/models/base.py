@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kne_easyedit._util.digest import digest as text_digest
+from kne_easyedit.models.fingerprint import quantisation_states
 from kne_easyedit.models.targets import in_features, is_linear, out_features, rows
 
 STRUCTURE = {
@@ -35,7 +37,7 @@ class BaseModule:
     dtype: str
     """Number type, as torch names it: ``float32``, ``bfloat16``, ..."""
     sha256: str
-    """Of the whole matrix's bytes, as it is stored (`weight_digest`)."""
+    """Of the whole matrix's bytes, as it is stored (`weight_digest`); of quantised layers, of their scales as well."""
     transposed: bool = False
     """Stored as ``(d1, d2)``: GPT-2's Conv1D."""
 
@@ -133,6 +135,7 @@ def base_of(
 
     def of_module(name: str) -> BaseModule:
         module = linear_module(model, name)
+        states = sorted(quantisation_states(module), key=lambda one: one[0])  # first: it unpacks 4-bit weights (`preserve_state`)
         weight = module.weight.detach().as_subclass(Tensor)  # of quantised layers: what is stored, as plain numbers
         d2, d1 = out_features(module), in_features(module)
         if originals and name in originals:
@@ -141,6 +144,8 @@ def base_of(
             rows(module, weight)[index.to(weight.device)] = values.to(weight)
         dtype = (dtypes or {}).get(name) or str(weight.dtype).removeprefix("torch.")
         digest = weight_digest(weight, getattr(torch, dtype))
+        if states:  # the packed numbers say nothing without their scales
+            digest = text_digest([digest, [[key, str(one.dtype), weight_digest(one)] for key, one in states]])
         return BaseModule((d2, d1), dtype, digest, not isinstance(module, nn.Linear))
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # few at once: each may copy a matrix

@@ -17,7 +17,7 @@ from kne_easyedit.models.layer_kinds import is_bitsandbytes
 _NOT_IN_CONFIG = ("_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype")
 
 
-def _quantisation_states(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def quantisation_states(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What layers of bitsandbytes keep beside their packed weights, and what is neither a parameter nor a buffer."""
     for name, module in model.named_modules():
         if is_bitsandbytes(module):
@@ -53,7 +53,7 @@ def model_digest(model: nn.Module) -> str:
             f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + hashlib.sha256(data).digest()
         ).hexdigest()
 
-    states = [*_quantisation_states(model)]  # first: it unpacks 4-bit weights (`preserve_state`)
+    states = [*quantisation_states(model)]  # first: it unpacks 4-bit weights (`preserve_state`)
     tensors = [*model.named_parameters(), *model.named_buffers(), *states]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets other threads run
         digests = list(pool.map(of_tensor, tensors))

@@ -14,6 +14,7 @@ from crashes import killed_at
 from edits import REQUEST, ensemble_of, thing_of
 from safetensors.torch import load_file, save_file
 
+from kne_easyedit._util.tensor_files import texts
 from kne_easyedit.editing import edit_files
 from kne_easyedit.editing.edit import compute_edit
 from kne_easyedit.editing.edit_files import JSON_FILE, ROWS_FILE
@@ -80,6 +81,12 @@ class TestRoundTrip:
         loaded = KNEEdit.load(saved)
         assert loaded.deltas[DOWN][1].data_ptr() != loaded.deltas[DOWN][1].data_ptr()
         assert deepcopy(loaded) == loaded
+
+    def test_rows_are_read_once(self, saved, monkeypatch):
+        read, real = [], edit_files.read_tensor
+        monkeypatch.setattr(edit_files, "read_tensor", lambda *given: read.append(1) or real(*given))
+        KNEEdit.load(saved)
+        assert len(read) == 2  # modules
 
     def test_a_loaded_edit_is_saved_again(self, saved, tmp_path):
         KNEEdit.load(saved).save(tmp_path / "again")
@@ -150,11 +157,11 @@ def _changed(*path, value=None, drop=False):
     return change
 
 
-def _rows(change):
+def _rows(change, keep=True):
     def rewrite(folder):
-        found = load_file(folder / ROWS_FILE)
+        found, said = load_file(folder / ROWS_FILE), texts(folder / ROWS_FILE)
         change(found)
-        save_file(found, folder / ROWS_FILE)
+        save_file(found, folder / ROWS_FILE, said if keep else None)
 
     return rewrite
 
@@ -219,6 +226,12 @@ BAD = {
     "rows twice": (_changed(*MODULES, "rows", value=[3, 3, 11]), "is not ascending, distinct"),
     "rows as texts": (_changed(*MODULES, "rows", value=["2", "3", "11"]), "is not a list of rows' numbers"),
     "rows as truths": (_changed(*MODULES, "rows", value=[False, True, 11]), "is not a list of rows' numbers"),
+    "another name of the base": (_changed("base", "name", value="evil"), "base: its content is not what was written"),
+    "another architecture": (_changed("base", "architecture", value="X"), "base: its content is not what was written"),
+    "another setting": (_changed("hparams", "model_name", value="evil"), "hparams: its content is not what was written"),
+    "another scale": (_changed(*MODULES, "scaling", value=2.0), "modules: its content is not what was written"),
+    "other versions": (_changed("versions", "torch", value="0"), "versions: its content is not what was written"),
+    "rows without texts": (_rows(lambda found: None, keep=False), "kne_fields: None is not a mapping"),
     "other rows": (_changed(*MODULES, "rows", value=[2, 3, 12]), "its content is not what was written"),
     "a name that leaves the folder": (
         _changed("modules", value={"../../x": {}}),

@@ -25,7 +25,7 @@ from kne_easyedit.editing import applying, lineage
 from kne_easyedit.editing.applying import set_edits
 from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
 from kne_easyedit.editing.kne_edit import KNEEdit
-from kne_easyedit.editing.row_edit import restore, write_rows
+from kne_easyedit.editing.row_edit import RowEdit, restore, write_rows
 
 ENSEMBLE = ensemble_of(LLAMA_DOWN)
 QUICK = tiny_hparams(num_steps=2)
@@ -67,7 +67,9 @@ class TestWhatItSays:
 
     def test_without_on_trained_nothing_is_fingerprinted(self, llama, tokenizer, monkeypatch):
         monkeypatch.setattr("kne_easyedit.editing.kne_edit.base_of", lambda *_: pytest.fail("fingerprinted"))
-        apply_kne_to_model(llama, tokenizer, [REQUEST], QUICK, ensemble=ENSEMBLE)
+        rows = []
+        apply_kne_to_model(llama, tokenizer, [REQUEST], QUICK, ensemble=ENSEMBLE, on_rows=rows.append)
+        assert [type(one) for one in rows] == [RowEdit]
 
 
 class TestApplying:
@@ -393,6 +395,32 @@ class TestTrainedOn:
         assert compute_edit(llama, tokenizer, [REQUESTS[2]], QUICK, ENSEMBLE).trained_on == (handed[0].digest,)
         handed[0].take_back(llama)
         assert weights(llama) == weights(make_llama())
+
+    def test_restoring_an_earlier_one_names_the_later_ones(self, llama, tokenizer, caplog):
+        handed, originals = [], []
+        for one in REQUESTS:
+            _, kept = apply_kne_to_model(
+                llama, tokenizer, [one], QUICK, ensemble=ENSEMBLE, on_trained=handed.append, return_orig_weights=True
+            )
+            originals.append(kept)
+        caplog.clear()
+        restore(llama, originals[2])
+        assert caplog.text == ""  # converse: the last one
+        handed[2].apply(llama)
+        restore(llama, originals[0])
+        (said,) = caplog.messages
+        for edit in handed[1:]:
+            assert f"{edit.digest[:12]} ({edit.facts[0]})" in said
+        assert "gone with it are the later edits" in said and handed[0].digest[:12] not in said
+        assert "take_back" in said
+        assert weights(llama) == weights(make_llama())
+
+    def test_restoring_an_earlier_one_of_other_modules(self, llama, caplog):
+        one, two = thing_of(llama, 1, layers=(0,)), thing_of(llama, 2, layers=(0, 2))
+        originals = write_rows(llama, one)
+        write_rows(llama, two)
+        restore(llama, originals)
+        assert f"parts may be gone of {one.digest[:12]}" in caplog.text and two.digest[:12] in caplog.text
 
     def test_a_copy_has_the_same_edits(self, llama, tokenizer):
         first = thing_of(llama)

@@ -88,10 +88,23 @@ class TestMerged:
     def test_files_of_weights_are_not_carried_over(self, tmp_path, base, llama):
         (base / "pytorch_model.bin").write_bytes(pickle.dumps({"weights": 1}))
         (base / "consolidated.safetensors").write_bytes(b"")
-        (base / "vocab.txt").write_text("The")
+        others = {"a.pkl", "rust_model.ot", "flax.npz", "tf_model.h5.index.json", "pytorch_model.bin.index.json", ".x.json"}
+        for name in others:
+            (base / name).write_bytes(b"")
+        wanted = {"vocab.txt", "LICENSE", "tokenizer.model", "modeling_own.py", "chat_template.jinja"}
+        for name in wanted:
+            (base / name).write_text("The")
         thing_of(llama).merge_into(base, tmp_path / "out")
-        found = contents(tmp_path / "out")
-        assert not {"pytorch_model.bin", "consolidated.safetensors"} & found.keys() and "vocab.txt" in found
+        found = contents(tmp_path / "out").keys()
+        assert not {"pytorch_model.bin", "consolidated.safetensors", *others} & found and wanted <= found
+
+    def test_an_index_of_other_files_is_not_carried_over(self, tmp_path):
+        model = make_llama()
+        base = saved(model, tmp_path / "base")
+        (base / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')
+        thing_of(model).merge_into(base, tmp_path / "out")
+        assert "model.safetensors.index.json" not in contents(tmp_path / "out")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
     def test_files_with_other_prefixes(self, tmp_path):
         """GPT-2's own file names ``h.0.mlp`` what the model names ``transformer.h.0.mlp``."""
@@ -134,14 +147,15 @@ class TestMerged:
         assert one.digest[:12] in (tmp_path / "out" / "README.md").read_text()
 
     def test_killed_at_any_file_operation_it_is_whole_or_not_there(self, tmp_path, base, llama):
-        edit, operation, died, there = thing_of(llama), 0, [True], False
+        edit, operation, died, there, before = thing_of(llama), 0, [True], False, contents(base)
         while died:
             out = tmp_path / f"{operation}" / "out"
             with killed_at(operation) as died:
                 edit.merge_into(base, out)
             there = out.exists()
+            assert contents(base) == before
             if there:
-                assert (out / "README.md").is_file() and len(contents(out)) == len(contents(base)) + 1
+                assert (out / "README.md").is_file() and len(contents(out)) == len(before) + 1
             operation += 1
         assert there and operation > 20
 

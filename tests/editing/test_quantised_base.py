@@ -141,6 +141,24 @@ def test_its_fingerprint(tmp_path):
     assert edit.base.conflict(base_of(quantised(), list(edit.base.modules))) is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_fingerprint_is_of_the_scales_as_well(kind):
+    """And the same after passes that pack its weights."""
+    model, name = quantised(kind), LLAMA_DOWN.format(1)
+    base = base_of(model, [name])
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert base_of(model, [name]) == base == base_of(quantised(kind), [name])
+    module = model.get_submodule(name)
+    with torch.no_grad():
+        (module.weight.quant_state.absmax if kind == "4-bit" else scale_of(module)).mul_(1.5)
+    assert "quantised copy" in base.conflict(base_of(model, [name]))
+
+
+def scale_of(module):
+    return module.state_dict()["SCB"]
+
+
 @pytest.mark.skipif(not INSTALLED, reason="bitsandbytes is not installed")
 def test_the_shape_of_four_bits():
     model = quantised("4-bit")
