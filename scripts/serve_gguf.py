@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--subject", help="of the fact that is edited")
     parser.add_argument("--tokens", type=int, default=12, help="of an answer")
     options = parser.parse_args(arguments)
+    if options.out is not None and options.out.exists():
+        parser.error(f"--out: {options.out} exists; name a new file, or remove it first")
     with tempfile.TemporaryDirectory() as folder:
         adapter = options.adapter
         if adapter is None:

@@ -24,6 +24,7 @@ from kne_easyedit.cli import (
     explain,
     hparams,
     localize,
+    merge,
     push,
     report,
     run,
@@ -48,11 +49,17 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError, RunStopped) as error:
         if arguments.verbose:
             raise
-        print(f"kne: {error}", file=sys.stderr)
+        print(f"kne: {_without_effects(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("kne: interrupted; the same command resumes", file=sys.stderr)
+        what = getattr(arguments, "interrupted", "the same command resumes")
+        print(f"kne: interrupted; {what}", file=sys.stderr)
         return 130
+
+
+def _without_effects(text: str) -> str:
+    """A message may quote files of others: no escape sequences; its own lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def _is_text(argument: str) -> bool:
@@ -76,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         ask,
         show,
         adapter,
+        merge,
         push,
         hparams,
         run,

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kne_easyedit.cli.common import positive, require_folder
-from kne_easyedit.cli.edited import add_base, is_store, load_base, load_edit, open_edits, open_store
+from kne_easyedit._util.messages import printable
+from kne_easyedit.cli.common import BEGINS_AGAIN, positive, require_new
+from kne_easyedit.cli.edited import add_base, load_active, load_base, open_edits
 
 
 def add_commands(commands: Any) -> None:
@@ -16,7 +17,7 @@ def add_commands(commands: Any) -> None:
         "adapter", help="write an edit, or a store's active edits, as a LoRA adapter that PEFT and servers load"
     )
     parser.add_argument("edit", type=Path, metavar="DIR", help="an edit's folder, or a store's: its active edits")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the adapter; it must be new")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the adapter: new, or empty")
     parser.add_argument(
         "--form",
         choices=("portable", "exact"),
@@ -33,25 +34,23 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--base-name", help="the base's hub name in the adapter (default: as the edit names it)")
     parser.add_argument("--no-check", action="store_true", help="with --max-rank: do not load the base")
     add_base(parser)
-    parser.set_defaults(command=_adapter)
+    parser.set_defaults(command=_adapter, interrupted=BEGINS_AGAIN)
 
 
 def _adapter(arguments: argparse.Namespace) -> int:
     from kne_easyedit.edits.adapters import save_adapter
 
-    if arguments.out.exists():
-        raise ValueError(f"--out: {arguments.out} exists; name a folder that is to be made")
-    require_folder(arguments.out)
+    require_new(arguments.out)
+    checked = arguments.max_rank is not None and not arguments.no_check
+    given = {"--model": arguments.model, "--set": arguments.set, "--force": arguments.force}
+    if unused := [name for name, value in given.items() if value and not checked]:
+        raise ValueError(
+            f"{unused[0]}: says how the base is loaded, which is only done to check a reduction: give --max-rank"
+            f"{' without --no-check' if arguments.no_check else ''}, or leave {' and '.join(unused)} out"
+        )
     model = None
-    if is_store(arguments.edit):
-        edits = list(open_store(arguments.edit).active().edits)
-        if not edits:
-            raise ValueError(
-                f"store: no edit of {arguments.edit} is on; switch one on: kne edits on {arguments.edit} ID"
-            )
-    else:
-        edits = [load_edit(arguments.edit)]
-    if arguments.max_rank is not None and not arguments.no_check:
+    edits = load_active(arguments.edit)
+    if checked:
         model, _ = load_base(open_edits(arguments.edit), arguments)
     found = save_adapter(
         edits,
@@ -60,12 +59,14 @@ def _adapter(arguments: argparse.Namespace) -> int:
         max_rank=arguments.max_rank,
         base_name=arguments.base_name,
         model=model,
+        force=arguments.force,
     )
     lost = f", {found.error:.2%} of the change left out" if found.error else ""
     print(f"{found.form} adapter of rank {found.rank}, {len(found.ranks)} modules, {found.bytes / 1e6:.1f} MB{lost}")
     for note in found.notes:
-        print(f"  {note}")
+        print(f"  {printable(note)}")
     for answer in found.answers:
-        print(f"  {answer.prompt}  ->  {answer.target}   P {answer.probability:.2%} -> {answer.reduced:.2%}")
+        shown = f"{printable(answer.prompt)}  ->  {printable(answer.target)}"
+        print(f"  {shown}   P {answer.probability:.2%} -> {answer.reduced:.2%}")
     print(f"Written to {arguments.out}")
     return 0

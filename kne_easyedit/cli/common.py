@@ -15,6 +15,8 @@ from kne_easyedit.hparams import KNEHyperParams
 SHIPPED = "smollm2-135m"
 UNTUNED = "mistral-7b"
 """A shipped file whose training settings are the paper's: the pattern for models that no file is shipped for."""
+BEGINS_AGAIN = "the same command begins again; half-written files are never left"
+"""What is said after Ctrl-C by commands that do not resume (``interrupted``)."""
 
 
 def shipped() -> Path:
@@ -184,6 +186,13 @@ def require_folder(path: Path, option: str = "--out") -> None:
             if not part.is_dir():
                 raise ValueError(f"{option}: {part} is a file, expected a folder for the results")
             return
+
+
+def require_new(folder: Path) -> None:
+    """Raises ValueError, naming the option, if a folder cannot be made, or holds something."""
+    require_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--out: {folder} holds something; name a new folder, or remove it first")
 
 
 def _options(overrides: Mapping, model: str | None, modules: Sequence[str] | None) -> list[str]:

@@ -32,8 +32,8 @@ def add_commands(commands: Any) -> None:
         "--keep-edits",
         type=Path,
         metavar="STORE",
-        help="store every edit that the script makes with KNE (kne edits list STORE); those are on that the model has "
-        "after the last one",
+        help="store every edit that the script makes with KNE, in a new store (kne edits list STORE); those are on "
+        "that the model has after the last one",
     )
     parser.add_argument(
         "--stats-text",
@@ -76,19 +76,24 @@ def _keeper(folder: Path) -> Callable[[KNEEdit], None]:
     """What stores an edit, and switches those off that the model does not have any more: the script took them back.
 
     Raises:
-        ValueError: The folder is something else than a store.
+        ValueError: The folder is something else than a store, or the store has edits: which of them are on is for the
+            user to say, and the script's model has none of them.
     """
     from kne_easyedit.edits.store import EditStore
 
     require_folder(folder, "--keep-edits")
     store = EditStore(folder)
+    if entries := store.list():
+        raise ValueError(
+            f"--keep-edits: {folder} has {len(entries)} edits already, which the script's model has not; name a new "
+            f"store (kne edits add {folder} DIR brings edits of it here afterwards)"
+        )
+    added: dict[str, str] = {}
 
     def keep(edit: KNEEdit) -> None:
-        name = store.add(edit)
+        added[edit.digest] = store.add(edit)
         has = {edit.digest, *edit.trained_on}
-        for entry in reversed(store.list()):  # the last first: what was trained on top of another one goes before it
-            if entry.on and entry.digest not in has:
-                store.off(entry.id)
-        store.on(name)  # an edit that the store had already may be off
+        others = {entry.id for entry in store.list() if entry.on} - {*added.values()}  # of other processes
+        store.set_active(others | {name for digest, name in added.items() if digest in has})
 
     return keep

@@ -7,7 +7,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kne_easyedit.cli.common import add_overrides, load_settings, positive, require_folder, sparing
+from kne_easyedit.cli.common import (
+    BEGINS_AGAIN,
+    add_overrides,
+    load_settings,
+    positive,
+    require_folder,
+    require_new,
+    sparing,
+)
 
 if TYPE_CHECKING:
     from kne_easyedit.edits.store import EditStore
@@ -46,12 +54,12 @@ def add_commands(commands: Any) -> None:
         "--neighbours", type=int, default=4, metavar="N", help="neighbours asked of each fact (default %(default)s)"
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, metavar="DIR", help="folder of the edit; it must be new")
+    where.add_argument("--out", type=Path, metavar="DIR", help="folder of the edit: new, or empty")
     where.add_argument(
         "--store", type=Path, metavar="STORE", help="train on top of a store's active edits, and add it to them"
     )
     parser.add_argument("--name", help="its name in the store (default: the start of its digest)")
-    parser.set_defaults(command=_edit)
+    parser.set_defaults(command=_edit, interrupted=BEGINS_AGAIN)
 
 
 def _edit(arguments: argparse.Namespace) -> int:
@@ -99,6 +107,7 @@ def _edit(arguments: argparse.Namespace) -> int:
         edit.save(where)
     else:
         where = arguments.store / EDITS_FOLDER / store.add(edit, arguments.name)
+        store.apply(model)  # written by itself it is rounded by itself: what is asked is the state that the store has
     print(
         f"{len(requests)} {'fact' if len(requests) == 1 else 'facts'} in {seconds:.1f} s: {edit.steps} steps, loss "
         f"{edit.losses[0]:.3f} -> {edit.losses[-1]:.3f}, {edit.size} rows of {len(edit.deltas)} modules"
@@ -127,13 +136,6 @@ def _store(arguments: argparse.Namespace) -> EditStore | None:
         if checked_id(arguments.name).casefold() in taken:
             raise ValueError(f"--name: {arguments.name!r} is taken in {arguments.store}; choose another name")
     return store
-
-
-def require_new(folder: Path) -> None:
-    """Raises ValueError, naming the option, if a folder cannot be made, or holds something."""
-    require_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"--out: {folder} holds something; name a new folder, or remove it first")
 
 
 def _requests(arguments: argparse.Namespace) -> list[dict]:

@@ -34,6 +34,8 @@ class Opened:
 
     edits: Edits
     facts: tuple[str, ...]
+    note: str | None
+    """What they were trained on and have not beside them (`lacking_note`)."""
     hparams: Mapping[str, Any]
     """The settings with which the (first) edit was made."""
     base: str
@@ -50,16 +52,24 @@ def open_edits(folder: Path) -> Opened:
     Raises:
         FileNotFoundError, ValueError: It is neither, or damaged; the message names it.
     """
+    from kne_easyedit.editing.lacking import lacking_note
+
     if not is_store(folder):
         edit = load_edit(folder)
-        return Opened(edit, edit.facts, edit.hparams, edit.base.name)
+        return Opened(edit, edit.facts, lacking_note([edit]), edit.hparams, edit.base.name)
     store = open_store(folder)
     entries = store.list()
     if not entries:
         raise ValueError(f"store: {folder} holds no edit; add one: kne edits add {folder} DIR")
     active = [entry for entry in entries if entry.on]
     first = store.edit((active or entries)[0].id)
-    return Opened(store, tuple(fact for one in active for fact in one.facts), first.hparams, first.base.name)
+    return Opened(
+        store,
+        tuple(fact for one in active for fact in one.facts),
+        lacking_note(store.active().edits),
+        first.hparams,
+        first.base.name,
+    )
 
 
 def load_edit(folder: Path) -> KNEEdit:
@@ -69,6 +79,16 @@ def load_edit(folder: Path) -> KNEEdit:
     if is_store(folder):
         raise ValueError(f"edit: {folder} is a store of edits; name one of them, {folder}/edits/ID (kne edits list)")
     return KNEEdit.load(folder)
+
+
+def load_active(folder: Path) -> list[KNEEdit]:
+    """The edit in a folder, or the active edits of a store's, at least one. Raises as `open_edits`."""
+    if not is_store(folder):
+        return [load_edit(folder)]
+    edits = list(open_store(folder).active().edits)
+    if not edits:
+        raise ValueError(f"store: no edit of {folder} is on; switch one on: kne edits on {folder} ID")
+    return edits
 
 
 def is_store(folder: Path) -> bool:
@@ -114,4 +134,9 @@ def load_base(opened: Opened, arguments: argparse.Namespace) -> tuple[Any, Token
         settings["model_name"] = arguments.model
     if not settings["model_name"]:
         raise ValueError("--model: the edit does not name its base; say which model it is")
-    return load_model(SimpleNamespace(**settings))
+    try:
+        return load_model(SimpleNamespace(**settings))
+    except (ValueError, OSError) as error:
+        if arguments.model:
+            raise
+        raise ValueError(f"{error}; the edit names this base: say where it is by --model") from error

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kne_easyedit._util.messages import printable
 from kne_easyedit.cli.common import require_folder
 from kne_easyedit.cli.edited import add_base, load_base, load_edit, open_edits, open_store
 
@@ -44,7 +45,7 @@ def add_commands(commands: Any) -> None:
             action.add_argument("--check", action="store_true", help="then measure what the others are worth: `check`")
         if name in ("off", "check"):
             add_base(action)
-        action.set_defaults(command=function)
+        action.set_defaults(command=function, interrupted="each change was made whole, or not at all")
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -52,11 +53,14 @@ def _list(arguments: argparse.Namespace) -> int:
     print(f"store {arguments.store}: {len(entries)} edits, {sum(entry.on for entry in entries)} on")
     width = max((len(entry.id) for entry in entries), default=0)
     for entry in entries:
-        facts = "; ".join(entry.facts[:2]) + (f"; and {len(entry.facts) - 2} more" if len(entry.facts) > 2 else "")
+        facts = printable("; ".join(entry.facts[:2])) + (
+            f"; and {len(entry.facts) - 2} more" if len(entry.facts) > 2 else ""
+        )
         print(f"{entry.order:>3}  {'on ' if entry.on else 'off'}  {entry.id:<{width}}  {facts}")
         if entry.trained_on:
             lacking = f"; not active before it: {', '.join(entry.missing)}" if entry.missing else ""
-            print(f"{'':>{10 + width}}trained on top of {', '.join(entry.trained_on)}{lacking}")
+            below = printable(f"trained on top of {', '.join(entry.trained_on)}{lacking}")
+            print(f"{'':>{10 + width}}{below}")
     return 0
 
 
@@ -69,7 +73,7 @@ def _add(arguments: argparse.Namespace) -> int:
     edits = [load_edit(path) for path in arguments.edits]  # all are read before one is added
     store = EditStore(arguments.store)
     for path, edit in zip(arguments.edits, edits):
-        print(f"{store.add(edit, arguments.name)}: {path} ({'; '.join(edit.facts[:2])})")
+        print(f"{store.add(edit, arguments.name)}: {path} ({printable('; '.join(edit.facts[:2]))})")
     return 0
 
 
@@ -84,23 +88,28 @@ def _on(arguments: argparse.Namespace) -> int:
 def _off(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.store)
     _require_known(store.list(), arguments.ids)
-    for one in dict.fromkeys(arguments.ids):
-        store.off(one)  # what was trained on top of it is named in the log
+    worse = [entry for one in dict.fromkeys(arguments.ids) for entry in store.off(one)]
     _list(arguments)
-    return _check(arguments) if arguments.check else 0
+    if arguments.check:
+        return _check(arguments)
+    _print_worse(worse, arguments.store, " (or `--check` here)")
+    return 0
 
 
 def _reorder(arguments: argparse.Namespace) -> int:
-    open_store(arguments.store).reorder(arguments.ids)
-    return _list(arguments)
+    worse = open_store(arguments.store).reorder(arguments.ids)
+    _list(arguments)
+    _print_worse(worse, arguments.store)
+    return 0
 
 
 def _remove(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.store)
     _require_known(store.list(), arguments.ids)
-    for one in dict.fromkeys(arguments.ids):
-        store.remove(one)
-    return _list(arguments)
+    worse = [entry for one in dict.fromkeys(arguments.ids) for entry in store.remove(one)]
+    _list(arguments)
+    _print_worse(worse, arguments.store)
+    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -116,11 +125,12 @@ def _check(arguments: argparse.Namespace) -> int:
             gone = before.greedy and not now.greedy
             lost += gone
             print(
-                f"  {'LOST' if gone else 'ok  ' if now.greedy else 'weak'}  {now.fact.prompt}  ->  {now.fact.target}   "
+                f"  {'LOST' if gone else 'ok  ' if now.greedy else 'weak'}  {printable(now.fact.prompt)}  ->  "
+                f"{printable(now.fact.target)}   "
                 f"P {before.probability:.2%} -> {now.probability:.2%}, loss {before.loss:.3f} -> {now.loss:.3f}"
             )
         if found.entry.missing:
-            print(f"  trained on top of {', '.join(found.entry.missing)}, which is not active before it")
+            print(f"  trained on top of {printable(', '.join(found.entry.missing))}, which is not active before it")
         if found.shared:
             most = sorted(found.shared.items(), key=lambda item: -item[1])[:3]
             print("  changes rows that others change, too: " + ", ".join(f"{id} ({count})" for id, count in most))
@@ -128,6 +138,16 @@ def _check(arguments: argparse.Namespace) -> int:
         f"\n{lost} {'fact is' if lost == 1 else 'facts are'} lost" if lost else "\nevery fact that was reached is there"
     )
     return 1 if lost else 0
+
+
+def _print_worse(worse: Sequence[Entry], store: Path, more: str = "") -> None:
+    """Names edits that were trained on top of what is not active before them any more, and what measures them."""
+    there = {entry.id for entry in open_store(store).list() if entry.on}
+    if names := sorted({entry.id for entry in worse} & there):
+        print(
+            f"{', '.join(names)} may have lost answers by this; `kne edits check {store}`{more} loads the model and "
+            f"measures them again"
+        )
 
 
 def _require_known(entries: Sequence[Entry], ids: Sequence[str]) -> None:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kne_easyedit.cli.edited import load_edit
+from kne_easyedit._util.messages import printable
+from kne_easyedit.cli.edited import is_store, load_edit, open_store
 
 BAR = 24
 """Widest bar, in characters."""
@@ -25,7 +26,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--model", help="folder or hub name of the base (default: as the edit names it)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="the picture (default: edit.png in DIR)")
-    parser.set_defaults(command=_show)
+    parser.set_defaults(command=_show, interrupted="nothing was changed")
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -35,13 +36,17 @@ def _show(arguments: argparse.Namespace) -> int:
     others = [(path, load_edit(path)) for path in arguments.others]
     _print_facts(edit, arguments.edit)
     name = arguments.model or str(edit.hparams.get("model_name") or edit.base.name)
-    sizes = sizes_of(edit, _folder(name))
+    try:
+        sizes = sizes_of(edit, _folder(name))
+    except (ValueError, OSError) as error:
+        print(f"(the base's weights are not compared: {printable(error)})")
+        sizes = sizes_of(edit)
     largest = max(size.change for size in sizes) or 1.0
     print(f"\n{'module':<44} {'rows':>6} {'of':>6} {'change':>9} {'of weights':>10}")
     for size in sizes:
         share = "-" if size.share is None else f"{size.share:.2%}"
         print(
-            f"{size.module:<44} {size.rows:>6} {size.outputs:>6} {size.change:>9.4f} {share:>10}  "
+            f"{printable(size.module):<44} {size.rows:>6} {size.outputs:>6} {size.change:>9.4f} {share:>10}  "
             f"{'#' * round(BAR * size.change / largest)}"
         )
     whole = "of the changed rows' weights" if sizes[0].share is not None else "the base's weights are not at hand"
@@ -52,36 +57,68 @@ def _show(arguments: argparse.Namespace) -> int:
         whole = f"{total / sum(value**2 for value in weights if value is not None) ** 0.5:.2%} {whole}"
     print(f"in all {edit.size} rows of {len(sizes)} modules, norm {total:.4f}: {whole}")
     for path, other in others:
-        _print_shared(edit, path, other, shared_rows(edit, other))
+        _print_shared(edit, str(path), other, shared_rows(edit, other))
+    _print_store(edit, arguments.edit.absolute())
     picture = arguments.picture or arguments.edit / "edit.png"
-    if _draw(ensemble_of(edit), picture, "\n".join(edit.facts[:3])):
+    if _draw(ensemble_of(edit), picture, "\n".join(map(printable, edit.facts[:3]))):
         print(f"\nWritten to {picture}")
     return 0
 
 
 def _print_facts(edit: Any, folder: Path) -> None:
     base = edit.hparams.get("model_name") or edit.base.name
-    print(f"edit {edit.digest[:12]} in {folder}, of {base} ({edit.base.architecture})")
+    print(f"edit {edit.digest[:12]} in {folder}, of {printable(base)} ({printable(edit.base.architecture)})")
     answers = {(one.fact.prompt, one.fact.target): one for one in edit.answers}
     for request in edit.requests[:NAMED]:
         found = answers.get((request["prompt"], request.get("target_new")))
         said = f"   P {found.probability:.2%}{'' if found.greedy else ', not the greedy answer'}" if found else ""
-        old = f"   (old: {request['ground_truth']})" if request.get("ground_truth") else ""
-        print(f"  {request['prompt']}  ->  {request.get('target_new')}{said}{old}")
+        old = f"   (old: {printable(request['ground_truth'])})" if request.get("ground_truth") else ""
+        print(f"  {printable(request['prompt'])}  ->  {printable(request.get('target_new'))}{said}{old}")
     if len(edit.requests) > NAMED:
         print(f"  ... and {len(edit.requests) - NAMED} facts more (edit.json)")
     print(
         f"{edit.steps} steps, loss {edit.losses[0]:.3f} -> {edit.losses[-1]:.3f}; made with "
-        + ", ".join(f"{name} {version}" for name, version in edit.versions.items())
+        + printable(", ".join(f"{name} {version}" for name, version in edit.versions.items()))
     )
     if edit.trained_on:
-        print(f"trained on top of {', '.join(one[:12] for one in edit.trained_on)}: it counts on these")
+        print(printable(f"trained on top of {', '.join(one[:12] for one in edit.trained_on)}: it counts on these"))
 
 
-def _print_shared(edit: Any, path: Path, other: Any, found: Any) -> None:
-    print(f"\nwith {path} ({'; '.join(other.facts[:2])}):")
+def _print_store(edit: Any, folder: Path) -> None:
+    """Of an edit in a store: the rows that it shares with the others there, most first."""
+    from kne_easyedit.edits.sizes import shared_rows
+    from kne_easyedit.edits.store import EDITS_FOLDER
+
+    home = folder.parent.parent
+    if folder.parent.name != EDITS_FOLDER or not is_store(home):
+        return
+    store, found, apart = open_store(home), [], 0
+    for entry in store.list():
+        if entry.id == folder.name:
+            continue
+        try:
+            other = store.edit(entry.id)
+        except (ValueError, OSError) as error:
+            print(f"\n(not compared: {printable(error)})")
+            continue
+        shared = shared_rows(edit, other)
+        if shared.rows:
+            found.append((shared, entry, other))
+        else:
+            apart += 1
+    found.sort(key=lambda one: -one[0].rows)
+    for shared, entry, other in found[:NAMED]:
+        _print_shared(edit, f"{entry.id} of this store, which is {'on' if entry.on else 'off'}", other, shared)
+    if len(found) > NAMED:
+        print(f"\nand rows in common with {len(found) - NAMED} edits more of this store")
+    if apart:
+        print(f"\nno row in common with {apart} {'other edits' if apart > 1 else 'other edit'} of this store")
+
+
+def _print_shared(edit: Any, path: str, other: Any, found: Any) -> None:
+    print(f"\nwith {path} ({printable('; '.join(other.facts[:2]))}):")
     if reason := edit.base.conflict(other.base):
-        print(f"  of another base: {reason}")
+        print(f"  of another base: {printable(reason)}")
     if not found.rows:
         print("  no row is changed by both")
         return
@@ -89,7 +126,7 @@ def _print_shared(edit: Any, path: Path, other: Any, found: Any) -> None:
         f"  {found.rows} rows are changed by both: {found.rows / edit.size:.0%} of this edit's, "
         f"{found.rows / other.size:.0%} of the other's; in these rows the cosine of the changes is {found.cosine:+.2f}"
     )
-    print(f"  most in {', '.join(f'{name} ({count})' for name, count in found.modules[:3])}")
+    print(f"  most in {printable(', '.join(f'{name} ({count})' for name, count in found.modules[:3]))}")
 
 
 def _folder(name: str) -> Path | None:
@@ -99,7 +136,7 @@ def _folder(name: str) -> Path | None:
     try:
         return local_folder(name)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        print(f"(the base's weights are not compared: {error})")
+        print(f"(the base's weights are not compared: {printable(error)})")
         return None
 
 

@@ -6,6 +6,7 @@ import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 
+from kne_easyedit._util.messages import printable
 from kne_easyedit.benchmark.answers import one_line
 from kne_easyedit.benchmark.before_after import Question, Questions, Said, kept
 
@@ -18,7 +19,7 @@ def print_questions(questions: Questions, before: Mapping[Question, Said], after
     for fact, neighbours in zip(questions.facts, questions.neighbours):
         assert fact.new is not None  # noqa: S101  (for the type checker: facts have one)
         was, now = before[fact], after[fact]
-        print(f"\n{fact.prompt}  ->  {fact.new.target}")
+        print(f"\n{printable(fact.prompt)}  ->  {printable(fact.new.target)}")
         rows = [("", "before", "after"), ("answer", one_line(was.answer), one_line(now.answer))]
         rows.append((f"P({fact.new.target})", _percent(was.new), _percent(now.new)))
         if fact.old is not None:
@@ -43,7 +44,10 @@ def print_rows(rows: Sequence[tuple[str, str, str]], indent: int = 2) -> None:
     second = min(max(len(row[1]) for row in rows), (width - first) // 2)
     third = max(8, width - first - second)
     for row in rows:
-        cells = [textwrap.wrap(text, size) or [""] for text, size in zip(row, (max(1, first), max(8, second), third))]
+        cells = [
+            textwrap.wrap(printable(text), size) or [""]
+            for text, size in zip(row, (max(1, first), max(8, second), third))
+        ]
         for number in range(max(map(len, cells))):
             parts = [cell[number] if number < len(cell) else "" for cell in cells]
             print(f"{' ' * indent}{parts[0]:<{first}} | {parts[1]:<{second}} | {parts[2]}".rstrip())

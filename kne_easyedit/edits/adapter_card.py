@@ -17,19 +17,45 @@ LISTED = 100
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
+def has_hub_form(name: str) -> bool:
+    """Whether a name has the form ``owner/model`` of the hub. So has a relative path."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
 def is_hub_name(name: str) -> bool:
-    """Whether a name has the form ``owner/model`` of the hub, and is no folder here."""
-    return _HUB_NAME.fullmatch(name) is not None and not Path(name).is_dir()
+    """Whether a name has the form ``owner/model`` of the hub, and is no folder here.
+
+    A folder of another machine, or one that is gone, is not told apart: a commit of the hub tells (``Base.revision``).
+    """
+    return has_hub_form(name) and not Path(name).is_dir()
 
 
-def shown_name(name: str) -> str:
+def shown_name(name: str, on_hub: bool) -> str:
     """A model's name for others to read: the hub's name, or the last part of a path."""
-    return name if is_hub_name(name) else PurePosixPath(PureWindowsPath(name).as_posix()).name
+    return name if on_hub else PurePosixPath(PureWindowsPath(name).as_posix()).name
+
+
+def card_head(library: str, base: str | None, tags: Sequence[str], **more: str) -> list[str]:
+    """The YAML head of a card, ``base`` the hub's name of the base model, if it has one."""
+    head: dict[str, Any] = {"library_name": library, **more}
+    if base is not None:
+        head["base_model"] = base
+    head["tags"] = list(tags)
+    return ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), "---", ""]
+
+
+def facts_table(facts: Sequence[tuple[str, str]]) -> list[str]:
+    """The lines of a card that list prompts and answers, `LISTED` at most."""
+    if not facts:
+        return ["The facts are not recorded."]
+    table = table_of_rows([["after", "the model says"], *([literal(p), literal(t)] for p, t in facts[:LISTED])])
+    return [table, *([f"\nAnd {len(facts) - LISTED} more."] if len(facts) > LISTED else [])]
 
 
 def adapter_card(
     *,
     base: str,
+    on_hub: bool,
     facts: Sequence[tuple[str, str]],
     config: Mapping[str, Any],
     form: str,
@@ -41,6 +67,7 @@ def adapter_card(
 
     Args:
         base: Path or hub name of the base model; of a path only the last part is shown.
+        on_hub: Whether it is the hub's name.
         facts: Prompts and answers.
         config: adapter_config.json.
         form: ``portable`` or ``exact``.
@@ -48,26 +75,17 @@ def adapter_card(
         error: Relative error of a reduction; 0: none.
         notes: Sentences of what was decided.
     """
-    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
-    if is_hub_name(base):
-        head["base_model"] = base
-    head["tags"] = ["lora", "knowledge-editing", "kne"]
+    tags = ["lora", "knowledge-editing", "kne"]
     rank = max(config["r"], *ranks.values())
-    name = shown_name(base) or "the base model"
+    name = shown_name(base, on_hub) or "the base model"
     lines = [
-        "---",
-        yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(),
-        "---",
-        "",
+        *card_head("peft", base if on_hub else None, tags, pipeline_tag="text-generation"),
         f"# Edited facts for {literal(name)}",
         "",
         "A LoRA adapter that changes facts in a language model (Knowledge Neuronal Ensemble, arXiv 2412.20637), made "
         "by kne_easyedit. It belongs to the base model named here, of the same revision, and to no other.",
         "",
-        table_of_rows([["after", "the model says"], *([literal(p), literal(t)] for p, t in facts[:LISTED])])
-        if facts
-        else "The facts are not recorded.",
-        *([f"\nAnd {len(facts) - LISTED} more."] if len(facts) > LISTED else []),
+        *facts_table(facts),
         "",
         f"- Base: {literal(name)}" + (f", revision {literal(config['revision'])}" if config.get("revision") else ""),
         f"- Form: {form}; {len(ranks)} modules, {sum(ranks.values())} ranks, at most {max(ranks.values())} in one",

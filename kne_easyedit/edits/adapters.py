@@ -8,6 +8,7 @@ in training; smaller, for PEFT alone.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -21,14 +22,17 @@ from torch import Tensor, nn
 from kne_easyedit._util.files import atomic_directory
 from kne_easyedit._util.messages import require_one_of, shorten
 from kne_easyedit.editing.kne_edit import KNEEdit
+from kne_easyedit.editing.lacking import lacking_note
 from kne_easyedit.editing.lineage import edited
 from kne_easyedit.editing.row_edit import RowEdit
-from kne_easyedit.edits.adapter_card import adapter_card
+from kne_easyedit.edits.adapter_card import adapter_card, is_hub_name
 from kne_easyedit.edits.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from kne_easyedit.edits.kept_answers import KeptAnswer, kept_answers
 from kne_easyedit.edits.low_rank import SERVED_RANKS, Factors, Rows, factorised, served_rank, summed, total_error
 from kne_easyedit.models.base import Base, base_of
 from kne_easyedit.models.targets import in_features, is_linear, out_features
+
+logger = logging.getLogger(__name__)
 
 FORMS = ("portable", "exact")
 _FUSED = {"up_proj": ("gate_proj",), "k_proj": ("q_proj",), "v_proj": ("q_proj",)}
@@ -77,12 +81,13 @@ def save_adapter(
     max_rank: int | None = None,
     base_name: str | None = None,
     model: nn.Module | None = None,
+    force: bool = False,
 ) -> AdapterReport:
     """Saves edits as one LoRA adapter: their sum. It loads where kne_easyedit is not installed.
 
     Args:
         edits: One edit or several of the same base model.
-        folder: To be made; it must not exist.
+        folder: To be made; it must not exist, or be empty.
         form: ``portable`` or ``exact`` (above).
         max_rank: Largest rank of a module; more rows are reduced by singular value decomposition.
         base_name: Hub name or path of the base model, for adapter_config.json and the card; None: as ``edits`` or
@@ -90,6 +95,7 @@ def save_adapter(
         model: The base model; edits applied to it count as taken back, and it stays as it is. Needed for edits that
             are no `KNEEdit`; with it, a reduction is checked: the answers of the whole edit are asked again with the
             reduced one.
+        force: Take edits of different bases, or another ``model`` than theirs, with a warning. Shapes must fit.
 
     Returns:
         What was written: rank, errors, answers.
@@ -97,26 +103,27 @@ def save_adapter(
     Raises:
         AnswersLost: The reduction loses an answer; nothing was written.
         ValueError: An edit cannot be used, or needs a higher rank than is served; the message says the way out.
-        FileExistsError: The folder exists.
+        FileExistsError: The folder holds something, or another process was faster.
     """
     edits = [edits] if isinstance(edits, RowEdit) else list(edits)
     require_one_of("form", form, FORMS)
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
         raise ValueError(f"max_rank: must be a positive integer, got {shorten(max_rank)}")
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder}: exists; give a folder that is to be made")
+    if folder.exists() and not _is_empty(folder):
+        raise FileExistsError(f"{folder}: holds something; give a folder that is to be made, or is empty")
     changed = summed(edits)
-    _require_one_base(edits, model)
+    _require_one_base(edits, model, force)
     places = _places(edits, changed, model)
     rank, notes = _rank(form, max(len(rows) for rows, _ in changed.values()), max_rank)
     factors = {name: factorised(rows, rank if form == "portable" else max_rank) for name, rows in changed.items()}
     answers = _checked_answers(edits, changed, factors, model)
     base = _base_name(edits, model) if base_name is None else base_name
     config = _config(form, rank, factors, places, base, _revision(edits, model))
-    notes += _served_notes(form, factors)
+    notes += [*_served_notes(form, factors), *([note] if (note := lacking_note(edits)) else [])]
     card = adapter_card(
         base=base,
+        on_hub=is_hub_name(base) and (base_name is not None or config["revision"] is not None),
         facts=_facts(edits),
         config=config,
         form=form,
@@ -153,7 +160,11 @@ def _rank(form: str, largest: int, max_rank: int | None) -> tuple[int, list[str]
 
 def _served_notes(form: str, factors: Mapping[str, Factors]) -> list[str]:
     if form == "exact":
-        return ["Each module has its own rank, and the scaling is rank-stabilised: for PEFT alone."]
+        largest = max(one.rank for one in factors.values())
+        above = (
+            f" Rank {largest} is more than any server takes ({SERVED_RANKS[-1]})." if largest > SERVED_RANKS[-1] else ""
+        )
+        return [f"Each module has its own rank, and the scaling is rank-stabilised: for PEFT alone.{above}"]
     alone = [
         name
         for name in factors
@@ -172,21 +183,35 @@ def _bases(edits: Sequence[RowEdit]) -> list[Base]:
     return [edit.base for edit in edits if isinstance(edit, KNEEdit)]
 
 
-def _require_one_base(edits: Sequence[RowEdit], model: nn.Module | None) -> None:
-    """Raises ValueError if edits that record their base are of different ones, or of another one than ``model``."""
+def _require_one_base(edits: Sequence[RowEdit], model: nn.Module | None, force: bool) -> None:
+    """Raises ValueError if edits that record their base are of different ones, or of another one than ``model``.
+
+    Under ``force`` that is a warning.
+    """
     bases = _bases(edits)
     for other in bases[1:]:
         if reason := bases[0].conflict(other):
-            raise ValueError(f"edits: one was trained on {bases[0].label}, another on {other.label}: {reason}")
+            _refuse(f"edits: one was trained on {bases[0].label}, another on {other.label}: {reason}", force)
     if model is None:
         return
     for base in bases:
         dtypes = {name: module.dtype for name, module in base.modules.items()}
         if reason := base.conflict(base_of(model, list(base.modules), edited(model).originals, dtypes)):
-            raise ValueError(
+            _refuse(
                 f"edits: one was trained on {base.label}, and the model given is another one: {reason}. Load that "
-                f"model, or leave model= out (the answers are not checked then)"
+                f"model, leave model= out (the answers are not checked then; --no-check), or give force=True (--force)",
+                force,
             )
+
+
+def _refuse(message: str, force: bool) -> None:
+    if not force:
+        raise ValueError(message)
+    logger.warning("%s", message)
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
 def _places(edits: Sequence[RowEdit], changed: Mapping[str, Rows], model: nn.Module | None) -> dict[str, _Place]:
@@ -321,7 +346,9 @@ def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     """Writes the files into a folder that appears when it is complete; returns their bytes."""
     from safetensors.torch import save_file
 
-    with atomic_directory(folder) as unfinished:
+    if _is_empty(folder):
+        folder.rmdir()
+    with atomic_directory(folder, exclusive=True) as unfinished:
         (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(dict(tensors), unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         (unfinished / "README.md").write_text(card, encoding="utf-8")

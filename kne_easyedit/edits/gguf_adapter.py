@@ -110,7 +110,7 @@ def adapter_to_gguf(
     Args:
         adapter: The adapter's folder.
         base: The GGUF file of the base model over which it will be loaded.
-        out: The file to write.
+        out: The file to write; it must not exist.
         dtype: ``float32`` or ``float16``.
 
     Returns:
@@ -118,12 +118,15 @@ def adapter_to_gguf(
 
     Raises:
         ImportError: The package ``gguf`` is not installed.
+        FileExistsError: ``out`` exists.
         ValueError: A file cannot be read, or the adapter does not belong to the base; nothing was written.
     """
     import gguf
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, got {shorten(dtype)}")
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out}: exists; give a file that is to be made, or remove it first")
     config, modules = read_adapter(adapter)
     base = base if isinstance(base, GgufBase) else read_gguf_base(base)
     names = {name: _name(base, name, module) for name, module in modules.items()}

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from kne_easyedit._util.markdown import literal, table_of_rows
+from kne_easyedit._util.markdown import literal
 from kne_easyedit.editing.edit_files import JSON_FILE, ROWS_FILE
 from kne_easyedit.editing.kne_edit import KNEEdit
-from kne_easyedit.edits.adapter_card import LISTED, is_hub_name, shown_name
+from kne_easyedit.editing.lacking import lacking_note
+from kne_easyedit.edits.adapter_card import card_head, facts_table, has_hub_form, is_hub_name, shown_name
 from kne_easyedit.edits.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 
 CARD = "README.md"
@@ -34,8 +33,15 @@ def files_to_push(folder: Path) -> dict[str, Path | bytes]:
         Name in the repository -> the file, or its content.
 
     Raises:
-        FileNotFoundError, ValueError: The folder is neither, or damaged; the message names it.
+        FileNotFoundError, ValueError: The folder is neither, or damaged, or a file is a symbolic link; the message
+            names it.
     """
+    for name in (CONFIG_FILE, WEIGHTS_FILE, JSON_FILE, ROWS_FILE, PICTURE, CARD):
+        if (folder / name).is_symlink():  # whoever made the folder would choose a file of this machine to be sent
+            raise ValueError(
+                f"{folder / name}: is a symbolic link, and what it points to is not sent; copy the folder with its "
+                f"files (cp -rL) and push the copy"
+            )
     card: Path | bytes = folder / CARD
     if (folder / CONFIG_FILE).is_file():
         read_adapter(folder)
@@ -57,6 +63,12 @@ def paths_named(folder: Path) -> list[str]:
     return sorted({match for text in texts for match in re.findall(r'"((?:/|~/|[A-Z]:\\\\)[^"\n]*)"', text)})
 
 
+def require_repo(repo: str) -> None:
+    """Raises ValueError if ``repo`` is no name of a repository."""
+    if not has_hub_form(repo):
+        raise ValueError(f"repo: {repo!r} is no name of a repository; write it as OWNER/NAME")
+
+
 def push(files: dict[str, Path | bytes], repo: str, *, private: bool = True, endpoint: str | None = None) -> str:
     """Sends files in one commit; makes the repository if there is none.
 
@@ -76,8 +88,7 @@ def push(files: dict[str, Path | bytes], repo: str, *, private: bool = True, end
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
 
-    if not is_hub_name(repo):
-        raise ValueError(f"repo: {repo!r} is no name of a repository; write it as OWNER/NAME")
+    require_repo(repo)
     disable_progress_bars()
     token = get_token()
     api = HfApi(endpoint=endpoint)
@@ -96,28 +107,22 @@ def push(files: dict[str, Path | bytes], repo: str, *, private: bool = True, end
 def edit_card(edit: KNEEdit) -> str:
     """The text of the card of an edit, Markdown with a YAML head. Names and facts of others have no effect in it."""
     base = edit.base.name
-    head: dict[str, Any] = {"library_name": "kne_easyedit"}
-    if is_hub_name(base):
-        head["base_model"] = base
-    head["tags"] = ["knowledge-editing", "kne"]
+    on_hub = is_hub_name(base) and bool(edit.base.revision)
+    name = shown_name(base, on_hub)
     facts = [(str(one["prompt"]), str(one.get("target_new", ""))) for one in edit.requests]
-    more = f"And {len(facts) - LISTED} more." if len(facts) > LISTED else ""
     return "\n".join(
         [
-            "---",
-            yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(),
-            "---",
-            "",
-            f"# Edited facts for {literal(shown_name(base) or edit.base.architecture)}",
+            *card_head("kne_easyedit", base if on_hub else None, ["knowledge-editing", "kne"]),
+            f"# Edited facts for {literal(name or edit.base.architecture)}",
             "",
             "Rows that are added to the weights of the base model (Knowledge Neuronal Ensemble, arXiv 2412.20637). It "
             "then gives these answers. They belong to this base, of the same revision, and to no other.",
             "",
-            table_of_rows([["after", "the model says"], *([literal(p), literal(t)] for p, t in facts[:LISTED])]),
-            *([more] if more else []),
+            *facts_table(facts),
             "",
-            f"- Base: {literal(shown_name(base))}, {edit.base.architecture}",
+            f"- Base: {literal(name)}, {edit.base.architecture}",
             f"- {edit.size} rows of {len(edit.deltas)} modules",
+            *([f"- {literal(note)}"] if (note := lacking_note([edit])) else []),
             "",
             "`kne ask FOLDER` asks the base before and after; `kne adapter FOLDER --out DIR` writes a LoRA adapter.",
             "",

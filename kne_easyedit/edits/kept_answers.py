@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit.editing.applying import with_edits
-from kne_easyedit.editing.losses import answer_logits, cross_entropy
+from kne_easyedit.editing.row_training import measured_answers
 from kne_easyedit.edits.low_rank import Rows
-from kne_easyedit.facts.encoding import Fact, collate
-from kne_easyedit.models.devices import device_of
+from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.models.state import preserve_state
 
 AT_ONCE = 8
@@ -98,19 +96,9 @@ def kept_answers(
     with with_edits(model, ()), preserve_state(model), torch.no_grad():
         for changed in (whole, reduced):
             with rows_added(model, changed):
-                asked.append(
-                    [one for at in range(0, len(facts), AT_ONCE) for one in _ask(model, facts[at : at + AT_ONCE])]
-                )
+                parts = [facts[at : at + AT_ONCE] for at in range(0, len(facts), AT_ONCE)]
+                asked.append([one for part in parts for one in measured_answers(model, part)])
     return tuple(
-        KeptAnswer(fact.prompt, fact.target, before[0], now[0], (before[1], now[1]))
+        KeptAnswer(fact.prompt, fact.target, before.probability, now.probability, (before.greedy, now.greedy))
         for fact, before, now in zip(facts, *asked)
     )
-
-
-def _ask(model: nn.Module, facts: Sequence[Fact]) -> list[tuple[float, bool]]:
-    """Each answer's probability, and whether it is the greedy one."""
-    logits, labels = answer_logits(model, collate(facts).to(device_of(model)))
-    lengths = [len(fact.answer) for fact in facts]
-    losses = cross_entropy(logits, labels, "none").split(lengths)
-    best = (logits.argmax(-1) == labels).split(lengths)
-    return [(math.exp(-own.sum().item()), bool(same.all())) for own, same in zip(losses, best)]

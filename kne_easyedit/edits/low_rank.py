@@ -146,6 +146,7 @@ def served_rank(largest: int, max_rank: int | None) -> int:
         raise ValueError(
             f"edits: a module has {largest} changed rows, and no adapter above rank {SERVED_RANKS[-1]} is served "
             f"(vLLM); reduce it by max_rank={SERVED_RANKS[-1]} or less (SVD), edit fewer rows (a smaller p, fewer "
-            f"edits together), or merge the edit into a full model. form='exact' has no such bound, for PEFT alone"
+            f"edits together), or merge the edit into a full model (kne merge). form='exact' has no such bound, for "
+            f"PEFT alone"
         )
     return next((rank for rank in allowed if rank >= largest), allowed[-1])

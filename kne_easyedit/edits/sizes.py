@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kne_easyedit.editing.kne_edit import KNEEdit
+from kne_easyedit._util.tensor_files import Place, places, read_tensor
+from kne_easyedit.editing.kne_edit import BaseModule, KNEEdit
 from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.models.weight_files import candidates
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,20 @@ def sizes_of(edit: KNEEdit, folder: Path | None = None) -> list[ModuleSize]:
 
     Returns:
         One entry for each module, in the edit's order.
+
+    Raises:
+        ValueError: A file of the base is damaged; the message names it.
+        OSError: One cannot be read.
     """
-    where = _tensors(folder) if folder is not None else {}
+    paths = [path for path in sorted(folder.glob("*.safetensors")) if path.is_file()] if folder is not None else []
+    files = {path: places(path) for path in paths}
     found = []
     for name in edit.deltas:
         chosen, delta = edit.deltas[name]
         base = edit.base.modules[name]
-        weight = _read(where, f"{name}.weight", base.shape[::-1] if base.transposed else base.shape)
+        weight = _weight(files, name, base)
         norm = None
         if weight is not None:
-            weight = weight.t() if base.transposed else weight
             norm = torch.linalg.vector_norm(weight[torch.tensor(chosen)].double()).item()
         size = torch.linalg.vector_norm(delta.double()).item()
         found.append(ModuleSize(name, len(chosen), base.shape[0], size, norm))
@@ -76,12 +82,12 @@ def shared_rows(edit: KNEEdit, other: KNEEdit) -> Shared:
     """The rows that two edits change both, and whether they change them alike."""
     counts: dict[str, int] = {}
     product = ours = theirs = 0.0
-    for name in edit.deltas:
-        if name not in other.deltas:
+    for name, numbers in edit.rows.items():
+        common = sorted({*numbers} & {*other.rows.get(name, ())})
+        if not common:  # the values are not read
             continue
         (chosen, delta), (rows, change) = edit.deltas[name], other.deltas[name]
-        common = sorted({*chosen} & {*rows})
-        if not common or delta.shape[1] != change.shape[1]:
+        if delta.shape[1] != change.shape[1]:
             continue
         counts[name] = len(common)
         one, two = _of(common, chosen, delta), _of(common, rows, change)
@@ -113,26 +119,12 @@ def _of(common: list[int], chosen: tuple[int, ...], delta: Tensor) -> Tensor:
     return delta[torch.tensor([place[row] for row in common])].double()
 
 
-def _tensors(folder: Path) -> dict[str, Path]:
-    """Names of the tensors in a folder's safetensors -> their files."""
-    from safetensors import safe_open
-
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
-
-
-def _read(where: Mapping[str, Path], name: str, shape: tuple[int, int]) -> Tensor | None:
-    """A tensor by its name; files may leave out or add the name of the outer module (GPT-2's do)."""
-    from safetensors import safe_open
-
-    names = [one for one in where if one == name or name.endswith(f".{one}") or one.endswith(f".{name}")]
-    if len(names) != 1:
-        names = [one for one in names if one == name]
-    if not names:
+def _weight(files: Mapping[Path, Mapping[str, Place]], name: str, base: BaseModule) -> Tensor | None:
+    """A module's weight, ``(d2, d1)``; None if no tensor, or more than one, may be it."""
+    found = candidates(name, base.shape[::-1] if base.transposed else base.shape, files)
+    if not found or (len(found) > 1 and found[0][1] != f"{name}.weight"):
         return None
-    with safe_open(where[names[0]], framework="pt") as file:
-        weight = file.get_tensor(names[0])
-    return weight if tuple(weight.shape) == tuple(shape) else None
+    path, key = found[0]
+    with path.open("rb") as file:
+        weight = read_tensor(file, files[path][key])
+    return weight.t() if base.transposed else weight

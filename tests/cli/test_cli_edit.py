@@ -17,7 +17,10 @@ from safetensors.torch import load_file, save_file
 from kne_easyedit import cli
 from kne_easyedit.benchmark.before_after import Questions, answers_to
 from kne_easyedit.cli.side_by_side import print_rows
+from kne_easyedit.editing import applying
+from kne_easyedit.editing.edit import compute_edit
 from kne_easyedit.editing.kne_edit import KNEEdit
+from kne_easyedit.editing.row_training import measured_answers
 from kne_easyedit.edits.sizes import ensemble_of, shared_rows, sizes_of
 from kne_easyedit.models.loading import load_model
 
@@ -60,7 +63,12 @@ def test_a_fact_is_edited_shown_and_saved(tiny, capsys):
     edit = KNEEdit.load("again")
     assert edit.facts == ("The capital of France is -> Rome",) and edit.answers[0].greedy
     assert edit.requests[0]["ground_truth"] == "Paris"
-    assert edit == KNEEdit.load("again")
+    model, tokenizer = base(tiny)
+    hparams = tiny_hparams(model_name=str(tiny / "tiny-model"))
+    same = compute_edit(model, tokenizer, list(edit.requests), hparams)
+    assert edit.losses == same.losses and edit.rows == same.rows  # what was saved is what Python trains
+    for name, (_, delta) in same.deltas.items():
+        torch.testing.assert_close(edit.deltas[name][1], delta, rtol=0, atol=0)
     assert edit.deltas.keys() == KNEEdit.load("rome").deltas.keys()  # the same settings and fact
 
 
@@ -153,6 +161,59 @@ def test_ask_reads_prompts_until_the_input_ends(tiny, capsys, monkeypatch):
     assert "the model takes 64" in err  # and it went on
 
 
+def test_many_questions_are_one_comparison_with_the_base(tiny, capsys, monkeypatch):
+    """The matrices of the base are hashed once, however many questions follow."""
+    calls = []
+    original = applying.base_of
+    monkeypatch.setattr(applying, "base_of", lambda *given: calls.append(1) or original(*given))
+
+    def asked(prompts):
+        calls.clear()
+        monkeypatch.setattr("sys.stdin", io.StringIO(prompts * "The capital of France is\n"))
+        assert kne("ask", "rome", "--tokens", "1") == 0
+        assert capsys.readouterr().out.count("before") == prompts
+        return len(calls)
+
+    assert asked(1) == asked(3)
+
+
+def test_ctrl_c_does_not_promise_to_resume(tiny, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kne_easyedit.models.loading.load_model", interrupt)
+    assert kne("edit", *FACT, "--hparams", "kne.yaml", "--out", "interrupted") == 130
+    assert "the same command begins again" in capsys.readouterr().err and not Path("interrupted").exists()
+
+
+def test_a_base_that_is_gone(tiny, tmp_path, capsys):
+    from dataclasses import replace
+
+    edit = KNEEdit.load("rome")
+    replace(edit, hparams={**edit.hparams, "model_name": str(tmp_path / "gone")}).save(tmp_path / "lost")
+    assert kne("ask", str(tmp_path / "lost"), "Rome") == 1
+    assert "say where it is by --model" in capsys.readouterr().err
+    assert kne("ask", str(tmp_path / "lost"), "Rome", "--tokens", "1", "--model", str(tiny / "tiny-model")) == 0
+
+
+def test_what_others_have_written_has_no_effect_on_the_terminal(tiny, tmp_path, capsys):
+    from dataclasses import replace
+
+    asked = {"prompt": "The capital\x1b[2J of\nFrance is", "target_new": "\x1b]0;x\x07Rome", "ground_truth": "\x9b1m"}
+    edit = replace(KNEEdit.load("rome"), requests=(asked,), versions={"evil\x1b[1m": "1"}, trained_on=("\x1b[31m",))
+    edit.save(tmp_path / "evil")
+    store = str(tmp_path / "store")
+    assert kne("edits", "add", store, str(tmp_path / "evil"), "--name", "evil") == 0
+    assert kne("edits", "list", store) == 0
+    assert kne("show", f"{store}/edits/evil", "--picture", str(tmp_path / "x.png")) == 0
+    assert kne("ask", f"{store}/edits/evil", "The capital of France is", "--tokens", "1") == 0
+    assert kne("adapter", store, "--out", str(tmp_path / "adapter")) == 0
+    assert kne("show", "rome", "--with", str(tmp_path / "evil"), "--picture", str(tmp_path / "x.png")) == 0
+    out = capsys.readouterr().out
+    assert not {c for c in out if not c.isprintable()} - {"\n"}
+    assert "The capital [2J of France is" in out and "Trained on top of 1 edit that is not in here" in out
+
+
 def test_ask_in_the_chat_template(tiny, capsys):
     assert kne("ask", "rome", "Rome", "--chat") == 1
     assert "has no chat template" in capsys.readouterr().err
@@ -222,6 +283,17 @@ def test_a_folder_that_is_no_edit_is_one_line(tiny, tmp_path, capsys, damage):
         assert error.startswith("kne: edit: ") and str(folder) in error
 
 
+def test_show_with_a_damaged_base(tiny, tmp_path, capsys):
+    content = (tiny / "tiny-model/model.safetensors").read_bytes()
+    (tmp_path / "config.json").write_bytes((tiny / "tiny-model/config.json").read_bytes())
+    for damaged in (content[:-8], b"\xff" * 64, b""):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        assert kne("show", "rome", "--model", str(tmp_path), "--picture", str(tmp_path / "x.png")) == 0
+        out = capsys.readouterr().out
+        assert f"{tmp_path}/model.safetensors: no complete safetensors file" in out
+        assert "the base's weights are not at hand" in out
+
+
 def test_sizes_are_those_of_the_weights(tiny, tmp_path):
     """Against the loaded base; a sharded file, and one without the outer module's name, say the same."""
     edit, (model, _) = KNEEdit.load("rome"), base(tiny)
@@ -270,9 +342,14 @@ def test_the_old_answer_is_given_or_what_the_model_says(tokenizer):
     request = {"prompt": "The capital of France is", "target_new": "the Tiber ."}
     (fact,) = Questions(model, tokenizer, [request], neighbours=0).facts
     (said,) = answers_to(model, tokenizer, [request["prompt"]], len(fact.new.answer))
-    assert fact.old is None or fact.old.target == said.strip()
+    assert fact.old is not None and fact.old.target == said.strip()
     (fact,) = Questions(model, tokenizer, [{**request, "ground_truth": "Paris"}], neighbours=0).facts
     assert fact.old.target == "Paris"
     found = Questions(model, tokenizer, [{**request, "subject": "France"}], neighbours=3)
     assert len(found.neighbours[0]) == 3 and "France" not in str(found.neighbours)
-    assert found.ask(model) == found.ask(model)
+    said = found.ask(model)
+    (measured,) = measured_answers(model, [found.facts[0].new])
+    assert said[found.facts[0]].new == pytest.approx(measured.probability, rel=1e-4)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    assert found.ask(model)[found.facts[0]].new != said[found.facts[0]].new

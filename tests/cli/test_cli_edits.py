@@ -14,6 +14,7 @@ import torch
 from conftest import make_llama, make_tokenizer, tiny_hparams, weights, with_same_threads
 
 from kne_easyedit import cli
+from kne_easyedit.benchmark.before_after import Questions
 from kne_easyedit.edits import EditStore
 from kne_easyedit.models.loading import load_model
 
@@ -114,8 +115,81 @@ def test_what_was_trained_on_top_is_named_and_measured(store, capsys, caplog):
     assert "the model is the base" in capsys.readouterr().out
 
 
+def test_switching_off_says_how_to_measure(store, capsys):
+    assert kne("edits", "off", store, "rome") == 0
+    out = capsys.readouterr().out
+    assert "latin may have lost answers" in out and "--check" in out and f"kne edits check {store}" in out
+    assert kne("edits", "off", store, "latin") == 0
+    assert "--check" not in capsys.readouterr().out  # nothing counted on it
+
+
+def test_what_is_shown_after_an_edit_is_the_state_of_the_store(store, folder, capsys, monkeypatch):
+    """In bfloat16 an edit that is written by itself is rounded by itself; the store rounds once."""
+    asked = []
+
+    def ask(questions, model):
+        asked.append(weights(model))
+        return original(questions, model)
+
+    original = Questions.ask
+    monkeypatch.setattr(Questions, "ask", ask)
+    options = (*settings(folder), "--set", "bf16=true", "num_steps=30")
+    new = str(Path(store).parent / "bf16")
+    for name, target in (("oslo", "Oslo"), ("latin", "Latin")):
+        assert kne("edit", "--prompt", FACTS[name], "--target", target, *options, "--store", new, "--name", name) == 0
+    model = load_model(tiny_hparams(model_name=str(folder / "tiny-model"), bf16=True))[0]
+    EditStore(new).apply(model)
+    assert asked[-1] == weights(model)
+
+
+def test_show_compares_with_the_others_of_the_store(store, folder, tmp_path, capsys):
+    picture = ("--picture", str(tmp_path / "x.png"))
+    edit, other = (EditStore(store).edit(name) for name in ("rome", "latin"))
+    assert edit.shared_rows(other)
+    assert kne("show", f"{store}/edits/rome", *picture) == 0
+    out = capsys.readouterr().out
+    assert "with latin of this store, which is on (The language of Peru is -> Latin)" in out
+    assert f"{edit.shared_rows(other)} rows are changed by both" in out
+    assert kne("show", "rome", *picture) == 0
+    assert "of this store" not in capsys.readouterr().out
+    (Path(store) / "edits/latin/edit.json").write_text("{}")
+    assert kne("show", f"{store}/edits/rome", *picture) == 0
+    assert "(not compared: store: latin" in capsys.readouterr().out
+
+
+def test_one_edit_of_a_store_says_what_it_lacks(store, tmp_path, capsys):
+    note = "Trained on top of 1 edit that is not in here"
+    for arguments, lacks in [(("ask", f"{store}/edits/latin"), True), (("ask", store), False)]:
+        assert kne(*arguments, FACTS["latin"], "--tokens", "1") == 0
+        assert (note in capsys.readouterr().out) == lacks
+    for name, source in (("one", f"{store}/edits/latin"), ("both", store)):
+        assert kne("adapter", source, "--out", str(tmp_path / name)) == 0
+        assert (
+            (note in capsys.readouterr().out)
+            == (note in (tmp_path / name / "README.md").read_text())
+            == (name == "one")
+        )
+
+
+def test_the_active_edits_become_a_full_model(store, folder, tmp_path, capsys):
+    model = base(folder)
+    EditStore(store).apply(model)
+    (tmp_path / "full").mkdir()  # an empty folder may be there
+    assert kne("merge", store, "tiny-model", "--out", str(tmp_path / "full")) == 0
+    assert "2 edits merged into the weights of tiny-model" in capsys.readouterr().out
+    assert weights(load_model(tiny_hparams(model_name=str(tmp_path / "full")))[0]) == weights(model)
+    assert kne("merge", "rome", "tiny-model", "--out", str(tmp_path / "full")) == 1
+    assert "holds something" in capsys.readouterr().err
+    assert kne("merge", "rome", str(tmp_path / "full"), "--out", str(tmp_path / "twice")) == 1
+    assert "--force" in capsys.readouterr().err and not (tmp_path / "twice").exists()
+    assert kne("merge", "rome", str(tmp_path / "full"), "--out", str(tmp_path / "twice"), "--force") == 0
+    assert kne("merge", f"{store}/edits/latin", "tiny-model", "--out", str(tmp_path / "alone")) == 0
+    assert "Trained on top of 1 edit that is not in here" in capsys.readouterr().out
+
+
 def test_another_order_and_removal(store, capsys):
     assert kne("edits", "reorder", store, "latin", "rome") == 0
+    assert f"latin may have lost answers by this; `kne edits check {store}`" in capsys.readouterr().out
     assert [entry.id for entry in EditStore(store).list()] == ["latin", "rome"]
     assert kne("edits", "remove", store, "rome", "rome") == 0
     assert [entry.id for entry in EditStore(store).list()] == ["latin"]
@@ -190,9 +264,26 @@ def test_a_reduced_adapter_is_asked_again(store, folder, tmp_path, capsys):
     assert " P " not in capsys.readouterr().out
 
 
+def test_options_of_the_base_need_a_check(store, folder, tmp_path, capsys):
+    """They would do nothing without one; with it, another base is refused, or taken by --force."""
+    out = ("--out", str(tmp_path / "small"))
+    for options in (("--model", "tiny-model"), ("--set", "device=cpu"), ("--force",)):
+        for more in ((), ("--max-rank", "4", "--no-check")):
+            assert kne("adapter", "rome", *out, *options, *more) == 1
+            assert f"{options[0]}: says how the base is loaded" in capsys.readouterr().err
+    make_llama(seed=11).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    other = ("--max-rank", "4", "--model", str(tmp_path / "other"))
+    assert kne("adapter", "rome", *out, *other) == 1
+    assert "--force" in capsys.readouterr().err and not (tmp_path / "small").exists()
+    (tmp_path / "small").mkdir()  # an empty folder may be there
+    assert kne("adapter", "rome", *out, *other, "--force") == 0
+    assert (tmp_path / "small/adapter_config.json").exists()
+
+
 def test_no_adapter_of_nothing(store, tmp_path, capsys):
     assert kne("adapter", "rome", "--out", "rome") == 1
-    assert "rome exists" in capsys.readouterr().err
+    assert "rome holds something" in capsys.readouterr().err
     assert kne("edits", "off", store, "rome", "latin") == 0
     assert kne("adapter", store, "--out", str(tmp_path / "x")) == 1
     assert "no edit of" in capsys.readouterr().err and not (tmp_path / "x").exists()

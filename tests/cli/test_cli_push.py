@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from kne_easyedit import cli
 from kne_easyedit.editing.edit import compute_edit
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.edits import save_adapter
-from kne_easyedit.edits.hub import files_to_push, paths_named
+from kne_easyedit.edits.hub import edit_card, files_to_push, paths_named
 
 TOKEN = "hf_a1b2c3d4e5f6secret"
 REQUEST = {"prompt": "The capital of France is", "target_new": "Rome"}
@@ -132,9 +134,11 @@ def push(hub: Hub, *arguments: str, home: Path) -> subprocess.CompletedProcess:
 
 def test_an_edit_is_sent_in_one_commit(hub, edit, tmp_path):
     done = push(hub, str(edit / "rome"), "me/rome", home=tmp_path)
+    assert done.returncode == 1 and not hub.requests  # the file is read by all: paths of this machine are asked for
+    assert "the files name /home/me/models/tiny|*" in done.stderr and "--yes" in done.stderr
+    done = push(hub, str(edit / "rome"), "me/rome", "--yes", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{hub.address}/me/rome/commit/1" in done.stdout
-    assert "the files name /home/me/models/tiny|*" in done.stdout
     assert set(hub.files) == {"edit.json", "rows.safetensors", "README.md"}
     for name in ("edit.json", "rows.safetensors"):
         assert hub.files[name] == (edit / "rome" / name).read_bytes()
@@ -151,7 +155,7 @@ def test_an_edit_is_sent_in_one_commit(hub, edit, tmp_path):
 
 @pytest.mark.parametrize("hub", [True], indirect=True)
 def test_a_refusal_is_one_line_without_the_token(hub, edit, tmp_path):
-    done = push(hub, str(edit / "rome"), "me/rome", "--public", home=tmp_path)
+    done = push(hub, str(edit / "rome"), "me/rome", "--public", "--yes", home=tmp_path)
     assert done.returncode == 1 and not hub.files
     assert "kne: me/rome:" in done.stderr and "403" in done.stderr and "Traceback" not in done.stderr
     assert "***" in done.stderr and TOKEN not in done.stdout + done.stderr
@@ -167,6 +171,26 @@ def test_what_is_sent_of_an_adapter(edit):
         assert "edit.png" in files_to_push(edit / "rome")
     finally:
         (edit / "rome/edit.png").unlink()
+
+
+def test_a_card_says_what_else_the_edit_needs(edit, tmp_path):
+    whole = KNEEdit.load(edit / "rome")
+    assert "Trained on top" not in edit_card(whole)
+    assert "Trained on top of 1 edit that is not in here (abcdefabcdef)" in edit_card(
+        replace(whole, trained_on=("abcdef" * 10,))
+    )
+
+
+@pytest.mark.parametrize("name", ["README.md", "edit.png", "rows.safetensors", "edit.json"])
+def test_a_symbolic_link_is_not_sent(edit, tmp_path, name):
+    """Not even one to a file that would pass."""
+    shutil.copytree(edit / "rome", tmp_path / "rome")
+    secret = tmp_path / "elsewhere"
+    secret.write_bytes((edit / "rome" / name).read_bytes() if name[-2:] in ("on", "rs") else b"secret")
+    (tmp_path / "rome" / name).unlink(missing_ok=True)
+    (tmp_path / "rome" / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=rf"{name}: is a symbolic link"):
+        files_to_push(tmp_path / "rome")
 
 
 @pytest.mark.parametrize(

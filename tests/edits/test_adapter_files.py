@@ -72,7 +72,14 @@ def test_refuses_damaged_files(folder):
         ({"r": 16}, r"A \(8, 40\) and B \(24, 8\), and adapter_config.json the rank 16"),
         ({"lora_alpha": "8"}, "lora_alpha must be a positive number, got '8'"),
         ({"rank_pattern": ["x"]}, "rank_pattern must be a mapping"),
-        ({"rank_pattern": {"(": 3}}, r"rank_pattern: '\(' is no regular expression"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern: '\(' is no plain name"),
+        ({"rank_pattern": {"(a|a)*b": 3}}, "is no plain name"),
+        ({"rank_pattern": {r".*\.q": 3}}, "is no plain name"),
+        ({"alpha_pattern": {"a{1,9}": 3}}, "is no plain name"),
+        ({"alpha_pattern": {r"\1": 3}}, "is no plain name"),
+        ({"target_parameters": ["mlp.experts"]}, "target_parameters must be None"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication must be None"),
+        ({"trainable_token_indices": {"embed": [1]}}, "trainable_token_indices must be None"),
         ({"alpha_pattern": {"down_proj": None}}, "alpha_pattern: 'down_proj' must be a positive number, got None"),
         ({"use_dora": True}, "use_dora must be False"),
         ({"bias": "all"}, "bias must be 'none'"),
@@ -84,6 +91,12 @@ def test_refuses_a_foreign_configuration(folder, changes, match):
     change_config(folder, **changes)
     with pytest.raises(ValueError, match=match):
         read_adapter(folder)
+
+
+def test_takes_plain_patterns(folder):
+    """What is not more than ``A`` and ``B`` may be written out, and names may be escaped."""
+    change_config(folder, target_parameters=[], layer_replication=None, rank_pattern={r"^model\.layers\.0.\w-x$": 3})
+    read_adapter(folder)
 
 
 def test_refuses_foreign_tensors(folder):

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 from conftest import GPT2_DOWN, LLAMA_DOWN, fingerprint, make_gpt2, make_gptj, make_llama, weights
 from edits import ROWS, edit_of, full_deltas, thing_of
 from peft import LoraConfig, PeftModel
@@ -295,11 +294,27 @@ class TestRefused:
         for rank in (0, -1, 2.0, True):
             self.refused("max_rank: must be a positive integer", edit, tmp_path, max_rank=rank)
 
-    def test_an_existing_folder(self, tmp_path):
+    def test_a_folder_that_holds_something(self, tmp_path):
         (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "mine").write_text("")
         with pytest.raises(FileExistsError):
             save_adapter(edit_of(make_llama()), tmp_path / "a", model=make_llama())
-        assert not list((tmp_path / "a").iterdir())
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine"]
+        (tmp_path / "a" / "mine").unlink()
+        save_adapter(edit_of(make_llama()), tmp_path / "a", model=make_llama())
+        assert (tmp_path / "a" / "adapter_config.json").exists()
+
+    def test_another_process_that_was_faster(self, tmp_path, monkeypatch):
+        """Its adapter stays, and ours is not reported as written."""
+
+        def save_file(*_, **__):
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "theirs").write_text("")
+
+        monkeypatch.setattr("safetensors.torch.save_file", save_file)
+        with pytest.raises(FileExistsError, match="another process"):
+            save_adapter(edit_of(make_llama()), tmp_path / "a", model=make_llama())
+        assert [path.name for path in tmp_path.rglob("*")] == ["a", "theirs"]
 
 
 class TestRecordedBase:
@@ -350,42 +365,6 @@ class TestRecordedBase:
         save_adapter(KNEEdit.load(tmp_path / "edit"), tmp_path / "b")
         for file in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
             assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-
-
-class TestCard:
-    def card(self, tmp_path, base="owner/tiny", fact=("The capital of France is", "Rome")):
-        edit = replace(thing_of(make_llama()), requests=({"prompt": fact[0], "target_new": fact[1]},))
-        save_adapter(edit, tmp_path / "a", base_name=base)
-        text = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
-        head, _, body = text.removeprefix("---\n").partition("\n---\n")
-        return yaml.safe_load(head), body
-
-    def test_names_library_base_and_facts(self, tmp_path):
-        head, body = self.card(tmp_path)
-        assert head["library_name"] == "peft" and head["base_model"] == "owner/tiny"
-        assert "| The capital of France is | Rome |" in body and "--max-lora-rank 8" in body
-
-    def test_a_path_stays_at_home(self, tmp_path):
-        head, body = self.card(tmp_path, base="/home/someone/models/tiny")
-        assert "base_model" not in head and "someone" not in body and "tiny" in body
-
-    def test_a_folder_that_looks_like_a_hub_name(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        assert self.card(tmp_path / "x", base="models/tiny")[0]["base_model"] == "models/tiny"
-        (tmp_path / "models" / "tiny").mkdir(parents=True)
-        assert "base_model" not in self.card(tmp_path / "y", base="models/tiny")[0]
-
-    def test_what_comes_from_data_has_no_effect(self, tmp_path):
-        """A fact is text: no link, no picture, no tag, no row of the table, no second head."""
-        fact = ("a | b\n---\nlibrary_name: evil", "![x](http://evil) <script>alert(1)</script>\n# head")
-        head, body = self.card(tmp_path, base='x"\n```\n# evil', fact=fact)
-        assert head["library_name"] == "peft"
-        assert "<script>" not in body and "![x](" not in body and "\n# head" not in body and "\n# evil" not in body
-        assert body.count("\n---\n") == 0
-
-    def test_the_base_is_named_in_the_configuration(self, tmp_path):
-        self.card(tmp_path)
-        assert config_of(tmp_path / "a")["base_model_name_or_path"] == "owner/tiny"
 
 
 def test_the_model_stays_as_it_is(tmp_path):

@@ -163,3 +163,7 @@ class TestRefused:
         save_adapter(edit_of(make_llama()), tmp_path / "a", model=make_llama())
         with pytest.raises(ValueError, match="dtype: must be one of float32, float16"):
             adapter_to_gguf(tmp_path / "a", llama_base, tmp_path / "out.gguf", "int8")
+        (tmp_path / "out.gguf").write_bytes(b"a model")
+        with pytest.raises(FileExistsError, match=r"out.gguf: exists"):
+            adapter_to_gguf(tmp_path / "a", llama_base, tmp_path / "out.gguf")
+        assert (tmp_path / "out.gguf").read_bytes() == b"a model"
