@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -62,3 +63,28 @@ def killed_at(operation: int) -> Iterator[list[bool]]:
             died.append(True)
     finally:
         _Shim.left = None
+
+
+@contextmanager
+def killed_in_write(number: int) -> Iterator[list[bool]]:
+    """Inside, the process dies in the write of this number, from 0, when half of the file's bytes are on the disk.
+
+    Yields:
+        As `killed_at`.
+    """
+    real, left = os.fsync, [number]
+
+    def half(file: int) -> None:
+        if left[0] == 0:
+            os.ftruncate(file, os.fstat(file).st_size // 2)
+            _Shim.left = 0
+            raise Killed("write")
+        left[0] -= 1
+        real(file)
+
+    os.fsync = half
+    try:
+        with killed_at(sys.maxsize) as died:
+            yield died
+    finally:
+        os.fsync = real

@@ -171,9 +171,7 @@ def write_edit(folder: str | os.PathLike[str], edit: Any, modules: Mapping[str, 
     }
     with atomic_directory(folder, exclusive=True) as temporary:
         fields = json.dumps({name: digest(value) for name, value in content.items()})
-        write_tensors(
-            temporary / ROWS_FILE, _Values(edit.deltas), {"kne_edit": edit.digest, FIELDS_TEXT: fields}
-        )
+        write_tensors(temporary / ROWS_FILE, _Values(edit.deltas), {"kne_edit": edit.digest, FIELDS_TEXT: fields})
         with (temporary / JSON_FILE).open("x", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False)
             file.write("\n")

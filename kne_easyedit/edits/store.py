@@ -70,8 +70,8 @@ class EditStore:
 
     The weights are a function of the base and the active edits alone: rows without edits plus the active deltas, added
     in order in the deltas' precision and rounded once. So taking one back is exact, after any history. The model's own
-    files are never touched. Several processes may use a store, except on Windows, where nothing keeps two from changing it
-    at once; each change is atomic.
+    files are never touched. Several processes may use a store, except on Windows, where nothing keeps two from
+    changing it at once; each change is atomic.
 
     Args:
         folder: The store; it may not exist yet.
@@ -325,9 +325,7 @@ class EditStore:
     def _switch(self, id: str, on: bool) -> tuple[Entry, ...]:
         with self._changing() as content:
             require_one_of("id", id, [one.id for one in content.edits])
-            return self._replace(
-                content, tuple(replace(one, on=on) if one.id == id else one for one in content.edits)
-            )
+            return self._replace(content, tuple(replace(one, on=on) if one.id == id else one for one in content.edits))
 
     def _replace(self, content: Content, edits: tuple[Listed, ...]) -> tuple[Entry, ...]:
         """Writes the list, while it is held, if it is another one.

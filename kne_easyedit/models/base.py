@@ -135,7 +135,9 @@ def base_of(
 
     def of_module(name: str) -> BaseModule:
         module = linear_module(model, name)
-        states = sorted(quantisation_states(module), key=lambda one: one[0])  # first: it unpacks 4-bit weights (`preserve_state`)
+        states = sorted(
+            quantisation_states(module), key=lambda one: one[0]
+        )  # first: it unpacks 4-bit weights (`preserve_state`)
         weight = module.weight.detach().as_subclass(Tensor)  # of quantised layers: what is stored, as plain numbers
         d2, d1 = out_features(module), in_features(module)
         if originals and name in originals:

@@ -254,9 +254,7 @@ def test_an_edit_that_nobody_asks_for_is_not_fingerprinted(editor, monkeypatch):
 def handing_to(take, **changes):
     """An editor that is made inside: editors look their method up when they are made."""
     with edits_handed_to(take):
-        yield bridge.editor_for(
-            tiny_hparams(model_name="any-name-at-all", **changes), make_llama(), make_tokenizer()
-        )
+        yield bridge.editor_for(tiny_hparams(model_name="any-name-at-all", **changes), make_llama(), make_tokenizer())
 
 
 def test_edits_are_handed_out_once_they_are_written():

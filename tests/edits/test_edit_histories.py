@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import LLAMA_DOWN, bits, make_llama, weights
-from crashes import killed_at
+from crashes import killed_at, killed_in_write
 from edits import thing_of
 
 from kne_easyedit._util import files
@@ -132,11 +132,13 @@ ACTIONS = {
     "off": lambda store, edit: store.off("e0"),
     "reorder": lambda store, edit: store.reorder(["e2", "e0", "e1"]),
     "remove": lambda store, edit: store.remove("e0"),
+    "set_active": lambda store, edit: store.set_active(["e1", "e2"]),
 }
 
 
+@pytest.mark.parametrize(("killed", "least"), [(killed_at, 4), (killed_in_write, 1)])
 @pytest.mark.parametrize("action", ACTIONS)
-def test_killed_at_every_file_operation(tmp_path, base, edits, action):
+def test_killed_at_every_moment(tmp_path, base, edits, action, killed, least):
     """Before or after, never between; the edits can be read, and the change can be made then."""
     store = EditStore(tmp_path / "store")
     for name in ("e0", "e1", "e2"):
@@ -151,7 +153,7 @@ def test_killed_at_every_file_operation(tmp_path, base, edits, action):
     seen, operation, died = set(), 0, [True]
     while died:
         folder = shutil.copytree(store.folder, tmp_path / f"{operation}")
-        with killed_at(operation) as died:
+        with killed(operation) as died:
             ACTIONS[action](EditStore(folder), new)
         survivor, model = EditStore(folder), make_llama(torch.bfloat16)
         found = state(survivor)
@@ -165,4 +167,4 @@ def test_killed_at_every_file_operation(tmp_path, base, edits, action):
             assert state(survivor) == after
             survivor.apply(model)
         operation += 1
-    assert seen == {False, True} and operation > 3
+    assert seen == {False, True} and operation >= least
