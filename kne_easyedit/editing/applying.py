@@ -295,7 +295,7 @@ def _surely(act: Callable[[], None]) -> None:
             with defer_interrupts():
                 act()
             break
-        except KeyboardInterrupt as error:  # noqa: PERF203
+        except KeyboardInterrupt as error:
             raised = error
     if raised is not None:
         raise raised
