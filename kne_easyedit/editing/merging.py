@@ -23,7 +23,9 @@ from kne_easyedit._util.messages import shorten
 from kne_easyedit._util.tensor_files import DTYPES, Place, places, read_tensor, write_tensor
 from kne_easyedit._version import __version__
 from kne_easyedit.editing.applying import Appliable, add_rows
+from kne_easyedit.editing.lacking import lacking_note
 from kne_easyedit.models.base import Base, BaseModule, structure_of, weight_digest
+from kne_easyedit.models.weight_files import candidates
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +171,7 @@ def _verified(
     ours = [edit for edit in edits if name in edit.deltas]
     module = ours[0].base.modules[name]
     reason = None
-    for shard, key in _candidates(name, module, shards):
+    for shard, key in candidates(name, _stored_shape(module), shards):
         with (source / shard).open("rb") as file:
             weight = read_tensor(file, shards[shard][key])
         for edit in ours:
@@ -187,34 +189,19 @@ def _verified(
             f"of {ours[0].base.label}"
         )
     _refuse(reason[0], source, reason[1], force)
-    return next(iter(_candidates(name, module, shards)))
+    return candidates(name, _stored_shape(module), shards)[0]
 
 
-def _candidates(name: str, module: BaseModule, shards: Mapping[str, Mapping[str, Place]]) -> list[tuple[str, str]]:
-    """Files and keys that may be a module's weight, the exact name first.
-
-    Files name modules with other prefixes than the loaded model has: ``h.0.mlp`` for ``transformer.h.0.mlp``,
-    ``language_model.model.layers`` for ``model.language_model.layers``.
-    """
-    wanted = f"{name}.weight"
-    parts = wanted.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), 1)
-    tail = ".".join(parts[max(number - 1, 0) :])
-    shape = module.shape[::-1] if module.transposed else module.shape
-    found = [
-        (shard, key)
-        for shard, tensors in shards.items()
-        for key, place in tensors.items()
-        if (key == tail or key.endswith(f".{tail}")) and place.shape == shape and place.dtype in DTYPES
-    ]
-    return sorted(found, key=lambda one: one[1] != wanted)
+def _stored_shape(module: BaseModule) -> tuple[int, int]:
+    d2, d1 = module.shape
+    return (d1, d2) if module.transposed else (d2, d1)
 
 
 def _card(edits: Sequence[Any]) -> str:
     """The model card: what the model is, and what was edited."""
     base = edits[0].base
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if _HUB_NAME.fullmatch(base.name) and not Path(base.name).exists():
+    if base.revision and _HUB_NAME.fullmatch(base.name):  # a commit tells a name of the hub from a folder
         head.append(f"base_model: {base.name}")
     head += ["tags:", "- knowledge-editing", "- kne", "---", ""]
     name = Path(base.name).name or base.architecture
@@ -236,5 +223,6 @@ def _card(edits: Sequence[Any]) -> str:
             "The loss is the mean cross-entropy of the answer's tokens after training, in nats. An edit may change "
             "what the model says about related subjects.",
             "",
+            *([note, ""] if (note := lacking_note(edits)) else []),
         ]
     )

@@ -79,6 +79,19 @@ class TestMerged:
         for edit in (one, two):
             assert f"| {edit.requests[0]['prompt']} | Rome | 0.100 | {edit.digest[:12]} |" in card
 
+    @pytest.mark.parametrize("revision", ["", "0123abc"])
+    def test_the_card_names_a_base_of_the_hub_and_what_an_edit_lacks(self, tmp_path, base, llama, revision):
+        """A name like ``outputs/merged`` is of the hub only if a commit of the hub is known."""
+        first = thing_of(llama)
+        other = thing_of(llama, 1, trained_on=(first.digest,))
+        named = replace(other, base=replace(other.base, name="outputs/merged", revision=revision))
+        for edits, out in (([named], "alone"), ([first, named], "both")):
+            merge_edits(edits, base, tmp_path / out)
+        alone, both = ((tmp_path / out / "README.md").read_text() for out in ("alone", "both"))
+        assert ("base_model: outputs/merged" in alone) is bool(revision)
+        assert f"Trained on top of 1 edit that is not in here ({first.digest[:12]})" in alone
+        assert "Trained on top" not in both
+
     def test_text_stays_text_in_the_card(self, tmp_path, base, llama):
         asked = {"prompt": "<b> | [x](http://y)\n---\n# The", "target_new": "a|b"}
         replace(thing_of(llama), requests=(asked,)).merge_into(base, tmp_path / "out")
