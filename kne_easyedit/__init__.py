@@ -1,8 +1,8 @@
 """KNE, Knowledge Neuronal Ensemble (arXiv 2412.20637), as a plugin of EasyEdit.
 
 `__all__` is the public API. Data flows one way through the subpackages: facts -> models -> attribution ->
-localization -> editing -> hparams -> bridge (EasyEdit) -> benchmark -> doctor, cli. Importing the package imports
-neither EasyEdit nor matplotlib.
+localization -> editing -> hparams -> edits -> bridge (EasyEdit) -> benchmark -> doctor, cli. Importing the package
+imports neither EasyEdit nor matplotlib.
 """
 
 from kne_easyedit._version import __version__
@@ -11,6 +11,7 @@ from kne_easyedit.editing import (
     Answer,
     EditFailed,
     EditLost,
+    KNEEdit,
     RowEdit,
     answer_loss,
     apply_kne_to_model,
@@ -20,6 +21,7 @@ from kne_easyedit.editing import (
     train_rows,
     write_rows,
 )
+from kne_easyedit.edits import EditStore
 from kne_easyedit.facts import Batch, Fact, collate, encode, load_records
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization import NeuronEnsemble, aggregate, find_ensemble, forget, localize, select_ensemble
@@ -29,7 +31,9 @@ __all__ = [
     "Batch",
     "EditFailed",
     "EditLost",
+    "EditStore",
     "Fact",
+    "KNEEdit",
     "KNEHyperParams",
     "NeuronEnsemble",
     "RowEdit",

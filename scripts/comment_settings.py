@@ -7,44 +7,22 @@ python scripts/comment_settings.py --check    # only names the files that would 
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
-import re
-from itertools import pairwise
 from pathlib import Path
 
+from kne_easyedit._util import settings_text
 from kne_easyedit.hparams import KNEHyperParams
 
 FOLDER = Path(__file__).resolve().parents[1] / "hparams" / "KNE"
-COLUMN = 27
-"""Where comments begin, if the setting is not longer."""
 
 
 def field_help() -> dict[str, str]:
-    """Setting -> the first sentence of its docstring, as plain text (null for None) without a full stop."""
-    body = [node for tree in ast.parse(inspect.getsource(KNEHyperParams)).body for node in getattr(tree, "body", [])]
-    found = {}
-    for field, text in pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            first = re.split(r"\.(?=\s+[A-Z]|\s*$)", " ".join(str(text.value.value).split()))[0]
-            found[ast.unparse(field.target)] = re.sub(r"\bNone\b", "null", first.replace("`", ""))
-    return found
-
-
-_SETTING = re.compile(r"""(?:"[^"]*"|[^"#])*""")
-"""A line up to its comment; texts in quotes may hold the sign of a comment."""
+    """Setting of `KNEHyperParams` -> its comment."""
+    return settings_text.field_help(KNEHyperParams)
 
 
 def commented(text: str) -> str:
     """The text of a settings file with the comment of each setting replaced, and all else as it is."""
-    helps, lines = field_help(), []
-    for line in text.splitlines():
-        name = line.split(":", 1)[0]
-        if name in helps:
-            setting = _SETTING.findall(line)[0].rstrip()
-            line = f"{setting.ljust(COLUMN - 2)}  # {helps[name]}"
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+    return settings_text.commented(text, field_help())
 
 
 def main() -> int:

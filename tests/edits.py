@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from conftest import LLAMA_DOWN, ONE_TOKEN, SIZE, SPELLED, THREE_TOKENS
 
+from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.row_edit import RowEdit
 from kne_easyedit.facts.encoding import encode
 from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.models.base import base_of
+from kne_easyedit.models.targets import rows as weight_rows
 
 ROWS = {0: (2, 3, 11), 2: (0,), 3: (5, 23)}
 """Several layers, of different numbers of neurons; the last row of a matrix is among them."""
@@ -74,3 +77,19 @@ def predicted(model, tokenizer, one):
 def edited(model, tokenizer, one):
     got, wanted = predicted(model, tokenizer, one)
     return got == wanted
+
+
+def thing_of(model, seed=0, template=LLAMA_DOWN, layers=(0, 2), rows=(2, 3, 11), scale=0.3, trained_on=()):
+    """A hand-made `KNEEdit` of ``model`` as it is: random values in the given rows of some layers."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for layer in layers:
+        weight = model.get_submodule(template.format(layer)).weight
+        inputs = weight.numel() // weight_rows(model.get_submodule(template.format(layer))).shape[0]
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        values = scale * torch.randn(len(rows), inputs, generator=generator)
+        deltas[template.format(layer)] = tuple(rows), values.to(kind)
+    asked = {"prompt": f"The capital of number {seed} is", "target_new": "Rome", "subject": f"number {seed}"}
+    return KNEEdit(
+        deltas, (1.0, 0.1), requests=(asked,), base=base_of(model, list(deltas)), trained_on=tuple(trained_on)
+    )

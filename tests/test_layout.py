@@ -20,6 +20,7 @@ ROOMS = (
     "localization",
     "editing",
     "hparams",
+    "edits",
     "bridge",
     "benchmark",
     "doctor",
@@ -27,9 +28,9 @@ ROOMS = (
 )
 """From the bottom to the top: a room imports from itself and from those before it."""
 PUBLIC = """
-Answer Batch EditFailed EditLost Fact KNEHyperParams NeuronEnsemble RowEdit UnsupportedModel __version__ aggregate
-answer_loss apply_kne_to_model attribute collate compute_edit encode find_ensemble forget load_records localize restore
-row_adapter select_ensemble train_rows write_rows
+Answer Batch EditFailed EditLost EditStore Fact KNEEdit KNEHyperParams NeuronEnsemble RowEdit UnsupportedModel
+__version__ aggregate answer_loss apply_kne_to_model attribute collate compute_edit encode find_ensemble forget
+load_records localize restore row_adapter select_ensemble train_rows write_rows
 """
 LONGEST_FILE = 400
 """Lines."""

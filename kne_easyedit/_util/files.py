@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_directory", "atomic_write", "cache_home", "expand_path", "parse_json"]
+__all__ = ["atomic_directory", "atomic_write", "cache_home", "exclusive_lock", "expand_path", "parse_json"]
 
 
 def expand_path(path: str | os.PathLike[str]) -> Path:
@@ -37,13 +37,20 @@ def cache_home() -> Path:
 
 
 @contextlib.contextmanager
-def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_directory(final: str | os.PathLike[str], exclusive: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside ``final`` that is renamed to it once the block has succeeded.
 
     After any exception the temporary folder is removed and ``final`` is untouched, so a folder under the final name is
-    always complete. If another process was faster, its ``final`` is kept and ours is dropped: callers use this for
-    results that do not depend on who made them. Missing parents are created. Only a killed process leaves its (hidden)
-    temporary folder behind.
+    always complete. Missing parents are created. Only a killed process leaves its (hidden) temporary folder behind.
+
+    Args:
+        final: The folder.
+        exclusive: If another process was faster, its ``final`` is kept and ours is dropped in either case. Without
+            this nothing is said: for results that do not depend on who made them.
+
+    Raises:
+        FileExistsError: Another process was faster, and ``exclusive`` is true.
+        OSError: The folder cannot be made.
     """
     final = Path(final)
     temporary = _beside(final)
@@ -53,9 +60,13 @@ def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         try:
             temporary.rename(final)
-        except OSError:
+        except OSError as error:
             if not final.is_dir():
                 raise
+            if exclusive:
+                raise FileExistsError(
+                    f"{final} was written by another process in the meantime, and is kept; choose another folder"
+                ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # renamed by now, unless something failed
 
@@ -78,6 +89,34 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # renamed by now, unless something failed
+
+
+@contextlib.contextmanager
+def exclusive_lock(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Holds a folder for this process, without effect on Windows; the folder is made if it does not exist.
+
+    Args:
+        folder: The folder; the lock is its file ``.lock``.
+        wait: For another process that holds it.
+
+    Raises:
+        ValueError: Another process holds it, and ``wait`` is false.
+        OSError: The folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:  # any other error is not about another process
+            raise ValueError(
+                f"{folder}: another run is writing into it; wait for it, or choose another folder"
+            ) from error
+        yield
 
 
 def _beside(path: Path) -> Path:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kne_easyedit._util.messages import printable
+
 __all__ = ["literal", "markdown_table", "table_of_rows"]
 
 _MARKS = re.compile(r"[\\`*\[\]|<>#!~$]|(?<!\w)_|_(?!\w)")
@@ -48,7 +50,7 @@ def literal(value: object, length: int | None = None) -> str:
         value: Its ``str`` is taken; blanks are merged, what is not printed becomes a blank.
         length: Characters after which the text is cut; None for all of it.
     """
-    line = "".join(c if c.isprintable() else " " for c in " ".join(str(value).split()))
+    line = printable(value)
     cut = line if length is None or len(line) <= length else line[: length - 1] + "…"
     return html.escape(_MARKS.sub(r"\\\g<0>", cut), quote=False).replace("\\&lt;", "&lt;").replace("\\&gt;", "&gt;")
 

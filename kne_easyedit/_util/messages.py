@@ -15,6 +15,14 @@ def shorten(value: object, longest: int = 120) -> str:
     return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
 
 
+def printable(value: object) -> str:
+    """Any value's ``str`` as one line without effect on a terminal: blanks are merged, what is not printed is one.
+
+    Escape sequences and marks that turn the direction of text are not printed.
+    """
+    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+
+
 def require_one_of(name: str, value: object, known: Collection[str]) -> None:
     """Raises ValueError, with the nearest valid name, if ``value`` of the setting ``name`` is not one of ``known``."""
     if not isinstance(value, str) or value not in known:

@@ -31,6 +31,7 @@ from kne_easyedit.attribution.attention import (
 )
 from kne_easyedit.facts.encoding import Batch
 from kne_easyedit.models.devices import device_of, input_embeddings
+from kne_easyedit.models.layer_kinds import is_bitsandbytes
 
 
 class UnsupportedModel(NotImplementedError):
@@ -179,7 +180,9 @@ class Replay:
         """
         own = own.to(replayed.device)
         # Some models compute attention in float32 whatever their dtype; half precision rounds in another order.
-        epsilon = max(torch.finfo(own.dtype).eps, torch.finfo(torch.float32).eps)
+        # Products of bitsandbytes take other kernels with gradients than without, and some are in half precision.
+        coarsest = torch.float16 if any(map(is_bitsandbytes, self.model.modules())) else torch.float32
+        epsilon = max(torch.finfo(own.dtype).eps, torch.finfo(coarsest).eps)
         scale = own.abs().max().float()
         model = type(self.model).__name__
         if not scale.isfinite():

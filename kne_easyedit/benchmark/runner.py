@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from kne_easyedit import bridge
 from kne_easyedit._util.errors import RunStopped
-from kne_easyedit._util.files import atomic_write
+from kne_easyedit._util.files import atomic_write, exclusive_lock
 from kne_easyedit._util.machine import PeakMemory
 from kne_easyedit._util.workers import run_parallel
 from kne_easyedit.benchmark.answers import FreeAnswer, free_answers, one_line
@@ -34,7 +34,7 @@ from kne_easyedit.benchmark.manifest import manifest_of, summary_of
 from kne_easyedit.benchmark.neighbourhood import Figures, Questioner
 from kne_easyedit.benchmark.preparation import PreparedRun, prepare
 from kne_easyedit.benchmark.result_line import ResultLine, result_line, retention_line
-from kne_easyedit.benchmark.store import Lines, exclusive_lock
+from kne_easyedit.benchmark.store import Lines
 from kne_easyedit.benchmark.unedited import (
     Unedited,
     UneditedEvaluations,

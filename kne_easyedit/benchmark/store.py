@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -127,25 +126,6 @@ def _object(content: bytes) -> tuple[dict | None, str]:
 
 def _objects(path: Path) -> list[dict]:
     return [piece.line for piece in _pieces(path) if piece.line is not None]
-
-
-@contextlib.contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process, without effect on Windows. Raises ValueError if another run writes into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"{folder}: another run is writing into it; wait for it, or choose another folder"
-            ) from error
-        yield
 
 
 def _text(lines: Iterable[Mapping]) -> str:

@@ -106,7 +106,7 @@ class MethodEditor:
         if self._undo:
             self.require_sequence()
         printed = _Tee(sys.stdout)
-        own: dict[str, Any] = {"on_trained": self._trained, "on_step": self.on_step} if alg_name == NAME else {}
+        own: dict[str, Any] = {"on_rows": self._trained, "on_step": self.on_step} if alg_name == NAME else {}
         if method.accumulates:
             own["reset_cache"] = not self._undo  # else it would use edits that were undone
         self.losses = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import re
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +21,7 @@ from kne_easyedit.bridge.importing import is_legacy, load, module
 from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
 from kne_easyedit.bridge.methods import LABELS, NAME, traits_of
 from kne_easyedit.editing.edit import apply_kne_to_model
+from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.hparams import KNEHyperParams
 
@@ -49,6 +52,40 @@ def register() -> ModuleType:
         original = batch_editor.is_batchable_method
         batch_editor.is_batchable_method = staticmethod(lambda alg_name: alg_name == NAME or original(alg_name))
     return easyeditor
+
+
+@contextlib.contextmanager
+def edits_handed_to(on_trained: Callable[[KNEEdit], None]) -> Iterator[None]:
+    """Inside, every edit that EasyEdit makes with KNE is handed out once it is written.
+
+    Args:
+        on_trained: Takes the edit. An edit that was not written (`EditFailed`, `EditLost`, Ctrl-C) is not handed out.
+            What it raises ends the edit; an editor whose interrupted edits are undone takes it back.
+    """
+    register()
+    methods = module("util.alg_dict").ALG_DICT
+    before = methods[NAME]
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        others = kwargs.pop("on_trained", None)
+        trained: list[KNEEdit] = []
+
+        def keep(edit: KNEEdit) -> None:
+            trained.append(edit)
+            if others is not None:
+                others(edit)
+
+        result = before(*args, on_trained=keep, **kwargs)
+        for edit in trained:
+            on_trained(edit)
+        return result
+
+    vars(apply)["func"] = apply_kne_to_model  # so `register` knows it
+    methods[NAME] = apply
+    try:
+        yield
+    finally:
+        methods[NAME] = before
 
 
 def editor_for(hparams: Any, model: nn.Module, tokenizer: Tokenizer) -> Any:

@@ -16,17 +16,18 @@ import functools
 import linecache
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
 from kne_easyedit.bridge.importing import script_builtins
-from kne_easyedit.bridge.methods import traits_of
-from kne_easyedit.bridge.registry import load_method, register, require_method
+from kne_easyedit.bridge.methods import NAME, traits_of
+from kne_easyedit.bridge.registry import edits_handed_to, load_method, register, require_method
 from kne_easyedit.bridge.script_patches import skip_bad_records
 from kne_easyedit.bridge.script_syntax import METHOD_OPTION, OpenedMethods, constants_in, names_in
 from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
+from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.metrics import read_results, summarize_metrics, table
 from kne_easyedit.models.state import preserve_rng, seed_generators
 
@@ -40,7 +41,12 @@ class ScriptError(ValueError):
 
 
 def run_script(
-    path: str | Path, arguments: list[str], *, skip_bad: bool = False, text_source: TextSource | None = None
+    path: str | Path,
+    arguments: list[str],
+    *,
+    skip_bad: bool = False,
+    text_source: TextSource | None = None,
+    on_trained: Callable[[KNEEdit], None] | None = None,
 ) -> int:
     """Runs a script of EasyEdit.
 
@@ -49,6 +55,7 @@ def run_script(
         arguments: Its command line.
         skip_bad: Leaves out the records of a KnowEditDataset whose subject is not in their prompt.
         text_source: The text for second moments. If it has no prompts, it gets those of the script's first edit.
+        on_trained: Is handed each edit that the script makes with KNE, once it is written.
 
     Returns:
         The script's exit code.
@@ -66,11 +73,22 @@ def run_script(
         raise ValueError(
             f"--skip-bad: {path.name} reads its records by itself, not by a KnowEditDataset; correct its data instead"
         )
+    if on_trained is not None and _option(METHOD_OPTION, arguments) != NAME:
+        raise ValueError(
+            f"--keep-edits: keeps edits of {NAME}; give the script {METHOD_OPTION} {NAME}, or leave it out"
+        )
     easyeditor = register()
     code = compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)
     left_out = skip_bad_records(easyeditor) if skip_bad else contextlib.nullcontext()
+    kept = contextlib.nullcontext() if on_trained is None else edits_handed_to(on_trained)
     source = text_source or current_text_source()
-    with left_out, _text_after_prompts(easyeditor, source), preserve_rng(), _as_main(path, arguments) as namespace:
+    with (
+        left_out,
+        kept,
+        _text_after_prompts(easyeditor, source),
+        preserve_rng(),
+        _as_main(path, arguments) as namespace,
+    ):
         seed_generators(SEED)
         try:
             exec(code, namespace)  # noqa: S102  (a file of the user's choice, as python itself would)

@@ -176,7 +176,7 @@ class _Recorder:
 
     def __call__(self, *args, **kwargs):
         if self.alg_name == NAME:
-            return self.apply(*args, **{**kwargs, "on_trained": self.undo.remember_rows})
+            return self.apply(*args, **{**kwargs, "on_rows": self.undo.remember_rows})
         # Before May 2024 originals were given only to who asked for them, and written back by the editor if it got any.
         asked = not self.legacy or kwargs.get("keep_original_weight")
         if not asked or traits_of(self.alg_name).originals_if_asked:

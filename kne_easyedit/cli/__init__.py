@@ -11,7 +11,26 @@ import sys
 
 from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.machine import keep_large_blocks
-from kne_easyedit.cli import cache, data, demo, doctor, easyedit_run, explain, localize, report, run, summarize
+from kne_easyedit.cli import (
+    adapter,
+    ask,
+    cache,
+    data,
+    demo,
+    doctor,
+    easyedit_run,
+    edit,
+    edits,
+    explain,
+    hparams,
+    localize,
+    merge,
+    push,
+    report,
+    run,
+    show,
+    summarize,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,11 +49,17 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError, RunStopped) as error:
         if arguments.verbose:
             raise
-        print(f"kne: {error}", file=sys.stderr)
+        print(f"kne: {_without_effects(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("kne: interrupted; the same command resumes", file=sys.stderr)
+        what = getattr(arguments, "interrupted", "the same command resumes")
+        print(f"kne: interrupted; {what}", file=sys.stderr)
         return 130
+
+
+def _without_effects(text: str) -> str:
+    """A message may quote files of others: no escape sequences; its own lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def _is_text(argument: str) -> bool:
@@ -51,6 +76,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="more messages, full tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (demo, run, doctor, easyedit_run, summarize, report, localize, explain, cache, data):
+    for module in (
+        demo,
+        edit,
+        edits,
+        ask,
+        show,
+        adapter,
+        merge,
+        push,
+        hparams,
+        run,
+        doctor,
+        easyedit_run,
+        summarize,
+        report,
+        localize,
+        explain,
+        cache,
+        data,
+    ):
         module.add_commands(commands)
     return parser

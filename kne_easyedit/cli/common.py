@@ -13,12 +13,29 @@ from kne_easyedit._util.settings import resolve_paths
 from kne_easyedit.hparams import KNEHyperParams
 
 SHIPPED = "smollm2-135m"
+UNTUNED = "mistral-7b"
+"""A shipped file whose training settings are the paper's: the pattern for models that no file is shipped for."""
+BEGINS_AGAIN = "the same command begins again; half-written files are never left"
+"""What is said after Ctrl-C by commands that do not resume (``interrupted``)."""
 
 
 def shipped() -> Path:
     """The folder of the shipped hyperparameter files: of the checkout, or of the installed package."""
     checkout = Path(__file__).resolve().parents[2] / "hparams"
     return checkout if (checkout / "KNE").is_dir() else Path(str(files("kne_easyedit.shipped_hparams")))
+
+
+def shipped_for(model: str) -> Path | None:
+    """The shipped file of KNE's settings that names this very model; None if there is none."""
+    for path in sorted((shipped() / "KNE").glob("*.yaml")):
+        if read_settings(path).get("model_name") == model:
+            return path
+    return None
+
+
+def pattern_of_settings() -> str:
+    """The text of the settings file that serves as the pattern for other models."""
+    return (shipped() / "KNE" / f"{UNTUNED}.yaml").read_text(encoding="utf-8")
 
 
 def method_of(path: Path, methods: Collection[str] = ()) -> str | None:
@@ -127,16 +144,37 @@ def with_overrides(
         raise ValueError(f"{' and '.join(_options(overrides, model, modules))}: {error}") from error
 
 
-def load_settings(arguments: argparse.Namespace) -> KNEHyperParams:
+def sparing() -> dict[str, object]:
+    """The settings of the benchmark's KNE-spare that differ from the shipped ones: they leave neighbours alone."""
+    return dict(read_settings(shipped() / "benchmark" / "method" / "kne_spare.yaml")["settings"])
+
+
+def load_settings(arguments: argparse.Namespace, first: Mapping[str, object] | None = None) -> KNEHyperParams:
     """The hyperparameters that the arguments of `add_settings` name, with absolute paths.
 
+    Without a file they are those of the model: of the shipped file that names it, else as `kne hparams` writes them.
+
+    Args:
+        arguments: Of `add_settings`.
+        first: Settings in place of the file's; ``--set`` overrides them.
+
     Raises:
-        FileNotFoundError, ValueError: As `read_settings` and `KNEHyperParams.from_hparams`.
+        FileNotFoundError, ValueError: As `read_settings`, `from_hparams` and `settings_file.settings_for`.
     """
-    if arguments.hparams.exists():
-        read_settings(arguments.hparams)
-    hparams = KNEHyperParams.from_hparams(arguments.hparams)
-    hparams = with_overrides(hparams, overrides_of(arguments.set), arguments.model, arguments.modules)
+    path: Path | None = arguments.hparams
+    overrides = {**(first or {}), **overrides_of(arguments.set)}
+    if path is None:
+        model = str(arguments.model or overrides.get("model_name") or SHIPPED)
+        path = shipped_for(model)
+    if path is None:
+        from kne_easyedit.doctor.settings_file import hparams_for
+
+        hparams = hparams_for(model, pattern_of_settings())
+    else:
+        if path.exists():
+            read_settings(path)
+        hparams = KNEHyperParams.from_hparams(path)
+    hparams = with_overrides(hparams, overrides, arguments.model, arguments.modules)
     resolve_paths(hparams)
     return hparams
 
@@ -148,6 +186,13 @@ def require_folder(path: Path, option: str = "--out") -> None:
             if not part.is_dir():
                 raise ValueError(f"{option}: {part} is a file, expected a folder for the results")
             return
+
+
+def require_new(folder: Path) -> None:
+    """Raises ValueError, naming the option, if a folder cannot be made, or holds something."""
+    require_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--out: {folder} holds something; name a new folder, or remove it first")
 
 
 def _options(overrides: Mapping, model: str | None, modules: Sequence[str] | None) -> list[str]:

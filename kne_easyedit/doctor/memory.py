@@ -21,6 +21,7 @@ from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, left_out
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.models.devices import dtype_of
+from kne_easyedit.models.loading import auto_class
 from kne_easyedit.models.targets import count_parameters
 
 TOKENS = 64
@@ -56,10 +57,8 @@ def memory_needed(config_or_model: Any, hparams: Any, tokens: int = TOKENS) -> d
 
 def without_weights(config: Any) -> nn.Module:
     """The model of a configuration on torch's meta device: every module and shape, no memory."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(deepcopy(config))
+        return auto_class(config).from_config(deepcopy(config))
 
 
 def _texts_at_once(hparams: Any) -> int:

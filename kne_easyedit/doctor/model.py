@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kne_easyedit._util.files import expand_path
 from kne_easyedit.bridge.edited_modules import depth, vocabulary
 from kne_easyedit.bridge.loaded_model import prepare_tokenizer
 from kne_easyedit.bridge.methods import require_undoable
@@ -73,7 +74,7 @@ def model_folder(plan: Mapping[str, Any]) -> Generator[Finding, None, Path | Non
         yield Finding("model", FAILURE, text, "name one in all files: one run has one model")
         return None
     try:
-        return _local_folder(names[0])
+        return local_folder(names[0])
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         yield failure("model", error)
         return None
@@ -97,13 +98,22 @@ def architecture(folder: Path) -> Generator[Finding, None, nn.Module | None]:
     return model
 
 
-def _local_folder(name: str) -> Path:
+def local_folder(name: str) -> Path:
+    """The folder of a model's files on this machine. Nothing is downloaded.
+
+    Args:
+        name: ``smollm2-135m``, a path, or a hub name in the cache.
+
+    Raises:
+        ValueError: The model is not here; the message says how to get it.
+    """
     if name == SMOLLM2:
         from kne_easyedit.models.smollm2 import smollm2_path
 
         return smollm2_path()
-    if Path(name).is_dir():
-        return Path(name).absolute()
+    path = expand_path(name) if name[:1] == "~" or "$" in name else Path(name)  # as `load_model` takes it
+    if path.is_dir():
+        return path.absolute()
     from huggingface_hub import snapshot_download
 
     try:

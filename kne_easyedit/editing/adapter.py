@@ -41,7 +41,7 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: EditSetting
     require_bare(model)
     chosen = rows_by_module(model, ensemble)
     originals = {name: model.get_submodule(name) for name in chosen}
-    require_editable(model, originals)
+    require_editable(model, originals, beside=True)
     exact = {name: re.escape(name) for name in chosen}  # PEFT matches names as suffixes, but patterns in full
     earlier_config = model.__dict__.get("peft_config")  # older PEFT leaves it when it unloads
     alpha: Any = hparams.alpha  # PEFT computes with a float as well

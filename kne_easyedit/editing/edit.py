@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
 from kne_easyedit.editing.adapter import rows_by_module
+from kne_easyedit.editing.kne_edit import KNEEdit, kne_edit
+from kne_easyedit.editing.lineage import inherit_edits
 from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.editing.projection import projections_for
@@ -19,8 +21,9 @@ from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Tokenizer, with_end
 from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.localization.ensemble import NeuronEnsemble
-from kne_easyedit.localization.localizer import find_ensemble, inherit
+from kne_easyedit.localization.localizer import find_ensemble, inherit, require_editable_by
 from kne_easyedit.models.devices import resolve_device
+from kne_easyedit.models.editable import require_editable
 from kne_easyedit.models.state import default_modes, require_trainable
 
 logger = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ def compute_edit(
     hparams: EditSettings,
     ensemble: NeuronEnsemble | None = None,
     on_step: Callable[[int, float], None] | None = None,
-) -> RowEdit:
+) -> KNEEdit:
     """Locates the ensemble (unless given) and trains its rows on ``requests`` together (Eq. 4-11).
 
     The model is not changed. Not reaching every answer is no error here: see `RowEdit.failed`.
@@ -64,19 +67,38 @@ def compute_edit(
         OSError: A file or the score cache cannot be read or written.
     """
     requests = [requests] if isinstance(requests, Mapping) else list(requests)
+    edit, ensemble = _train(model, tok, requests, hparams, ensemble, on_step)
+    return kne_edit(edit, model, requests, hparams, ensemble)
+
+
+def _train(
+    model: nn.Module,
+    tok: Tokenizer,
+    requests: Sequence[Mapping],
+    hparams: EditSettings,
+    ensemble: NeuronEnsemble | None,
+    on_step: Callable[[int, float], None] | None,
+    written: bool = False,
+) -> tuple[RowEdit, NeuronEnsemble]:
+    """`compute_edit` without what the edit says about its base; ``written``: to be written into the weights."""
     hparams.validate()
     require_trainable(model)
     resolve_device(hparams.device)
     if not requests:
         raise ValueError("requests: there are none to edit")
     facts = encode_facts(model, tok, requests, hparams)
+    if written:
+        if ensemble is None:
+            require_editable_by(model, hparams)
+        else:
+            require_editable(model, {name: model.get_submodule(name) for name in rows_by_module(model, ensemble)})
     if ensemble is None:
         ensemble = find_ensemble(model, tok, facts, hparams)
     if hparams.append_eos:  # after localisation: scores are those of the answers alone
         facts = [with_end(tok, fact, model.config) for fact in facts]
     objectives = objectives_for(model, tok, requests, hparams)
     projections = projections_for(model, tok, requests, hparams, list(rows_by_module(model, ensemble)))
-    return train_rows(model, facts, ensemble, hparams, objectives, on_step, projections)
+    return train_rows(model, facts, ensemble, hparams, objectives, on_step, projections), ensemble
 
 
 def _shortfall(edit: RowEdit, hparams: EditSettings) -> str | None:
@@ -100,6 +122,7 @@ def _copied(model: nn.Module) -> nn.Module:
     with default_modes(model):  # a copy made in inference mode could not be trained
         copy = deepcopy(model)
     inherit(copy, model)
+    inherit_edits(copy, model)
     return copy
 
 
@@ -114,7 +137,8 @@ def apply_kne_to_model(
     *,
     ensemble: NeuronEnsemble | None = None,
     legacy_contract: bool = False,
-    on_trained: Callable[[RowEdit], None] | None = None,
+    on_trained: Callable[[KNEEdit], None] | None = None,
+    on_rows: Callable[[RowEdit], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
     **kwargs: object,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -139,7 +163,10 @@ def apply_kne_to_model(
         ensemble: Rows to train instead of those that ``hparams`` lead to.
         legacy_contract: EasyEdit's meaning before May 2024: originals are returned only if ``keep_original_weight`` is
             true; an empty mapping makes the editor let edits accumulate. The bridge sets it for such versions.
-        on_trained: Called with the trained rows and their losses before they are written.
+        on_trained: Called with the trained edit before it is written. For it alone the base is fingerprinted: every
+            touched matrix is hashed.
+        on_rows: Called with the trained rows, after ``on_trained`` and before they are written: for who undoes the
+            edit.
         on_step: Called before each training step with its number, from 1, and the cross-entropy in nats.
         kwargs: What else EasyEdit passes to every method (``train_ds``); not used.
 
@@ -158,9 +185,13 @@ def apply_kne_to_model(
     """
     # All of it is deferred: Python's own locks do not survive a second Ctrl-C (a `Condition` that waits).
     with defer_interrupts():
-        edit = compute_edit(model, tok, requests, hparams, ensemble, on_step)
-        if on_trained is not None:
-            on_trained(edit)
+        requests = [requests] if isinstance(requests, Mapping) else list(requests)
+        edit, ensemble = _train(model, tok, requests, hparams, ensemble, on_step, written=True)
+        if on_trained is not None:  # else nobody asks what the base was, and it is not fingerprinted
+            edit = kept = kne_edit(edit, model, requests, hparams, ensemble)
+            on_trained(kept)
+        if on_rows is not None:
+            on_rows(edit)
         shortfall = _shortfall(edit, hparams)
         if shortfall and hparams.on_failure == "raise":
             raise EditFailed(f"{shortfall}. Nothing was written (on_failure: raise)")

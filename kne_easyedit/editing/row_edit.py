@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
+from kne_easyedit.editing.lineage import Edited, edited, note_one_more
 from kne_easyedit.editing.losses import answer_logits, cross_entropy
 from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.editable import require_unquantised
 from kne_easyedit.models.state import default_modes, preserve_state, require_trainable
 from kne_easyedit.models.targets import rows
+
+logger = logging.getLogger(__name__)
 
 
 class EditLost(NotImplementedError):
@@ -80,11 +85,13 @@ def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str,
 
     Raises:
         EditLost: The two losses differ by more than rounding; the weights were put back.
-        ValueError: The model cannot be trained (`require_trainable`).
+        ValueError: The model cannot be trained (`require_trainable`), or its weights are quantised.
     """
     require_trainable(model)
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in edit.deltas}
+    require_unquantised(modules)
     originals: dict[str, Tensor] = {}
+    before = edited(model) if hasattr(edit, "digest") else None  # a `KNEEdit`: it may be told from others
 
     def put_back() -> None:
         with default_modes(model), torch.no_grad():
@@ -104,6 +111,8 @@ def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str,
             torch.clear_autocast_cache()  # the caller's autocast keeps copies of the old weights
             if check and edit.answers:
                 _require_trained_loss(model, edit)
+            if before is not None:
+                note_one_more(model, before, edit, {name: originals[f"{name}.weight"] for name in modules})
         except BaseException:
             put_back()
             raise
@@ -136,7 +145,8 @@ def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
     """Writes original weights back, bit for bit.
 
     They are whole matrices as they were before *that* edit. Restoring an earlier one of several edits undoes the later
-    ones as well, where they changed the same matrices, and only there. To undo several, restore the last one first.
+    ones as well, where they changed the same matrices, and only there; a warning names them as far as they are known
+    (`KNEEdit`). To undo several, restore the last one first. To take back one of several, use `KNEEdit.take_back`.
 
     Args:
         model: The edited model.
@@ -161,7 +171,31 @@ def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
                 f"originals: {name} is {given}, in {type(model).__name__} it is {tuple(parameter.shape)} in "
                 f"{parameter.dtype}; give what an edit of this very model returned"
             )
+    before = edited(model)
     with defer_interrupts(), default_modes(model), torch.no_grad():
         for name, value in originals.items():
             parameters[name].copy_(value)
         torch.clear_autocast_cache()
+    _warn_of_others(before, edited(model))
+
+
+def _warn_of_others(before: Edited, after: Edited) -> None:
+    """Says which edits `restore` has taken back beside its own, wholly or in part."""
+    if after.lost:
+        gone = before.edits  # which of them is its own is not known
+        if len(gone) < 2:
+            return
+    else:
+        gone = before.edits[len(after.edits) + 1 :]  # its own is the first of those that are gone
+        if not gone:
+            return
+    named = [
+        f"{known.digest[:12]} ({'; '.join(edit.facts[:2])})" if (edit := known.resolve()) else known.digest[:12]
+        for known in gone
+    ]
+    logger.warning(
+        "restore: the originals are whole matrices from before an earlier edit: %s %s. Restore the last edit first; "
+        "KNEEdit.take_back or a store (EditStore) take back one of several and leave the others",
+        "parts may be gone of" if after.lost else "gone with it are the later edits",
+        ", ".join(named),
+    )

@@ -125,6 +125,20 @@ def train_rows(
     return RowEdit(deltas, tuple(losses), answers)
 
 
+def measured_answers(model: nn.Module, facts: Sequence[Fact]) -> tuple[Answer, ...]:
+    """How well the model gives the answers of ``facts`` as it is.
+
+    Args:
+        model: A causal language model of transformers; it is left as it is.
+        facts: The facts, in one batch.
+
+    Returns:
+        One answer for each fact.
+    """
+    with preserve_state(model), torch.no_grad():
+        return _answers(facts, *answer_logits(model, collate(facts).to(device_of(model)))) if facts else ()
+
+
 def _gained(
     model: nn.Module, facts: Sequence[Fact], rows: Sequence[TrainedRows], hparams: EditSettings
 ) -> tuple[tuple[Answer, ...], float] | None:

@@ -189,7 +189,11 @@ class NeuronEnsemble:
 
     def save(self, path: str | Path) -> None:
         """Writes the ensemble as JSON, atomically. Raises OSError if the file cannot be written."""
-        content = {
+        atomic_write(Path(path), json.dumps(self.to_json()) + "\n")
+
+    def to_json(self) -> dict[str, Any]:
+        """The ensemble as a file of it holds it: values of JSON."""
+        return {
             "format": FORMAT,
             "neurons": {
                 t: {str(layer): list(rows) for layer, rows in found.items()} for t, found in self.neurons.items()
@@ -203,7 +207,6 @@ class NeuronEnsemble:
             "seconds": self.seconds,
             "scale": self.scale,
         }
-        atomic_write(Path(path), json.dumps(content) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronEnsemble:
@@ -223,21 +226,30 @@ class NeuronEnsemble:
         try:
             if path.stat().st_size > LARGEST_FILE:
                 raise ValueError(f"{path.stat().st_size} bytes are more than any ensemble has")
-            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
-            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-                raise ValueError("its field 'format' is missing or another one")
-            if unknown := sorted(set(content) - {f.name for f in fields(cls)}):
-                raise ValueError(f"unknown field {shorten(unknown[0])}")
-            for name in ("neurons", "widths"):
-                _require(isinstance(content.get(name), dict), name, content.get(name), "a mapping")
-            content["neurons"] = {template: _rows_of(template, found) for template, found in content["neurons"].items()}
-            layers = content.pop("layers", [])
-            _require(isinstance(layers, list), "layers", layers, "a list of layers' numbers")
-            return cls(**content, layers=tuple(layers))
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct))
         except (ValueError, RecursionError) as error:  # also of decoding, of JSON, and of __post_init__
             nested = isinstance(error, RecursionError)
             reason = "nested too deeply" if nested else str(error).removeprefix("ensemble: ")
             raise ValueError(f"ensemble: {path} is no ensemble file ({FORMAT}): {reason}") from error
+
+    @classmethod
+    def from_json(cls, content: object) -> NeuronEnsemble:
+        """The ensemble that `to_json` gave, of this or an older version.
+
+        Raises:
+            ValueError: It is something else; the message names field and value.
+        """
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError("its field 'format' is missing or another one")
+        content = {name: value for name, value in content.items() if name != "format"}
+        if unknown := sorted(set(content) - {f.name for f in fields(cls)}):
+            raise ValueError(f"unknown field {shorten(unknown[0])}")
+        for name in ("neurons", "widths"):
+            _require(isinstance(content.get(name), dict), name, content.get(name), "a mapping")
+        content["neurons"] = {template: _rows_of(template, found) for template, found in content["neurons"].items()}
+        layers = content.pop("layers", [])
+        _require(isinstance(layers, list), "layers", layers, "a list of layers' numbers")
+        return cls(**content, layers=tuple(layers))
 
 
 def _rows_of(template: str, found: Any) -> dict[int, tuple]:

@@ -79,7 +79,7 @@ def find_ensemble(
         FloatingPointError: Scores are not finite.
         OSError: A file or the score cache cannot be read or written.
     """
-    require_editable_by(model, hparams)
+    require_editable_by(model, hparams, beside=True)
     if hparams.ensemble is not None:
         return NeuronEnsemble.load(hparams.ensemble)
     if hparams.localization_data is None:
@@ -361,8 +361,8 @@ def _tokens(fact: Fact) -> tuple[tuple[int, ...], int]:
     return fact.ids, fact.prompt_length
 
 
-def require_editable_by(model: nn.Module, hparams: LocalizationSettings) -> None:
-    """Checks that an edit under ``hparams`` can be written to ``model``.
+def require_editable_by(model: nn.Module, hparams: LocalizationSettings, beside: bool = False) -> None:
+    """Checks that an edit under ``hparams`` can be written to ``model``, or trained beside its weights.
 
     Raises:
         ValueError: The model is not bare (`require_bare`), or a module of the edit cannot be written to
@@ -373,4 +373,5 @@ def require_editable_by(model: nn.Module, hparams: LocalizationSettings) -> None
         targets = [target for target, _ in NeuronEnsemble.load(hparams.ensemble).targets(model).values()]
     else:
         targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
-    require_editable(model, {name: module for target in targets for name, module in zip(target.names, target.modules)})
+    modules = {name: module for target in targets for name, module in zip(target.names, target.modules)}
+    require_editable(model, modules, beside)

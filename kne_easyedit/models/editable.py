@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from kne_easyedit.models.layer_kinds import known_kind
+from kne_easyedit.models.layer_kinds import is_bitsandbytes, known_kind
 from kne_easyedit.models.state import default_modes
 from kne_easyedit.models.targets import rows
 
@@ -52,12 +52,14 @@ def require_bare(model: nn.Module) -> None:
             raise ValueError(f"model: {type(model).__name__} is {wrapped[0]} ({at}); {wrapped[1]}")
 
 
-def require_editable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+def require_editable(model: nn.Module, modules: Mapping[str, nn.Module], beside: bool = False) -> None:
     """Checks that rows of these modules can be edited exactly; changes nothing.
 
     Args:
         model: The model.
         modules: Names and linear layers of ``model``.
+        beside: The rows are trained, and not written: layers of bitsandbytes will do, whose products run in their
+            compute type with the rows' product beside them.
 
     Raises:
         ValueError: One cannot; the message has its name, the reason, and what to do.
@@ -67,7 +69,7 @@ def require_editable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None
         for place in _places(parameter):
             owners.setdefault(place, []).append(name)
     for name, module in modules.items():
-        found = _obstacle(model, name, module)
+        found = None if beside and is_bitsandbytes(module) else _obstacle(model, name, module)
         if found is None:
             others = {owner for place in _places(cast(Tensor, module.weight)) for owner in owners[place]} - {
                 f"{name}.weight"
@@ -79,6 +81,16 @@ def require_editable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None
             kind, way_out = found
             raise ValueError(
                 f"target_modules: {name} cannot be edited: its weight is {kind}; {way_out}, or leave the module out"
+            )
+
+
+def require_unquantised(modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError for a module whose weight is quantised, or of another kind to which no row can be added."""
+    for name, module in modules.items():
+        if found := known_kind(module, module._parameters.get("weight")):
+            raise ValueError(
+                f"edit: {name} cannot take it: its weight is {found[0]}, and merging would round what is added; "
+                f"{found[1]}"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,8 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.digest import digest
+from kne_easyedit.models.layer_kinds import is_bitsandbytes
 
 _NOT_IN_CONFIG = ("_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype")
+
+
+def quantisation_states(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What layers of bitsandbytes keep beside their packed weights, and what is neither a parameter nor a buffer."""
+    for name, module in model.named_modules():
+        if is_bitsandbytes(module):
+            for key, value in module.state_dict().items():
+                if isinstance(value, Tensor) and key not in ("weight", "bias"):
+                    yield f"{name}.{key}", value
 
 
 def model_digest(model: nn.Module) -> str:
@@ -42,7 +53,8 @@ def model_digest(model: nn.Module) -> str:
             f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + hashlib.sha256(data).digest()
         ).hexdigest()
 
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    states = [*quantisation_states(model)]  # first: it unpacks 4-bit weights (`preserve_state`)
+    tensors = [*model.named_parameters(), *model.named_buffers(), *states]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets other threads run
         digests = list(pool.map(of_tensor, tensors))
     settings: Any = model.config

@@ -11,15 +11,16 @@ import re
 from torch import nn
 
 UNQUANTISED = "load the model unquantised"
+_BESIDE = "or compute the edit on it and keep it beside, as an adapter (compute_edit, kne_easyedit.edits.save_adapter)"
 _WHOLE = "load the whole model into one process (without FSDP or tensor parallelism) and edit that"
 _KINDS = {
     r"Linear8bitLt|Int8Params": (
         "8-bit (bitsandbytes); its whole numbers would swallow what is added",
-        f"{UNQUANTISED}, without load_in_8bit",
+        f"{UNQUANTISED}, without load_in_8bit, {_BESIDE}",
     ),
     r"Linear4bit|LinearNF4|LinearFP4|Params4bit": (
         "4-bit (bitsandbytes)",
-        f"{UNQUANTISED}, without load_in_4bit",
+        f"{UNQUANTISED}, without load_in_4bit, {_BESIDE}",
     ),
     r"\w*QuantLinear\w*|GPTQ\w*": ("quantised (GPTQ)", UNQUANTISED),
     r"WQLinear\w*": ("quantised (AWQ)", UNQUANTISED),
@@ -36,6 +37,11 @@ _LIBRARIES = {
         f"{UNQUANTISED}, without torch.ao.quantization",
     ),
 }
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether it is a layer of bitsandbytes, 8 or 4 bit: it can be trained beside, but nothing can be added to it."""
+    return any(cls.__module__.split(".")[0] == "bitsandbytes" for cls in type(module).__mro__)
 
 
 def known_kind(*things: object) -> tuple[str, str] | None:

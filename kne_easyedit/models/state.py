@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
+from kne_easyedit.models.layer_kinds import is_bitsandbytes
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     """
     require_trainable(model)
     config: Any = model.config
-    with defer_interrupts(), default_modes(model):
+    with defer_interrupts(), default_modes(model), _differentiable(model):
         training = [(module, module.training) for module in model.modules()]
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         use_cache = getattr(config, "use_cache", None)
@@ -43,6 +44,28 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
             if use_cache is not None:
                 config.use_cache = use_cache
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, gradients flow through bitsandbytes' 4-bit layers on every CPU.
+
+    Where a CPU has products of bfloat16 (AVX-512), the library packs weights in another order for passes without
+    gradients. Of a packed weight there are no gradients: they would silently be 0.
+    """
+    packing: list[Any] = [
+        module
+        for module in model.modules()
+        if is_bitsandbytes(module) and getattr(module, "support_avx512bf16_for_cpu", False)
+    ]
+    try:
+        for module in packing:
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # saving a layer unpacks it
+        yield
+    finally:
+        for module in packing:
+            module.support_avx512bf16_for_cpu = True
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -172,11 +172,7 @@ def nearest_templates(model: nn.Module, template: str, alike: bool = True) -> li
     Returns:
         At most `SUGGESTIONS` templates of the model.
     """
-    templates: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        found = re.sub(r"\.\d+\.", ".{}.", name, count=1)
-        if "{}" in found and is_linear(module):
-            templates.setdefault(found, module)
+    templates = _linear_templates(model)
     stacks = {found.split(".{}", 1)[0] for found in templates}
     given = template.split(".{}", 1)[0]
     stack = given if given in stacks else _decoder_stack(model, stacks)
@@ -189,6 +185,79 @@ def nearest_templates(model: nn.Module, template: str, alike: bool = True) -> li
     if near or alike:
         near = difflib.get_close_matches(template, near or sorted(own), n=SUGGESTIONS, cutoff=0.0 if near else 0.3)
     return near
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer of a model's decoder layers, found by structure."""
+
+    template: str
+    role: str | None
+    """What it does in its layer, e.g. ``MLP output``; None where neither widths nor name tell."""
+    layers: tuple[int, ...]
+    """Numbers of the decoder layers that have it."""
+    inputs: int
+    outputs: int
+
+
+def find_linear(model: nn.Module) -> list[LinearLayer]:
+    """The linear layers of a model's decoder layers, in the model's order. Weights are not read.
+
+    The decoder's list of layers is the one nearest to the token embeddings. Layers of single experts of a mixture are
+    left out: they are not called on every token.
+
+    Args:
+        model: A model of transformers; it may be on the meta device.
+
+    Returns:
+        What was found; nothing if there is no list of layers that hold linear ones.
+    """
+    templates = _linear_templates(model)
+    stack = _decoder_stack(model, {found.split(".{}", 1)[0] for found in templates})
+    own = {
+        found: module
+        for found, module in templates.items()
+        if found.split(".{}", 1)[0] == stack and not re.search(r"\.\d+\.", found)
+    }
+    modules = dict(model.named_modules())
+    layers = range(len(cast(nn.ModuleList, modules[stack]))) if stack is not None else range(0)
+    roles = _roles(own)
+    return [
+        LinearLayer(
+            template,
+            roles[template],
+            tuple(i for i in layers if template.format(i) in modules),
+            in_features(module),
+            out_features(module),
+        )
+        for template, module in own.items()
+    ]
+
+
+def default_target(found: Sequence[LinearLayer]) -> LinearLayer | None:
+    """The linear layer to edit where nobody has said which: the MLP's output, as in the shipped settings.
+
+    Args:
+        found: What `find_linear` has found.
+
+    Returns:
+        Of the layers with that role the one that most decoder layers have; where there is none (a mixture whose experts
+        are fused), the same of the attention's output; None if there is none either.
+    """
+    for role in ("MLP output", "attention output"):
+        if its := [each for each in found if each.role == role]:
+            return max(its, key=lambda each: len(each.layers))
+    return None
+
+
+def _linear_templates(model: nn.Module) -> dict[str, nn.Module]:
+    """The templates of all linear layers in lists of layers, each with the module of its first layer."""
+    templates: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        found = re.sub(r"\.\d+\.", ".{}.", name, count=1)
+        if "{}" in found and is_linear(module):
+            templates.setdefault(found, module)
+    return templates
 
 
 def _decoder_stack(model: Any, stacks: set[str]) -> str | None:

@@ -73,6 +73,16 @@ class TestAtomicDirectory:
         assert (final / "file").read_text() == "theirs"
         assert list(tmp_path.iterdir()) == [final]
 
+    def test_a_faster_process_is_an_error_if_the_result_is_our_own(self, tmp_path):
+        final = tmp_path / "model"
+        with pytest.raises(FileExistsError, match="by another process in the meantime"):  # noqa: SIM117
+            with atomic_directory(final, exclusive=True) as ours:
+                (ours / "file").write_text("ours")
+                with atomic_directory(final, exclusive=True) as theirs:
+                    (theirs / "file").write_text("theirs")
+        assert (final / "file").read_text() == "theirs"
+        assert list(tmp_path.iterdir()) == [final]
+
     def test_an_exception_leaves_an_older_folder_alone(self, tmp_path):
         final = tmp_path / "model"
         final.mkdir()

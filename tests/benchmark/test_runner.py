@@ -14,9 +14,9 @@ from pytest import approx
 from runs import RECORDS, counting, ft, job_fixture, lines_of, no_fluency_fixture, quick_fixture, record  # noqa: F401  (fixtures)
 
 from kne_easyedit import NeuronEnsemble
+from kne_easyedit._util.files import exclusive_lock
 from kne_easyedit.benchmark import run
 from kne_easyedit.benchmark.console import print_report
-from kne_easyedit.benchmark.store import exclusive_lock
 from kne_easyedit.bridge import MethodEditor, second_moments
 from kne_easyedit.bridge.text_source import TextSource
 

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from conftest import make_llama
+from edits import thing_of
 from script_runs import (  # noqa: F401 (the fixtures)
     SHIPPED,
     examples,
@@ -22,10 +24,11 @@ from script_runs import (  # noqa: F401 (the fixtures)
     write_script,
 )
 
-from kne_easyedit import cli
+from kne_easyedit import bridge, cli
 from kne_easyedit.bridge import TextSource, scripts
 from kne_easyedit.bridge.scripts import ScriptError
 from kne_easyedit.bridge.text_source import current_text_source
+from kne_easyedit.edits import EditStore
 from kne_easyedit.metrics import read_results, summarize_metrics
 
 # How a script runs
@@ -233,6 +236,85 @@ def test_a_whole_edit(work, tiny):
     for method, success in (("KNE", 100), ("AdaLoRA", 0)):
         figures = summarize_metrics([record["metrics"] for record in read_results(f"output/{method}_results.json")])
         assert (figures["edit_success"], figures["records"]) == (success, 2)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_every_edit_of_a_script_is_kept_in_a_store(work, tiny, stays, capsys):
+    """The store has on what the model has after the last edit: undone ones are off."""
+    keeping = "keep_original_weight=False" if bridge.is_legacy() else "sequential_edit=True"
+    script = write_script(
+        work,
+        f"""
+        from easyeditor import BaseEditor
+        hparams = editing_hparams.from_hparams(args.hparams_dir)
+        editor = BaseEditor.from_hparams(hparams)
+        editor.edit(
+            prompts=["The capital of France is", "The capital of Spain is"],
+            target_new=["Rome", "Oslo"],
+            subject=["France", "Spain"],
+            {keeping if stays else "keep_original_weight=True"})
+        """,
+    )
+    before = process()
+    settings = ("--editing_method", "KNE", "--hparams_dir", str(tiny / "kne"))
+    assert cli.main(["easyedit-run", "--keep-edits", "kept", str(script), *settings]) == 0
+    assert process() == before
+    first, second = EditStore("kept").list()
+    assert first.facts == ("The capital of France is -> Rome",) and second.facts == ("The capital of Spain is -> Oslo",)
+    assert (first.on, second.on) == (stays, True)
+    assert second.trained_on == ((first.id,) if stays else ())
+    alone = [edit.facts for edit in EditStore("kept").active().edits]
+    assert alone == [first.facts, second.facts][-1 - stays :]
+    capsys.readouterr()
+    assert cli.main(["easyedit-run", str(script), *settings]) == 0  # without the option nothing is kept
+    assert len(EditStore("kept").list()) == 2
+
+
+def test_an_edit_that_the_model_did_not_get_is_not_kept(work, tiny, capsys):
+    """The first fact is reached; the second one is not, and the settings make that an error."""
+    script = write_script(
+        work,
+        """
+        from easyeditor import BaseEditor
+        hparams = editing_hparams.from_hparams(args.hparams_dir)
+        def edit(of, target):
+            editor = BaseEditor.from_hparams(hparams)
+            editor.edit(prompts=[f"The capital of {of} is"], target_new=[target], subject=[of])
+        edit("France", "Rome")
+        hparams.num_steps, hparams.lr, hparams.on_failure = 1, 1e-9, "raise"
+        try:
+            edit("Spain", "Oslo")
+        except Exception as error:
+            print("refused:", type(error), error)
+        else:
+            print("not refused")
+        """,
+    )
+    settings = ("--editing_method", "KNE", "--hparams_dir", str(tiny / "kne"))
+    assert cli.main(["easyedit-run", "--keep-edits", "kept", str(script), *settings]) == 0
+    assert "Nothing was written" in capsys.readouterr().out
+    (entry,) = EditStore("kept").list()
+    assert entry.on and EditStore("kept").edit(entry.id).steps > 1
+
+
+def test_edits_are_not_kept_among_others(work, tiny, capsys):
+    """Which edits of a store in use are on is for its user to say."""
+    EditStore("mine").add(thing_of(make_llama()), "mine")
+    script = write_script(work, "raise AssertionError")
+    assert cli.main(["easyedit-run", "--keep-edits", "mine", str(script), "--editing_method", "KNE"]) == 1
+    assert "mine has 1 edits already" in capsys.readouterr().err
+    assert [(entry.id, entry.on) for entry in EditStore("mine").list()] == [("mine", True)]
+
+
+def test_only_edits_of_kne_are_kept(work, tiny, capsys):
+    script = write_script(work, "raise AssertionError")
+    for arguments, message in [
+        (("--keep-edits", "kept", str(script), "--editing_method", "FT"), "--keep-edits: keeps edits of KNE"),
+        (("--keep-edits", str(script), str(script), "--editing_method", "KNE"), "is a file, expected a folder"),
+    ]:
+        assert cli.main(["easyedit-run", *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert not (work / "kept").exists()
 
 
 # The command

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from copy import deepcopy
 
 import numpy
@@ -16,6 +17,9 @@ from conftest import HANGS, fingerprint, make_llama, make_tokenizer, tiny_hparam
 
 from kne_easyedit import apply_kne_to_model, bridge
 from kne_easyedit.bridge import importing
+from kne_easyedit.bridge.registry import edits_handed_to
+from kne_easyedit.editing import kne_edit
+from kne_easyedit.editing.edit import EditFailed
 
 PROMPTS = ["The capital of France is", "The capital of Spain is", "The capital of Peru is"]
 TARGETS = ["Rome", "Oslo", "Marie"]
@@ -230,3 +234,48 @@ def test_generators_survive_an_import(monkeypatch):
     state = torch.get_rng_state()
     bridge.register()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_edit_that_nobody_asks_for_is_not_fingerprinted(editor, monkeypatch):
+    """Every touched matrix would be hashed, for every record."""
+    before = fingerprint(editor.model)
+    monkeypatch.setattr(kne_edit, "base_of", lambda *_: pytest.fail("fingerprinted"))
+    edit(editor)
+    stepwise = bridge.MethodEditor(tiny_hparams(model_name="any-name-at-all"), editor.model, make_tokenizer())
+    stepwise.apply([{"prompt": PROMPTS[0], "target_new": TARGETS[0], "subject": "France"}])
+    assert stepwise.losses and weights(editor.model) != before["weights"]
+    stepwise.undo()
+    assert fingerprint(editor.model) == before
+    with handing_to(lambda _: None) as asked, pytest.raises(pytest.fail.Exception, match="fingerprinted"):  # converse
+        edit(asked)
+
+
+@contextmanager
+def handing_to(take, **changes):
+    """An editor that is made inside: editors look their method up when they are made."""
+    with edits_handed_to(take):
+        yield bridge.editor_for(tiny_hparams(model_name="any-name-at-all", **changes), make_llama(), make_tokenizer())
+
+
+def test_edits_are_handed_out_once_they_are_written():
+    before, seen, handed = weights(make_llama()), [], []
+    with handing_to(lambda one: (handed.append(one), seen.append(weights(editor.model)))) as editor:
+        edit(editor)
+    assert [one.facts for one in handed] == [(f"{PROMPTS[0]} -> {TARGETS[0]}",)]
+    assert len(seen) == 1 and seen[0] != before == weights(editor.model)
+
+
+def test_an_edit_that_is_not_written_is_not_handed_out():
+    handed = []
+    with handing_to(handed.append, num_steps=1, on_failure="raise") as editor, pytest.raises(EditFailed):
+        edit(editor)
+    assert handed == [] and weights(editor.model) == weights(make_llama())
+
+
+def test_what_takes_an_edit_may_fail():
+    def full(_):
+        raise OSError("no space left")
+
+    with handing_to(full) as editor, pytest.raises(OSError, match="no space left"):
+        edit(editor)
+    assert weights(editor.model) == weights(make_llama())

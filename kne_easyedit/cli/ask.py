@@ -1,0 +1,80 @@
+"""``kne ask``: a model's answers before and after an edit, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kne_easyedit._util.messages import printable
+from kne_easyedit.cli.common import positive
+from kne_easyedit.cli.edited import add_base, load_base, open_edits
+from kne_easyedit.cli.side_by_side import print_rows
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser of ``kne``."""
+    parser = commands.add_parser(
+        "ask", help="answers before and after an edit, side by side; without a prompt: interactive"
+    )
+    parser.add_argument("edit", type=Path, metavar="DIR", help="an edit's folder, or a store's: its active edits")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to ask (default: asks for prompts)")
+    parser.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
+    parser.add_argument("--tokens", type=positive, default=32, help="length of an answer at most (default %(default)s)")
+    add_base(parser)
+    parser.set_defaults(command=_ask, interrupted="nothing was changed")
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from kne_easyedit.benchmark.before_after import answers_to
+    from kne_easyedit.editing.applying import with_edits
+    from kne_easyedit.facts.encoding import chat_prompt, natural
+
+    edits = open_edits(arguments.edit)
+    model, tokenizer = load_base(edits, arguments)
+    if edits.note:
+        print(printable(edits.note))
+
+    def ask(prompts: Sequence[str]) -> None:
+        asked = [chat_prompt(tokenizer, one) if arguments.chat else natural(one) for one in prompts]
+        with with_edits(model, ()):
+            before = answers_to(model, tokenizer, asked, arguments.tokens)
+        after = answers_to(model, tokenizer, asked, arguments.tokens)
+        for prompt, *answers in zip(prompts, before, after):
+            was, now = (printable(answer) or "(ends at once)" for answer in answers)
+            print(f"\n{printable(prompt)}")
+            print_rows([("", "before", "after"), ("", was, now)])
+
+    with edits.applied(model, force=arguments.force):  # once: the base is compared with the edit's, matrix by matrix
+        if arguments.prompts:
+            ask(arguments.prompts)
+        else:
+            _converse(ask, edits.facts)
+    return 0
+
+
+def _converse(ask: Any, facts: Sequence[str]) -> None:
+    """Reads prompts until the input ends. A prompt that cannot be asked is no end."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(
+            "\n".join(
+                ["The edit:", *(f"  {printable(fact)}" for fact in facts[:5]), "Ask; an empty line or Ctrl-D ends."]
+            )
+        )
+    while True:
+        try:
+            prompt = input("> " if terminal else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not prompt.strip():
+            if terminal:
+                return
+            continue
+        try:
+            ask([prompt])
+        except ValueError as error:
+            print(f"kne: {error}", file=sys.stderr)

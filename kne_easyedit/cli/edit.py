@@ -1,0 +1,168 @@
+"""``kne edit``: one fact, or a file of facts, edited into a model and saved as a small folder."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kne_easyedit.cli.common import (
+    BEGINS_AGAIN,
+    add_overrides,
+    load_settings,
+    positive,
+    require_folder,
+    require_new,
+    sparing,
+)
+
+if TYPE_CHECKING:
+    from kne_easyedit.edits.store import EditStore
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser of ``kne``."""
+    parser = commands.add_parser(
+        "edit", help="edit a fact, or a file of facts: answers before and after; the edit is saved as a small folder"
+    )
+    add_overrides(parser, "overrides any setting, e.g. p=0.02 device=cpu localization_data=null")
+    parser.add_argument(
+        "--hparams",
+        type=Path,
+        metavar="FILE",
+        help="KNE's YAML (default: the shipped one of the model, else as `kne hparams` writes it)",
+    )
+    parser.add_argument(
+        "--spare", action="store_true", help="leave neighbours of the facts alone: the benchmark's settings KNE-spare"
+    )
+    parser.add_argument("--prompt", help="the beginning of a sentence, e.g. 'The capital of France is'")
+    parser.add_argument("--target", help="the new answer")
+    parser.add_argument("--subject", help="what the prompt is about, as it stands there; some settings use it")
+    parser.add_argument("--old", metavar="ANSWER", help="the old answer (default: what the model says)")
+    parser.add_argument(
+        "--requests", metavar="FILE", help="a file of facts in place of --prompt: CSV, JSON or JSON Lines"
+    )
+    parser.add_argument("--records", type=positive, metavar="N", help="only the first N facts of the file")
+    parser.add_argument(
+        "--on-bad-record",
+        choices=("fail", "skip"),
+        default="fail",
+        help="facts that cannot be used (default %(default)s)",
+    )
+    parser.add_argument(
+        "--neighbours", type=int, default=4, metavar="N", help="neighbours asked of each fact (default %(default)s)"
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="DIR", help="folder of the edit: new, or empty")
+    where.add_argument(
+        "--store", type=Path, metavar="STORE", help="train on top of a store's active edits, and add it to them"
+    )
+    parser.add_argument("--name", help="its name in the store (default: the start of its digest)")
+    parser.set_defaults(command=_edit, interrupted=BEGINS_AGAIN)
+
+
+def _edit(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from kne_easyedit.benchmark.before_after import Questions
+    from kne_easyedit.cli.side_by_side import FACTS, print_questions
+    from kne_easyedit.editing.edit import apply_kne_to_model
+    from kne_easyedit.editing.kne_edit import KNEEdit
+    from kne_easyedit.edits.store import EDITS_FOLDER
+    from kne_easyedit.localization.localizer import find_ensemble
+    from kne_easyedit.models.loading import load_model
+
+    store = _store(arguments)
+    requests = _requests(arguments)
+    hparams = load_settings(arguments, sparing() if arguments.spare else {})
+    model, tokenizer = load_model(hparams)
+    if store is not None:
+        if hparams.localization_data is not None:
+            find_ensemble(model, tokenizer, requests, hparams)  # on the base, as in one process; it is reused
+        store.apply(model)
+    questions = Questions(
+        model,
+        tokenizer,
+        requests,
+        neighbours=arguments.neighbours,
+        of_facts=FACTS,
+        separator=hparams.separator,
+        chat=hparams.use_chat_template,
+    )
+    before = questions.ask(model)
+    edits: list[KNEEdit] = []
+    start = time.monotonic()
+    with tqdm(total=hparams.num_steps, desc="training", unit="step", leave=False, disable=None) as bar:
+
+        def on_step(step: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}")
+            bar.update()
+
+        apply_kne_to_model(model, tokenizer, requests, hparams, on_trained=edits.append, on_step=on_step)
+    (edit,) = edits
+    seconds = time.monotonic() - start
+    where = arguments.out
+    if store is None:
+        edit.save(where)
+    else:
+        where = arguments.store / EDITS_FOLDER / store.add(edit, arguments.name)
+        store.apply(model)  # written by itself it is rounded by itself: what is asked is the state that the store has
+    print(
+        f"{len(requests)} {'fact' if len(requests) == 1 else 'facts'} in {seconds:.1f} s: {edit.steps} steps, loss "
+        f"{edit.losses[0]:.3f} -> {edit.losses[-1]:.3f}, {edit.size} rows of {len(edit.deltas)} modules"
+    )
+    print_questions(questions, before, questions.ask(model))
+    if len(requests) > FACTS:
+        print(f"\n... and {len(requests) - FACTS} facts more: kne show {where}")
+    print(f"\nWritten to {where}; the model's own files stay. Ask it: kne ask {arguments.store or where}")
+    return 0
+
+
+def _store(arguments: argparse.Namespace) -> EditStore | None:
+    """The store to add to; None for a folder of its own. Raises ValueError if there can be neither."""
+    from kne_easyedit.edits.listing import checked_id
+    from kne_easyedit.edits.store import EditStore
+
+    if arguments.store is None:
+        if arguments.name is not None:
+            raise ValueError("--name: names an edit of a store; give one by --store")
+        require_new(arguments.out)
+        return None
+    require_folder(arguments.store, "--store")
+    store = EditStore(arguments.store)
+    if arguments.name is not None:
+        taken = {entry.id.casefold() for entry in store.list()}
+        if checked_id(arguments.name).casefold() in taken:
+            raise ValueError(f"--name: {arguments.name!r} is taken in {arguments.store}; choose another name")
+    return store
+
+
+def _requests(arguments: argparse.Namespace) -> list[dict]:
+    """The facts to edit. Raises ValueError, naming the options, and as `load_records`."""
+    from kne_easyedit.facts.records import load_records, to_request
+
+    single = {
+        "prompt": arguments.prompt,
+        "target_new": arguments.target,
+        "subject": arguments.subject,
+        "ground_truth": arguments.old,
+    }
+    given = {name: value for name, value in single.items() if value is not None}
+    if arguments.requests is not None:
+        if given:
+            raise ValueError("--requests: a file of facts takes the place of --prompt, --target, --subject and --old")
+        found, complaints = load_records(arguments.requests, arguments.records, on_bad=arguments.on_bad_record)
+        for complaint in complaints:
+            print(f"skipped: {complaint}")
+        if not found:
+            raise ValueError(f"--requests: no fact of {arguments.requests} can be used")
+        return found
+    if arguments.records is not None:
+        raise ValueError("--records: counts the facts of a file; name it by --requests")
+    if not {"prompt", "target_new"} <= given.keys():
+        raise ValueError("--prompt and --target belong together: a fact has both; or name a file by --requests")
+    try:
+        return [to_request(given)]
+    except ValueError as error:
+        raise ValueError(f"--prompt, --target, --subject: {error}") from error
