@@ -96,6 +96,8 @@ def _of_relation(
     found = of(pool)
     if not found and size and model is not None:
         found = of(own_pool(model, tokenizer, request))
+    if len(found) == size:
+        return found
     return list({one.prompt: one for one in [*found, *of(pool, strangers=True)]}.values())[:size]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.digest import digest as text_digest
+from kne_easyedit._util.tensor_files import bytes_of
 from kne_easyedit.models.fingerprint import quantisation_states
 from kne_easyedit.models.targets import in_features, is_linear, out_features, rows
 
@@ -107,8 +108,7 @@ def weight_digest(weight: Tensor, dtype: torch.dtype | None = None) -> str:
         weight: On any device.
         dtype: Number type to convert to before; None: as it is.
     """
-    data: Any = weight.detach().to(dtype or weight.dtype).cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(bytes_of(weight.to(dtype or weight.dtype))).hexdigest()
 
 
 def base_of(
@@ -135,9 +135,8 @@ def base_of(
 
     def of_module(name: str) -> BaseModule:
         module = linear_module(model, name)
-        states = sorted(
-            quantisation_states(module), key=lambda one: one[0]
-        )  # first: it unpacks 4-bit weights (`preserve_state`)
+        # First, for it unpacks 4-bit weights (`preserve_state`).
+        states = sorted(quantisation_states(module), key=lambda one: one[0])
         weight = module.weight.detach().as_subclass(Tensor)  # of quantised layers: what is stored, as plain numbers
         d2, d1 = out_features(module), in_features(module)
         if originals and name in originals:
