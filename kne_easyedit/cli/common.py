@@ -144,9 +144,9 @@ def with_overrides(
         raise ValueError(f"{' and '.join(_options(overrides, model, modules))}: {error}") from error
 
 
-def sparing() -> dict[str, object]:
-    """The settings of the benchmark's KNE-spare that differ from the shipped ones: they leave neighbours alone."""
-    return dict(read_settings(shipped() / "benchmark" / "method" / "kne_spare.yaml")["settings"])
+def of_the_paper() -> dict[str, object]:
+    """The settings of the benchmark's KNE that differ from the shipped ones: the paper's, which spare no neighbours."""
+    return dict(read_settings(shipped() / "benchmark" / "method" / "kne.yaml")["settings"])
 
 
 def load_settings(arguments: argparse.Namespace, first: Mapping[str, object] | None = None) -> KNEHyperParams:

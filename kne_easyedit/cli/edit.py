@@ -11,10 +11,10 @@ from kne_easyedit.cli.common import (
     BEGINS_AGAIN,
     add_overrides,
     load_settings,
+    of_the_paper,
     positive,
     require_folder,
     require_new,
-    sparing,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_commands(commands: Any) -> None:
         help="KNE's YAML (default: the shipped one of the model, else as `kne hparams` writes it)",
     )
     parser.add_argument(
-        "--spare", action="store_true", help="leave neighbours of the facts alone: the benchmark's settings KNE-spare"
+        "--paper", action="store_true", help="train as the paper does, which changes neighbours of the facts, too"
     )
     parser.add_argument("--prompt", help="the beginning of a sentence, e.g. 'The capital of France is'")
     parser.add_argument("--target", help="the new answer")
@@ -75,7 +75,7 @@ def _edit(arguments: argparse.Namespace) -> int:
 
     store = _store(arguments)
     requests = _requests(arguments)
-    hparams = load_settings(arguments, sparing() if arguments.spare else {})
+    hparams = load_settings(arguments, of_the_paper() if arguments.paper else {})
     model, tokenizer = load_model(hparams)
     if store is not None:
         if hparams.localization_data is not None:

@@ -92,7 +92,7 @@ def test_without_settings_they_are_made_for_the_model(tiny, capsys):
     assert edit.hparams["target_modules"] == ["model.layers.{}.mlp.down_proj"] and edit.answers[0].greedy
 
 
-def test_settings_that_spare_neighbours(tiny, monkeypatch):
+def test_the_papers_settings(tiny, monkeypatch):
     given = []
 
     def stop(hparams):
@@ -100,12 +100,13 @@ def test_settings_that_spare_neighbours(tiny, monkeypatch):
         raise ValueError("seen")
 
     monkeypatch.setattr("kne_easyedit.models.loading.load_model", stop)
-    for options in ((), ("--spare",), ("--spare", "--set", "stop_loss=0.2")):
-        assert kne("edit", *FACT, "--hparams", "kne.yaml", *options, "--out", "spare") == 1
-    plain, spare, changed = given
-    assert (plain.optimizer, plain.input_projection) == ("adamw", False)
-    assert (spare.optimizer, spare.input_projection, spare.stop_loss) == ("polyak", True, 0.3)
-    assert (changed.optimizer, changed.stop_loss) == ("polyak", 0.2)
+    for options in ((), ("--paper",), ("--paper", "--set", "stop_loss=0.2")):
+        assert kne("edit", *FACT, *options, "--out", "paper") == 1
+    plain, paper, changed = given
+    assert (plain.optimizer, plain.input_projection, plain.p) == ("polyak", True, 0.16)
+    assert (paper.optimizer, paper.input_projection, paper.p, paper.stop_loss) == ("adamw", False, 0.04, 0.4)
+    assert (changed.optimizer, changed.stop_loss) == ("adamw", 0.2)
+    assert paper.model_name == plain.model_name and paper.localization_data == plain.localization_data
 
 
 @pytest.mark.parametrize(
