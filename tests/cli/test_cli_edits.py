@@ -106,21 +106,30 @@ def test_a_data_file_is_localised_on_the_base(store, folder, tmp_path):
 def test_what_was_trained_on_top_is_named_and_measured(store, capsys, caplog):
     assert kne("edits", "check", store) == 0
     assert "every fact that was reached is there" in capsys.readouterr().out
-    code = kne("edits", "off", store, "rome", "--check")
+    assert kne("edits", "off", store, "rome") == 0  # as asked, whatever it costs
     out = capsys.readouterr().out
-    assert "latin was trained on top of rome" in caplog.text
+    assert "latin was trained on top of rome" in caplog.text and "latin may have lost answers" in out
     assert "not active before it: rome" in out and re.search(r"P [\d.]+% -> [\d.]+%", out)
-    assert code == int("LOST" in out)
-    assert kne("edits", "off", store, "latin", "--check") == 0
+    assert kne("edits", "check", store) == int("LOST" in out)
+    capsys.readouterr()
+    assert kne("edits", "off", store, "latin") == 0
+    assert "P " not in capsys.readouterr().out  # nothing counted on it
+    assert kne("edits", "check", store) == 0
     assert "the model is the base" in capsys.readouterr().out
 
 
-def test_switching_off_says_how_to_measure(store, capsys):
-    assert kne("edits", "off", store, "rome") == 0
+def test_switching_off_without_the_model(store, capsys, monkeypatch):
+    """Unasked for, or not to be had: the edit is off, and what measures is named."""
+    monkeypatch.setattr("kne_easyedit.models.loading.load_model", lambda hparams: pytest.fail("it was loaded"))
+    assert kne("edits", "off", store, "rome", "--no-check") == 0
     out = capsys.readouterr().out
-    assert "latin may have lost answers" in out and "--check" in out and f"kne edits check {store}" in out
-    assert kne("edits", "off", store, "latin") == 0
-    assert "--check" not in capsys.readouterr().out  # nothing counted on it
+    assert f"latin may have lost answers by this; `kne edits check {store}`" in out and "%" not in out
+    monkeypatch.undo()
+    assert kne("edits", "on", store, "rome") == 0
+    assert kne("edits", "off", store, "rome", "--model", "nowhere") == 0
+    out = capsys.readouterr().out
+    assert "not measured: model_name: 'nowhere'" in out and f"kne edits check {store}" in out
+    assert [entry.on for entry in EditStore(store).list()] == [False, True]
 
 
 def test_what_is_shown_after_an_edit_is_the_state_of_the_store(store, folder, capsys, monkeypatch):
@@ -189,7 +198,8 @@ def test_the_active_edits_become_a_full_model(store, folder, tmp_path, capsys):
 
 def test_another_order_and_removal(store, capsys):
     assert kne("edits", "reorder", store, "latin", "rome") == 0
-    assert f"latin may have lost answers by this; `kne edits check {store}`" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "latin may have lost answers by this" in out and "trained on top of rome, which is not active" in out
     assert [entry.id for entry in EditStore(store).list()] == ["latin", "rome"]
     assert kne("edits", "remove", store, "rome", "rome") == 0
     assert [entry.id for entry in EditStore(store).list()] == ["latin"]

@@ -1,0 +1,68 @@
+"""scripts/bench_edits.py: the goals for edits as files, on the real model; and its measures on tiny ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer, tiny_hparams, weights
+
+from kne_easyedit import KNEHyperParams, compute_edit
+from kne_easyedit._util.settings import replace_settings
+
+pytestmark = pytest.mark.model
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("bench_edits", ROOT / "scripts" / "bench_edits.py")
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+
+FRANCE = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
+
+
+def test_the_real_model(smollm2, capsys, monkeypatch):
+    """Sizes, answers and logits of what is shipped: bounds that half a rank or one wrong scale would break."""
+    monkeypatch.setattr(bench, "FORMS", (("portable", None), ("exact", None), ("portable", 32)))
+    model, tokenizer = smollm2
+    hparams = KNEHyperParams.from_hparams(ROOT / "hparams/KNE/smollm2-135m.yaml")
+    edit = compute_edit(model, tokenizer, [FRANCE], replace_settings(hparams, localization_data=None))
+    before = weights(model)
+    portable, exact, reduced = bench.forms(model, tokenizer, edit)
+    assert weights(model) == before
+    assert exact["share"] <= 10 and reduced["share"] <= 3 and reduced["rank"] == 32
+    # Measured: 1.1e-4 for logits up to 31, of which one unit in the last place is 1.9e-6.
+    largest = float(re.search(r"logits up to ([\d.]+)", capsys.readouterr().out)[1])
+    unit = largest * torch.finfo(torch.float32).eps
+    for form in (portable, exact):
+        assert form["error"] == 0 and max(form["merged"], form["beside"]) < 256 * unit
+    assert reduced["beside"] > 4096 * unit  # something was left out, and yet
+    assert portable["probability"] > 0.5 and reduced["probability"] > 0.9 * portable["probability"]
+
+
+def test_ranks_that_a_tiny_edit_has(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "FORMS", (("exact", None), ("portable", 1)))
+    model, tokenizer = make_llama(), make_tokenizer()
+    before = weights(model)
+    edit = compute_edit(model, tokenizer, [FRANCE], tiny_hparams(localization_data=None))
+    exact, one = bench.forms(model, tokenizer, edit)
+    assert weights(model) == before and (one["rank"], one["form"]) == (1, "portable")
+    assert exact["error"] == 0 < one["error"] < 1 and one["share"] < exact["share"]
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^ *(?:exact|portable) ", out, re.MULTILINE)) == 2 and "apply 0." in out
+
+
+def test_memory_is_measured_of_each_change(capsys, monkeypatch):
+    """By a stand-in for the resident bytes: what a process has freed before is not given back to the system."""
+    shape = {"layers": 2, "outputs": 64, "inputs": 32}
+    bytes_now = iter(range(0, 2**40, 2**20))  # every look finds one MiB more
+    monkeypatch.setattr(bench, "resident", lambda: next(bytes_now))
+    found = bench.memory(3, False, **shape)
+    assert list(found) == ["apply", "take one back", "take all back"]
+    assert 0 < found["apply"] < found["take one back"] < found["take all back"]
+    assert "3 edits, 3 rows of their own in 2 modules (64 x 32" in capsys.readouterr().out
+    monkeypatch.setattr(bench.EditStore, "off", lambda *_: ())
+    with pytest.raises(RuntimeError, match="not taken back"):
+        bench.memory(3, True, **shape)
