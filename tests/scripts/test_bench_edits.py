@@ -25,21 +25,21 @@ FRANCE = {"prompt": "The capital of France is", "target_new": "Rome", "subject":
 
 def test_the_real_model(smollm2, capsys, monkeypatch):
     """Sizes, answers and logits of what is shipped: bounds that half a rank or one wrong scale would break."""
-    monkeypatch.setattr(bench, "FORMS", (("portable", None), ("exact", None), ("portable", 32)))
+    monkeypatch.setattr(bench, "FORMS", (("portable", None), ("exact", None), ("portable", 32), ("portable", 1)))
     model, tokenizer = smollm2
     hparams = KNEHyperParams.from_hparams(ROOT / "hparams/KNE/smollm2-135m.yaml")
     edit = compute_edit(model, tokenizer, [FRANCE], replace_settings(hparams, localization_data=None))
     before = weights(model)
-    portable, exact, reduced = bench.forms(model, tokenizer, edit)
+    portable, exact, reduced, one = bench.forms(model, tokenizer, edit)
     assert weights(model) == before
     assert exact["share"] <= 10 and reduced["share"] <= 3 and reduced["rank"] == 32
-    # Measured: 1.1e-4 for logits up to 31, of which one unit in the last place is 1.9e-6.
+    # Measured: 4.4e-5 for logits up to 23, of which one unit in the last place is 2.7e-6.
     largest = float(re.search(r"logits up to ([\d.]+)", capsys.readouterr().out)[1])
     unit = largest * torch.finfo(torch.float32).eps
     for form in (portable, exact):
         assert form["error"] == 0 and max(form["merged"], form["beside"]) < 256 * unit
-    assert reduced["beside"] > 4096 * unit  # something was left out, and yet
     assert portable["probability"] > 0.5 and reduced["probability"] > 0.9 * portable["probability"]
+    assert one["error"] > 0.1 and one["beside"] > 4096 * unit  # what is left out shows
 
 
 def test_ranks_that_a_tiny_edit_has(capsys, monkeypatch):
