@@ -1,6 +1,6 @@
 """The cache folder, paths, and files and folders that appear only when they are complete.
 
-Standard library only, so that every other module may import it at no cost.
+Of the standard library alone, so that every other module may import it at no cost.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_directory", "atomic_write", "cache_home", "exclusive_lock", "expand_path", "parse_json"]
+from kne_easyedit._util.messages import shorten
+
+__all__ = [
+    "atomic_directory",
+    "atomic_write",
+    "cache_home",
+    "exclusive_lock",
+    "expand_path",
+    "parse_json",
+    "parse_versioned",
+]
 
 
 def expand_path(path: str | os.PathLike[str]) -> Path:
@@ -140,3 +150,26 @@ def parse_json(content: str | bytes) -> Any:
         raise ValueError("no JSON of a sensible depth (lists or mappings are nested a thousand times)") from error
     except ValueError as error:  # Python reads no integers of thousands of digits
         raise ValueError("no JSON of sensible numbers (one has thousands of digits)") from error
+
+
+def parse_versioned(content: str | bytes, form: str, newest: int) -> dict[str, Any]:
+    """The mapping of a JSON text that names its format and that format's version (``schema_version``).
+
+    Args:
+        content: The text.
+        form: Its format.
+        newest: The last version that is known here; they begin at 1.
+
+    Raises:
+        ValueError: It is no JSON, of another format, or of a later version; the message may follow a file's name.
+    """
+    found = parse_json(content)
+    if not isinstance(found, dict) or found.get("format") != form:
+        raise ValueError(f"its field 'format' is not {form!r}")
+    version = found.get("schema_version")
+    if type(version) is not int or not 1 <= version <= newest:
+        raise ValueError(
+            f"schema_version: {shorten(version)}, this version reads 1 to {newest}; a later kne_easyedit wrote it: "
+            f"install that"
+        )
+    return found

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kne_easyedit._util.digest import digest
-from kne_easyedit._util.files import atomic_directory, parse_json
+from kne_easyedit._util.files import atomic_directory, parse_json, parse_versioned
 from kne_easyedit._util.messages import shorten
 from kne_easyedit._util.tensor_files import DTYPES, Place, bytes_of, places, read_tensor, texts, write_tensors
 from kne_easyedit.editing.row_edit import Answer
@@ -202,15 +202,7 @@ def read_edit(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"{path.stat().st_size} bytes are more than any edit has")
-        content = parse_json(path.read_bytes())
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"its field 'format' is not {FORMAT!r}")
-        version = content.get("schema_version")
-        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-            raise ValueError(
-                f"schema_version: {shorten(version)}, this version reads 1 to {SCHEMA_VERSION}; a later kne_easyedit "
-                f"wrote it: install that"
-            )
+        content = parse_versioned(path.read_bytes(), FORMAT, SCHEMA_VERSION)
         found = _fields(content, folder / ROWS_FILE)
         _require_unchanged(content, folder / ROWS_FILE)
     except ValueError as error:

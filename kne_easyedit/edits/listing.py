@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kne_easyedit._util.files import atomic_write, parse_json
+from kne_easyedit._util.files import atomic_write, parse_versioned
 from kne_easyedit._util.messages import shorten
 from kne_easyedit.editing.edit_files import base_from_json
 from kne_easyedit.editing.kne_edit import Base
@@ -57,7 +58,7 @@ def read_list(folder: Path) -> Content:
     try:
         if len(text) > LARGEST_LIST:
             raise ValueError(f"more than {LARGEST_LIST} bytes, which no store has")
-        return _content(parse_json(text))
+        return _content(parse_versioned(text, FORMAT, SCHEMA_VERSION))
     except ValueError as error:
         raise ValueError(f"store: {path} cannot be used: {error}") from error
 
@@ -80,14 +81,7 @@ def checked_id(value: object) -> str:
     return value
 
 
-def _content(found: Any) -> Content:
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"its field 'format' is not {FORMAT!r}")
-    version = found.get("schema_version")
-    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-        raise ValueError(
-            f"schema_version: {shorten(version)}, this version of kne_easyedit reads 1 to {SCHEMA_VERSION}"
-        )
+def _content(found: Mapping[str, Any]) -> Content:
     listed = found.get("edits")
     edits = [_listed(one) for one in (listed if isinstance(listed, list) else [listed])]
     for name in ("id", "digest"):

@@ -300,7 +300,7 @@ class TestRefused:
         ("change", "message"),
         [
             (lambda c: c.update(format="x"), "'format' is not"),
-            (lambda c: c.update(schema_version=2), "schema_version: 2, this version of kne_easyedit reads 1 to 1"),
+            (lambda c: c.update(schema_version=2), "schema_version: 2, this version reads 1 to 1"),
             (lambda c: c.update(edits={}), "edits: {} is no entry"),
             (lambda c: c["edits"][0].update(id="../../etc"), "name: '../../etc' cannot name an edit"),
             (lambda c: c["edits"][0].update(on=1), "is no entry"),
