@@ -69,7 +69,9 @@ def neighbours_by_request(
     found = []
     for request in requests:
         relation = _of_relation(pool, request, hparams, exclude, model, tokenizer)
-        subject = pool.subject_prompts(request, hparams.neighbour_subject_size, seed=hparams.seed, exclude=exclude)
+        subject = pool.subject_prompts(
+            request, hparams.neighbour_subject_size, seed=hparams.seed, exclude=exclude, strangers=True
+        )
         found.append([one.prompt for pair in zip_longest(relation, subject) for one in pair if one is not None])
     return found
 

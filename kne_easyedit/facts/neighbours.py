@@ -50,6 +50,8 @@ LAST = 6
 """The last one has subjects of which nothing is known."""
 TYPICAL = math.log(0.75)
 """Evidence of a relation from which on it counts as one of the kind's."""
+QUESTION_MARKS = ("?", "？", "؟")
+"""With which a question ends."""
 RARE = 0.002
 """A relation is not typical of a kind if it is asked about a smaller share of its subjects."""
 
@@ -167,7 +169,7 @@ class FactPool(FactIndex):
         return chosen
 
     def subject_prompts(
-        self, request: Mapping, n: int, *, seed: int = 0, exclude: Iterable[str] = ()
+        self, request: Mapping, n: int, *, seed: int = 0, exclude: Iterable[str] = (), strangers: bool = False
     ) -> list[Neighbour]:
         """The request's subject in templates of other relations that are asked about subjects of its kind.
 
@@ -179,6 +181,8 @@ class FactPool(FactIndex):
             n: How many at most.
             seed: Other seeds choose others.
             exclude: Prompts that are not to be used. Subjects in it do not matter: the request's own is used.
+            strangers: Where those are fewer than ``n``, fill up with other relations, whatever they are asked about, in
+                statements. A question words a relation freely: it may ask for the edited fact in other words.
 
         Returns:
             The neighbours, each of another relation; fewer or none where the pool has no more. They are for training.
@@ -194,20 +198,24 @@ class FactPool(FactIndex):
         enough = max(2, RARE * max(counts.values(), default=0))
         own = self._features.get(name, set())
         chosen: list[Neighbour] = []
+
+        def typical(other: Hashable) -> bool:
+            """Else it may make sense for a few subjects only."""
+            return other in own or (counts[other] >= enough and evidence[other] >= TYPICAL)
+
         for other in sorted(
-            (other for other in own | counts.keys() if other in self._templates),
-            key=lambda other: (other not in own, _shuffled(seed, name, repr(plain(other)))),
+            (other for other in self._templates if typical(other) or strangers),
+            key=lambda other: (other not in own, not typical(other), _shuffled(seed, name, repr(plain(other)))),
         ):
             if len(chosen) == n:
                 break
             if other == relation or other in self._follows.get(relation, ()):
                 continue
-            if other not in own and (counts[other] < enough or evidence[other] < TYPICAL):
-                continue  # it may make sense for those few only
             answers = self._answers(name, other)
             if barred.answer(answers, old=True):
                 continue
-            for pattern in sorted(self._templates[other], key=lambda text: _shuffled(seed, name, text)):
+            patterns = [text for text in self._templates[other] if typical(other) or not text.endswith(QUESTION_MARKS)]
+            for pattern in sorted(patterns, key=lambda text: _shuffled(seed, name, text)):
                 words, prompt = content_words(pattern), fill(pattern, subject)
                 alike = (self._ask_the_same(words, others) for others in asked)
                 if words and not any(alike) and not barred.prompt(prompt) and not barred.names_answer(prompt):
