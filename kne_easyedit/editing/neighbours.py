@@ -64,7 +64,11 @@ def neighbours_by_request(
     model: nn.Module | None = None,
     tokenizer: Tokenizer = None,
 ) -> list[list[str]]:
-    """The neighbours of each request, kinds in turn; for arguments and errors see `neighbour_prompts`."""
+    """The neighbours of each request, kinds in turn; for arguments and errors see `neighbour_prompts`.
+
+    Other questions about the subject are filled up, as other subjects are (`_of_relation`): of many subjects data know
+    one fact.
+    """
     pool, exclude = _pool(hparams), run_exclusions(requests)
     found = []
     for request in requests:

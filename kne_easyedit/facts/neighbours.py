@@ -181,8 +181,9 @@ class FactPool(FactIndex):
             n: How many at most.
             seed: Other seeds choose others.
             exclude: Prompts that are not to be used. Subjects in it do not matter: the request's own is used.
-            strangers: Where those are fewer than ``n``, fill up with other relations, whatever they are asked about, in
-                statements. A question words a relation freely: it may ask for the edited fact in other words.
+            strangers: Where those are fewer than ``n``, fill up with other relations in statements, whatever they are
+                asked about; but not with those that the data name another kind for. A question words a relation
+                freely: it may ask for the edited fact in other words.
 
         Returns:
             The neighbours, each of another relation; fewer or none where the pool has no more. They are for training.
@@ -204,7 +205,7 @@ class FactPool(FactIndex):
             return other in own or (counts[other] >= enough and evidence[other] >= TYPICAL)
 
         for other in sorted(
-            (other for other in self._templates if typical(other) or strangers),
+            (other for other in self._templates if typical(other) or (strangers and not self._kinds.get(other))),
             key=lambda other: (other not in own, not typical(other), _shuffled(seed, name, repr(plain(other)))),
         ):
             if len(chosen) == n:

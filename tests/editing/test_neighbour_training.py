@@ -254,7 +254,7 @@ class TestChoice:
             return FactPool([KnownFact(name, "What is {} ?", kind="named") for name in names])
 
         monkeypatch.setattr("kne_easyedit.editing.neighbours.own_pool", own_pool)
-        hparams = tiny_hparams(neighbour_data=records, **ON)
+        hparams = tiny_hparams(neighbour_data=records, neighbour_subject_size=0, **ON)
         unknown = {"prompt": "What is xyz ?", "subject": "xyz", "target_new": "Rome"}
         assert neighbour_prompts([REQUEST], hparams, llama, tokenizer) and asked == []
         assert neighbour_prompts([unknown], hparams) and asked == []

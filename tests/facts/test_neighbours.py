@@ -12,6 +12,7 @@ from kne_easyedit.facts.neighbours import (
     FactPool,
     Neighbour,
     is_held_out,
+    packaged_pool,
     prompts_of,
     run_exclusions,
     template_of,
@@ -240,6 +241,32 @@ class TestKinds:
         assert found
         for x, kind in found:
             assert x.template in patterns[kind] and x.prompt == fill(x.template, x.subject) and x.kind == "subject"
+
+    def test_statements_of_other_kinds_only_where_they_are_wanted(self, requests):
+        """After those of the kind; neither the edited fact nor what asks the same in other words."""
+        pool, more = FactPool.of_requests(requests), set()
+        for record in requests:
+            found = pool.subject_prompts(record, 99)
+            all_ = pool.subject_prompts(record, 99, strangers=True)
+            assert all_[: len(found)] == found and pool.subject_prompts(record, 2, strangers=True) == all_[:2]
+            stands = {normalised(prompt) for prompt in prompts_of(record)}
+            for x in all_[len(found) :]:
+                more.add(kind_of(record["subject"]) in {k for k, known in ASKED.items() if x.template in known})
+                assert x.prompt == fill(x.template, record["subject"]) and normalised(x.prompt) not in stands
+                assert not x.template.endswith("?")
+        assert more == {False}, "those of the kind came first"
+        # A question about other subjects fills nothing up; the same words in a statement do.
+        for pattern, number in (("Who bore {}?", 0), ("The mother of {} is", 1)):
+            others = FactPool.of_requests([request_of(pattern, f"Land{i}", "A", "B") for i in range(3)])
+            edit = request_of("The capital of {} is", "Ann", "Ben", "Carl")
+            assert len(others.subject_prompts(edit, 9, strangers=True)) == number
+            assert others.subject_prompts(edit, 9) == []
+
+    def test_packaged_relations_of_another_kind_fill_nothing_up(self):
+        """It is known that they make no sense."""
+        edit = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
+        of_kind = packaged_pool().subject_prompts(edit, 99)
+        assert of_kind and packaged_pool().subject_prompts(edit, 99, strangers=True) == of_kind
 
 
 class TestDeterminism:
