@@ -19,7 +19,7 @@ from kne_easyedit.bridge import patches
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.second_moments import needs_second_moments, own_files
 from kne_easyedit.bridge.text_source import TextSource
-from kne_easyedit.editing.neighbours import neighbour_digest, uses_neighbours
+from kne_easyedit.editing.neighbours import CHOICE, neighbour_digest, uses_neighbours
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.localization.ensemble import NeuronEnsemble
@@ -213,7 +213,7 @@ def fingerprint(
     if hparams.alg_name == KNE:
         parts.append(None if ensemble is None else digest(ensemble.members()))
         if uses_neighbours(hparams):
-            parts.append(["neighbours", neighbour_digest(hparams)])
+            parts.append(["neighbours", CHOICE, neighbour_digest(hparams)])
     if needs_second_moments(hparams):
         parts.append(job.moments_text.digest())
         if own := own_files(job.model, hparams, expand_path(hparams.stats_dir)):

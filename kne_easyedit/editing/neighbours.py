@@ -20,6 +20,9 @@ from kne_easyedit.facts.records import load_requests
 
 logger = logging.getLogger(__name__)
 
+CHOICE = 2
+"""Version of how neighbours are chosen from the same facts: results under another one are other results."""
+
 
 def neighbour_prompts(
     requests: Sequence[Mapping[str, Any]],
