@@ -1,0 +1,5 @@
+"""The page of `kne lab`: facts are typed, watched while they train, asked, and switched on and off.
+
+What a page does with a loaded model and a store belongs here (`session`), and the page itself (`page`, `guard`).
+Only `page` knows Gradio, and it computes nothing.
+"""
