@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from conftest import fingerprint, make_llama, make_tokenizer, tiny_hparams, weights
+from conftest import fingerprint, make_llama, make_tokenizer, weights
+from conftest import tiny_hparams as conftest_hparams
 
 from kne_easyedit._util.interrupts import Stopped, safe_point, stoppable
 from kne_easyedit.editing.edit import compute_edit
@@ -17,6 +18,10 @@ FRANCE = ("The capital of France is", "Rome", "France", "Paris")
 PERU = ("The language of Peru is", "Latin")
 ENDLESS = {"num_steps": 100_000, "stop_loss": 1e-9}
 """Settings of a training that ends only when it is stopped."""
+
+
+def tiny_hparams(**changes):
+    return conftest_hparams(**{"lr": 0.3, **changes})
 
 
 @pytest.fixture
@@ -69,7 +74,7 @@ def test_watching_does_not_change_what_is_trained(session):
     request = dict(found.requests[0])
     alone = compute_edit(other, make_tokenizer(), [request], tiny_hparams())
     assert found.digest == alone.digest  # rows, values and losses, bit for bit
-    assert compute_edit(other, make_tokenizer(), [request], tiny_hparams(lr=4e-2)).digest != alone.digest
+    assert compute_edit(other, make_tokenizer(), [request], tiny_hparams(lr=0.2)).digest != alone.digest
 
 
 def test_off_gives_the_bases_bits_and_on_the_edits(session, model):
@@ -208,7 +213,7 @@ def test_what_cannot_be_edited_is_named_and_nothing_is_changed(session, model, f
     with pytest.raises(ValueError, match=message):
         [*session.train(*fact)]
     assert fingerprint(model) == before and session.entries() == ()
-    trained(session, FRANCE)  # the session lives on
+    assert session.ask(FRANCE[0])  # the session lives on
 
 
 @pytest.mark.parametrize(
