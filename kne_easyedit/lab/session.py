@@ -225,7 +225,11 @@ class LabSession:
     def _train(self, request: dict, stop: threading.Event, tell: Callable[[Training], None]) -> Finished:
         model, hparams, start = self._model, self.hparams, time.monotonic()
         with stoppable(stop.is_set):
-            tell(Training("Localising. The first edit of a model takes longest: scores of facts are kept for later ones."))
+            tell(
+                Training(
+                    "Localising. The first edit of a model takes longest: scores of facts are kept for later ones."
+                )
+            )
             localized_and_applied(self.store, model, self.tokenizer, [request], hparams)
             tell(Training("Asking the model before the edit."))
             questions = Questions(
@@ -263,7 +267,10 @@ class LabSession:
             fact,
             before[fact],
             said,
-            tuple((one.prompt, one_line(before[one].answer), one_line(after[one].answer)) for one in questions.neighbours[0]),
+            tuple(
+                (one.prompt, one_line(before[one].answer), one_line(after[one].answer))
+                for one in questions.neighbours[0]
+            ),
             not edit.failed(hparams.stop_loss),
         )
 
