@@ -57,8 +57,8 @@ def _lab(arguments: argparse.Namespace) -> int:
         stack.callback(session.close)
         if not is_loopback(arguments.host):
             print(
-                f"warning: --host {arguments.host}: whoever reaches this machine can edit, ask and switch; the page has "
-                f"no password"
+                f"warning: --host {arguments.host}: whoever reaches this machine can edit, ask and switch; there is no "
+                f"password"
             )
         server = serve(session, printable(f"{hparams.model_name}; {kept}"), arguments.host, arguments.port)
         stack.callback(server.close)

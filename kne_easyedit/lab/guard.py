@@ -6,15 +6,18 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
+API = "/gradio_api/"
 PAGES = frozenset(
-    f"{path}{end}"
-    for path in ("", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
-    + tuple(f"/gradio_api/{name}" for name in ("theme.css", "startup-events", "info", "queue/join", "queue/data"))
-    + tuple(f"/gradio_api/{name}" for name in ("cancel", "reset"))
+    path + end
+    for path in (
+        *("", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
+        *(f"{API}{name}" for name in ("theme.css", "startup-events", "info", "queue/join", "queue/data")),
+        *(f"{API}{name}" for name in ("cancel", "reset")),
+    )
     for end in ("", "/")
 )
-FOLDERS = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
-"""Of Gradio's own files, beside `PAGES`. Not among them: files by path, uploads, the proxy, calls of the API by name."""
+FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}heartbeat/")
+"""Gradio's own files, beside `PAGES`. Not among them: files by path, uploads, the proxy, calls of the API by name."""
 
 Message = Mapping[str, Any]
 

@@ -30,11 +30,10 @@ STYLE = """
 #switches label {width: 100%; overflow-wrap: anywhere}
 """
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-
 
 def require_gradio() -> Any:
     """The package. Raises ImportError if it is missing; the message says how to install it."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # what is no part of `Blocks` reads this
     try:
         import gradio
     except ImportError as error:
@@ -233,6 +232,7 @@ def _table(gr: Any, label: str, headers: list[str], **more: Any) -> Any:
         datatype="str",
         type="array",
         column_count=len(headers),
+        column_widths=["24%", "38%", "38%"],  # on a narrow page, too, all three are seen
         interactive=False,
         wrap=True,
         latex_delimiters=[],
@@ -259,6 +259,7 @@ def _edit_part(gr: Any, session: LabSession, store: _Store) -> None:
             y="loss",
             x_title="step",
             y_title="loss of the new answer (nats)",
+            y_lim=[0, None],
             height=260,
             min_width=300,
             elem_id="loss",
@@ -296,7 +297,7 @@ def _edit_part(gr: Any, session: LabSession, store: _Store) -> None:
         return {live: gr.Row(visible=True), loss: curve, probability: shares}
 
     def edit(*texts: str) -> Iterator[dict[Any, Any]]:
-        yield {status: "Waiting for the model.", live: gr.Row(visible=False), result: gr.Column(visible=False)}
+        yield {status: "Waiting for the model.", result: gr.Column(visible=False)}
         training = session.train(*texts)
         try:
             for news in training:

@@ -173,7 +173,7 @@ def test_stopped_while_it_localises(model, tmp_path):
     assert "Localising" in next(training).doing
     session.stop()
     with pytest.raises(Stopped):
-        [*training]
+        list(training)
     assert fingerprint(model) == before and session.entries() == ()
 
 
