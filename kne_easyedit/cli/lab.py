@@ -63,8 +63,13 @@ def _lab(arguments: argparse.Namespace) -> int:
         server = serve(session, printable(f"{hparams.model_name}; {kept}"), arguments.host, arguments.port)
         stack.callback(server.close)
         print(f"{printable(hparams.model_name)}, {kept}\nOpen {server.url} (Ctrl-C ends it)", flush=True)
-        threading.Event().wait()
+        _wait()
     return 0
+
+
+def _wait() -> None:
+    """Until Ctrl-C: the page is served by other threads."""
+    threading.Event().wait()
 
 
 def _port(text: str) -> int:

@@ -3,3 +3,7 @@
 What a page does with a loaded model and a store belongs here (`session`), and the page itself (`page`, `guard`).
 Only `page` knows Gradio, and it computes nothing.
 """
+
+from kne_easyedit.lab.session import Finished, LabSession, Step, Training
+
+__all__ = ["Finished", "LabSession", "Step", "Training"]

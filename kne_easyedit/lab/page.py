@@ -189,10 +189,11 @@ class _Store:
                 worse = session.switch(str(event.value), bool(event.selected))
             except Exception as error:  # noqa: BLE001  (shown; the server lives on)
                 return self.shown(_said(error))
-            if not worse:
-                return self.shown()
-            names = ", ".join(entry.id for entry in worse)
-            return self.shown(f"{names}: trained on top of an edit that is not on before it; its answers may be lost.")
+            said = f"{event.value} is {'on' if event.selected else 'off'}."
+            if worse:
+                names = ", ".join(entry.id for entry in worse)
+                said += f" {names}: trained on top of an edit that is not on before it; its answers may be lost."
+            return self.shown(said)
 
         switch.__annotations__["event"] = gr.SelectData  # by this Gradio knows what to pass
         return switch

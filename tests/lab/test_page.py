@@ -200,9 +200,9 @@ def test_training_is_seen_while_it_runs_and_stopped(opened, served):
 
 def test_texts_are_shown_as_texts(opened, served):
     """Prompt, answers, facts, errors, names: whatever shows them."""
-    lab = served()
+    lab = served(num_steps=5)
     page = opened(lab.url)
-    hostile = {"prompt": f"{HOSTILE} is", "new-answer": "Rome", "subject": HOSTILE, "old-answer": "Paris"}
+    hostile = {"prompt": f"{HOSTILE} is", "new-answer": "Rome", "old-answer": "Paris"}
     edit(page, hostile)
     tab(page, "Store")
     label = page.locator("#switches label").first
@@ -273,6 +273,7 @@ def test_another_tab_sees_the_same_store(opened, served):
     # A tab that shows an old state changes the one switch alone that is clicked there.
     switch(second, 1, False)
     switch(first, 0, True)
+    playwright.expect(first.locator("#switches input[type=checkbox]").nth(1)).not_to_be_checked()
     assert [entry.on for entry in lab.session.entries()] == [True, False]
 
 
