@@ -13,7 +13,6 @@ from conftest import make_llama, make_tokenizer, tiny_hparams
 from kne_easyedit import cli
 from kne_easyedit.cli import lab
 from kne_easyedit.lab import page
-from kne_easyedit.lab.guard import hosts_of, is_loopback
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +93,6 @@ def test_a_port_is_a_number_of_a_port(port, capsys):
     with pytest.raises(SystemExit):
         cli.main(["lab", "--port", port])
     assert "--port" in capsys.readouterr().err
-
-
-def test_names_of_the_server():
-    assert hosts_of("127.0.0.1") == {"127.0.0.1", "localhost", "[::1]"} and hosts_of("0.0.0.0") is None
-    assert "192.168.1.5" in hosts_of("192.168.1.5") and "[fe80::1]" in hosts_of("fe80::1")
-    assert is_loopback("127.0.0.2") and is_loopback("::1") and not is_loopback("0.0.0.0") and not is_loopback("example")
 
 
 def test_the_page_names_no_path_beside_those_that_were_given(settings, no_page):

@@ -198,6 +198,18 @@ def test_training_is_seen_while_it_runs_and_stopped(opened, served):
     assert len(set(ask(page, FACT["prompt"]))) == 1  # the model is free, and nothing was edited
 
 
+def test_a_tab_that_is_closed_stops_its_training(opened, served):
+    lab = served(num_steps=100_000, stop_loss=1e-9)
+    base = weights(lab.model)
+    page = opened(lab.url)
+    fill(page, **FACT)
+    page.locator("#edit").click()
+    playwright.expect(field(page, "status")).to_have_value(re.compile(r"^Training, step [2-9]"))
+    page.close()
+    assert len(set(lab.session.ask(FACT["prompt"]))) == 1  # waits for the model
+    assert weights(lab.model) == base and lab.session.entries() == ()
+
+
 def test_texts_are_shown_as_texts(opened, served):
     """Prompt, answers, facts, errors, names: whatever shows them."""
     lab = served(num_steps=5)
