@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 TITLE = "kne lab"
 NEW, OLD = "new", "old"
+AT_LEAST = 0.3
+"""Seconds between two pictures of a training: a browser does not draw faster steps one by one."""
 LABEL = 300
 """Characters of an edit's line in the list at most."""
 STYLE = """
@@ -299,7 +302,7 @@ def _edit_part(gr: Any, session: LabSession, store: _Store) -> None:
 
     def edit(*texts: str) -> Iterator[dict[Any, Any]]:
         yield {status: "Waiting for the model.", result: gr.Column(visible=False)}
-        training = session.train(*texts)
+        training, drawn = session.train(*texts), 0.0
         try:
             for news in training:
                 if isinstance(news, Finished):
@@ -316,8 +319,11 @@ def _edit_part(gr: Any, session: LabSession, store: _Store) -> None:
                         store.outputs[0]: switches,
                         store.outputs[1]: note,
                     }
-                else:
-                    yield {status: news.doing, **(plots(news.steps) if news.steps else {})}
+                elif not news.steps:
+                    yield {status: news.doing}
+                elif time.monotonic() - drawn > AT_LEAST:
+                    drawn = time.monotonic()
+                    yield {status: news.doing, **plots(news.steps)}
         except (Exception, Stopped) as error:  # noqa: BLE001  (shown; the server lives on)
             yield {status: _said(error)}
         finally:
@@ -390,10 +396,11 @@ def _ask_part(gr: Any, session: LabSession) -> None:
         )
     said = gr.Textbox(label="Message", interactive=False, visible=False, lines=1, max_lines=8, elem_id="said")
 
-    def ask(text: str, template: bool) -> list[Any]:
+    def ask(text: str, template: bool) -> Iterator[list[Any]]:
+        yield ["", "", gr.Textbox(visible=False)]  # no earlier answer is taken for this one's
         try:
-            return [*session.ask(text, chat=bool(template)), gr.Textbox(visible=False)]
+            yield [*session.ask(text, chat=bool(template)), gr.skip()]
         except Exception as error:  # noqa: BLE001  (shown; the server lives on)
-            return ["", "", gr.Textbox(_said(error), visible=True)]
+            yield ["", "", gr.Textbox(_said(error), visible=True)]
 
     gr.on([button.click, prompt.submit], ask, [prompt, chat], [before, after, said], **_of_model())

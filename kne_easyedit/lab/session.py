@@ -155,7 +155,9 @@ class LabSession:
         was, now = (printable(answer) or "(ends at once)" for answer in found)
         return was, now
 
-    def train(self, prompt: str, target: str, subject: str = "", old: str = "") -> Generator[Training | Finished, None, None]:
+    def train(
+        self, prompt: str, target: str, subject: str = "", old: str = ""
+    ) -> Generator[Training | Finished, None, None]:
         """Edits a fact and adds it to the store, on top of the active edits.
 
         A thread of its own trains. Where this generator is closed before its end, training stops, as by `stop`.

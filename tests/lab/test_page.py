@@ -12,8 +12,10 @@ from urllib.parse import quote, urlsplit
 import pytest
 from conftest import make_llama, make_tokenizer, tiny_hparams, weights
 
+from kne_easyedit.cli.common import shipped
 from kne_easyedit.edits.store import EditStore
 from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.lab import session
 from kne_easyedit.lab.page import serve
 from kne_easyedit.lab.session import LabSession
 from kne_easyedit.models.loading import load_model
@@ -29,6 +31,7 @@ FACT = {"prompt": "The capital of France is", "new-answer": "Rome", "subject": "
 HOSTILE = "<img src=x onerror=alert(1)> **bold** $x$"
 PATIENCE = 120_000
 """Milliseconds after which a condition counts as never met; nothing waits that long where all is well."""
+SEVERAL = re.compile(r"^Training, step ([2-9]|\d\d)")
 NOTHING = re.compile("^$")
 
 
@@ -83,11 +86,11 @@ def served(tmp_path):
     def start(model=None, tokenizer=None, hparams=None, **changes) -> SimpleNamespace:
         model = make_llama() if model is None else model
         tokenizer = make_tokenizer() if tokenizer is None else tokenizer
-        hparams = tiny_hparams(**{"lr": 0.3, **changes}) if hparams is None else hparams
-        session = LabSession(model, tokenizer, hparams, EditStore(tmp_path / "store"))
-        server = serve(session, f"tiny; {HOSTILE}")
-        stack.extend([session.close, server.close])
-        return SimpleNamespace(model=model, session=session, url=server.url, store=tmp_path / "store")
+        hparams = tiny_hparams(**{"lr": 0.3, "stop_loss": 0.3, **changes}) if hparams is None else hparams
+        lab = LabSession(model, tokenizer, hparams, EditStore(tmp_path / "store"))
+        server = serve(lab, f"tiny; {HOSTILE}")
+        stack.extend([lab.close, server.close])
+        return SimpleNamespace(model=model, session=lab, url=server.url, store=tmp_path / "store")
 
     yield start
     while stack:
@@ -115,10 +118,10 @@ def edit(page, fact: dict[str, str] = FACT, said: str = "Done in") -> str:
 
 
 def ask(page, prompt: str) -> tuple[str, str]:
-    """Asks on the page as it is when it is new, so that no earlier answer is taken for this one."""
-    page.reload()
+    """Asks; what the browser shows of an earlier answer is wiped out, so that it is not taken for this one's."""
     tab(page, "Ask")
     fill(page, asked=prompt)
+    field(page, "after").evaluate("one => { one.value = '' }")
     page.locator("#ask").click()
     playwright.expect(field(page, "after")).not_to_have_value(NOTHING)
     return field(page, "before").input_value(), field(page, "after").input_value()
@@ -158,12 +161,12 @@ def test_edited_asked_switched_off_and_on(opened, served):
     page = opened(lab.url)
     assert page.title() == "kne lab"
     status = edit(page)
-    assert re.search(r"\d+ steps, loss \d\.\d{3} -> 0\.0\d\d nats, \d+ rows of \d modules", status)
+    assert re.search(r"\d+ steps, loss \d\.\d{3} -> 0\.[012]\d\d nats, \d+ rows of \d modules", status)
     (entry,) = lab.session.entries()
     assert entry.id in status and weights(lab.model) != base
     answer, new, old = rows(page, "answers")
     assert answer[0] == "answer" and answer[2].startswith("Rome") and not answer[1].startswith("Rome")
-    assert new[0] == "P(Rome)" and re.fullmatch(r"\d\.\d\d%", new[1]) and re.fullmatch(r"9\d\.\d\d%", new[2])
+    assert new[0] == "P(Rome)" and re.fullmatch(r"\d\.\d\d%", new[1]) and re.fullmatch(r"[789]\d\.\d\d%", new[2])
     assert old[0].startswith("P(") and float(old[2][:-1]) < float(old[1][:-1])
     assert len(rows(page, "neighbours")) == 4
     playwright.expect(field(page, "as-before")).to_have_value(re.compile(r"^\d of 4 neighbours' answers begin as"))
@@ -190,7 +193,7 @@ def test_training_is_seen_while_it_runs_and_stopped(opened, served):
     page.locator("#stop").click()
     playwright.expect(field(page, "status")).to_have_value("Nothing is training.")
     page.locator("#edit").click()
-    playwright.expect(field(page, "status")).to_have_value(re.compile(r"^Training, step [2-9]"))
+    playwright.expect(field(page, "status")).to_have_value(SEVERAL)
     playwright.expect(page.locator("#loss canvas, #loss svg.marks").first).to_be_visible()
     page.locator("#stop").click()
     playwright.expect(field(page, "status")).to_have_value(re.compile("^Stopped. The model and the store are as they"))
@@ -204,7 +207,7 @@ def test_a_tab_that_is_closed_stops_its_training(opened, served):
     page = opened(lab.url)
     fill(page, **FACT)
     page.locator("#edit").click()
-    playwright.expect(field(page, "status")).to_have_value(re.compile(r"^Training, step [2-9]"))
+    playwright.expect(field(page, "status")).to_have_value(SEVERAL)
     page.close()
     assert len(set(lab.session.ask(FACT["prompt"]))) == 1  # waits for the model
     assert weights(lab.model) == base and lab.session.entries() == ()
@@ -289,9 +292,8 @@ def test_another_tab_sees_the_same_store(opened, served):
     assert [entry.on for entry in lab.session.entries()] == [True, False]
 
 
-@pytest.mark.parametrize("look", ["light", "dark"])
-def test_it_fits_a_narrow_window_and_both_looks(opened, served, look):
-    page = opened(served().url, viewport={"width": 400, "height": 800}, color_scheme=look)
+def test_it_fits_a_narrow_window_and_is_readable_in_both_looks(opened, served):
+    page = opened(served().url, viewport={"width": 400, "height": 800})
 
     def fits() -> bool:
         return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -303,11 +305,15 @@ def test_it_fits_a_narrow_window_and_both_looks(opened, served, look):
     for name in ("Ask", "Store"):
         tab(page, name)
         assert fits()
-    ink, paper = page.evaluate(
+    colors = (
         "() => [getComputedStyle(document.querySelector('h1')).color, getComputedStyle(document.body).backgroundColor]"
     )
-    brightness = [sum(map(int, re.findall(r"\d+", color)[:3])) / 3 for color in (ink, paper)]
-    assert abs(brightness[0] - brightness[1]) > 150 and (brightness[1] > 128) == (look == "light")
+    for look in ("light", "dark"):
+        page.emulate_media(color_scheme=look)
+        page.reload()
+        page.locator("#edit").wait_for()
+        ink, paper = (sum(map(int, re.findall(r"\d+", color)[:3])) / 3 for color in page.evaluate(colors))
+        assert abs(ink - paper) > 150 and (paper > 128) == (look == "light")
 
 
 # What the server answers
@@ -342,9 +348,11 @@ def test_no_files_are_served_and_no_other_site_is_answered(served, tmp_path, mon
 
 
 @pytest.mark.model
-def test_smollm2_is_edited_asked_and_taken_back(opened, served, real_folder):
-    quick = {"localization_data": None, "attribution_steps": 4}
-    hparams = KNEHyperParams.from_hparams("hparams/KNE/smollm2-135m.yaml")
+def test_smollm2_is_edited_asked_and_taken_back(opened, served, real_folder, monkeypatch):
+    monkeypatch.setattr(session, "ANSWER", 4)
+    monkeypatch.setattr(session, "NEIGHBOURS", 1)
+    quick = {"localization_data": None, "attribution_steps": 2, "stop_loss": 0.5}
+    hparams = KNEHyperParams.from_hparams(shipped() / "KNE" / "smollm2-135m.yaml")
     hparams = KNEHyperParams.from_dict({**hparams.to_dict(), **quick})
     model, tokenizer = load_model(hparams)
     base = weights(model)
@@ -352,7 +360,7 @@ def test_smollm2_is_edited_asked_and_taken_back(opened, served, real_folder):
     page = opened(lab.url)
     edit(page)
     new = rows(page, "answers")[1]
-    assert new[0] == "P(Rome)" and float(new[1][:-1]) < 1 and float(new[2][:-1]) > 80
+    assert new[0] == "P(Rome)" and float(new[1][:-1]) < 1 and float(new[2][:-1]) > 50
     was, now = ask(page, FACT["prompt"])
     assert was.startswith("Paris") and now.startswith("Rome")
     switch(page, 0, False)
