@@ -38,7 +38,8 @@ def add_commands(commands: Any) -> None:
 def _lab(arguments: argparse.Namespace) -> int:
     from kne_easyedit.edits.store import EditStore
     from kne_easyedit.lab.guard import is_loopback
-    from kne_easyedit.lab.page import require_gradio, serve
+    from kne_easyedit.lab.page import require_gradio
+    from kne_easyedit.lab.server import serve
     from kne_easyedit.lab.session import LabSession
     from kne_easyedit.models.loading import load_model
 

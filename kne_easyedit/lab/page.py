@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from kne_easyedit._util.interrupts import Stopped
@@ -14,7 +13,6 @@ from kne_easyedit._util.messages import percent, printable
 from kne_easyedit.benchmark.answers import one_line
 from kne_easyedit.edits.sizes import ensemble_of
 from kne_easyedit.edits.store import Entry
-from kne_easyedit.lab.guard import Guard, hosts_of
 from kne_easyedit.lab.session import LONGEST, Finished, LabSession, Step
 from kne_easyedit.localization.figures import ensemble_figure
 
@@ -26,12 +24,6 @@ AT_LEAST = 0.3
 """Seconds between two pictures of a training: a browser does not draw faster steps one by one."""
 LABEL = 300
 """Characters of an edit's line in the list at most."""
-STYLE = """
-.gradio-container {width: 100%; max-width: 1100px !important; margin: auto}
-.gradio-container .contain {width: 100%}
-#switches .wrap {flex-direction: column}
-#switches label {width: 100%; overflow-wrap: anywhere}
-"""
 
 
 def require_gradio() -> Any:
@@ -42,63 +34,6 @@ def require_gradio() -> Any:
     except ImportError as error:
         raise ImportError('the page needs gradio: pip install "kne_easyedit[lab]"') from error
     return gradio
-
-
-@dataclass(frozen=True)
-class Server:
-    """A page that is served."""
-
-    url: str
-    blocks: Any
-
-    def close(self) -> None:
-        """Stops serving it."""
-        self.blocks.close(verbose=False)
-
-
-def serve(session: LabSession, about: str, host: str = "127.0.0.1", port: int | None = None) -> Server:
-    """Serves the page from a thread of its own.
-
-    Args:
-        session: The model and the store.
-        about: One line on both, shown on top.
-        host: The address to listen on.
-        port: The port; None: the first free one from 7860 on.
-
-    Raises:
-        ImportError: Gradio is missing.
-        OSError: The port is taken, or there is no such address.
-    """
-    gradio = require_gradio()
-    from starlette.middleware import Middleware
-
-    blocks = build(session, about)
-    sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
-    # Everything that an environment variable could switch on is switched off here.
-    _, url, _ = blocks.queue(api_open=False, max_size=32).launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        inbrowser=False,
-        inline=False,
-        share=False,
-        debug=False,
-        show_error=False,
-        allowed_paths=[],
-        max_file_size=1,
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        root_path="",
-        app_kwargs={"middleware": [Middleware(Guard, hosts=hosts_of(host))]},
-        theme=gradio.themes.Default(font=sans, font_mono=mono),  # no fonts from elsewhere
-        css=STYLE,
-    )
-    return Server(url, blocks)
 
 
 def build(session: LabSession, about: str) -> Any:

@@ -12,7 +12,7 @@ from conftest import make_llama, make_tokenizer, tiny_hparams
 
 from kne_easyedit import cli
 from kne_easyedit.cli import lab
-from kne_easyedit.lab import page
+from kne_easyedit.lab import page, server
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def no_page(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(page, "require_gradio", lambda: None)
     monkeypatch.setattr(
-        page, "serve", lambda session, about, host, port: asked.append((about, host, port)) or Nothing()
+        server, "serve", lambda session, about, host, port: asked.append((about, host, port)) or Nothing()
     )
     monkeypatch.setattr(lab, "_wait", lambda: None)
     return asked

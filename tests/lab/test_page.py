@@ -16,7 +16,7 @@ from kne_easyedit.cli.common import shipped
 from kne_easyedit.edits.store import EditStore
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.lab import session
-from kne_easyedit.lab.page import serve
+from kne_easyedit.lab.server import serve
 from kne_easyedit.lab.session import LabSession
 from kne_easyedit.models.loading import load_model
 
