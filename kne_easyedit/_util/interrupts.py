@@ -10,18 +10,45 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_HELD = threading.local()  # signals come to the main thread alone: other threads find nothing here
+_HELD = threading.local()  # signals come to the main thread alone: other threads find no handler here
+
+
+class Stopped(KeyboardInterrupt):
+    """What `stoppable` code was doing was stopped; it is cleaned up after as after Ctrl-C."""
 
 
 def safe_point() -> None:
-    """Passes a SIGINT that came in the meantime to the previous handler, which may raise KeyboardInterrupt here."""
+    """Passes a SIGINT that came in the meantime to the previous handler, which may raise KeyboardInterrupt here.
+
+    Raises:
+        Stopped: It is inside a `stoppable` that is to stop.
+    """
     outermost = getattr(_HELD, "outermost", None)
     if outermost is not None:
         outermost.deliver()
+    wanted = getattr(_HELD, "stop_wanted", None)
+    if wanted is not None and wanted():
+        raise Stopped("stopped")
+
+
+@contextmanager
+def stoppable(wanted: Callable[[], bool]) -> Iterator[None]:
+    """Inside, in this thread, a `safe_point` raises `Stopped` as soon as it is wanted: Ctrl-C for threads.
+
+    Args:
+        wanted: Whether to stop; another thread may decide it.
+    """
+    before = getattr(_HELD, "stop_wanted", None)
+    _HELD.stop_wanted = wanted
+    try:
+        yield
+    finally:
+        _HELD.stop_wanted = before
 
 
 class defer_interrupts:

@@ -23,6 +23,11 @@ def printable(value: object) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
 
 
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as a percentage with two digits; "-" for None."""
+    return "-" if share is None else f"{share:.2%}"
+
+
 def require_one_of(name: str, value: object, known: Collection[str]) -> None:
     """Raises ValueError, with the nearest valid name, if ``value`` of the setting ``name`` is not one of ``known``."""
     if not isinstance(value, str) or value not in known:

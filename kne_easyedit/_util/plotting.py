@@ -24,14 +24,19 @@ def new_figure(**settings: Any) -> Any:
     return Figure(**settings)
 
 
-def write_figure(figure: Any, path: str | Path, title: str) -> None:
-    """Writes a figure as PNG, atomically. None of its texts is parsed as a formula: data may hold dollar signs."""
+def entitle(figure: Any, title: str) -> None:
+    """Gives a finished figure its title. None of its texts is parsed as a formula: data may hold dollar signs."""
     from matplotlib.text import Text
 
     if title:
         figure.suptitle(title, color=INK)
     for text in figure.findobj(Text):
         text.set_parse_math(False)
+
+
+def write_figure(figure: Any, path: str | Path, title: str) -> None:
+    """Writes a figure with its title (`entitle`) as PNG, atomically."""
+    entitle(figure, title)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
     atomic_write(Path(path), image.getvalue())

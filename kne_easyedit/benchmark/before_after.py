@@ -8,6 +8,7 @@ from typing import Any
 
 from kne_easyedit.benchmark.answers import SHOWN, first_word
 from kne_easyedit.benchmark.asking import askable, continuations, probabilities
+from kne_easyedit.editing.applying import with_edits
 from kne_easyedit.editing.own_neighbours import own_pool
 from kne_easyedit.facts.encoding import SEPARATOR, Fact, Tokenizer, chat_prompt, encode, natural
 from kne_easyedit.facts.neighbours import FactPool, packaged_pool, run_exclusions
@@ -145,6 +146,30 @@ def answers_to(model: Any, tokenizer: Tokenizer, prompts: Sequence[str], length:
             raise ValueError(f"prompt: {prompt[:60]!r} has {tokens} tokens; {room}")
     found = continuations(model, tokenizer, prompts, length)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+
+
+def without_and_with_edits(
+    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], length: int, *, chat: bool = False
+) -> list[tuple[str, str]]:
+    """The beginnings of a model's greedy answers, without any edit and with those that it has.
+
+    Args:
+        model: The model; it is left as it is.
+        tokenizer: Its tokenizer.
+        prompts: What is asked.
+        length: Tokens of an answer at most.
+        chat: Put prompts into the tokenizer's chat template.
+
+    Returns:
+        Both answers to each prompt.
+
+    Raises:
+        ValueError: A prompt has no tokens, or leaves no room for an answer; there is no template.
+    """
+    asked = [chat_prompt(tokenizer, one) if chat else natural(one) for one in prompts]
+    with with_edits(model, ()):
+        before = answers_to(model, tokenizer, asked, length)
+    return list(zip(before, answers_to(model, tokenizer, asked, length)))
 
 
 def kept(before: str, after: str) -> bool:

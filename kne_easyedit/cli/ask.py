@@ -28,9 +28,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> int:
-    from kne_easyedit.benchmark.before_after import answers_to
-    from kne_easyedit.editing.applying import with_edits
-    from kne_easyedit.facts.encoding import chat_prompt, natural
+    from kne_easyedit.benchmark.before_after import without_and_with_edits
 
     edits = open_edits(arguments.edit)
     model, tokenizer = load_base(edits, arguments)
@@ -38,11 +36,8 @@ def _ask(arguments: argparse.Namespace) -> int:
         print(printable(edits.note))
 
     def ask(prompts: Sequence[str]) -> None:
-        asked = [chat_prompt(tokenizer, one) if arguments.chat else natural(one) for one in prompts]
-        with with_edits(model, ()):
-            before = answers_to(model, tokenizer, asked, arguments.tokens)
-        after = answers_to(model, tokenizer, asked, arguments.tokens)
-        for prompt, *answers in zip(prompts, before, after):
+        found = without_and_with_edits(model, tokenizer, prompts, arguments.tokens, chat=arguments.chat)
+        for prompt, answers in zip(prompts, found):
             was, now = (printable(answer) or "(ends at once)" for answer in answers)
             print(f"\n{printable(prompt)}")
             print_rows([("", "before", "after"), ("", was, now)])

@@ -69,8 +69,8 @@ def _edit(arguments: argparse.Namespace) -> int:
     from kne_easyedit.cli.side_by_side import FACTS, print_questions
     from kne_easyedit.editing.edit import apply_kne_to_model
     from kne_easyedit.editing.kne_edit import KNEEdit
+    from kne_easyedit.edits.on_top import localized_and_applied
     from kne_easyedit.edits.store import EDITS_FOLDER
-    from kne_easyedit.localization.localizer import find_ensemble
     from kne_easyedit.models.loading import load_model
 
     store = _store(arguments)
@@ -78,9 +78,7 @@ def _edit(arguments: argparse.Namespace) -> int:
     hparams = load_settings(arguments, of_the_paper() if arguments.paper else {})
     model, tokenizer = load_model(hparams)
     if store is not None:
-        if hparams.localization_data is not None:
-            find_ensemble(model, tokenizer, requests, hparams)  # on the base, as in one process; it is reused
-        store.apply(model)
+        localized_and_applied(store, model, tokenizer, requests, hparams)
     questions = Questions(
         model,
         tokenizer,

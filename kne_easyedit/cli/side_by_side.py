@@ -6,7 +6,7 @@ import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from kne_easyedit._util.messages import printable
+from kne_easyedit._util.messages import percent, printable
 from kne_easyedit.benchmark.answers import one_line
 from kne_easyedit.benchmark.before_after import Question, Questions, Said, kept
 
@@ -21,9 +21,9 @@ def print_questions(questions: Questions, before: Mapping[Question, Said], after
         was, now = before[fact], after[fact]
         print(f"\n{printable(fact.prompt)}  ->  {printable(fact.new.target)}")
         rows = [("", "before", "after"), ("answer", one_line(was.answer), one_line(now.answer))]
-        rows.append((f"P({fact.new.target})", _percent(was.new), _percent(now.new)))
+        rows.append((f"P({fact.new.target})", percent(was.new), percent(now.new)))
         if fact.old is not None:
-            rows.append((f"P({fact.old.target})", _percent(was.old), _percent(now.old)))
+            rows.append((f"P({fact.old.target})", percent(was.old), percent(now.old)))
         print_rows(rows)
         if neighbours:
             print("  neighbours, which one fact's edit should leave alone:")
@@ -51,7 +51,3 @@ def print_rows(rows: Sequence[tuple[str, str, str]], indent: int = 2) -> None:
         for number in range(max(map(len, cells))):
             parts = [cell[number] if number < len(cell) else "" for cell in cells]
             print(f"{' ' * indent}{parts[0]:<{first}} | {parts[1]:<{second}} | {parts[2]}".rstrip())
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2%}"

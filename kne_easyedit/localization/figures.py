@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from kne_easyedit._util.plotting import ACCENT, DARK, GRID, INK, new_figure, write_figure
+from kne_easyedit._util.plotting import ACCENT, DARK, GRID, INK, entitle, new_figure, write_figure
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.explain import Explanation
 
@@ -33,6 +34,25 @@ def draw_ensemble(
         ImportError: matplotlib is missing; the message says how to install it.
         OSError: The file cannot be written.
     """
+    write_figure(_ensemble_figure(ensemble, halves), path, title)
+
+
+def ensemble_figure(ensemble: NeuronEnsemble, title: str = "") -> Any:
+    """The picture of `draw_ensemble` as a figure of matplotlib: no file is written.
+
+    Args:
+        ensemble: The ensemble.
+        title: Its title.
+
+    Raises:
+        ImportError: matplotlib is missing; the message says how to install it.
+    """
+    figure = _ensemble_figure(ensemble, None)
+    entitle(figure, title)
+    return figure
+
+
+def _ensemble_figure(ensemble: NeuronEnsemble, halves: tuple[NeuronEnsemble, NeuronEnsemble] | None) -> Any:
     counts = ensemble.counts()
     layers = max(len(found) for found in counts.values())
     figure = new_figure(figsize=(11, len(counts) * max(3.2, 0.17 * layers + 1.4)), layout="constrained")
@@ -64,7 +84,7 @@ def draw_ensemble(
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_axisbelow(True)
             axis.grid(axis="y", color=GRID, linewidth=0.6)
-    write_figure(figure, path, title)
+    return figure
 
 
 def draw_explanation(found: Explanation, path: str | Path, title: str = "") -> None:
