@@ -79,7 +79,7 @@ $(READY): setup.cfg .ci/constraints.txt .ci/lab.txt .ci/oldest.txt
 	touch $@
 
 # More extras for the same environment. --no-warn-conflicts: EasyEdit's pins of 2023 are no news.
-$(READY)-test: EXTRAS := examples scripts test
+$(READY)-test: EXTRAS := examples quantised scripts test
 $(READY)-%: EXTRAS = $*
 $(READY)-%: $(READY)
 	$(PYTHON) .ci/requirements.py $(EXTRAS) > $(VENV)/$*.txt

@@ -17,12 +17,22 @@ from kne_easyedit.models.layer_kinds import is_bitsandbytes
 _NOT_IN_CONFIG = ("_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype")
 
 
+_REWRITTEN = ("absmax", "quant_state")
+"""Parts of the names of what a pass rewrites: on CPUs that multiply bfloat16, bitsandbytes packs 4-bit weights for passes
+without gradients, and rounds their scales. Unpacked, the numbers are what they were, the scales are not."""
+
+
 def quantisation_states(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What layers of bitsandbytes keep beside their packed weights, and what is neither a parameter nor a buffer."""
+    """What layers of bitsandbytes keep beside their packed weights, and what is neither a parameter nor a buffer.
+
+    Without the scales of 4-bit weights (`_REWRITTEN`): these are told by their numbers, and by the values that these
+    stand for.
+    """
     for name, module in model.named_modules():
         if is_bitsandbytes(module):
             for key, value in module.state_dict().items():
-                if isinstance(value, Tensor) and key not in ("weight", "bias"):
+                rewritten = any(part in key for part in _REWRITTEN)
+                if isinstance(value, Tensor) and key not in ("weight", "bias") and not rewritten:
                     yield f"{name}.{key}", value
 
 
