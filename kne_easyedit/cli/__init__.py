@@ -29,6 +29,7 @@ from kne_easyedit.cli import (
     report,
     run,
     show,
+    study,
     summarize,
 )
 
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         easyedit_run,
         summarize,
         report,
+        study,
         localize,
         explain,
         cache,
