@@ -1,7 +1,8 @@
-"""The paper's four studies (sections 4.3 to 4.6) as values: what is swept, in which series, and each point's settings.
+"""The paper's four studies (sections 4.3 to 4.6) as values: what is swept, in which series, each point's settings.
 
-A point is a label and overrides of the benchmark's configuration: its job is one of `config.job_of`, and its results are
-lines like all others. A label is ``METHOD-SERIES@VALUE``, of a further draw of facts or rows ``METHOD-SERIES.DRAW@VALUE``.
+A point is a label and overrides of the benchmark's configuration: its job is one of `config.job_of`, and its results
+are lines like all others. A label is ``METHOD-SERIES@VALUE``; of a further draw of facts or rows it is
+``METHOD-SERIES.DRAW@VALUE``.
 """
 
 from __future__ import annotations

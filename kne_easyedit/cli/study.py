@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> None:
     """Adds the command to the parser's subcommands."""
     parser = commands.add_parser(
         "study",
-        help="one of the paper's studies as curves: where knowledge sits, how many facts, how many rows, how many edits",
+        help="a study of the paper as curves: where knowledge sits, how many facts, how many rows, how many edits",
     )
     parser.add_argument("study", choices=STUDIES, help="; ".join(f"{s.name}: {s.title}" for s in STUDIES.values()))
     parser.add_argument(
@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--records", type=positive, default=RECORDS, help="records a point (default %(default)s)")
     parser.add_argument("--offset", type=int, help="first record (default: that of the data set, 0 of a file)")
-    parser.add_argument("--localization-data", help="facts to localise on (default: those of the data set, or settings)")
+    parser.add_argument("--localization-data", help="facts to localise on (default: the data set's, or the settings')")
     parser.add_argument("--localization-size", type=positive, help="how many of them, in studies that do not sweep it")
     parser.add_argument("--values", help="comma-separated values of the axis (default: the paper's)")
     parser.add_argument("--draws", type=positive, help="draws of facts (facts: 3) or of random rows (share: 1)")
@@ -253,7 +253,7 @@ def _run_all(jobs: Sequence[Mapping[str, Any]], folder: Path, out: Path) -> int:
             continue
         finally:
             _note(out / TIMES, label, _done(settings) - done, time.perf_counter() - start)
-        found |= summary["methods"]
+        found |= {name: {**its, **(its.get("retention") or [{}])[-1]} for name, its in summary["methods"].items()}
         for complaint in summary["skipped"]:
             print(f"skipped: {complaint}")
     if found:

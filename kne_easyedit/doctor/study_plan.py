@@ -70,9 +70,7 @@ def ground_of(settings: Mapping[str, Any], hparams_folder: Path) -> Ground:
 
 
 def _facts(hparams: KNEHyperParams, file: str, edited: range) -> range:
-    """Numbers of the facts that may be localised on, from the settings' first one: up to the records that are edited, if
-    they are of the same file.
-    """
+    """Numbers of the facts that may be localised on, from the settings' first one; none that is edited."""
     first = hparams.localization_offset
     there = len(read_records(str(hparams.localization_data)))
     if str(hparams.localization_data) != str(file):

@@ -1,0 +1,166 @@
+"""The report of studies: Markdown, the same as a self-contained HTML page, pictures, all numbers as JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kne_easyedit._util.files import atomic_write
+from kne_easyedit._util.markdown import literal, table_of_rows
+from kne_easyedit.benchmark.intervals import Interval
+from kne_easyedit.benchmark.markdown_report import setting, what_was_run
+from kne_easyedit.benchmark.publish import page
+from kne_easyedit.benchmark.study_figures import draw_study, few_points
+from kne_easyedit.benchmark.study_findings import checks, findings, verdict
+from kne_easyedit.benchmark.study_numbers import BY_KEY, FEW, Cell, Curves, StudyResults, as_rows, overlaps
+
+
+def publish_studies(results: StudyResults, folder: Path, title: str = "The paper's studies") -> Path:
+    """Writes ``studies.md``, ``studies.html``, ``studies.json``, ``studies.csv`` and the pictures.
+
+    Args:
+        results: The curves.
+        folder: Where the files are written.
+        title: Of the report.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ImportError: If matplotlib, scipy or markdown-it-py is missing.
+    """
+    pictures: dict[str, str] = {}
+    parts = [f"# {literal(title)}", setting(results.found), _HEAD]
+    content = []
+    for curves in results.curves:
+        name = f"{curves.study.name}-{curves.method}-{curves.data}.png"
+        draw_study(curves, folder / name)
+        pictures[name] = (
+            f"{curves.study.title}: {curves.method} on {curves.data}, means with 95 % intervals over records"
+            f"{' and draws' if any(cell.draws > 1 for cell in curves.cells.values()) else ''}."
+        )
+        of_ensembles = overlaps(results, curves)
+        parts += _section(curves, f"![{literal(pictures[name])}]({name})", of_ensembles)
+        content.append(_as_json(curves, of_ensembles))
+    parts += ["## What was run", what_was_run(results.found)]
+    text = "\n\n".join(parts) + "\n"
+    rows = as_rows(results)
+    atomic_write(folder / "studies.md", text)
+    atomic_write(folder / "studies.html", page(text, title, folder, pictures))
+    atomic_write(folder / "studies.json", json.dumps({"studies": content, "points": rows}, indent=1) + "\n")
+    atomic_write(folder / "studies.csv", _csv(rows))
+    return folder / "studies.html"
+
+
+_HEAD = (
+    f"Means with 95 % bootstrap intervals over records (10,000 resamples); where a point has several draws (of facts,"
+    f" rows or seeds), records and draws are both drawn. Differences are paired over the records that both points have."
+    f" A point of fewer than {FEW} records is drawn hollow, and nothing is concluded from it. Intervals are not"
+    f" corrected for the number of comparisons. Verdicts and sentences are made from the figures."
+)
+
+
+def _section(curves: Curves, picture: str, of_ensembles: list[dict[str, Any]]) -> list[str]:
+    study, found = curves.study, checks(curves)
+    parts = [
+        f"## {study.title}: {literal(curves.method)} on {literal(curves.data)}",
+        f"**The paper (section {study.section}):** {study.claim}. **Here: {verdict(found)}.**",
+        "\n".join(f"- {literal(check.sentence)}" for check in found),
+        picture,
+    ]
+    if few := few_points(curves):
+        parts.append(f"Hollow, for they have fewer than {FEW} records: {literal('; '.join(few))}.")
+    if study.name == "batch":
+        parts.append(
+            "Facts of one batch share an edit: an interval over records says what other facts would have given, not"
+            " what other batches would have. A sequence's facts are all asked after its last edit."
+        )
+    if sentences := findings(curves):
+        parts += ["What was found:", "\n".join(f"- {literal(sentence)}." for sentence in sentences)]
+    parts.append(_table(curves))
+    if of_ensembles:
+        parts += [
+            "How alike the ensembles are (Dice: shared rows over the mean number of rows):",
+            _overlap(of_ensembles),
+        ]
+    return parts
+
+
+def _table(curves: Curves) -> str:
+    keys = curves.keys
+    head = ["series", "value", *(BY_KEY[key].short for key in keys), "records", "draws", "rows", "of all parameters"]
+    rows = [
+        [
+            literal(curves.study.series[cell.series]),
+            literal(cell.value),
+            *(_shown(cell, key) for key in keys),
+            str(cell.records),
+            str(cell.draws),
+            "-" if cell.rows is None else f"{cell.rows:.0f}",
+            "-" if cell.share is None else f"{cell.share:.2%}",
+        ]
+        for cell in curves.cells.values()
+    ]
+    return table_of_rows([head, *rows])
+
+
+def _shown(cell: Cell, key: str) -> str:
+    value = cell.mean(key)
+    if value is None:
+        return "-"
+    if key == "seconds_per_edit":
+        return f"{value.mean:.2f}"
+    return f"{value.mean:.1f} [{value.low:.1f}, {value.high:.1f}]"
+
+
+def _overlap(found: list[dict[str, Any]]) -> str:
+    head = ["facts", "rows", "with that of the most facts", "of draws with each other", "by chance"]
+    names = ("with_most", "between_draws", "by_chance")
+    return table_of_rows(
+        [
+            head,
+            *(
+                [
+                    str(its["facts"]),
+                    f"{its['rows']:.0f}",
+                    *("-" if its[name] is None else f"{its[name]:.2f}" for name in names),
+                ]
+                for its in found
+            ),
+        ]
+    )
+
+
+def _as_json(curves: Curves, of_ensembles: list[dict[str, Any]]) -> dict[str, Any]:
+    found = checks(curves)
+    return {
+        "study": curves.study.name,
+        "section": curves.study.section,
+        "data": curves.data,
+        "method": curves.method,
+        "claim": curves.study.claim,
+        "verdict": verdict(found),
+        "checks": [
+            {"text": its.text, "verdict": its.verdict, "sign": its.sign, "border": its.border, **_plain(its.interval)}
+            for its in found
+        ],
+        "findings": findings(curves),
+        "overlap": of_ensembles,
+    }
+
+
+def _plain(value: Interval | None) -> dict[str, Any]:
+    return dict.fromkeys(("mean", "low", "high", "records")) if value is None else asdict(value)
+
+
+def _csv(rows: list[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
