@@ -14,8 +14,10 @@ from kne_easyedit.metrics import PERCENT
 
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 """Colour and marker of each series: colours that colour-blind readers can tell apart (Okabe and Ito)."""
-COLUMNS = 4
+COLUMNS = 3
 """Panels in a row."""
+NARROW = 4.0
+"""Percentage points that an axis spans at least."""
 
 
 def draw_study(curves: Curves, path: Path) -> None:
@@ -37,10 +39,12 @@ def draw_study(curves: Curves, path: Path) -> None:
     for axis, key in zip(axes, keys):
         (_draw_names if curves.study.named else _draw_numbers)(axis, curves, key)
         _finish(axis, curves, key)
+    if curves.study.named:
+        axes[0].legend(frameon=False, fontsize=8, loc="best")
     for axis in axes[len(keys) :]:
         axis.set_visible(False)
-    figure.draw_without_rendering()  # labels are put where the curves end on the finished axes
-    if not curves.study.named:
+    if len(curves.series) > 1 and not curves.study.named:
+        figure.draw_without_rendering()  # labels are put where the curves end on the finished axes
         for axis, key in zip(axes, keys):
             _label_ends(axis, curves, key)
     write_figure(figure, path, "")
@@ -73,7 +77,10 @@ def _draw_numbers(axis: Any, curves: Curves, key: str) -> None:
     percent = "share" in curves.series or "random" in curves.series
     axis.set_xticks(values, [f"{100 * value:g}" if percent else f"{value:g}" for value in values], fontsize=7)
     axis.minorticks_off()
-    axis.margins(x=0.08)
+    axis.margins(x=0.06)
+    if len(curves.series) > 1 and len(values) > 1:  # room for the names at the ends
+        low, high = axis.get_xlim()
+        axis.set_xlim(low, high * (high / low) ** 0.22 if curves.study.logarithmic else high + 0.22 * (high - low))
     axis.set_xlabel(f"{curves.study.axis}{', %' if percent else ''} (logarithmic)", fontsize=9)
 
 
@@ -84,14 +91,10 @@ def _draw_names(axis: Any, curves: Curves, key: str) -> None:
         cells = curves.of(name)
         shift = 0.0 if name == "depth" else 0.16 * (series.index(name) - (len({*series} - {"depth"}) - 1) / 2)
         _draw_points(axis, [names.index(cell.value) + shift for cell in cells], cells, key, _style(curves, name))
-        if cells:  # the label stands in the series' colour above its first point
-            first = next((cell for cell in cells if cell.mean(key)), None)
-            if first is not None:
-                colour, marker = _style(curves, name)
-                axis.plot([], [], marker, color=colour, label=curves.study.series[name])
+        colour, marker = _style(curves, name)
+        axis.plot([], [], marker, color=colour, label=curves.study.series[name])
     axis.set_xticks(range(len(names)), names, fontsize=8, rotation=20, ha="right")
     axis.set_xlim(-0.6, len(names) - 0.4)
-    axis.legend(frameon=False, fontsize=8, loc="best")
 
 
 def _finish(axis: Any, curves: Curves, key: str) -> None:
@@ -99,11 +102,22 @@ def _finish(axis: Any, curves: Curves, key: str) -> None:
     less = " (less is better)" if metric.better == "down" else ""
     unit = "%" if metric.unit == PERCENT else metric.unit
     axis.set_title(f"{metric.short}: {metric.label}, {unit}{less}", fontsize=9, color=INK)
-    if key in curves.before:
-        value = curves.before[key]
-        axis.axhline(value, color="#777777", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    low, high = axis.get_ylim()
+    if metric.unit == PERCENT and high - low < NARROW:  # noise must not look like a mountain
+        low, high = (low + high - NARROW) / 2, (low + high + NARROW) / 2
+        axis.set_ylim(low, high)
+    if (value := curves.before.get(key)) is not None:
+        near = 1.5 * low - 0.5 * high < value < 1.5 * high - 0.5 * low
+        if near:  # else the line would press all points together
+            axis.axhline(value, color="#777777", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        place = (0.01, value) if near else (0.01, 0.01)
         axis.annotate(
-            "no edit", (0.01, value), xycoords=axis.get_yaxis_transform(), fontsize=7, color="#555555", va="bottom"
+            "no edit" if near else f"no edit: {value:.1f}",
+            place,
+            xycoords=axis.get_yaxis_transform() if near else "axes fraction",
+            fontsize=7,
+            color="#555555",
+            va="bottom",
         )
     axis.tick_params(axis="y", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
@@ -112,25 +126,23 @@ def _finish(axis: Any, curves: Curves, key: str) -> None:
 
 
 def _label_ends(axis: Any, curves: Curves, key: str) -> None:
-    """The name of each series at the right end of its curve, moved apart where they would cover each other."""
+    """The name of each series behind the right end of its curve, moved apart where they would cover each other."""
     ends = []
     for series in curves.series:
         cells = [cell for cell in curves.of(series) if cell.mean(key)]
         if cells and (value := cells[-1].mean(key)):
-            place = axis.transData.transform((float(cells[-1].value), value.mean))
-            ends.append([place[1], place[0], series])
+            x, y = axis.transData.transform((float(cells[-1].value), value.mean))
+            ends.append([y, x, series])
     ends.sort()
-    apart = 14 * axis.figure.dpi / 100
+    apart = 0.13 * axis.figure.dpi
     for one, other in pairwise(ends):
         other[0] = max(other[0], one[0] + apart)
     for y, x, series in ends:
-        at = axis.transData.inverted().transform((x, y))
         axis.annotate(
-            curves.study.series[series],
-            (at[0], at[1]),
-            xytext=(-7, 7),
+            curves.study.series[series].partition(",")[0],
+            axis.transData.inverted().transform((x, y)),
+            xytext=(7, -3),
             textcoords="offset points",
-            ha="right",
             fontsize=8,
             color=_style(curves, series)[0],
             annotation_clip=False,

@@ -22,6 +22,7 @@ from kne_easyedit.benchmark.study_numbers import (
     combine,
     difference,
     differences,
+    enough,
     mean_difference,
     over,
     slope,
@@ -113,7 +114,8 @@ def lead(one: str, other: str, key: str, value: Interval | None) -> str | None:
         if (value.low > 0) == less:
             one, other = other, one
         by, *ends = abs(value.mean), *sorted((abs(value.low), abs(value.high)))
-        return f"{one} leads {other} in {short(key)} by {by:.1f} [{ends[0]:.1f}, {ends[1]:.1f}]" + (
+        leads = "lead" if one.endswith(("facts", "rows", "activation")) else "leads"
+        return f"{one} {leads} {other} in {short(key)} by {by:.1f} [{ends[0]:.1f}, {ends[1]:.1f}]" + (
             " (less is better)" if less else ""
         )
     return f"{one} and {other} cannot be told apart in {short(key)}: {shown(value)}"
@@ -190,12 +192,14 @@ def _of_shares(curves: Curves) -> Iterator[str]:
 def _against(curves: Curves, other: str, key: str) -> Iterator[str]:
     """Localised rows against others of the same number, over all shares that both have."""
     pairs = [
-        (cell, curves.cells[other, cell.value]) for cell in curves.of("share") if (other, cell.value) in curves.cells
+        (cell, curves.cells[other, cell.value])
+        for cell in enough(curves.of("share"))
+        if (other, cell.value) in curves.cells
     ]
     tables = [differences(one.values(key), two.values(key)) for one, two in pairs]
     shared = [its for its in tables[0] if all(its in table for table in tables)] if tables else []
     found = over({its: fmean(table[its] for table in tables) for its in shared})
-    where = f"mean over {', '.join(named(one) for one, _ in pairs)}"
+    where = f"mean over {len(pairs)} shares, {named(pairs[0][0])} to {named(pairs[-1][0])}" if pairs else ""
     what = {"random": "random rows", "step": "rows by gradient times activation"}[other]
     if sentence := lead("localised rows", what, key, found):
         sure = [
@@ -203,7 +207,7 @@ def _against(curves: Curves, other: str, key: str) -> Iterator[str]:
             for one, two in pairs
             if (its := difference(one, two, key)) and its.records >= FEW and (its.low > 0 or its.high < 0)
         ]
-        alone = f"; told apart at {', '.join(sure)}" if sure else ""
+        alone = f"; told apart at {'each' if len(sure) == len(pairs) else ', '.join(sure)}" if sure else ""
         yield f"{sentence} ({where}{alone})"
 
 
@@ -257,9 +261,9 @@ def _location(curves: Curves) -> Iterator[Check]:
 
 def _facts(curves: Curves) -> Iterator[Check]:
     cells = curves.of("facts")
-    enough = next((cell for cell in cells if int(cell.value) == ENOUGH), None)
+    chosen = next((cell for cell in cells if int(cell.value) == ENOUGH), None)
     most = cells[-1] if cells and int(cells[-1].value) > ENOUGH else None
-    value = difference(enough, most, OVERALL) if enough and most else None
+    value = difference(chosen, most, OVERALL) if chosen and most else None
     names = f"{ENOUGH} facts minus {named(most) if most else 'more'} in {short(OVERALL)}"
     yield Check(f"{names}, as good if it is above {-MARGIN:+g}", value, 1, -MARGIN)
     yield Check(f"{names}, more conflict if it is above 0", value, 1)

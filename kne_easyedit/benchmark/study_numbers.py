@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy
 
-from kne_easyedit.benchmark.collect import Collection, collect
+from kne_easyedit.benchmark.collect import Collection
 from kne_easyedit.benchmark.intervals import Interval, crossed
-from kne_easyedit.benchmark.labels import data_name
-from kne_easyedit.benchmark.store import read_lines
-from kne_easyedit.benchmark.studies import STUDIES, Place, Study, place_of
-from kne_easyedit.benchmark.tables import unedited
+from kne_easyedit.benchmark.studies import Place, Study
+from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.metrics import METRICS, Metric
 
 KEYS = (
@@ -81,11 +79,19 @@ class Cell:
 
     def mean(self, key: str) -> Interval | None:
         """The mean over records and draws with its interval; of seconds the median without one. None without values."""
-        values = self.values(key)
-        if key == "seconds_per_edit" and values:
-            middle = median(values.values())
-            return Interval(middle, middle, middle, self.records)
-        return over(values)
+        if key not in self._means:
+            values = self.values(key)
+            if key == "seconds_per_edit" and values:
+                middle = median(values.values())
+                self._means[key] = Interval(middle, middle, middle, self.records)
+            else:
+                self._means[key] = over(values)
+        return self._means[key]
+
+    @cached_property
+    def _means(self) -> dict[str, Interval | None]:
+        """What `mean` has computed: pictures, tables and sentences ask for the same."""
+        return {}
 
 
 BY_KEY: Mapping[str, Metric] = {metric.key: metric for metric in METRICS}
@@ -128,142 +134,6 @@ class StudyResults:
     """Data set and label -> the file of the ensemble."""
 
 
-def read_studies(paths: Iterable[str | Path]) -> StudyResults:
-    """The curves in the results of any number of jobs.
-
-    Args:
-        paths: As for `collect.collect`.
-
-    Raises:
-        FileNotFoundError: If a path does not exist.
-        ValueError: As `collect.collect`; or if no label is that of a study's point.
-    """
-    paths = [Path(path) for path in paths]
-    found = collect(paths)
-    labels = {label: place for label in found.methods if (place := place_of(label))}
-    if not labels:
-        raise ValueError(
-            f"results: no label in {', '.join(map(str, paths))} is that of a study's point (SERIES@VALUE, as "
-            f"`kne study` writes them); without --study the report takes any labels"
-        )
-    retained, ensembles = _beside(paths)
-    described = {
-        (data_name(Path(manifest["data"]["name"]).stem), method): its
-        for manifest in found.manifests
-        for method, its in manifest["localization"].items()
-    }
-    modules = {
-        method: settings.get("target_modules")
-        for manifest in found.manifests
-        for method, settings in manifest["methods"].items()
-    }
-    groups: dict[tuple[str, str, str], dict[tuple[str, str], list[tuple[Place, str]]]] = {}
-    for data in found.data_sets:
-        for label, place in labels.items():
-            if found.of(data, label):
-                of = groups.setdefault((place.study.name, data, place.method), {})
-                of.setdefault((place.series, place.value), []).append((place, label))
-    order = list(STUDIES)
-    curves = []
-    for name, data, method in sorted(groups, key=lambda its: (order.index(its[0]), found.data_sets.index(its[1]), its)):
-        study = STUDIES[name]
-        cells = {}
-        for place in _ordered(study, groups[name, data, method]):
-            members = groups[name, data, method][place]
-            cells[place] = _cell(found, data, members, retained, described, modules)
-        before = {
-            metric.key: value
-            for metric in METRICS
-            if metric.key in ("edit_success", "portability", "fluency")
-            and (value := metric.summarize(unedited(_only(found, members_of(groups[name, data, method])), data)))
-            is not None
-        }
-        curves.append(Curves(study, data, method, cells, before))
-    return StudyResults(found, tuple(curves), ensembles)
-
-
-def members_of(group: Mapping[tuple[str, str], Sequence[tuple[Place, str]]]) -> set[str]:
-    """The labels of a group of points."""
-    return {label for members in group.values() for _, label in members}
-
-
-def _only(found: Collection, labels: set[str]) -> Collection:
-    return Collection(tuple(line for line in found.lines if line["method"] in labels), found.manifests)
-
-
-def _ordered(study: Study, points: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """By series, then by value: numbers by size, names as they were run."""
-    series = list(study.series)
-    points = list(points)
-    if study.named:
-        return sorted(points, key=lambda its: series.index(its[0]))
-    return sorted(points, key=lambda its: (series.index(its[0]), _number(its[1])))
-
-
-def _number(value: str) -> float:
-    try:
-        return float(value)
-    except ValueError as error:
-        raise ValueError(f"method.label: {value!r} behind @ is no number; a study over numbers needs one") from error
-
-
-def _beside(paths: Sequence[Path]) -> tuple[dict[tuple[str, str, object], list[dict]], dict[tuple[str, str], Path]]:
-    """What stands beside the result lines: lines of sequences' facts asked again, and files of ensembles."""
-    retained: dict[tuple[str, str, object], list[dict]] = {}
-    ensembles: dict[tuple[str, str], Path] = {}
-    folders = [
-        file.parent for path in paths for file in (sorted(path.rglob("results.jsonl")) if path.is_dir() else [path])
-    ]
-    for folder in folders:
-        lines = [line for _, line in read_lines(folder / "results.jsonl")]
-        own = {(data_name(str(line.get("data") or "")), str(line["method"]), line.get("seed")) for line in lines}
-        again = [line for _, line in read_lines(folder / "retention.jsonl")]
-        for data, method, seed in own:
-            retained.setdefault((data, method, seed), []).extend(its for its in again if its.get("method") == method)
-            if (file := folder / f"ensemble-{method}.json").is_file():
-                ensembles.setdefault((data, method), file)
-    return retained, ensembles
-
-
-def _cell(
-    found: Collection,
-    data: str,
-    members: Sequence[tuple[Place, str]],
-    retained: Mapping[tuple[str, str, object], Sequence[Mapping]],
-    described: Mapping[tuple[str, str], Mapping],
-    modules: Mapping[str, Any],
-) -> Cell:
-    from kne_easyedit.models.targets import role_of
-
-    lines: dict[Key, Mapping[str, Any]] = {}
-    for place, label in members:
-        own = found.of(data, label)
-        if place.series == "sequence":
-            at_end = {
-                (seed, line["index"]): line
-                for seed in {its["seed"] for its in own}
-                for line in retained.get((data, label, seed), ())
-                if line.get("after") == int(_number(place.value))
-            }
-            for its in own:
-                if again := at_end.get((its["seed"], its["index"])):
-                    lines[its["record"], its["index"], its["seed"], place.draw] = {
-                        **again,
-                        "seconds": its["seconds"],
-                    }
-        else:
-            lines |= {(its["record"], its["index"], its["seed"], place.draw): its for its in own}
-    place, label = members[0]
-    of = [described[data, its] for _, its in members if (data, its) in described]
-    rows = [its["neurons"] for its in of if isinstance(its.get("neurons"), int)]
-    shares = [its["parameter_share"] for its in of if isinstance(its.get("parameter_share"), float)]
-    named = modules.get(label)
-    role = role_of(str(named[0])) if place.study.named and isinstance(named, list) and len(named) == 1 else None
-    return Cell(
-        place.series, place.value, lines, fmean(rows) if rows else None, fmean(shares) if shares else None, role
-    )
-
-
 def over(values: Mapping[Any, float]) -> Interval | None:
     """The mean of values over records and draws, with its interval; a key is record, number, and what is drawn."""
     return crossed(list(values.values()), [key[:2] for key in values], [key[2:] for key in values])
@@ -299,8 +169,18 @@ def combine(cells: Sequence[Cell], key: str, function: Callable[[Sequence[float]
     return over({its: function([table[its] for table in tables]) for its in shared})
 
 
+def enough(cells: Sequence[Cell]) -> list[Cell]:
+    """The points of enough records; all, if fewer than two have them: what is said of them says so."""
+    found = [cell for cell in cells if not cell.few]
+    return found if len(found) > 1 else list(cells)
+
+
 def slope(cells: Sequence[Cell], key: str) -> Interval | None:
-    """How much a metric changes with every doubling of the value: least squares over the points, record by record."""
+    """How much a metric changes with every doubling of the value: least squares over the points, record by record.
+
+    Points of too few records are left out, or they would take their records from all others.
+    """
+    cells = enough(cells)
     if len(cells) < 2:
         return None
     x = numpy.log2([float(cell.value) for cell in cells])
@@ -315,8 +195,6 @@ def overlaps(results: StudyResults, curves: Curves) -> list[dict[str, Any]]:
         By number of facts: ``facts``, ``rows`` (mean), ``with_most``, ``between_draws`` and ``by_chance`` (Dice
         coefficients in [0, 1], means over draws and pairs), None where there is nothing to compare.
     """
-    from kne_easyedit.localization.ensemble import NeuronEnsemble
-
     loaded: dict[str, list[NeuronEnsemble]] = {}
     for cell in curves.of("facts"):
         draws = sorted({key[3] for key in cell.lines})

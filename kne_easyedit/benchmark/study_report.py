@@ -16,7 +16,7 @@ from kne_easyedit.benchmark.intervals import Interval
 from kne_easyedit.benchmark.markdown_report import setting, what_was_run
 from kne_easyedit.benchmark.publish import page
 from kne_easyedit.benchmark.study_figures import draw_study, few_points
-from kne_easyedit.benchmark.study_findings import checks, findings, verdict
+from kne_easyedit.benchmark.study_findings import Check, checks, findings, verdict
 from kne_easyedit.benchmark.study_numbers import BY_KEY, FEW, Cell, Curves, StudyResults, as_rows, overlaps
 
 
@@ -45,8 +45,10 @@ def publish_studies(results: StudyResults, folder: Path, title: str = "The paper
             f"{' and draws' if any(cell.draws > 1 for cell in curves.cells.values()) else ''}."
         )
         of_ensembles = overlaps(results, curves)
-        parts += _section(curves, f"![{literal(pictures[name])}]({name})", of_ensembles)
-        content.append(_as_json(curves, of_ensembles))
+        claim, sentences = checks(curves), findings(curves)
+        picture = f"![{literal(pictures[name])}]({name})"
+        parts += _section(curves, picture, claim, sentences, of_ensembles)
+        content.append(_as_json(curves, claim, sentences, of_ensembles))
     parts += ["## What was run", what_was_run(results.found)]
     text = "\n\n".join(parts) + "\n"
     rows = as_rows(results)
@@ -65,12 +67,14 @@ _HEAD = (
 )
 
 
-def _section(curves: Curves, picture: str, of_ensembles: list[dict[str, Any]]) -> list[str]:
-    study, found = curves.study, checks(curves)
+def _section(
+    curves: Curves, picture: str, claim: list[Check], sentences: list[str], of_ensembles: list[dict[str, Any]]
+) -> list[str]:
+    study = curves.study
     parts = [
         f"## {study.title}: {literal(curves.method)} on {literal(curves.data)}",
-        f"**The paper (section {study.section}):** {study.claim}. **Here: {verdict(found)}.**",
-        "\n".join(f"- {literal(check.sentence)}" for check in found),
+        f"**The paper (section {study.section}):** {study.claim}. **Here: {verdict(claim)}.**",
+        "\n".join(f"- {literal(check.sentence)}" for check in claim),
         picture,
     ]
     if few := few_points(curves):
@@ -80,7 +84,7 @@ def _section(curves: Curves, picture: str, of_ensembles: list[dict[str, Any]]) -
             "Facts of one batch share an edit: an interval over records says what other facts would have given, not"
             " what other batches would have. A sequence's facts are all asked after its last edit."
         )
-    if sentences := findings(curves):
+    if sentences:
         parts += ["What was found:", "\n".join(f"- {literal(sentence)}." for sentence in sentences)]
     parts.append(_table(curves))
     if of_ensembles:
@@ -136,20 +140,21 @@ def _overlap(found: list[dict[str, Any]]) -> str:
     )
 
 
-def _as_json(curves: Curves, of_ensembles: list[dict[str, Any]]) -> dict[str, Any]:
-    found = checks(curves)
+def _as_json(
+    curves: Curves, claim: list[Check], sentences: list[str], of_ensembles: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "study": curves.study.name,
         "section": curves.study.section,
         "data": curves.data,
         "method": curves.method,
         "claim": curves.study.claim,
-        "verdict": verdict(found),
+        "verdict": verdict(claim),
         "checks": [
             {"text": its.text, "verdict": its.verdict, "sign": its.sign, "border": its.border, **_plain(its.interval)}
-            for its in found
+            for its in claim
         ],
-        "findings": findings(curves),
+        "findings": sentences,
         "overlap": of_ensembles,
     }
 

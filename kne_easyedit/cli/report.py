@@ -39,7 +39,7 @@ def _report(arguments: argparse.Namespace) -> int:
     out = arguments.out or (first if first.is_dir() else first.parent) / "report"
     require_folder(out)
     if arguments.study:
-        from kne_easyedit.benchmark.study_numbers import read_studies
+        from kne_easyedit.benchmark.study_reading import read_studies
         from kne_easyedit.benchmark.study_report import publish_studies
 
         page = publish_studies(read_studies(arguments.results), out, arguments.title or "The paper's studies")

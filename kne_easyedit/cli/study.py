@@ -19,7 +19,8 @@ from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.markdown import markdown_table
 from kne_easyedit._util.settings import EVALUATORS
-from kne_easyedit.benchmark.studies import STUDIES, Plan
+from kne_easyedit.benchmark.studies import STUDIES
+from kne_easyedit.benchmark.study_points import Plan
 from kne_easyedit.cli.common import (
     add_overrides,
     load_settings,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kne_easyedit.benchmark.config import hparams_of, shard_of
-from kne_easyedit.benchmark.studies import Ground, Plan, plan_study
+from kne_easyedit.benchmark.study_points import Ground, Plan, plan_study
 from kne_easyedit.doctor.structure import structure_of
 from kne_easyedit.facts.readers import read_records
 from kne_easyedit.hparams import KNEHyperParams
@@ -28,12 +28,12 @@ def plan_for(
         settings: The configuration, as for `benchmark.config.job_of`.
         hparams_folder: As there.
         study: One of `benchmark.studies.STUDIES`.
-        values: As for `benchmark.studies.plan_study`, and so are the next.
+        values: As for `benchmark.study_points.plan_study`, and so are the next.
         draws: As there.
         sequences: As there.
 
     Raises:
-        ValueError: Names the setting, or as `benchmark.studies.plan_study`.
+        ValueError: Names the setting, or as `benchmark.study_points.plan_study`.
         FileNotFoundError: There is no such file.
     """
     if study == "batch" and shard_of(settings["shard"])[1] > 1:
