@@ -139,7 +139,8 @@ def _of_names(curves: Curves) -> Iterator[str]:
             sign = -1 if BY_KEY[key].better == "down" else 1
             best = max(sign * value for _, value in means)
             firsts = [cell for cell, value in means if sign * value == best]
-            led, not_led = [], []
+            led: list[str] = []
+            not_led: list[str] = []
             for cell, _ in means:
                 found = None if cell in firsts else difference(firsts[0], cell, key)
                 if found is None:
@@ -162,9 +163,9 @@ def _of_names(curves: Curves) -> Iterator[str]:
 
 def _of_facts(curves: Curves) -> Iterator[str]:
     """From how many facts on a metric cannot be told from that of the most, and how 200 do against them."""
-    *fewer, most = curves.of("facts") or [None]
-    if most is None or not fewer:
+    if len(curves.of("facts")) < 2:
         return
+    *fewer, most = curves.of("facts")
     for key in _compared(curves):
         found = [(cell, its) for cell in fewer if (its := difference(cell, most, key))]
         alike = []

@@ -40,15 +40,15 @@ def read_studies(paths: Iterable[str | Path]) -> StudyResults:
         FileNotFoundError: If a path does not exist.
         ValueError: As `collect.collect`; or if no label is that of a study's point.
     """
-    paths = [Path(path) for path in paths]
-    found = collect(paths)
+    given = [Path(path) for path in paths]
+    found = collect(given)
     labels = {label: place for label in found.methods if (place := place_of(label))}
     if not labels:
         raise ValueError(
-            f"results: no label in {', '.join(map(str, paths))} is that of a study's point (SERIES@VALUE, as "
+            f"results: no label in {', '.join(map(str, given))} is that of a study's point (SERIES@VALUE, as "
             f"`kne study` writes them); without --study the report takes any labels"
         )
-    retained, ensembles = _beside(paths)
+    retained, ensembles = _beside(given)
     described = {
         (data_name(Path(manifest["data"]["name"]).stem), method): its
         for manifest in found.manifests
@@ -70,9 +70,9 @@ def read_studies(paths: Iterable[str | Path]) -> StudyResults:
     for name, data, method in sorted(groups, key=lambda its: (order.index(its[0]), found.data_sets.index(its[1]), its)):
         study = STUDIES[name]
         cells = {}
-        for place in _ordered(study, groups[name, data, method]):
-            members = groups[name, data, method][place]
-            cells[place] = _cell(found, data, members, retained, described, modules)
+        for where in _ordered(study, groups[name, data, method]):
+            members = groups[name, data, method][where]
+            cells[where] = _cell(found, data, members, retained, described, modules)
         if study.named:
             cells = dict(sorted(cells.items(), key=lambda its: _place_of_name(study, its[1])))
         before = {

@@ -239,7 +239,8 @@ def _run_all(jobs: Sequence[Mapping[str, Any]], folder: Path, out: Path) -> int:
     from kne_easyedit.benchmark.config import job_of
     from kne_easyedit.metrics import run_columns
 
-    loaded, found, code = None, {}, 0
+    loaded, code = None, 0
+    found: dict[str, dict[str, Any]] = {}
     for number, settings in enumerate(jobs, start=1):
         label = settings["method"]["label"]
         print(f"\npoint {number} of {len(jobs)}: {label}", flush=True)
