@@ -118,10 +118,11 @@ def _configuration(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     atomic_write(file, yaml.safe_dump(content, sort_keys=False))
     paper = read_settings(shipped() / "benchmark" / "method" / "kne.yaml")["settings"] if arguments.paper else {}
     modules = {"target_modules": arguments.modules} if arguments.modules else {}
+    where = {name: overrides.pop(f"localization_{name}", None) for name in ("data", "size", "offset")}
     where = {
-        "file": arguments.localization_data or overrides.pop("localization_data", None),
-        "size": arguments.localization_size or overrides.pop("localization_size", None),
-        "offset": overrides.pop("localization_offset", None),
+        "file": arguments.localization_data or where["data"],
+        "size": arguments.localization_size or where["size"],
+        "offset": where["offset"],
     }
     settings = {
         name: value

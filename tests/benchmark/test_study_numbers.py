@@ -145,7 +145,7 @@ def test_a_sequence_counts_as_it_is_at_its_end(tmp_path):
 
 
 def test_results_of_no_study_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no label in .* is that of a study's point"):
+    with pytest.raises(ValueError, match=r"no label in .* is that of a study's point"):
         read_studies([write_points(tmp_path / "run", {"KNE": {"ES": 1.0}, "FT@25": {"ES": 1.0}})])
     with pytest.raises(ValueError, match="'many' behind @ is no number"):
         read_studies([write_points(tmp_path / "other", {"KNE-facts@many": {"ES": 1.0}})])
