@@ -83,7 +83,7 @@ def test_the_folder_of_a_point_does_not_depend_on_how_it_is_named(place, monkeyp
 
 def test_without_a_sweep_a_study_has_no_point(place, monkeypatch):
     monkeypatch.chdir(place)
-    with pytest.raises(ValueError, match="study.point: names no point; give -m"):
+    with pytest.raises(ValueError, match=r"study\.point: names no point; give -m"):
         job_settings(SETTINGS, ROOT / "hparams")
     wrong = {**SETTINGS, "method": {**SETTINGS["method"], "hparams": "FT", "settings": {}}}
     with pytest.raises(ValueError, match=r"method\.hparams: 'FT'; the studies are of KNE"):
