@@ -28,6 +28,8 @@ ROLES = (
     "MLP output",
 )
 """Roles of modules in the order of a decoder layer."""
+LARGEST = 10**9
+"""Upper bound of a value of an axis."""
 
 
 def read_studies(paths: Iterable[str | Path]) -> StudyResults:
@@ -79,14 +81,16 @@ def read_studies(paths: Iterable[str | Path]) -> StudyResults:
             metric.key: value
             for metric in METRICS
             if metric.key in ("edit_success", "portability", "fluency")
-            and (value := metric.summarize(unedited(_only(found, members_of(groups[name, data, method])), data)))
+            and (value := metric.summarize(unedited(_only(found, _labels(groups[name, data, method])), data)))
             is not None
         }
         curves.append(Curves(study, data, method, cells, before))
+        if not curves[-1].keys:
+            raise ValueError(f"results: of {method} on {data} nothing was measured that the study {name} shows")
     return StudyResults(found, tuple(curves), ensembles)
 
 
-def members_of(group: Mapping[tuple[str, str], Sequence[tuple[Place, str]]]) -> set[str]:
+def _labels(group: Mapping[tuple[str, str], Sequence[tuple[Place, str]]]) -> set[str]:
     """The labels of a group of points."""
     return {label for members in group.values() for _, label in members}
 
@@ -101,7 +105,7 @@ def _ordered(study: Study, points: Iterable[tuple[str, str]]) -> list[tuple[str,
     points = list(points)
     if study.named:
         return sorted(points, key=lambda its: series.index(its[0]))
-    return sorted(points, key=lambda its: (series.index(its[0]), _number(its[1])))
+    return sorted(points, key=lambda its: (series.index(its[0]), _number(study, its[1])))
 
 
 def _place_of_name(study: Study, cell: Cell) -> tuple:
@@ -111,11 +115,16 @@ def _place_of_name(study: Study, cell: Cell) -> tuple:
     return [*study.series].index(cell.series), order.index(name) if name in order else len(order), cell.value
 
 
-def _number(value: str) -> float:
+def _number(study: Study, value: str) -> float:
+    """The value of a point as a number. Raises ValueError, for a label that is none of this study."""
     try:
-        return float(value)
-    except ValueError as error:
-        raise ValueError(f"method.label: {value!r} behind @ is no number; a study over numbers needs one") from error
+        number = float(value)
+        sound = 0 < number < LARGEST and (study.name == "share" or value.isdecimal())
+    except ValueError:
+        number, sound = 0.0, False
+    if not sound:
+        raise ValueError(f"method.label: {value[:40]!r} behind @ is no value of the study {study.name}")
+    return number
 
 
 def _beside(paths: Sequence[Path]) -> tuple[dict[tuple[str, str, object], list[dict]], dict[tuple[str, str], Path]]:
@@ -152,7 +161,7 @@ def _cell(
                 (seed, line["index"]): line
                 for seed in {its["seed"] for its in own}
                 for line in retained.get((data, label, seed), ())
-                if line.get("after") == int(_number(place.value))
+                if line.get("after") == int(place.value)
             }
             for its in own:
                 if again := at_end.get((its["seed"], its["index"])):

@@ -37,8 +37,8 @@ def publish_studies(results: StudyResults, folder: Path, title: str = "The paper
     pictures: dict[str, str] = {}
     parts = [f"# {literal(title)}", setting(results.found), _HEAD]
     content = []
-    for curves in results.curves:
-        name = f"{curves.study.name}-{curves.method}-{curves.data}.png"
+    for number, curves in enumerate(results.curves, start=1):
+        name = f"{curves.study.name}-{number}.png"  # labels of others are no names of files
         draw_study(curves, folder / name)
         pictures[name] = (
             f"{curves.study.title}: {curves.method} on {curves.data}, means with 95 % intervals over records"
@@ -53,7 +53,10 @@ def publish_studies(results: StudyResults, folder: Path, title: str = "The paper
     text = "\n\n".join(parts) + "\n"
     rows = as_rows(results)
     atomic_write(folder / "studies.md", text)
-    atomic_write(folder / "studies.html", page(text, title, folder, pictures))
+    html = page(text, title, folder, pictures)
+    # On a narrow screen the pictures are scrolled, not shrunk until nobody can read them.
+    html = html.replace("<p><img ", '<p class="wide"><img style="min-width: 56rem" ')
+    atomic_write(folder / "studies.html", html)
     atomic_write(folder / "studies.json", json.dumps({"studies": content, "points": rows}, indent=1) + "\n")
     atomic_write(folder / "studies.csv", _csv(rows))
     return folder / "studies.html"

@@ -47,6 +47,7 @@ def write_points(
     records: int | Mapping[str, int] = RECORDS,
     noise: float = 0.05,
     modules: Mapping[str, str] | None = None,
+    **changes,
 ) -> Path:
     """A folder of results: a record differs from a point by a deviation that it has in all points, so that pairing
     cancels it, and by a smaller one.
@@ -61,7 +62,7 @@ def write_points(
         for i in range(count):
             own = rng.normal(0, noise / 10, 16)
             figures = {name: value + shared[i, j] + own[j] for j, (name, value) in enumerate(means.items())}
-            lines.append(line(label, i, figures))
+            lines.append(line(label, i, figures, **changes))
         (job / "results.jsonl").write_text("".join(json.dumps(its) + "\n" for its in lines))
         if modules and (place := place_of(label)):
             (job / "manifest.json").write_text(json.dumps(manifest(label, modules.get(place.value))))

@@ -14,6 +14,7 @@ from study_lines import line, write_points
 from kne_easyedit.benchmark.intervals import RESAMPLES, crossed, interval
 from kne_easyedit.benchmark.study_numbers import OVERALL, difference, differences, mean_difference, slope
 from kne_easyedit.benchmark.study_reading import read_studies
+from kne_easyedit.benchmark.study_report import publish_studies
 
 
 def table(records: int, draws: int, of_draw: float, seed: int = 3) -> dict[tuple[int, int], float]:
@@ -147,8 +148,30 @@ def test_a_sequence_counts_as_it_is_at_its_end(tmp_path):
 def test_results_of_no_study_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no label in .* is that of a study's point"):
         read_studies([write_points(tmp_path / "run", {"KNE": {"ES": 1.0}, "FT@25": {"ES": 1.0}})])
-    with pytest.raises(ValueError, match="'many' behind @ is no number"):
-        read_studies([write_points(tmp_path / "other", {"KNE-facts@many": {"ES": 1.0}})])
+    with pytest.raises(ValueError, match="of KNE on counterfact nothing was measured that the study share shows"):
+        read_studies([write_points(tmp_path / "none", {"KNE-share@0.1": {}}, seconds=None)])
+
+
+@pytest.mark.parametrize(
+    "label", ["facts@many", "facts@2.5", "facts@0", "share@nan", "share@-1", "share@inf", "batch@²"]
+)
+def test_a_value_that_is_none_of_the_axis_is_named(label, tmp_path):
+    with pytest.raises(ValueError, match="behind @ is no value of the study "):
+        read_studies([write_points(tmp_path / "run", {f"KNE-{label}": {"ES": 1.0}}, records=1)])
+
+
+def test_a_report_is_written_of_labels_of_others_without_any_effect(tmp_path):
+    """A label is no path and no markup; pictures have names of their own."""
+    points = {"K|<b>-batch@1": {"ES": 1.0}, "K|<b>-batch@2": {"ES": 0.9}}
+    folder = write_points(tmp_path / "run", points, records=2)
+    for file in folder.rglob("results.jsonl"):
+        file.write_text(file.read_text().replace("K|", "../../K|$x$"))
+    publish_studies(read_studies([folder]), tmp_path / "report")
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(
+        ["batch-1.png", "studies.csv", "studies.html", "studies.json", "studies.md"]
+    )
+    page = (tmp_path / "report/studies.html").read_text()
+    assert "<b>" not in page and "../../K|$x$&lt;b&gt;" in page
 
 
 def test_seeds_are_draws(tmp_path):

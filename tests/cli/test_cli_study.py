@@ -61,7 +61,7 @@ def test_a_study_from_one_command_to_its_page(name, place, capsys, monkeypatch):
     assert len(list(Path("out").rglob("results.jsonl"))) == points and len(lines) == 2 * points
     assert kne("report", "--study", "out") == 0
     text, page = Path("out/report/studies.md").read_text(), Path("out/report/studies.html").read_text()
-    assert f"{name}-KNE-records.png" in text and "Here: cannot be told." in text and "they have fewer than 20" in text
+    assert f"({name}-1.png)" in text and "Here: cannot be told." in text and "they have fewer than 20" in text
     assert 'src="data:image/png;base64,' in page and "http" not in re.sub(r"base64,[^\"]*", "", page)
     with Path("out/report/studies.csv").open() as stream:
         rows = list(csv.DictReader(stream))
