@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -76,6 +75,14 @@ class Cell:
             return {its: fmean(part[its] for part in parts) for its in shared}
         metric = BY_KEY[key]
         return {its: value for its, line in self.lines.items() if (value := metric.value(line)) is not None}
+
+    def by_category(self, key: str) -> dict[str, dict[Key, float]]:
+        """Category of the metric -> its values, as `values`; nothing for a metric without categories."""
+        found: dict[str, dict[Key, float]] = {}
+        for its, line in self.lines.items():
+            for name, value in BY_KEY[key].categories(line).items():
+                found.setdefault(name, {})[its] = value
+        return dict(sorted(found.items()))
 
     def mean(self, key: str) -> Interval | None:
         """The mean over records and draws with its interval; of seconds the median without one. None without values."""
@@ -224,25 +231,30 @@ def overlaps(results: StudyResults, curves: Curves) -> list[dict[str, Any]]:
 
 
 def as_rows(results: StudyResults) -> list[dict[str, Any]]:
-    """Every number as one row: the content of the CSV file, and of the JSON file."""
-    rows = []
+    """Every number as one row: the content of the CSV file, and of the JSON file.
+
+    A category of a metric has a row of its own, ``METRIC/CATEGORY``.
+    """
+    rows: list[dict[str, Any]] = []
     for curves in results.curves:
         for cell in curves.cells.values():
+            means = {key: cell.mean(key) for key in curves.keys}
             for key in curves.keys:
-                found = cell.mean(key)
-                rows.append(
-                    {
-                        "study": curves.study.name,
-                        "data": curves.data,
-                        "method": curves.method,
-                        "series": cell.series,
-                        "value": cell.value,
-                        "draws": cell.draws,
-                        "rows": cell.rows,
-                        "parameter_share": cell.share,
-                        "metric": key,
-                        **(asdict(found) if found else dict.fromkeys(("mean", "low", "high"))),
-                        "records": found.records if found else 0,
-                    }
-                )
-    return json.loads(json.dumps(rows))
+                means |= {f"{key}/{name}": over(values) for name, values in cell.by_category(key).items()}
+            rows += (
+                {
+                    "study": curves.study.name,
+                    "data": curves.data,
+                    "method": curves.method,
+                    "series": cell.series,
+                    "value": cell.value,
+                    "draws": cell.draws,
+                    "rows": cell.rows,
+                    "parameter_share": cell.share,
+                    "metric": name,
+                    **(asdict(found) if found else dict.fromkeys(("mean", "low", "high"))),
+                    "records": found.records if found else 0,
+                }
+                for name, found in means.items()
+            )
+    return rows

@@ -16,7 +16,7 @@ from kne_easyedit.benchmark.intervals import Interval
 from kne_easyedit.benchmark.markdown_report import setting, what_was_run
 from kne_easyedit.benchmark.publish import page
 from kne_easyedit.benchmark.study_figures import draw_study, few_points
-from kne_easyedit.benchmark.study_findings import Check, checks, findings, verdict
+from kne_easyedit.benchmark.study_findings import Check, checks, findings, named, verdict
 from kne_easyedit.benchmark.study_numbers import BY_KEY, FEW, Cell, Curves, StudyResults, as_rows, overlaps
 
 
@@ -82,6 +82,10 @@ def _section(
     ]
     if few := few_points(curves):
         parts.append(f"Hollow, for they have fewer than {FEW} records: {literal('; '.join(few))}.")
+    if unequal := _unequal_rows(curves):
+        parts.append(
+            f"Not all have the same number of rows, as a score that is not positive is never chosen: {literal(unequal)}."
+        )
     if study.name == "batch":
         parts.append(
             "Facts of one batch share an edit: an interval over records says what other facts would have given, not"
@@ -96,6 +100,14 @@ def _section(
             _overlap(of_ensembles),
         ]
     return parts
+
+
+def _unequal_rows(curves: Curves) -> str:
+    """The points that were to have the same number of rows and have not; empty if all have, or nobody knows."""
+    cells = [cell for name in ("rows", "depth") for cell in curves.of(name) if cell.rows is not None]
+    if len({cell.rows for cell in cells}) < 2:
+        return ""
+    return ", ".join(f"{named(cell)} {cell.rows:.0f}" for cell in cells)
 
 
 def _table(curves: Curves) -> str:

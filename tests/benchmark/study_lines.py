@@ -47,6 +47,7 @@ def write_points(
     records: int | Mapping[str, int] = RECORDS,
     noise: float = 0.05,
     modules: Mapping[str, str] | None = None,
+    rows: Mapping[str, int] | None = None,
     **changes,
 ) -> Path:
     """A folder of results: a record differs from a point by a deviation that it has in all points, so that pairing
@@ -65,7 +66,9 @@ def write_points(
             lines.append(line(label, i, figures, **changes))
         (job / "results.jsonl").write_text("".join(json.dumps(its) + "\n" for its in lines))
         if modules and (place := place_of(label)):
-            (job / "manifest.json").write_text(json.dumps(manifest(label, modules.get(place.value))))
+            found = manifest(label, modules.get(place.value))
+            found["localization"][label]["neurons"] = rows.get(label, 20) if rows else 20
+            (job / "manifest.json").write_text(json.dumps(found))
     return folder
 
 

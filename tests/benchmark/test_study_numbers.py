@@ -160,6 +160,20 @@ def test_a_value_that_is_none_of_the_axis_is_named(label, tmp_path):
         read_studies([write_points(tmp_path / "run", {f"KNE-{label}": {"ES": 1.0}}, records=1)])
 
 
+def test_unequal_numbers_of_rows_are_said(tmp_path):
+    modules = {"k_proj": "m.{}.attn.k_proj", "down_proj": "m.{}.mlp.down_proj"}
+    points = {f"KNE-rows@{name}": {"ES": 1.0, "PORT": 0.5} for name in modules}
+    for name, rows, said in (("equal", {}, False), ("unequal", {"KNE-rows@k_proj": 17}, True)):
+        folder = write_points(tmp_path / name, points, records=2, modules=modules, rows=rows)
+        publish_studies(read_studies([folder]), tmp_path / f"{name}-report")
+        text = (tmp_path / f"{name}-report/studies.md").read_text()
+        assert ("is never chosen: k_proj 17, down_proj 20." in text) == said
+    rows = json.loads((tmp_path / "equal-report/studies.json").read_text())["points"]
+    (category,) = (row for row in rows if row["metric"] == "portability/R" and row["value"] == "k_proj")
+    (whole,) = (row for row in rows if row["metric"] == "portability" and row["value"] == "k_proj")
+    assert category["mean"] == approx(whole["mean"]) and category["records"] == 2
+
+
 def test_a_report_is_written_of_labels_of_others_without_any_effect(tmp_path):
     """A label is no path and no markup; pictures have names of their own."""
     points = {"K|<b>-batch@1": {"ES": 1.0}, "K|<b>-batch@2": {"ES": 0.9}}
