@@ -84,7 +84,7 @@ def _section(
         parts.append(f"Hollow, for they have fewer than {FEW} records: {literal('; '.join(few))}.")
     if unequal := _unequal_rows(curves):
         parts.append(
-            f"Not all have the same number of rows, as a score that is not positive is never chosen: {literal(unequal)}."
+            f"Not all have as many rows, for a score that is not positive is never chosen: {literal(unequal)}."
         )
     if study.name == "batch":
         parts.append(
