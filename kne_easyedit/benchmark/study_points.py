@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain
 from typing import Any
 
@@ -118,34 +119,31 @@ def _location(ground: Ground, method: str, values: Sequence[str] | None, draws: 
             value = names[its.template]
             if value in wanted:
                 place = Place(method, series, 1, value)
-                yield _rows(place, its.template, _layers(ground, its), its.outputs, count(its), ground.layers)
+                yield _rows(ground, place, its, _layers(ground, its), count(its))
     layers = _layers(ground, reference)
     for i, third in enumerate(THIRDS):
         part = layers[len(layers) * i // 3 : len(layers) * (i + 1) // 3]
         if third in wanted:
-            yield _rows(
-                Place(method, "depth", 1, third), reference.template, part, reference.outputs, rows, [*part] or None
-            )
+            yield _rows(ground, Place(method, "depth", 1, third), reference, part, rows)
 
 
-def _rows(
-    place: Place, template: str, layers: Sequence[int], width: int, rows: int, chosen: Sequence[int] | None
-) -> Point | str:
-    """A point with so many rows of one module; ``chosen``: the setting ``layers``, None if there is no layer."""
-    there = len(layers) * width
-    if chosen is None or rows < 1 or rows > there:
+def _rows(ground: Ground, place: Place, its: LinearLayer, layers: Sequence[int], rows: int) -> Point | str:
+    """A point with so many rows of one module in some layers."""
+    there = len(layers) * its.outputs
+    if not 1 <= rows <= there:
         return (
             f"{place.value} ({place.study.series[place.series]}): {rows} rows are needed, {there} are there; "
             f"a smaller share needs fewer (--set p=...)"
         )
-    layers = list(chosen) if len(chosen) == 0 or len(chosen) == len(layers) else list(layers)
-    return Point(place, {"target_modules": [template], "layers": layers, "p": rows / there})
+    everywhere = {*layers} == {layer for each in ground.linear for layer in each.layers}
+    settings = {"target_modules": [its.template], "layers": [] if everywhere else list(layers), "p": rows / there}
+    return Point(place, settings)
 
 
 def _facts(ground: Ground, method: str, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
     """N facts, several draws: each begins at a place of its own, and holds those of a smaller N of the same draw."""
     there = ground.facts
-    starts = [there.start + len(there) * i // draws for i in range(draws)]
+    starts = [there.start + int(len(there) * _spread(draw)) for draw in range(draws)]
     pool = {"offset": there.start, "size": max(1, len(there))}
     for n in _numbers(values, FACTS, int, lambda n: n >= 1, "whole numbers of facts, at least 1"):
         if n > len(there):
@@ -154,13 +152,22 @@ def _facts(ground: Ground, method: str, values: Sequence[str] | None, draws: int
                 f"give a larger file (--localization-data), fewer --records, or fewer facts (--values)"
             )
             continue
-        end, draw = there.start, 0
-        for start in starts:
-            if start >= end and start + n <= there.stop:  # draws of one N share no fact
-                end, draw = start + n, draw + 1
+        taken: list[int] = []
+        for draw, start in enumerate(starts, start=1):
+            if start + n <= there.stop and all(abs(start - other) >= n for other in taken):  # they share no fact
+                taken.append(start)
                 settings = {"localization_offset": start, "localization_size": n}
                 # The same facts are kept out of the questions of all points.
                 yield Point(Place(method, "facts", draw, str(n)), settings, pool)
+
+
+def _spread(draw: int) -> Fraction:
+    """Where a draw begins, in [0, 1): 0, 1/3, 2/3, 1/9, 4/9, ... so that further draws leave the first as they are."""
+    place, part = Fraction(0), Fraction(1, 3)
+    while draw:
+        draw, digit = divmod(draw, 3)
+        place, part = place + digit * part, part / 3
+    return place
 
 
 def _share(ground: Ground, method: str, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:

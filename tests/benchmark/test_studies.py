@@ -154,6 +154,23 @@ def test_draws_share_no_fact_and_a_larger_one_holds_a_smaller():
     assert set(spans["5"][2]) < set(spans["20"][2]) and not set(spans["5"][2]) & set(spans["20"][1])
 
 
+def test_more_draws_leave_the_first_ones_as_they_are():
+    """Or the same label would stand for other facts, and no report would take both."""
+    few, many = (
+        {
+            each.place.label: each.settings
+            for each in plan_study("facts", GROUND, values=["1", "10", "30"], draws=n).points
+        }
+        for n in (2, 9)
+    )
+    assert few.items() < many.items()
+    assert [label for label in many if label.endswith("@10")] == [
+        "KNE-facts@10",
+        *(f"KNE-facts.{draw}@10" for draw in range(2, 10)),
+    ]
+    assert [label for label in many if label.endswith("@30")] == ["KNE-facts@30", "KNE-facts.2@30", "KNE-facts.3@30"]
+
+
 def test_fewer_facts_than_are_asked_for():
     plan = plan_study("facts", GROUND)
     assert [point.place.value for point in plan.points][-1] == "100"
