@@ -38,6 +38,8 @@ class Ground:
     """Numbers of the facts that may be localised on: none that is edited."""
     records: int = 0
     """Records that are asked for, and are there."""
+    refused: Sequence[str] = ()
+    """Linear layers that cannot be studied, and why."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def _location(ground: Ground, method: str, values: Sequence[str] | None, draws: 
     for value in values or ():
         require_one_of("values", value, known)
     wanted = known if values is None else values
+    yield from ground.refused if values is None else ()
     rows = Selection(ground.p).budget(len(_layers(ground, reference)) * reference.outputs)
     parameters = rows * reference.inputs
     for series, count in (("rows", lambda its: rows), ("parameters", lambda its: round(parameters / its.inputs))):

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from kne_easyedit.benchmark.config import hparams_of, shard_of
 from kne_easyedit.benchmark.study_points import Ground, Plan, plan_study
 from kne_easyedit.doctor.structure import structure_of
 from kne_easyedit.facts.readers import read_records
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.models.targets import find_linear, resolve_target
+from kne_easyedit.models.targets import LinearLayer, find_linear, resolve_target
 
 
 def plan_for(
@@ -56,9 +58,10 @@ def ground_of(settings: Mapping[str, Any], hparams_folder: Path) -> Ground:
     if not 0 <= first < there:
         raise ValueError(f"data.offset: {first} out of range; {data['file']} has {there} records")
     records = there - first if data["records"] is None else min(data["records"], there - first)
+    faults = {its.template: _fault(model, its) for its in find_linear(model)}
     localised = hparams.ensemble is None and hparams.localization_data is not None
     return Ground(
-        find_linear(model),
+        [its for its in find_linear(model) if not faults[its.template]],
         hparams.target_modules,
         hparams.layers,
         hparams.p,
@@ -66,7 +69,17 @@ def ground_of(settings: Mapping[str, Any], hparams_folder: Path) -> Ground:
         localised,
         _facts(hparams, data["file"], range(first, first + records)) if localised else range(0),
         records,
+        [fault for fault in faults.values() if fault],
     )
+
+
+def _fault(model: nn.Module, its: LinearLayer) -> str | None:
+    """Why a linear layer cannot be edited; None if it can."""
+    try:
+        resolve_target(model, its.template, its.layers)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _facts(hparams: KNEHyperParams, file: str, edited: range) -> range:

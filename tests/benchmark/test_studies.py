@@ -137,6 +137,12 @@ def test_a_module_that_is_in_some_layers_only():
     assert by_label["KNE-rows@b"] == {"target_modules": ["m.{}.b"], "layers": [1], "p": 0.6}
 
 
+def test_a_module_that_cannot_be_edited_is_left_out():
+    ground = replace(GROUND, refused=["m.{}.x: has different widths over the layers: [4, 8]"])
+    assert plan_study("location", ground).left_out == tuple(ground.refused)
+    assert plan_study("location", ground, values=["down_proj"]).left_out == ()
+
+
 # How many facts
 
 

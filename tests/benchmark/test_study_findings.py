@@ -19,6 +19,12 @@ MODULES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fewer_resamples(monkeypatch):
+    """Far from a border they decide as more do."""
+    monkeypatch.setattr("kne_easyedit.benchmark.intervals.RESAMPLES", 1000)
+
+
 @pytest.fixture(name="study")
 def study_fixture(tmp_path):
     """Points -> the one study that they are of."""

@@ -63,6 +63,7 @@ def test_all_points_of_a_study(place, launcher):
     assert [cell.value for cell in curves.of("facts")] == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_filled_ends_the_sweep_before_it_starts(place):
     arguments = command(place, "unfilled", "+study=facts", "study.values=[1,3]")
     done = subprocess.run(arguments, cwd=place, env=environment(place), capture_output=True, text=True, timeout=300)

@@ -21,7 +21,7 @@ OPTIONS = ["--data", "records.json", "--hparams", "kne.yaml", "--out", "out", "-
 SPED_UP = ["--set", "num_steps=2", "localization_data=facts.json", "localization_size=2", "attribution_steps=2"]
 STUDIES = {
     "location": (["--values", "down_proj,k_proj"], 4),
-    "facts": (["--values", "1,2", "--draws", "2"], 4),
+    "facts": (["--values", "1,2", "--draws", "2"], 3),
     "share": (["--values", "0.1,0.4"], 6),
     "batch": (["--values", "1,2", "--sequences", "2"], 3),
 }
@@ -38,7 +38,9 @@ def place_fixture(tiny):
 
 
 @pytest.fixture(autouse=True)
-def without_pictures_of_ensembles(monkeypatch):
+def sped_up(monkeypatch):
+    """Without pictures of ensembles, and with few resamples: nothing here is concluded from an interval."""
+    monkeypatch.setattr("kne_easyedit.benchmark.intervals.RESAMPLES", 200)
     monkeypatch.setattr("kne_easyedit.benchmark.figures.draw_ensemble", lambda *_args, **_kwargs: None)
     monkeypatch.setattr("kne_easyedit.benchmark.figures.draw_retention", lambda *_args, **_kwargs: None)
 
