@@ -60,8 +60,9 @@ class KNEHyperParams:
     """How the scores of several facts become one (section 4.4): ``max`` or ``mean``."""
     score_scale: str = "none"
     """Beyond the paper: ``layer`` divides scores by their layer's largest before the threshold; ``none``: the paper.
-    It spreads the ensemble over the layers. ``shuffled`` then exchanges the neurons of each layer at random: a control
-    that asks what localisation is worth."""
+    It spreads the ensemble over the layers. ``shuffled`` then exchanges the neurons of each layer at random, and
+    ``shuffled-none`` does so with unscaled scores (with ``-1`` to ``-4``: other draws): controls that ask what
+    localisation is worth."""
     localization_data: str | None = None
     """Data file to localise on (docs/data.md has the formats), or ``embedded``: the packaged facts; None:
     every edit's own requests."""

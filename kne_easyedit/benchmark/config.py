@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from kne_easyedit import bridge
 from kne_easyedit._util.digest import digest
@@ -14,6 +17,7 @@ from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.second_moments import needs_second_moments
 from kne_easyedit.editing.neighbours import uses_neighbours
+from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.facts.records import EMBEDDED, load_records, load_requests
 from kne_easyedit.models.loading import load_model
 
@@ -64,12 +68,13 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def job_of(settings: Mapping, hparams_folder: Path) -> Run:
+def job_of(settings: Mapping, hparams_folder: Path, loaded: tuple[nn.Module, Tokenizer] | None = None) -> Run:
     """The run that a configuration describes, with its model loaded.
 
     Args:
         settings: The configuration; relative paths in it mean the working directory.
         hparams_folder: The folder of the hyperparameter files, one folder a method.
+        loaded: The model and the tokenizer of an earlier job of the same model; None: they are loaded.
 
     Raises:
         ValueError: Names the setting, before the model is loaded.
@@ -77,8 +82,51 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
     """
     _check(settings)
     folder = job_folder(settings)
-    bridge.register()
     method, data, evaluation = settings["method"], settings["data"], settings["evaluation"]
+    hparams = hparams_of(settings, hparams_folder)
+    i, n = shard_of(settings["shard"])
+    requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
+    text_source = bridge.TextSource.from_settings(settings["statistics"])
+    where, apart = data["localization"], []
+    # Only KNE and second moments need the file; the other methods do without.
+    if needs_second_moments(hparams) or where["file"] == EMBEDDED or Path(where["file"]).is_file():
+        apart = load_requests(where["file"], where["size"], where["offset"])
+    if needs_second_moments(hparams):
+        # Text for second moments is sampled after facts that are not edited: subjects frequent in it resist edits.
+        text_source = replace(text_source, prompts=[request["prompt"] for request in apart])
+    model, tokenizer = loaded or load_model(hparams)
+    return Run(
+        model,
+        tokenizer,
+        requests[i::n],
+        {method["label"]: hparams},
+        str(data["file"]),
+        folder,
+        seed=settings["seed"],
+        skip_bad=settings["on_bad_record"] == "skip",
+        complaints=complaints,
+        before_folder=Path(settings["out"]) / "before",
+        text_source=text_source,
+        apart=apart,
+        others=other_folders(folder),
+        **evaluation,
+    )
+
+
+def hparams_of(settings: Mapping, hparams_folder: Path) -> Any:
+    """The hyperparameters of a configuration's method: those of its file, with all that the configuration overrides.
+
+    Args:
+        settings: The configuration.
+        hparams_folder: As for `job_of`.
+
+    Raises:
+        ValueError: Names the setting.
+        FileNotFoundError: If there is no hyperparameter file for the model.
+    """
+    _check(settings)
+    bridge.register()
+    method, data = settings["method"], settings["data"]
     path = hparams_folder / method["hparams"] / f"{settings['model']['file']}.yaml"
     if not path.is_file():
         raise FileNotFoundError(
@@ -101,33 +149,7 @@ def job_of(settings: Mapping, hparams_folder: Path) -> Run:
     hparams = replace_settings(hparams, **overrides)
     if hparams.alg_name == KNE and uses_neighbours(hparams) and hparams.neighbour_data is None:
         hparams = replace_settings(hparams, neighbour_data=_neighbour_data(data))
-    i, n = shard_of(settings["shard"])
-    requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
-    text_source = bridge.TextSource.from_settings(settings["statistics"])
-    where, apart = data["localization"], []
-    # Only KNE and second moments need the file; the other methods do without.
-    if needs_second_moments(hparams) or where["file"] == EMBEDDED or Path(where["file"]).is_file():
-        apart = load_requests(where["file"], where["size"], where["offset"])
-    if needs_second_moments(hparams):
-        # Text for second moments is sampled after facts that are not edited: subjects frequent in it resist edits.
-        text_source = replace(text_source, prompts=[request["prompt"] for request in apart])
-    model, tokenizer = load_model(hparams)
-    return Run(
-        model,
-        tokenizer,
-        requests[i::n],
-        {method["label"]: hparams},
-        str(data["file"]),
-        folder,
-        seed=settings["seed"],
-        skip_bad=settings["on_bad_record"] == "skip",
-        complaints=complaints,
-        before_folder=Path(settings["out"]) / "before",
-        text_source=text_source,
-        apart=apart,
-        others=other_folders(folder),
-        **evaluation,
-    )
+    return hparams
 
 
 def _neighbour_data(data: Mapping) -> str | None:

@@ -101,6 +101,45 @@ def paired(
     return interval([ours[key] - theirs[key] for key in both], record_of and [record_of(key) for key in both], seed)
 
 
+def crossed(
+    values: Sequence[float], records: Sequence[Hashable], draws: Sequence[Hashable], seed: int = 0
+) -> Interval | None:
+    """The mean of values of records that were edited under several draws (of facts, rows, seeds), with its interval.
+
+    Records and draws are both drawn with replacement, independently of each other, and a value counts as often as its
+    record times as often as its draw (the pigeonhole bootstrap, Owen 2007): what another draw would have given is part
+    of the interval, and so is what other records would have given. Of one draw it is `interval`.
+
+    Args:
+        values: In any unit.
+        records: The record of each value.
+        draws: The draw of each value.
+        seed: Of the bootstrap.
+
+    Returns:
+        As `interval`.
+
+    Raises:
+        ImportError: As `interval`.
+    """
+    if len(set(draws)) < 2:
+        return interval(values, records, seed)
+    rows, columns = ({its: i for i, its in enumerate(dict.fromkeys(names))} for names in (records, draws))
+    sums, counts = numpy.zeros((2, len(rows), len(columns)))
+    for value, record, draw in zip(values, records, draws, strict=True):
+        sums[rows[record], columns[draw]] += value
+        counts[rows[record], columns[draw]] += 1
+    mean = float(sums.sum() / counts.sum())
+    if numpy.ptp(numpy.asarray(values, dtype=float)) == 0:
+        return Interval(mean, mean, mean, len(rows))
+    rng = numpy.random.default_rng(seed)
+    times, of_draw = (rng.multinomial(n, numpy.full(n, 1 / n), RESAMPLES) for n in counts.shape)
+    total, number = (((times @ its) * of_draw).sum(1) for its in (sums, counts))
+    means = total[number > 0] / number[number > 0]  # not every record has every draw
+    low, high = numpy.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return Interval(mean, float(low), float(high), len(rows))
+
+
 def _ratio(sums: numpy.ndarray, counts: numpy.ndarray, axis: int = -1) -> numpy.ndarray:
     """The mean over all values of the records that were drawn."""
     return sums.sum(axis=axis) / counts.sum(axis=axis)

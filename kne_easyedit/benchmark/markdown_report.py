@@ -42,7 +42,7 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
     def shown(*names: str) -> list[str]:
         return [f"![{pictures[name]}]({name})\n\n*{pictures[name]}*" for name in names if name in pictures]
 
-    parts = [f"# {literal(title)}", _setting(found)]
+    parts = [f"# {literal(title)}", setting(found)]
     parts += [
         "## Results in the paper's layout",
         "Means over records, in percent; fluency is n-gram entropy x 100. Best **bold**, second <u>underlined</u>."
@@ -84,11 +84,12 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
     parts += ["## Some answers before and after", _answers(found)]
     parts += neighbour_parts(found)
     parts += ["## Published figures", quoted_results(found)]
-    parts += ["## What was run", _what_was_run(found)]
+    parts += ["## What was run", what_was_run(found)]
     return "\n\n".join(parts) + "\n"
 
 
-def _setting(found: Collection) -> str:
+def setting(found: Collection) -> str:
+    """Model, records, versions and machine, as one paragraph."""
     manifests = found.manifests
     if not manifests:
         return "No manifest stands beside the results: model, versions and machine are unknown."
@@ -288,7 +289,8 @@ def _answers(found: Collection, examples: int = 3) -> str:
     return table_of_rows(rows)
 
 
-def _what_was_run(found: Collection) -> str:
+def what_was_run(found: Collection) -> str:
+    """Versions and weights as a line, and the settings of every method as a table."""
     if not found.manifests:
         return "-"
     rows = [["data", "method", "settings", "fingerprint"]]

@@ -30,6 +30,7 @@ from kne_easyedit.cli import (
     report,
     run,
     show,
+    study,
     summarize,
 )
 
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         easyedit_run,
         summarize,
         report,
+        study,
         localize,
         explain,
         cache,

@@ -21,8 +21,13 @@ def add_commands(commands: Any) -> None:
         metavar="DIR",
         help="folders (searched for results.jsonl) or results.jsonl files",
     )
+    parser.add_argument(
+        "--study",
+        action="store_true",
+        help="a report of the paper's studies (kne study): curves, and what was found in words",
+    )
     parser.add_argument("--out", type=Path, help="folder of the report (default: 'report' in the first DIR)")
-    parser.add_argument("--title", default="KnowEdit comparison", help="default %(default)s")
+    parser.add_argument("--title", help="default: KnowEdit comparison, or The paper's studies")
     parser.set_defaults(command=_report)
 
 
@@ -33,6 +38,13 @@ def _report(arguments: argparse.Namespace) -> int:
     first = arguments.results[0]
     out = arguments.out or (first if first.is_dir() else first.parent) / "report"
     require_folder(out)
-    page = publish(collect(arguments.results), out, arguments.title)
+    if arguments.study:
+        from kne_easyedit.benchmark.study_reading import read_studies
+        from kne_easyedit.benchmark.study_report import publish_studies
+
+        page = publish_studies(read_studies(arguments.results), out, arguments.title or "The paper's studies")
+        print(f"Written to {out}: {page.name}, studies.md, studies.json, studies.csv and the pictures")
+        return 0
+    page = publish(collect(arguments.results), out, arguments.title or "KnowEdit comparison")
     print(f"Written to {out}: {page.name}, report.md, report.json, manifests.json and the pictures")
     return 0

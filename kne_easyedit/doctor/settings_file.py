@@ -11,8 +11,7 @@ from torch import nn
 
 from kne_easyedit._util.settings_text import commented, field_help, with_values
 from kne_easyedit.bridge.edited_modules import depth
-from kne_easyedit.doctor.memory import without_weights
-from kne_easyedit.doctor.model import local_folder
+from kne_easyedit.doctor.structure import structure_of
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.models.editable import stored_quantisation
 from kne_easyedit.models.layer_kinds import UNQUANTISED
@@ -39,15 +38,7 @@ def settings_for(name: str, pattern: str) -> str:
         ValueError: The model is not on this machine, transformers does not know its kind, or no linear layer was found
             that an edit could take.
     """
-    from transformers import AutoConfig
-
-    folder = local_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model = without_weights(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"model_name: {name!r} cannot be read: {first}") from error
+    config, model = structure_of(name)
     found = find_linear(model)
     chosen = default_target(found)
     if chosen is None:

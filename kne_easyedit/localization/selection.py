@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,18 +35,29 @@ def _by_layer(scores: Tensor) -> Tensor:
     return scores / torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
-def _shuffled(scores: Tensor) -> Tensor:
-    """As `_by_layer`, then permuted within each layer, always alike: as many rows of each layer, chosen at random."""
-    generator = torch.Generator().manual_seed(0)
-    scaled = _by_layer(scores)
+def _shuffled(scores: Tensor, scale: Callable[[Tensor], Tensor] = _by_layer, seed: int = 0) -> Tensor:
+    """As ``scale``, then permuted within each layer, always alike: as many rows of each layer, chosen at random."""
+    generator = torch.Generator().manual_seed(seed)
+    scaled = scale(scores)
     order = torch.stack([torch.randperm(scaled.shape[1], generator=generator) for _ in scaled])
     return scaled.gather(1, order.to(scaled.device))
 
 
+def _as_it_is(scores: Tensor) -> Tensor:
+    return scores
+
+
+SHUFFLED = {
+    "layer": ("shuffled", *(f"shuffled-{seed}" for seed in range(1, 5))),
+    "none": ("shuffled-none", *(f"shuffled-none-{seed}" for seed in range(1, 5))),
+}
+"""Scale -> its controls, each another draw: as many rows of each layer as under that scale, chosen at random."""
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda scores: scores,
+    "none": _as_it_is,
     "layer": _by_layer,
-    "shuffled": _shuffled,  # the control of a comparison: what does it matter which rows these are?
+    # the controls of a comparison: what does it matter which rows these are?
+    **{name: partial(_shuffled, seed=seed) for seed, name in enumerate(SHUFFLED["layer"])},
+    **{name: partial(_shuffled, scale=_as_it_is, seed=seed) for seed, name in enumerate(SHUFFLED["none"])},
 }
 """Rules ``(layers, d2) -> (layers, d2)`` that scale the scores before the threshold."""
 

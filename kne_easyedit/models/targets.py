@@ -293,6 +293,11 @@ def _roles(templates: Mapping[str, nn.Module]) -> dict[str, str | None]:
     return roles
 
 
+def role_of(template: str) -> str | None:
+    """The role of a linear layer in its decoder layer, by its name alone; None where that does not tell."""
+    return _role_by_name(template)
+
+
 def _role_by_name(template: str) -> str | None:
     part, leaf = _part(template), template.rsplit(".", 1)[-1].lower()
     for role, names in _ROLES.items():

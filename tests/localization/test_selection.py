@@ -12,7 +12,7 @@ from kne_easyedit.localization import localizer
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.explain import explain
 from kne_easyedit.localization.localizer import find_ensemble, localize
-from kne_easyedit.localization.selection import AGGREGATIONS, SCALES, Aggregation, Selection, aggregate
+from kne_easyedit.localization.selection import AGGREGATIONS, SCALES, SHUFFLED, Aggregation, Selection, aggregate
 
 SCORES = torch.tensor([[9.0, 1.0, 2.0, 3.0], [0.4, 0.5, 0.1, 0.2]])
 
@@ -87,6 +87,20 @@ class TestSelecting:
         assert chosen["shuffled"].sum(1).tolist() == chosen["layer"].sum(1).tolist()
         assert not torch.equal(*chosen.values())
         assert torch.equal(chosen["shuffled"], Selection(0.1, scale="shuffled").choose(scores.clone())[0])
+
+    @pytest.mark.parametrize("scale", ["layer", "none"])
+    @pytest.mark.parametrize("p", [0.01, 0.1, 1.0])
+    def test_random_ensembles_have_exactly_the_sizes_of_the_localised_one(self, scale, p):
+        """Of each layer and overall, also where scores are equal or not positive; and no two draws are alike."""
+        scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(2)).mul(8).round()
+        scores[2] *= 20  # unscaled, this layer takes most
+        localised = select_ensemble(scores, p, target_module=LLAMA_DOWN, scale=scale)
+        draws = [select_ensemble(scores, p, target_module=LLAMA_DOWN, scale=name) for name in SHUFFLED[scale]]
+        assert all(draw.counts() == localised.counts() and draw.size == localised.size for draw in draws)
+        assert len({frozenset(each.members()) for each in (localised, *draws)}) == len(draws) + 1
+        other = SHUFFLED["none" if scale == "layer" else "layer"][0]
+        if p < 1:
+            assert select_ensemble(scores, p, target_module=LLAMA_DOWN, scale=other).counts() != localised.counts()
 
 
 class TestRecord:

@@ -1,0 +1,260 @@
+"""The numbers of a study's report: each point over records and draws, and what is between two points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy
+
+from kne_easyedit.benchmark.collect import Collection
+from kne_easyedit.benchmark.intervals import Interval, crossed
+from kne_easyedit.benchmark.studies import Place, Study
+from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.metrics import METRICS, Metric
+
+KEYS = (
+    "edit_success",
+    "exact_match",
+    "portability",
+    "locality",
+    "neighbourhood",
+    "bleed",
+    "fluency",
+    "seconds_per_edit",
+)
+"""The metrics of a study, in the order of panels; those that were measured are shown."""
+OVERALL = "overall"
+"""Key of what the paper's claims call overall: a record's mean of edit success, portability and locality."""
+_OVERALL = ("edit_success", "portability", "locality")
+FEW = 20
+"""A point of fewer records is drawn hollow, and named."""
+Key = tuple[str, int, object, int]
+"""Record, its number, seed, draw."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a curve: all lines of one series and value, of all draws and seeds."""
+
+    series: str
+    value: str
+    lines: Mapping[Key, Mapping[str, Any]]
+    """Of a sequence: of all its facts, asked at its end."""
+    rows: float | None
+    """Rows that are trained, mean over draws."""
+    share: float | None
+    """These rows' share of all parameters, in [0, 1]."""
+    role: str | None = None
+    """What the module does that is edited alone, where the study is of modules (`models.targets.role_of`)."""
+
+    @property
+    def draws(self) -> int:
+        """Draws and seeds."""
+        return len({key[2:] for key in self.lines})
+
+    @cached_property
+    def records(self) -> int:
+        """Records that were edited."""
+        return len({key[:2] for key in self.lines})
+
+    @property
+    def few(self) -> bool:
+        """Whether these are too few."""
+        return self.records < FEW
+
+    def values(self, key: str) -> dict[Key, float]:
+        """The metric of each line that has it, in its unit."""
+        if key == OVERALL:
+            parts = [self.values(each) for each in _OVERALL]
+            shared = [its for its in parts[0] if all(its in part for part in parts)]
+            return {its: fmean(part[its] for part in parts) for its in shared}
+        metric = BY_KEY[key]
+        return {its: value for its, line in self.lines.items() if (value := metric.value(line)) is not None}
+
+    def by_category(self, key: str) -> dict[str, dict[Key, float]]:
+        """Category of the metric -> its values, as `values`; nothing for a metric without categories."""
+        found: dict[str, dict[Key, float]] = {}
+        for its, line in self.lines.items():
+            for name, value in BY_KEY[key].categories(line).items():
+                found.setdefault(name, {})[its] = value
+        return dict(sorted(found.items()))
+
+    def mean(self, key: str) -> Interval | None:
+        """The mean over records and draws with its interval; of seconds the median without one. None without values."""
+        if key not in self._means:
+            values = self.values(key)
+            if key == "seconds_per_edit" and values:
+                middle = median(values.values())
+                self._means[key] = Interval(middle, middle, middle, self.records)
+            else:
+                self._means[key] = over(values)
+        return self._means[key]
+
+    @cached_property
+    def _means(self) -> dict[str, Interval | None]:
+        """What `mean` has computed: pictures, tables and sentences ask for the same."""
+        return {}
+
+
+BY_KEY: Mapping[str, Metric] = {metric.key: metric for metric in METRICS}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One study of one method on one data set."""
+
+    study: Study
+    data: str
+    method: str
+    cells: Mapping[tuple[str, str], Cell]
+    """Series and value -> the point, in the order of series and values."""
+    before: Mapping[str, float]
+    """Key of a metric -> its value of the unedited model, where that is one."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Of `KEYS` those that were measured."""
+        return [key for key in KEYS if any(cell.values(key) for cell in self.cells.values())]
+
+    def of(self, series: str) -> list[Cell]:
+        """The points of one series, by value."""
+        return [cell for cell in self.cells.values() if cell.series == series]
+
+    @property
+    def series(self) -> list[str]:
+        """The series that have points."""
+        return [name for name in self.study.series if self.of(name)]
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """All curves of a report, with what they were made of."""
+
+    found: Collection
+    curves: tuple[Curves, ...]
+    ensembles: Mapping[tuple[str, str], Path]
+    """Data set and label -> the file of the ensemble."""
+
+
+def over(values: Mapping[Any, float]) -> Interval | None:
+    """The mean of values over records and draws, with its interval; a key is record, number, and what is drawn."""
+    return crossed(list(values.values()), [key[:2] for key in values], [key[2:] for key in values])
+
+
+def differences(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> dict[tuple, float]:
+    """What the first has more than the second, over the records and seeds that both have.
+
+    Draws are paired where both have the same ones; else each draw of the one is compared with each of the other.
+    """
+    if {key[3] for key in ours} == {key[3] for key in theirs}:
+        return {key: value - theirs[key] for key, value in ours.items() if key in theirs}
+    by_record: dict[tuple, list[tuple[int, float]]] = {}
+    for key, value in theirs.items():
+        by_record.setdefault(key[:3], []).append((key[3], value))
+    return {(*key, draw): value - other for key, value in ours.items() for draw, other in by_record.get(key[:3], ())}
+
+
+def difference(ours: Cell, theirs: Cell, key: str) -> Interval | None:
+    """The first point's metric minus the second's, paired, with its interval; None if no record has both."""
+    return over(differences(ours.values(key), theirs.values(key)))
+
+
+def mean_difference(ours: Sequence[Cell], theirs: Sequence[Cell], key: str) -> Interval | None:
+    """The mean of some points minus that of others, over what all of them have."""
+    return combine([*ours, *theirs], key, lambda its: fmean(its[: len(ours)]) - fmean(its[len(ours) :]))
+
+
+def combine(cells: Sequence[Cell], key: str, function: Callable[[Sequence[float]], float]) -> Interval | None:
+    """A function of a record's values at some points, averaged over the records that all of them have."""
+    tables = [cell.values(key) for cell in cells]
+    shared = [its for its in tables[0] if all(its in table for table in tables)] if tables else []
+    return over({its: function([table[its] for table in tables]) for its in shared})
+
+
+def enough(cells: Sequence[Cell]) -> list[Cell]:
+    """The points of enough records; all, if fewer than two have them: what is said of them says so."""
+    found = [cell for cell in cells if not cell.few]
+    return found if len(found) > 1 else list(cells)
+
+
+def slope(cells: Sequence[Cell], key: str) -> Interval | None:
+    """How much a metric changes with every doubling of the value: least squares over the points, record by record.
+
+    Points of too few records are left out, or they would take their records from all others.
+    """
+    cells = enough(cells)
+    if len(cells) < 2:
+        return None
+    x = numpy.log2([float(cell.value) for cell in cells])
+    x = x - x.mean()
+    return combine(cells, key, lambda its: float((x * its).sum() / (x * x).sum()))
+
+
+def overlaps(results: StudyResults, curves: Curves) -> list[dict[str, Any]]:
+    """How alike the ensembles of the study of facts are: with that of the most facts, and of draws with each other.
+
+    Returns:
+        By number of facts: ``facts``, ``rows`` (mean), ``with_most``, ``between_draws`` and ``by_chance`` (Dice
+        coefficients in [0, 1], means over draws and pairs), None where there is nothing to compare.
+    """
+    loaded: dict[str, list[NeuronEnsemble]] = {}
+    for cell in curves.of("facts"):
+        draws = sorted({key[3] for key in cell.lines})
+        labels = [Place(curves.method, "facts", draw, cell.value).label for draw in draws]
+        files = [results.ensembles[curves.data, label] for label in labels if (curves.data, label) in results.ensembles]
+        if files:
+            loaded[cell.value] = [NeuronEnsemble.load(file) for file in files]
+    if not loaded:
+        return []
+    most = list(loaded)[-1]
+    found = []
+    for value, own in loaded.items():
+        pairs = [(one, other) for i, one in enumerate(own) for other in own[:i]]
+        width = sum(own[0].widths.values()) * max(1, len(own[0].layers))
+        found.append(
+            {
+                "facts": int(value),
+                "rows": fmean(each.size for each in own),
+                "with_most": None
+                if value == most
+                else fmean(each.overlap(other) for each in own for other in loaded[most]),
+                "between_draws": fmean(one.overlap(other) for one, other in pairs) if pairs else None,
+                "by_chance": fmean(each.size for each in own) / width,
+            }
+        )
+    return found
+
+
+def as_rows(results: StudyResults) -> list[dict[str, Any]]:
+    """Every number as one row: the content of the CSV file, and of the JSON file.
+
+    A category of a metric has a row of its own, ``METRIC/CATEGORY``.
+    """
+    rows: list[dict[str, Any]] = []
+    for curves in results.curves:
+        for cell in curves.cells.values():
+            means = {key: cell.mean(key) for key in curves.keys}
+            for key in curves.keys:
+                means |= {f"{key}/{name}": over(values) for name, values in cell.by_category(key).items()}
+            rows += (
+                {
+                    "study": curves.study.name,
+                    "data": curves.data,
+                    "method": curves.method,
+                    "series": cell.series,
+                    "value": cell.value,
+                    "draws": cell.draws,
+                    "rows": cell.rows,
+                    "parameter_share": cell.share,
+                    "metric": name,
+                    **(asdict(found) if found else dict.fromkeys(("mean", "low", "high"))),
+                    "records": found.records if found else 0,
+                }
+                for name, found in means.items()
+            )
+    return rows

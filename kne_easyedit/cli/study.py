@@ -1,0 +1,273 @@
+"""``kne study``: the paper's studies as sweeps of the one benchmark engine, each from one command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from kne_easyedit._util.errors import RunStopped
+from kne_easyedit._util.files import atomic_write
+from kne_easyedit._util.markdown import markdown_table
+from kne_easyedit._util.settings import EVALUATORS
+from kne_easyedit.benchmark.studies import STUDIES
+from kne_easyedit.benchmark.study_points import Plan
+from kne_easyedit.cli.common import (
+    add_overrides,
+    load_settings,
+    overrides_of,
+    positive,
+    read_settings,
+    require_folder,
+    shipped,
+)
+
+RECORDS = 40
+TIMES = "times.jsonl"
+"""In the study's folder: how long each job took, for estimates."""
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser's subcommands."""
+    parser = commands.add_parser(
+        "study",
+        help="a study of the paper as curves: where knowledge sits, how many facts, how many rows, how many edits",
+    )
+    parser.add_argument("study", choices=STUDIES, help="; ".join(f"{s.name}: {s.title}" for s in STUDIES.values()))
+    parser.add_argument(
+        "--data",
+        default="embedded",
+        help="a data set of hparams/benchmark/data (counterfact, zsre, recent: below $KNOWEDIT), 'embedded', or a data "
+        "file (default %(default)s)",
+    )
+    parser.add_argument("--records", type=positive, default=RECORDS, help="records a point (default %(default)s)")
+    parser.add_argument("--offset", type=int, help="first record (default: that of the data set, 0 of a file)")
+    parser.add_argument("--localization-data", help="facts to localise on (default: the data set's, or the settings')")
+    parser.add_argument("--localization-size", type=positive, help="how many of them, in studies that do not sweep it")
+    parser.add_argument("--values", help="comma-separated values of the axis (default: the paper's)")
+    parser.add_argument("--draws", type=positive, help="draws of facts (facts: 3) or of random rows (share: 1)")
+    parser.add_argument("--sequences", help="batch: comma-separated numbers of edits one after the other")
+    parser.add_argument(
+        "--hparams", type=Path, metavar="FILE", help="KNE's YAML (default: the shipped one of the model, or a new one)"
+    )
+    add_overrides(parser, "overrides any other setting, e.g. p=0.02 layers=[4,5,6] device=cpu")
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="the paper's settings (hparams/benchmark/method/kne.yaml) over those of the file; labels begin with "
+        "KNE-paper",
+    )
+    parser.add_argument("--label", help="what the labels begin with (default: KNE)")
+    parser.add_argument("--neighbours", type=int, default=8, metavar="N", help="as in kne run (default %(default)s)")
+    parser.add_argument("--no-fluency", action="store_true", help="sample no text: about half the time")
+    parser.add_argument("--seed", type=int, default=42, help="default %(default)s")
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th record from the i-th on (default %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print jobs, folders and hours; run nothing")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/study"), help="folder of the results (default %(default)s)"
+    )
+    parser.set_defaults(command=_study)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from kne_easyedit.doctor.study_plan import plan_for
+
+    require_folder(arguments.out)
+    with _settings_folder(arguments) as folder:
+        settings = _configuration(arguments, folder)
+        values, sequences = (
+            None if text is None else [part.strip() for part in text.split(",")]
+            for text in (arguments.values, arguments.sequences)
+        )
+        if sequences is not None and arguments.study != "batch":
+            raise ValueError(f"--sequences: belongs to the study batch, not to {arguments.study}")
+        plan = plan_for(settings, folder, arguments.study, values, arguments.draws, sequences)
+        jobs = [point.configured(settings) for point in plan.points]
+        _print_plan(plan, jobs, arguments.out)
+        return 0 if arguments.dry_run else _run_all(jobs, folder, arguments.out)
+
+
+@contextmanager
+def _settings_folder(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Where the hyperparameter file of the study's jobs is written: kept with its results."""
+    if not arguments.dry_run:
+        yield arguments.out / "settings"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _configuration(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The configuration of the benchmark that the points change, and in ``folder`` the file of hyperparameters."""
+    overrides = overrides_of(arguments.set)
+    model_name = overrides.pop("model_name", None) if arguments.model is None else arguments.model
+    hparams = load_settings(argparse.Namespace(**{**vars(arguments), "set": [], "modules": None, "model": model_name}))
+    model = Path(str(hparams.model_name)).name
+    file = folder / "KNE" / f"{model}.yaml"
+    content = {name: value for name, value in hparams.to_dict().items() if name not in EVALUATORS}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, yaml.safe_dump(content, sort_keys=False))
+    paper = read_settings(shipped() / "benchmark" / "method" / "kne.yaml")["settings"] if arguments.paper else {}
+    modules = {"target_modules": arguments.modules} if arguments.modules else {}
+    where = {name: overrides.pop(f"localization_{name}", None) for name in ("data", "size", "offset")}
+    where = {
+        "file": arguments.localization_data or where["data"],
+        "size": arguments.localization_size or where["size"],
+        "offset": where["offset"],
+    }
+    settings = {
+        name: value
+        for name, value in read_settings(shipped() / "benchmark.yaml").items()
+        if name in ("on_bad_record", "evaluation", "statistics")
+    }
+    settings["evaluation"] |= {"fluency": not arguments.no_fluency, "neighbours": arguments.neighbours}
+    data = _data(arguments, hparams)
+    data["localization"] |= {name: value for name, value in where.items() if value is not None}
+    if where["file"] is not None and where["offset"] is None:
+        data["localization"]["offset"] = 0
+    return {
+        **settings,
+        "seed": arguments.seed,
+        "shard": arguments.shard,
+        "out": str(arguments.out),
+        "model": {"file": model, "settings": {}},
+        "data": data,
+        "method": {
+            "label": arguments.label or ("KNE-paper" if arguments.paper else "KNE"),
+            "hparams": "KNE",
+            "settings": {**paper, **modules, **overrides},
+        },
+    }
+
+
+def _data(arguments: argparse.Namespace, hparams: Any) -> dict[str, Any]:
+    """The part ``data`` of the configuration: of a data set's file in hparams/benchmark/data, or of a data file."""
+    named = {path.stem: path for path in sorted((shipped() / "benchmark" / "data").glob("*.yaml"))}
+    if arguments.data in named:
+        text = named[arguments.data].read_text(encoding="utf-8")
+        home = os.environ.get("KNOWEDIT") or "./data/KnowEdit"
+        data = yaml.safe_load(text.replace("${knowedit}", home))
+    else:
+        data = {
+            "name": Path(arguments.data).stem,
+            "file": str(arguments.data),
+            "offset": 0,
+            "localization": {
+                "file": hparams.localization_data or "embedded",
+                "offset": hparams.localization_offset,
+                "size": hparams.localization_size,
+            },
+        }
+    return {
+        **data,
+        "records": min(arguments.records, data.get("records") or arguments.records),
+        "offset": data["offset"] if arguments.offset is None else arguments.offset,
+    }
+
+
+def _print_plan(plan: Plan, jobs: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """The jobs with their records and folders, what is left out, and how long it may take."""
+    from kne_easyedit.benchmark.config import job_folder
+
+    study = plan.study
+    print(f"{study.title} (section {study.section} of the paper): {len(jobs)} points")
+    width = max(len(job["method"]["label"]) for job in jobs)
+    left = 0
+    for job in jobs:
+        wanted, done = _wanted(job), _done(job)
+        left += max(0, wanted - done)
+        print(
+            f"  {job['method']['label']:<{width}}  {wanted:>4} records, {min(done, wanted):>4} done  {job_folder(job)}"
+        )
+    for reason in plan.left_out:
+        print(f"left out: {reason}")
+    print(_estimate(out, jobs, left), flush=True)
+
+
+def _wanted(job: Mapping[str, Any]) -> int:
+    """How many records of the job this shard edits, bad ones included."""
+    from kne_easyedit.benchmark.config import shard_of
+    from kne_easyedit.facts.readers import read_records
+
+    i, n = shard_of(job["shard"])
+    data = job["data"]
+    return len(range(i, min(data["records"], len(read_records(data["file"])) - data["offset"]), n))
+
+
+def _lines(job: Mapping[str, Any]) -> list[dict]:
+    from kne_easyedit.benchmark.config import job_folder
+    from kne_easyedit.benchmark.store import read_lines
+
+    return [line for _, line in read_lines(job_folder(job) / "results.jsonl")]
+
+
+def _done(job: Mapping[str, Any]) -> int:
+    return len({line.get("index") for line in _lines(job)})
+
+
+def _estimate(out: Path, jobs: Sequence[Mapping[str, Any]], left: int) -> str:
+    """Hours for the edits that are left, as far as earlier lines tell."""
+    from kne_easyedit.benchmark.store import read_lines
+
+    times = [(its["records"], its["seconds"]) for _, its in read_lines(out / TIMES)]
+    edits = sum(records for records, _ in times)
+    if not left:
+        return "all edits are made; what is there is read again"
+    if edits:
+        hours = sum(seconds for _, seconds in times) / edits * left / 3600
+        return f"{left} edits are left: about {hours:.1f} h, by the {edits} that were made here, evaluation included"
+    seconds = [line["seconds"] for job in jobs for line in _lines(job) if line.get("seconds")]
+    if seconds:
+        return (
+            f"{left} edits are left: about {median(seconds) * left / 3600:.1f} h of editing, by {len(seconds)} earlier "
+            f"lines; evaluation and localisation come on top, nobody has measured them here"
+        )
+    return f"{left} edits are left; how long they take is unknown until the first points are there"
+
+
+def _run_all(jobs: Sequence[Mapping[str, Any]], folder: Path, out: Path) -> int:
+    """Runs the jobs one after the other with one loaded model. Returns the exit code."""
+    from kne_easyedit.benchmark import run
+    from kne_easyedit.benchmark.config import job_of
+    from kne_easyedit.metrics import run_columns
+
+    loaded, code = None, 0
+    found: dict[str, dict[str, Any]] = {}
+    for number, settings in enumerate(jobs, start=1):
+        label = settings["method"]["label"]
+        print(f"\npoint {number} of {len(jobs)}: {label}", flush=True)
+        start, done = time.perf_counter(), _done(settings)
+        job = job_of(settings, folder, loaded)
+        loaded = (job.model, job.tokenizer)
+        try:
+            summary = run(job)
+        except RunStopped as error:
+            print(f"{label}: {error}", flush=True)
+            loaded, code = None, 1
+            continue
+        finally:
+            _note(out / TIMES, label, _done(settings) - done, time.perf_counter() - start)
+        found |= {name: {**its, **(its.get("retention") or [{}])[-1]} for name, its in summary["methods"].items()}
+        for complaint in summary["skipped"]:
+            print(f"skipped: {complaint}")
+    if found:
+        print(f"\n{markdown_table(found, [metric.key for metric in run_columns(*found.values())])}")
+    print(f"\nWritten to {out}; curves and what was found: kne report --study {out}")
+    return code
+
+
+def _note(path: Path, label: str, records: int, seconds: float) -> None:
+    """Adds a line for the estimates of later runs, if anything was edited."""
+    if records > 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"label": label, "records": records, "seconds": round(seconds, 2)}) + "\n")

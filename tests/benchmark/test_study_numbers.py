@@ -1,0 +1,199 @@
+"""The numbers of studies: draws and records as clusters against a bootstrap by hand, and what is between points."""
+
+from __future__ import annotations
+
+import json
+import random
+from statistics import fmean
+
+import numpy
+import pytest
+from pytest import approx
+from study_lines import line, write_points
+
+from kne_easyedit.benchmark.intervals import RESAMPLES, crossed, interval
+from kne_easyedit.benchmark.study_numbers import OVERALL, difference, differences, mean_difference, slope
+from kne_easyedit.benchmark.study_reading import read_studies
+from kne_easyedit.benchmark.study_report import publish_studies
+
+
+def table(records: int, draws: int, of_draw: float, seed: int = 3) -> dict[tuple[int, int], float]:
+    """Values with an effect of the record, one of the draw of size ``of_draw``, and noise."""
+    rng = numpy.random.default_rng(seed)
+    rows, columns = rng.normal(50, 10, records), rng.normal(0, of_draw, draws)
+    return {(i, j): rows[i] + columns[j] + rng.normal(0, 1) for i in range(records) for j in range(draws)}
+
+
+def crossed_of(values):
+    return crossed(list(values.values()), [i for i, _ in values], [j for _, j in values])
+
+
+def by_hand(values: dict[tuple[int, int], float], resamples: int = RESAMPLES) -> tuple[float, float]:
+    """The same interval, one drawn record and one drawn draw after the other."""
+    rng = random.Random(0)
+    records, draws = sorted({i for i, _ in values}), sorted({j for _, j in values})
+    means = []
+    for _ in range(resamples):
+        rows, columns = rng.choices(records, k=len(records)), rng.choices(draws, k=len(draws))
+        if drawn := [values[i, j] for i in rows for j in columns if (i, j) in values]:
+            means.append(fmean(drawn))
+    low, high = numpy.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def tolerance(low: float, high: float) -> float:
+    """Four standard errors of the difference of two 2.5 % quantiles of as many normal means."""
+    spread = (high - low) / 3.92
+    return 4 * 2**0.5 * spread * (0.025 * 0.975 / RESAMPLES) ** 0.5 / 0.0585
+
+
+@pytest.mark.parametrize(("records", "draws"), [(12, 3), (5, 6)])
+@pytest.mark.parametrize("missing", [0, 4])
+def test_records_and_draws_are_drawn_as_by_hand(records, draws, missing):
+    values = table(records, draws, 4.0)
+    for key in list(values)[1 : 2 * missing : 2]:
+        del values[key]
+    found, (low, high) = crossed_of(values), by_hand(values)
+    assert found.mean == approx(fmean(values.values())) and found.records == records
+    assert found.low == approx(low, abs=tolerance(low, high))
+    assert found.high == approx(high, abs=tolerance(low, high))
+
+
+def test_draws_that_differ_widen_the_interval_and_equal_ones_do_not():
+    alike, apart = table(30, 4, 0.0), table(30, 4, 20.0)
+    by_records = interval(list(apart.values()), [i for i, _ in apart])
+    wide, narrow = crossed_of(apart), crossed_of(alike)
+    assert wide.high - wide.low > 2 * (by_records.high - by_records.low), "records alone do not see the draws"
+    assert narrow.high - narrow.low < 1.2 * (by_records.high - by_records.low)
+
+
+def test_one_draw_is_the_bootstrap_over_records():
+    values = table(20, 1, 5.0)
+    assert crossed_of(values) == interval(list(values.values()), [i for i, _ in values])
+    assert crossed([], [], []) is None
+    same = crossed([3.0] * 4, [0, 0, 1, 1], [0, 1, 0, 1])
+    assert (same.mean, same.low, same.high, same.records) == (3.0, 3.0, 3.0, 2)
+    assert crossed_of(table(9, 3, 1.0)) == crossed_of(table(9, 3, 1.0))
+
+
+# Differences
+
+
+def test_draws_are_paired_if_both_have_them_else_each_with_each():
+    one = {("a", 0, 42, 1): 5.0, ("a", 0, 42, 2): 7.0, ("b", 1, 42, 1): 1.0}
+    two = {("a", 0, 42, 1): 1.0, ("a", 0, 42, 2): 2.0}
+    assert differences(one, two) == {("a", 0, 42, 1): 4.0, ("a", 0, 42, 2): 5.0}
+    single = {("a", 0, 42, 1): 1.0}
+    assert differences(one, single) == {("a", 0, 42, 1, 1): 4.0, ("a", 0, 42, 2, 1): 6.0}
+    assert differences(single, one) == {("a", 0, 42, 1, 1): -4.0, ("a", 0, 42, 1, 2): -6.0}
+    assert differences({("a", 0, 1, 1): 1.0}, {("a", 0, 2, 1): 1.0}) == {}, "another seed"
+
+
+@pytest.fixture(name="curves")
+def curves_fixture(tmp_path):
+    points = {
+        "KNE-share@0.1": {"ES": 0.5, "PORT": 0.4, "LOC": 0.8},
+        "KNE-share@0.2": {"ES": 0.6, "PORT": 0.4, "LOC": 0.7},
+        "KNE-share@0.4": {"ES": 0.7, "PORT": 0.4, "LOC": 0.6},
+        "KNE-random@0.1": {"ES": 0.4, "PORT": 0.4, "LOC": 0.8},
+        "KNE-random.2@0.1": {"ES": 0.3, "PORT": 0.4, "LOC": 0.8},
+    }
+    (found,) = read_studies([write_points(tmp_path / "run", points)]).curves
+    return found
+
+
+def test_points_are_read_with_their_draws(curves):
+    assert (curves.study.name, curves.data, curves.method) == ("share", "counterfact", "KNE")
+    assert [(cell.series, cell.value, cell.draws, cell.records) for cell in curves.cells.values()] == [
+        ("share", "0.1", 1, 24),
+        ("share", "0.2", 1, 24),
+        ("share", "0.4", 1, 24),
+        ("random", "0.1", 2, 24),
+    ]
+    assert curves.before == {"edit_success": approx(20), "fluency": approx(600)}
+    assert curves.keys == ["edit_success", "portability", "locality", "seconds_per_edit"]
+
+
+def test_differences_slopes_and_means_of_known_points(curves):
+    localised, random_rows = curves.cells["share", "0.1"], curves.cells["random", "0.1"]
+    found = difference(localised, random_rows, "edit_success")
+    assert found.mean == approx(15, abs=1) and 9 < found.low < 12 and 18 < found.high < 21, "between its two draws"
+    single = difference(localised, curves.cells["share", "0.2"], "edit_success")
+    assert single.mean == approx(-10, abs=1) and single.high - single.low < 2, "what the records share cancels out"
+    alone = localised.mean("edit_success")
+    assert alone.high - alone.low > 2.5
+    steep = slope(curves.of("share"), "locality")
+    assert steep.mean == approx(-10, abs=0.5) and steep.high < -9
+    assert slope(curves.of("share")[:1], "locality") is None
+    overall = difference(curves.cells["share", "0.2"], localised, OVERALL)
+    assert overall.mean == approx(0, abs=0.5)
+    both = mean_difference(curves.of("share")[1:], [localised], "edit_success")
+    assert both.mean == approx(15, abs=1)
+    assert difference(localised, random_rows, "bleed") is None
+
+
+def test_a_sequence_counts_as_it_is_at_its_end(tmp_path):
+    folder = write_points(tmp_path / "run", {"KNE-sequence@3": {"ES": 1.0, "LOC": 0.9}}, records=3, noise=0)
+    again = []
+    for after, success in ((2, 0.75), (3, 0.25)):
+        again += [{**line("KNE-sequence@3", i, {"ES": success}), "after": after} for i in range(after)]
+    (folder / "KNE-sequence@3/retention.jsonl").write_text("".join(json.dumps(its) + "\n" for its in again))
+    (curves,) = read_studies([folder]).curves
+    (cell,) = curves.of("sequence")
+    assert cell.mean("edit_success").mean == 25 and cell.records == 3
+    assert cell.mean("locality") is None, "nobody has asked for it at the end"
+    assert cell.mean("seconds_per_edit").mean == 2
+
+
+def test_results_of_no_study_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no label in .* is that of a study's point"):
+        read_studies([write_points(tmp_path / "run", {"KNE": {"ES": 1.0}, "FT@25": {"ES": 1.0}})])
+    with pytest.raises(ValueError, match="of KNE on counterfact nothing was measured that the study share shows"):
+        read_studies([write_points(tmp_path / "none", {"KNE-share@0.1": {}}, seconds=None)])
+
+
+@pytest.mark.parametrize(
+    "label", ["facts@many", "facts@2.5", "facts@0", "share@nan", "share@-1", "share@inf", "batch@²"]
+)
+def test_a_value_that_is_none_of_the_axis_is_named(label, tmp_path):
+    with pytest.raises(ValueError, match="behind @ is no value of the study "):
+        read_studies([write_points(tmp_path / "run", {f"KNE-{label}": {"ES": 1.0}}, records=1)])
+
+
+def test_unequal_numbers_of_rows_are_said(tmp_path):
+    modules = {"k_proj": "m.{}.attn.k_proj", "down_proj": "m.{}.mlp.down_proj"}
+    points = {f"KNE-rows@{name}": {"ES": 1.0, "PORT": 0.5} for name in modules}
+    for name, rows, said in (("equal", {}, False), ("unequal", {"KNE-rows@k_proj": 17}, True)):
+        folder = write_points(tmp_path / name, points, records=2, modules=modules, rows=rows)
+        publish_studies(read_studies([folder]), tmp_path / f"{name}-report")
+        text = (tmp_path / f"{name}-report/studies.md").read_text()
+        assert ("is never chosen: k_proj 17, down_proj 20." in text) == said
+    rows = json.loads((tmp_path / "equal-report/studies.json").read_text())["points"]
+    (category,) = (row for row in rows if row["metric"] == "portability/R" and row["value"] == "k_proj")
+    (whole,) = (row for row in rows if row["metric"] == "portability" and row["value"] == "k_proj")
+    assert category["mean"] == approx(whole["mean"]) and category["records"] == 2
+
+
+def test_a_report_is_written_of_labels_of_others_without_any_effect(tmp_path):
+    """A label is no path and no markup; pictures have names of their own."""
+    points = {"K|<b>-batch@1": {"ES": 1.0}, "K|<b>-batch@2": {"ES": 0.9}}
+    folder = write_points(tmp_path / "run", points, records=2)
+    for file in folder.rglob("results.jsonl"):
+        file.write_text(file.read_text().replace("K|", "../../K|$x$"))
+    publish_studies(read_studies([folder]), tmp_path / "report")
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(
+        ["batch-1.png", "studies.csv", "studies.html", "studies.json", "studies.md"]
+    )
+    page = (tmp_path / "report/studies.html").read_text()
+    assert "<b>" not in page and "../../K|$x$&lt;b&gt;" in page
+
+
+def test_seeds_are_draws(tmp_path):
+    folder = write_points(tmp_path / "run", {"KNE-share@0.1": {"ES": 0.5}}, records=4)
+    more = [line("KNE-share@0.1", i, {"ES": 0.7}, seed=7, fingerprint="other") for i in range(4)]
+    (folder / "seed-7").mkdir()
+    (folder / "seed-7/results.jsonl").write_text("".join(json.dumps(its) + "\n" for its in more))
+    (curves,) = read_studies([folder]).curves
+    (cell,) = curves.cells.values()
+    assert (cell.records, cell.draws, len(cell.lines)) == (4, 2, 8)
+    assert cell.mean("edit_success").low < 55 and cell.mean("edit_success").high > 65
