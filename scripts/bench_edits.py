@@ -179,7 +179,8 @@ def projections(generator: torch.Generator, layers: int, outputs: int, inputs: i
         hidden_size=outputs, intermediate_size=inputs, num_hidden_layers=layers, num_attention_heads=outputs // 128 or 1
     )
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).eval()
     for layer in model.model.layers:
         weight = torch.empty(outputs, inputs, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
         layer.mlp.down_proj.weight = nn.Parameter(weight, requires_grad=False)

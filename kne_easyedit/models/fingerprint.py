@@ -18,8 +18,8 @@ _NOT_IN_CONFIG = ("_name_or_path", "transformers_version", "use_cache", "archite
 
 
 _REWRITTEN = ("absmax", "quant_state")
-"""Parts of the names of what a pass rewrites: on CPUs that multiply bfloat16, bitsandbytes packs 4-bit weights for passes
-without gradients, and rounds their scales. Unpacked, the numbers are what they were, the scales are not."""
+"""Parts of the names of what a pass rewrites: on CPUs that multiply bfloat16, bitsandbytes packs 4-bit weights for
+passes without gradients, and rounds their scales. Unpacked, the numbers are what they were, the scales are not."""
 
 
 def quantisation_states(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
