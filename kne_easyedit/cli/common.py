@@ -95,6 +95,17 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser, "overrides any other setting, e.g. p=0.02 layers=[4,5,6] device=cpu")
 
 
+def add_settings_of_model(parser: argparse.ArgumentParser) -> None:
+    """As `add_settings`, but without a file the settings are the model's own (`load_settings`)."""
+    parser.add_argument(
+        "--hparams",
+        type=Path,
+        metavar="FILE",
+        help="KNE's YAML (default: the shipped one of the model, else as `kne hparams` writes it)",
+    )
+    add_overrides(parser, "overrides any other setting, e.g. p=0.02 device=cpu localization_data=null")
+
+
 def add_overrides(parser: argparse.ArgumentParser, help_of_set: str) -> None:
     """``--model``, ``--modules`` and ``--set``, alike in every command that has settings."""
     parser.add_argument("--model", help="path or hub name; overrides model_name")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kne_easyedit.cli.common import (
     BEGINS_AGAIN,
-    add_overrides,
+    add_settings_of_model,
     load_settings,
     of_the_paper,
     positive,
@@ -26,13 +26,7 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "edit", help="edit a fact, or a file of facts: answers before and after; the edit is saved as a small folder"
     )
-    add_overrides(parser, "overrides any setting, e.g. p=0.02 device=cpu localization_data=null")
-    parser.add_argument(
-        "--hparams",
-        type=Path,
-        metavar="FILE",
-        help="KNE's YAML (default: the shipped one of the model, else as `kne hparams` writes it)",
-    )
+    add_settings_of_model(parser)
     parser.add_argument(
         "--paper", action="store_true", help="train as the paper does, which changes neighbours of the facts, too"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kne_easyedit._util.messages import printable
-from kne_easyedit.cli.common import add_overrides, load_settings, require_folder
+from kne_easyedit.cli.common import add_settings_of_model, load_settings, require_folder
 
 
 def add_commands(commands: Any) -> None:
@@ -18,13 +18,7 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "lab", help="a page in the browser: edit facts, ask before and after, switch edits on and off"
     )
-    add_overrides(parser, "overrides any setting, e.g. p=0.02 device=cpu localization_data=null")
-    parser.add_argument(
-        "--hparams",
-        type=Path,
-        metavar="FILE",
-        help="KNE's YAML (default: the shipped one of the model, else as `kne hparams` writes it)",
-    )
+    add_settings_of_model(parser)
     parser.add_argument(
         "--store", type=Path, metavar="DIR", help="the store of the edits (default: one that is gone at the end)"
     )

@@ -22,7 +22,7 @@ from kne_easyedit._util.settings import EVALUATORS
 from kne_easyedit.benchmark.studies import STUDIES
 from kne_easyedit.benchmark.study_points import Plan
 from kne_easyedit.cli.common import (
-    add_overrides,
+    add_settings_of_model,
     load_settings,
     overrides_of,
     positive,
@@ -56,10 +56,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--values", help="comma-separated values of the axis (default: the paper's)")
     parser.add_argument("--draws", type=positive, help="draws of facts (facts: 3) or of random rows (share: 1)")
     parser.add_argument("--sequences", help="batch: comma-separated numbers of edits one after the other")
-    parser.add_argument(
-        "--hparams", type=Path, metavar="FILE", help="KNE's YAML (default: the shipped one of the model, or a new one)"
-    )
-    add_overrides(parser, "overrides any other setting, e.g. p=0.02 layers=[4,5,6] device=cpu")
+    add_settings_of_model(parser)
     parser.add_argument(
         "--paper",
         action="store_true",
