@@ -85,8 +85,9 @@ class EditStore:
         self.folder = Path(folder).expanduser()
         self._loaded: dict[tuple[str, str], KNEEdit] = {}
         if self.folder.exists() and not (self.folder / LIST_FILE).exists():
-            odd = [p.name for p in self.folder.iterdir() if p.name != EDITS_FOLDER and not p.name.startswith(".")]
-            if odd:
+            found = [p.name for p in self.folder.iterdir()]
+            odd = [name for name in found if name != EDITS_FOLDER and not name.startswith(".")]
+            if odd and LIST_FILE not in found:  # another process may have made it since
                 raise ValueError(f"store: {self.folder} is no store of edits (no {LIST_FILE}, but {odd[0]})")
         read_list(self.folder)
 

@@ -312,7 +312,9 @@ def test_a_label_adds_the_setting_that_a_file_leaves_out(label, tmp_path):
 
 
 METHOD_FOLDERS = [
-    folder for folder in sorted(HPARAMS.iterdir()) if folder.is_dir() and folder.name not in ("benchmark", "hydra")
+    folder
+    for folder in sorted(HPARAMS.iterdir())
+    if folder.is_dir() and folder.name not in ("benchmark", "hydra", "study")
 ]
 """The folders of settings but those of Hydra's own files."""
 

@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from edits import thing_of
@@ -49,6 +50,21 @@ def test_two_at_once_lose_nothing(tmp_path, llama):
 
     at_once(lambda: add([*edits][::2]), lambda: add([*edits][1::2]))
     assert sorted(ids(EditStore(tmp_path / "s"))) == sorted(edits)
+
+
+def test_another_process_makes_the_store_while_one_looks_at_its_folder(tmp_path, llama, monkeypatch):
+    folder, exists = tmp_path / "s", Path.exists
+    folder.mkdir()
+
+    def not_yet(path, **options):
+        if path != folder / "store.json":
+            return exists(path, **options)
+        monkeypatch.undo()
+        EditStore(folder).add(thing_of(llama), "a")
+        return False
+
+    monkeypatch.setattr(Path, "exists", not_yet)
+    assert ids(EditStore(folder)) == ["a"]
 
 
 def test_another_process_adds_while_one_is_switched(store, llama, monkeypatch):
