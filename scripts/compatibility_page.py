@@ -39,7 +39,7 @@ model called "tiny-llama", by `MethodEditor`: edit, evaluate, undo, alone and tw
 SMOLLM2 = """
 ## On a real model
 
-SmolLM2-135M-Instruct, the first 3 records of {data}, the shipped settings, edit by edit, KNE and FT also in a row and 3
+SmolLM2-135M-Instruct, the first 3 records of {data}, the settings shipped at the time, edit by edit, KNE and FT also in a row and 3
 facts at once (`kne run`'s modes), on 2 CPU cores that had other work. Three records say that a method runs, not how good
 it is (MEMIT's weight of the second moments, 15000 as EasyEdit has it for Llama-2-7B, was too large for this model, and
 the shipped file has had 1000 since). Methods of which a version has no row were not run there, or it does not have them.
