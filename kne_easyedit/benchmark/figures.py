@@ -112,14 +112,15 @@ def _intervals(found: Collection, styles: dict[str, tuple[str, str]], shown: Seq
     axes = figure.subplots(len(data_sets), len(metrics), squeeze=False, sharey=True)
     for data, row in zip(data_sets, axes):
         for metric, axis in zip(metrics, row):
+            lowest = 0.0  # a difference may be negative; a panel may be empty
             for place, (method, (colour, marker)) in enumerate(styles.items()):
                 if value := mean(found.of(data, method), metric):
+                    lowest = min(lowest, value.low)
                     axis.plot(
                         (value.low, value.high), (place, place), color=colour, linewidth=2.5 if is_kne(method) else 1.5
                     )
                     axis.plot(value.mean, place, marker, color=colour, markersize=7)
-            # A difference may be negative.
-            axis.set(xlim=(min(-3, axis.dataLim.xmin - 3), 103), title=f"{data}: {metric.label}")
+            axis.set(xlim=(lowest - 3, 103), title=f"{data}: {metric.label}")
             axis.title.set_fontsize(10)
             axis.set_yticks(range(len(styles)), styles)
             axis.set_ylim(len(styles) - 0.5, -0.5)

@@ -212,6 +212,17 @@ def test_the_report_renders_with_missing_methods(found, tmp_path):
     }
 
 
+def test_a_metric_that_one_data_set_has_not(tmp_path):
+    """ZsRE alone asks the prompt in other words: the other panel is empty."""
+    rephrased = {"pre": PRE, "post": {**LINES[0]["metrics"]["post"], "rephrase_acc": [0.5]}}
+    lines = [*LINES[:6], *(line("KNE", i, 1.0, "ZsRE-test-all", metrics=rephrased) for i in range(3))]
+    write(tmp_path / "run/results.jsonl", lines)
+    publish(collect([tmp_path / "run"]), tmp_path / "report")
+    assert (tmp_path / "report/intervals.png").is_file()
+    numbers = json.loads((tmp_path / "report/report.json").read_text())
+    assert numbers["zsre"]["KNE"]["rephrase"] == approx(50) and numbers["counterfact"]["KNE"]["rephrase"] is None
+
+
 def test_what_is_made_once_is_counted_apart(tmp_path):
     """KNE's localisation and MEMIT's second moments; an edit that took long for another reason moves no median."""
     for method, once in (
