@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kne_easyedit._util.messages import printable
 from kne_easyedit.benchmark.asking import continuations
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
 
@@ -16,6 +17,7 @@ SHOWN = 12
 LONGEST = 32
 """Tokens of an answer that comes to no natural stop."""
 
+_NO_ANSWER = "(ends at once)"
 _SENTENCE_END = r"[.!?](?=\s|$)|[。！？]|\n"
 _STOP = re.compile(_SENTENCE_END)
 _STOP_WITHIN = re.compile(r"[.!?]\s|[。！？\n]")
@@ -80,7 +82,12 @@ def is_whole(answer: str, target: str) -> bool:
 
 def one_line(answer: str) -> str:
     """The beginning of an answer as one line of at most 70 characters, for the terminal."""
-    return " ".join(answer.split())[:70] or "(ends at once)"
+    return " ".join(answer.split())[:70] or _NO_ANSWER
+
+
+def in_full(answer: str) -> str:
+    """The whole of an answer as one line without effect on a terminal (`printable`)."""
+    return printable(answer) or _NO_ANSWER
 
 
 def begins_with(answer: str, target: str) -> bool:

@@ -28,6 +28,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> int:
+    from kne_easyedit.benchmark.answers import in_full
     from kne_easyedit.benchmark.before_after import without_and_with_edits
 
     edits = open_edits(arguments.edit)
@@ -37,10 +38,9 @@ def _ask(arguments: argparse.Namespace) -> int:
 
     def ask(prompts: Sequence[str]) -> None:
         found = without_and_with_edits(model, tokenizer, prompts, arguments.tokens, chat=arguments.chat)
-        for prompt, answers in zip(prompts, found):
-            was, now = (printable(answer) or "(ends at once)" for answer in answers)
+        for prompt, (was, now) in zip(prompts, found):
             print(f"\n{printable(prompt)}")
-            print_rows([("", "before", "after"), ("", was, now)])
+            print_rows([("", "before", "after"), ("", in_full(was), in_full(now))])
 
     with edits.applied(model, force=arguments.force):  # once: the base is compared with the edit's, matrix by matrix
         if arguments.prompts:

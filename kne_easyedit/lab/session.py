@@ -11,8 +11,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from kne_easyedit._util.interrupts import Stopped, stoppable
-from kne_easyedit._util.messages import printable
-from kne_easyedit.benchmark.answers import one_line
+from kne_easyedit.benchmark.answers import in_full, one_line
 from kne_easyedit.benchmark.asking import probabilities
 from kne_easyedit.benchmark.before_after import Question, Questions, Said, kept, without_and_with_edits
 from kne_easyedit.editing.edit import compute_edit
@@ -151,9 +150,8 @@ class LabSession:
             raise ValueError("prompt: is empty; type what the model is asked")
         with self._lock:
             self.store.apply(self._model)
-            (found,) = without_and_with_edits(self._model, self.tokenizer, [prompt], ANSWER, chat=chat)
-        was, now = (printable(answer) or "(ends at once)" for answer in found)
-        return was, now
+            ((was, now),) = without_and_with_edits(self._model, self.tokenizer, [prompt], ANSWER, chat=chat)
+        return in_full(was), in_full(now)
 
     def train(
         self, prompt: str, target: str, subject: str = "", old: str = ""

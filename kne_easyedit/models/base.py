@@ -38,7 +38,7 @@ class BaseModule:
     dtype: str
     """Number type, as torch names it: ``float32``, ``bfloat16``, ..."""
     sha256: str
-    """Of the whole matrix's bytes, as it is stored (`weight_digest`); of quantised layers, of their scales as well."""
+    """Of the matrix's bytes, as it is stored (`weight_digest`), and of a quantised layer's `quantisation_states`."""
     transposed: bool = False
     """Stored as ``(d1, d2)``: GPT-2's Conv1D."""
 
@@ -145,7 +145,7 @@ def base_of(
             rows(module, weight)[index.to(weight.device)] = values.to(weight)
         dtype = (dtypes or {}).get(name) or str(weight.dtype).removeprefix("torch.")
         digest = weight_digest(weight, getattr(torch, dtype))
-        if states:  # the packed numbers say nothing without their scales
+        if states:  # the packed numbers say little without what they stand for
             digest = text_digest([digest, [[key, str(one.dtype), weight_digest(one)] for key, one in states]])
         return BaseModule((d2, d1), dtype, digest, not isinstance(module, nn.Linear))
 

@@ -177,7 +177,7 @@ def nearest_templates(model: nn.Module, template: str, alike: bool = True) -> li
     given = template.split(".{}", 1)[0]
     stack = given if given in stacks else _decoder_stack(model, stacks)
     own = {found: module for found, module in templates.items() if found.split(".{}", 1)[0] == stack} or templates
-    roles, wanted = _roles(own), _role_by_name(template)
+    roles, wanted = _roles(own), role_of(template)
     near: list[str] = []
     for role in (wanted, _FUSED.get(wanted or "")):
         near = near or [found for found in own if role is not None and roles[found] == role]
@@ -282,7 +282,7 @@ def _roles(templates: Mapping[str, nn.Module]) -> dict[str, str | None]:
     hidden = max(widths, key=lambda width: widths[width], default=0)
     roles = {}
     for found, (inputs, outputs) in shapes.items():
-        role = _role_by_name(found)
+        role = role_of(found)
         if role is None and _part(found) == "attention" and outputs == hidden:
             role = "attention output"
         elif _part(found) != "attention" and outputs == hidden < inputs:
@@ -295,10 +295,6 @@ def _roles(templates: Mapping[str, nn.Module]) -> dict[str, str | None]:
 
 def role_of(template: str) -> str | None:
     """The role of a linear layer in its decoder layer, by its name alone; None where that does not tell."""
-    return _role_by_name(template)
-
-
-def _role_by_name(template: str) -> str | None:
     part, leaf = _part(template), template.rsplit(".", 1)[-1].lower()
     for role, names in _ROLES.items():
         of_attention = role not in ("MLP output", "MLP input", "gate", "gate and input")

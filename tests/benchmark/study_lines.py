@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy
+from test_report import MANIFEST
 
 from kne_easyedit.benchmark.studies import place_of
 
@@ -74,19 +75,8 @@ def write_points(
 
 def manifest(label: str, template: str | None) -> dict:
     return {
-        "kne_easyedit": "1",
-        "started": "2026-01-01T00:00:00+00:00",
-        "model": {"name": "tiny", "sha256": "0" * 64},
-        "seed": 42,
-        "mode": "single",
-        "data": {"name": "test_cf.json", "sha256": "1" * 64, "records": []},
-        "easyedit": {"kind": "checkout", "version": "abc", "patches": []},
+        **MANIFEST,
         "methods": {label: {"target_modules": [template]} if template else {}},
-        "fingerprints": {},
-        "chat_template": False,
-        "fluency_variant": "punkt",
         "localization": {label: {"facts": 2, "neurons": 20, "parameter_share": 0.01}},
         "second_moments": {},
-        "environment": {"python": "3", "torch": "2", "transformers": "5", "peft": "0", "dtype": "torch.float32"},
-        "machine": {"processor": "A", "cpus": 2, "threads": 1, "gpus": []},
     }
