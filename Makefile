@@ -3,6 +3,7 @@
 #   make lint        style, formatting, types (ruff, mypy)          make test-fast   no EasyEdit, no real model, no broad laws
 #   make docs        the pages and the API reference: build/site    make test-slow   what `make test` leaves out
 #   make examples    runs the notebooks and stores their outputs    make test-oldest the oldest supported transformers and PEFT
+#   make bench-gpu   what is claimed for GPUs, measured (outputs/bench-gpu.json); on a CPU with a small shape
 #   make dist        wheel and sdist, checked, in dist              make test-wheel  the wheel in an environment of its own
 # TESTS="tests/test_x.py" chooses files, WORKERS=1 the number of processes (one per core, at most eight).
 PYTHON ?= python3
@@ -22,7 +23,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: demo lint docs examples dist test test-fast test-slow test-kernels test-oldest test-wheel clean
+.PHONY: demo lint docs examples bench-gpu dist test test-fast test-slow test-kernels test-oldest test-wheel clean
 
 demo: $(READY)
 	$(VENV)/bin/kne demo
@@ -37,6 +38,9 @@ docs: $(READY)-docs
 
 examples: $(READY)-examples
 	$(VENV)/bin/python examples/run.py
+
+bench-gpu: $(READY)
+	$(VENV)/bin/python scripts/bench_gpu.py --out outputs/bench-gpu.json
 
 dist: $(READY)-dev
 	rm -rf dist

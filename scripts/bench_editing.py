@@ -6,7 +6,8 @@
     python scripts/bench_editing.py methods   # seconds an edit: KNE, and EasyEdit's FT and AdaLoRA
     python scripts/bench_editing.py workers   # threads of one process against processes of one thread; --busy: on a
                                               # machine that has other work
-    python scripts/bench_editing.py memory    # memory above the weights for Llama-2-7B's architecture, by calculation
+    python scripts/bench_editing.py memory    # memory above the weights of one edit of a published architecture with
+                                              # random weights: measured, and as `kne doctor` states it
 
 Measurements are interleaved, and medians are taken: machines are noisy. The facts are the first of --data.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -29,9 +31,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from architectures import ARCHITECTURES, fitting_tokenizer, random_model, settings_of
+from editing_memory import memory
 from torch import nn
 
 from kne_easyedit import KNEHyperParams, compute_edit, restore
+from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.machine import available_cores, environment, hardware, keep_large_blocks
 from kne_easyedit._util.workers import run_parallel
 from kne_easyedit.cli.common import shipped
@@ -58,10 +63,25 @@ def main() -> None:
     parser.add_argument(
         "--busy", type=int, default=0, help="workers: other processes that take all that they get (default %(default)s)"
     )
+    parser.add_argument(
+        "--architecture", choices=ARCHITECTURES, default="llama2-7b", help="memory: default %(default)s"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="memory")
+    parser.add_argument("--device", default="cpu", help="memory")
+    parser.add_argument("--out", type=Path, help="memory: folder for the figures as JSON")
     parser.add_argument("what", choices=("step", "neighbours", "profile", "methods", "workers", "memory"))
     arguments = parser.parse_args()
     if arguments.what == "memory":
-        memory()
+        random = random_model(arguments.architecture, getattr(torch, arguments.dtype), arguments.device)
+        requests = load_requests(arguments.data, arguments.records)
+        figures = memory(
+            random,
+            fitting_tokenizer(requests, random.config.vocab_size),
+            requests[0],
+            settings_of(arguments.architecture, random, num_steps=3),
+        )
+        if arguments.out:
+            atomic_write(arguments.out / "editing_memory.json", json.dumps(figures, indent=1) + "\n")
         return
     keep_large_blocks()
     hparams = KNEHyperParams.from_hparams(arguments.hparams)
@@ -81,8 +101,12 @@ def main() -> None:
 
 def step(
     model: nn.Module, tokenizer: Tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int
-) -> None:
-    """One step of KNE (loss, gradients of the rows, AdamW) against loss and gradients of the embedded prompt only."""
+) -> float:
+    """One step of KNE (loss, gradients of the rows, AdamW) against loss and gradients of the embedded prompt only.
+
+    Returns:
+        The median ratio of the facts.
+    """
     ensemble, ratios = find_ensemble(model, tokenizer, requests, hparams), []
     for request in requests:
         batch = collate([encode_request(tokenizer, request)]).to(device_of(model))
@@ -102,6 +126,7 @@ def step(
             f"ratio {ratios[-1]:.2f}"
         )
     print(f"median ratio {median(ratios):.2f}")
+    return median(ratios)
 
 
 def plain_pass(model: Any, batch: Batch) -> None:
@@ -127,10 +152,13 @@ def training_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimiz
 
 def neighbours(
     model: nn.Module, tokenizer: Tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int
-) -> None:
+) -> dict[str, float]:
     """Seconds a step without neighbours, with some of them and with all, and those of preparing them before the first.
 
     The number of neighbours is that of ``hparams``, of relations and subjects.
+
+    Returns:
+        Neighbours in a step -> the median of the facts: a step as a multiple of one without.
     """
     ensemble, steps = find_ensemble(model, tokenizer, requests, hparams), 4
     work = replace(hparams, neighbour_weight=1.0, num_steps=steps, stop_loss=0.0)
@@ -160,6 +188,7 @@ def neighbours(
             f"to prepare them {median(prepared) / plain:.1f}"
         )
     print("median " + ", ".join(f"{name} {median(values):.2f}" for name, values in ratios.items() if name != "none"))
+    return {name: median(values) for name, values in ratios.items() if name != "none"}
 
 
 def profile(
@@ -256,28 +285,6 @@ def workers(
         print(
             f"{name:<28} {60 * len(facts) / median(seconds):6.1f} facts a minute, with {busy} other processes on "
             f"{available_cores()} cores"
-        )
-
-
-def memory() -> None:
-    """Memory above the weights of one edit of Llama-2-7B's architecture."""
-    from transformers import LlamaConfig
-
-    from kne_easyedit.doctor import memory_needed
-
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
-    )
-    for name, bf16 in (("float32", False), ("bfloat16", True)):
-        hparams = KNEHyperParams(
-            model_name="llama-2-7b", target_modules=["model.layers.{}.mlp.down_proj"], bf16=bf16, device="cpu"
-        )
-        needed = memory_needed(config, hparams)
-        above = sum(size for purpose, size in needed.items() if purpose != "weights")
-        print(
-            f"{name}: {above / 2**30:.2f} GiB above the weights ("
-            + ", ".join(f"{p} {s / 2**30:.2f}" for p, s in needed.items())
-            + ")"
         )
 
 

@@ -14,7 +14,6 @@ and scaled to all. What is compared is interleaved, and medians are taken: machi
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,59 +23,35 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from architectures import ARCHITECTURES, fitting_tokenizer, random_model
 from localization_measures import (
     ROOT,
     easyedit_kn,
     literal_attribution,
     load,
     multiplications,
-    peak_memory,
     product_rate,
     spread,
     timed,
 )
+from localization_random import many_facts
 from localization_scaling import scaling
 from torch import Tensor, nn
 from torch.nn import functional
 
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.machine import environment, keep_large_blocks
-from kne_easyedit.attribution.engine import attribute_facts, rows_in_flight
+from kne_easyedit.attribution.engine import attribute_facts
 from kne_easyedit.attribution.quadrature import gauss_legendre, riemann
 from kne_easyedit.facts.encoding import Fact, encode, encode_request
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
-from kne_easyedit.localization.localizer import batches
 from kne_easyedit.localization.selection import Selection, aggregate
 from kne_easyedit.models.fast_linear import linear
 from kne_easyedit.models.targets import Target, resolve_target
 
 PROMPT, ANSWER = "The name of the country in which Leonardo da Vinci was born is", "the Kingdom of Denmark"
-ARCHITECTURES: dict[str, dict[str, Any]] = {  # as published; heads of keys equal heads of queries in all but the last
-    "llama2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-    },
-    "llama2-13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "vocab_size": 32000,
-    },
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-}
 
 
 def main() -> None:
@@ -121,11 +96,11 @@ def main() -> None:
     big.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     big.add_argument("--device", default="cuda")
     big.add_argument(
-        "--data", required=True, help="KnowEdit file; tokenised by SmolLM2's tokenizer, ids modulo the vocabulary"
+        "--data", required=True, help="KnowEdit file, or 'embedded'; tokenised by a tokenizer trained on its facts"
     )
     big.add_argument("--size", type=int, default=200)
     big.add_argument("--steps", type=int, default=20)
-    big.add_argument("--literal-layers", type=int, default=3)
+    big.add_argument("--literal-layers", type=int, default=3, help="0: the literal way is not run")
     big.set_defaults(command=random_weights)
     options = parser.parse_args()
     figures = options.command(options)
@@ -314,72 +289,15 @@ def selected(scores: Sequence[Tensor], selection: Selection, target: Target) -> 
 
 def random_weights(options: argparse.Namespace) -> dict:
     """Many real facts on a published architecture with random weights: time in all, memory above the weights, ratio."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     if options.device == "cpu":
         keep_large_blocks()
-    _, tokenizer, _ = load(options)
-    config = LlamaConfig(**ARCHITECTURES[options.architecture])
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, options.dtype))
-    with torch.device(options.device):
-        model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    torch.set_default_dtype(default)
-    target = resolve_target(model, options.module or "model.layers.{}.mlp.down_proj")
-    facts = [encode_request(tokenizer, request) for request in load_requests(options.data, options.size)]
-    facts = [Fact(f.prompt, f.target, tuple(i % config.vocab_size for i in f.ids), f.prompt_length) for f in facts]
-    cuda = torch.device(options.device).type == "cuda"
-    attribute_facts(model, [target], facts[:1], options.steps)  # warm up
-    gc.collect()
-    before = torch.cuda.memory_allocated() if cuda else peak_memory(reset=True)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    in_flight = rows_in_flight(model, [target], facts[0])
-
-    def everything() -> None:
-        for batch in batches(facts, len(target.layers) * options.steps, in_flight):
-            attribute_facts(model, [target], batch, options.steps, chunk_rows=in_flight)
-
-    seconds, _ = timed(everything)
-    memory = (torch.cuda.max_memory_allocated() if cuda else peak_memory()) - before
-    fact = sorted(facts, key=lambda f: len(f.ids))[len(facts) // 2]
-    layers = spread(target.layers, options.literal_layers)
-    alone = median(timed(lambda: attribute_facts(model, [target], [fact], options.steps))[0] for _ in range(3))
-    literal = mean(
-        timed(partial(literal_attribution, model, fact, target.template, options.steps, layer))[0] for layer in layers
-    ) * len(target.layers)
-    needed = multiplications(model, target, facts, options.steps)
-    figures = {
-        "architecture": options.architecture,
-        "dtype": options.dtype,
-        "module": target.template,
-        "facts": len(facts),
-        "steps": options.steps,
-        "seconds": seconds,
-        "bytes_above_weights": memory,
-        "rows_in_flight": in_flight,
-        "multiplications": needed,
-        "rate": needed / seconds,
-        "product_rate": product_rate(model, linear, 8192 if cuda else 2048),
-        "fact_tokens": [fact.prompt_length, len(fact.answer)],
-        "sweep_alone_seconds": alone,
-        "literal_seconds": literal,
-        "ratio_alone": literal / alone,
-        "ratio_batched": literal / (seconds / len(facts)),
-        "environment": environment(model),
-    }
-    print(
-        f"{options.architecture}, {options.dtype}, {len(facts)} facts: {seconds:.1f} s in all "
-        f"({seconds / len(facts):.2f} s a fact), "
-        f"{memory / 2**30:.1f} GiB above the weights, {in_flight} rows in flight\n"
-        f"{needed / seconds / 1e12:.1f} T multiplications/s; "
-        f"one large product {figures['product_rate'] / 1e12:.1f} T/s\n"
-        f"one fact of {fact.prompt_length} + {len(fact.answer)} tokens: {alone:.2f} s alone, "
-        f"literal {literal:.0f} s (scaled from layers {list(layers)}): "
-        f"ratio {literal / alone:.0f} alone, {literal / (seconds / len(facts)):.0f} against the mean fact of the batch"
-    )
-    return figures
+    model: Any = random_model(options.architecture, getattr(torch, options.dtype), options.device)
+    target = resolve_target(model, options.module or ARCHITECTURES[options.architecture].module)
+    requests = load_requests(options.data, options.size)
+    tokenizer = fitting_tokenizer(requests, model.config.vocab_size)
+    facts = [encode_request(tokenizer, request) for request in requests]
+    found = many_facts(model, target, facts, options.steps, options.literal_layers)
+    return {"architecture": options.architecture, "dtype": options.dtype, **found}
 
 
 if __name__ == "__main__":

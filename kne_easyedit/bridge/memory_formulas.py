@@ -1,6 +1,6 @@
-"""Memory that an edit of each method needs beside weights and activations, from the model's configuration alone.
+"""Memory that an edit of EasyEdit's methods needs beside weights and activations, from the configuration alone.
 
-Quantities called estimated were fitted to measurements; all others are counted.
+KNE's is in `kne_memory`.
 """
 
 from __future__ import annotations
@@ -10,83 +10,19 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from kne_easyedit.attribution.preparation import HEAD_ROWS
 from kne_easyedit.bridge.edited_modules import (
     adapted,
     at_layer,
-    depth,
     fine_tuned,
     in_features,
     matrix_size,
     rewritten,
-    state_bytes,
-    vocabulary,
 )
-from kne_easyedit.editing.neighbours import neighbours_in_step, neighbours_wanted
-from kne_easyedit.editing.optimizers import OPTIMIZERS
-from kne_easyedit.editing.projection import LARGEST_SHARE
-from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.localization.ensemble import NeuronEnsemble
-from kne_easyedit.models.targets import Target, resolve_target
 
 MemoryFormula: TypeAlias = Callable[[nn.Module, Any, int], dict[str, int]]
 """(model, hyperparameters, bytes per weight) -> bytes by purpose. Raises ValueError for a module that is missing."""
 PRECISE = 4
 """Bytes of a float32."""
-TOKENS_OF_A_NEIGHBOUR = 16
-"""Of a neighbour and its continuation; a beginning that several share counts less."""
-
-
-def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int) -> dict[str, int]:
-    """KNE: rows of some matrices are trained in float32 or better."""
-    precise = max(itemsize, PRECISE)
-    rows = _kne_rows(model, hparams)
-    copies = 2 + OPTIMIZERS[hparams.optimizer].moments
-    needed = {
-        # Whole matrices: EasyEdit undoes by no less.
-        "originals": itemsize * sum(matrix_size(module) for target, _ in rows for module in target.modules),
-        # W_kne, its gradient, and what the optimiser keeps.
-        "trained rows": copies * precise * sum(n * in_features(target.modules[0]) for target, n in rows),
-        # The difference of the weights, before it is added.
-        "differences": precise * sum(n * in_features(target.modules[0]) for target, n in rows),
-        # PEFT's B, dense: (neurons, rows) in every layer.
-        "row selector": precise * sum(n * target.n_neurons for target, n in rows),
-    }
-    neighbours = hparams.batch_size * neighbours_wanted(hparams)
-    if hparams.neighbour_weight:
-        # What the unedited model says after each neighbour: log-probabilities of every token.
-        needed["neighbours"] = precise * neighbours * hparams.neighbour_tokens * vocabulary(model)
-    if hparams.input_projection:
-        closed = [
-            (t, min(neighbours * TOKENS_OF_A_NEIGHBOUR, int(LARGEST_SHARE * in_features(t.modules[0]))))
-            for t, _ in rows
-        ]
-        # Of each module the inputs of all neighbours' tokens, and the basis of what is removed.
-        needed["projections (estimated)"] = sum(
-            (itemsize + precise) * len(target.modules) * n * in_features(target.modules[0]) for target, n in closed
-        )
-    if hparams.ensemble is None:
-        # At least a row of every path, with half of the layers before it, and the head's rows. More rows are used if
-        # there is room, in a quarter of what is free then (see attribution.rows_in_flight).
-        paths = sum(len(target.layers) for target, _ in rows)
-        head = 3 * PRECISE * HEAD_ROWS * vocabulary(model)
-        needed["localisation (estimated)"] = paths * depth(model) * state_bytes(model, itemsize) // 2 + head
-    return needed
-
-
-def kne_texts_at_once(hparams: KNEHyperParams) -> int:
-    """Texts in one step of KNE: the facts, a variant of each, their neighbours, and the prompts of ``kl_data``."""
-    kl = hparams.kl_size if hparams.kl_weight else 0
-    return hparams.batch_size * (1 + neighbours_in_step(hparams) + bool(hparams.subject_variants)) + kl
-
-
-def _kne_rows(model: Any, hparams: KNEHyperParams) -> list[tuple[Target, int]]:
-    """The modules, and how many rows of them are trained: the floor(p * neurons) of Eq. 6 if no ensemble is named."""
-    if hparams.ensemble is not None:
-        found = NeuronEnsemble.load(hparams.ensemble).targets(model).values()
-        return [(target, sum(map(len, rows))) for target, rows in found]
-    targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
-    return [(t, hparams.selection.budget(len(t.layers) * t.n_neurons)) for t in targets]
 
 
 def ft(model: nn.Module, hparams: Any, itemsize: int) -> dict[str, int]:

@@ -80,7 +80,7 @@ class Method:
     moments_setting: str | None = None
     """The setting that switches second moments on; None: they are always used, if the class has ``mom2_dataset``."""
     memory: formulas.MemoryFormula | None = None
-    """Memory beside weights and activations; None: unknown."""
+    """Memory beside weights and activations; None: unknown (KNE's has phases: `kne_memory`)."""
     texts_at_once: int | None = None
     """Texts in one pass of an edit; None: by the settings."""
     edits: str = "modules"
@@ -135,7 +135,7 @@ _API = "edits a model behind an API, not this one"
 METHODS: Mapping[str, Method] = {
     method.label: method
     for method in (
-        Method(NAME, memory=formulas.kne),
+        Method(NAME),
         _ft("FT"),
         _ft("FT-M", objective_optimization="target_new"),
         _ft("FT-L", objective_optimization="prompt_last"),

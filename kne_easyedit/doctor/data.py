@@ -64,8 +64,8 @@ def data_records(
     return [request for request in requests if request["index"] not in bad]
 
 
-def token_count(request: Mapping[str, Any], tokenizer: Tokenizer, model: Any) -> int:
-    """Tokens of prompt and answer. Raises ValueError for a fact that the model or its tokenizer cannot encode."""
+def token_count(request: Mapping[str, Any], tokenizer: Tokenizer, model: Any) -> tuple[int, int]:
+    """Tokens of the prompt, and of the answer. Raises ValueError for a fact that model or tokenizer cannot encode."""
     fact = encode_request(tokenizer, request)
     require_length(fact, model.config)
     if max(fact.ids) >= vocabulary(model):
@@ -73,7 +73,7 @@ def token_count(request: Mapping[str, Any], tokenizer: Tokenizer, model: Any) ->
             f"tokenizer: token {max(fact.ids)} of {request['prompt']!r}, "
             f"the model knows those below {vocabulary(model)}"
         )
-    return len(fact.ids)
+    return fact.prompt_length, len(fact.answer)
 
 
 def localization_facts(

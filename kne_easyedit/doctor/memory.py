@@ -1,12 +1,14 @@
 """The memory of an edit, from the model's configuration alone: nothing is loaded, nothing is downloaded.
 
-The formulas of the methods are in `bridge.memory_formulas`, by way of the table in `bridge.methods`.
+KNE's is in `bridge.kne_memory`; the formulas of other methods are in `bridge.memory_formulas`, by way of the table in
+`bridge.methods`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from torch import nn
 
 from kne_easyedit._util.machine import free_memory
 from kne_easyedit.bridge.edited_modules import depth, state_bytes, vocabulary
-from kne_easyedit.bridge.memory_formulas import PRECISE, kne_texts_at_once
+from kne_easyedit.bridge.kne_memory import Facts, kne
+from kne_easyedit.bridge.memory_formulas import PRECISE
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.doctor.data import token_count
 from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, left_out, listed, size
@@ -28,31 +31,67 @@ TOKENS = 64
 """Tokens of prompt and answer if the data are not known."""
 
 
-def memory_needed(config_or_model: Any, hparams: Any, tokens: int = TOKENS) -> dict[str, int]:
-    """The memory of one method's edit, by purpose. An edit that has the sum of it free cannot run out of memory.
+@dataclass(frozen=True)
+class MemoryNeeded:
+    """The memory of one method's edit."""
+
+    weights: int
+    """Bytes of the model's weights."""
+    phases: Mapping[str, Mapping[str, int]]
+    """Phase of the edit -> purpose -> bytes beside the weights that are in use at the same moment."""
+
+    @property
+    def largest(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def above(self) -> int:
+        """Bytes beside the weights at the peak."""
+        return sum(self.phases[self.largest].values())
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return self.weights + self.above
+
+
+def memory_needed(
+    config_or_model: Any,
+    hparams: Any,
+    tokens: int = TOKENS,
+    answer_tokens: int = 1,
+    *,
+    free: int | None = None,
+    device: str = "cpu",
+) -> MemoryNeeded:
+    """The memory of one method's edit, phase by phase.
 
     Args:
         config_or_model: A configuration of transformers, or a model (possibly on the meta device).
         hparams: The settings of any method. Without a formula for it, the result is what every method needs.
         tokens: Length of the longest prompt with its answer.
-
-    Returns:
-        Purpose -> bytes. Not all are needed at the same moment.
+        answer_tokens: Length of the longest answer.
+        free: Bytes that are free with the weights loaded: localising takes its share of them. None: the least.
+        device: Type of the device.
 
     Raises:
         ValueError: The model lacks a module or layer of the settings.
     """
     model = config_or_model if isinstance(config_or_model, nn.Module) else without_weights(config_or_model)
     itemsize = dtype_of(hparams).itemsize
+    weights = itemsize * count_parameters(model)
+    if isinstance(hparams, KNEHyperParams):
+        return MemoryNeeded(weights, kne(model, hparams, itemsize, Facts(tokens, answer_tokens, free, device)))
     formula = traits_of(hparams.alg_name).memory
     texts = _texts_at_once(hparams) * tokens
-    return {
-        "weights": itemsize * count_parameters(model),
+    editing = {
         **(formula(model, hparams, itemsize) if formula else {}),
         # Every layer keeps its states for the backward pass; logits: copies, softmax and gradients in float32.
         "activations (estimated)": texts
         * (depth(model) * state_bytes(model, itemsize) + 4 * PRECISE * vocabulary(model)),
     }
+    return MemoryNeeded(weights, {"editing": editing})
 
 
 def without_weights(config: Any) -> nn.Module:
@@ -62,11 +101,9 @@ def without_weights(config: Any) -> nn.Module:
 
 
 def _texts_at_once(hparams: Any) -> int:
-    """Texts whose states are kept together: facts, and KNE's neighbours; or one fact after each context template, and
-    one text for the KL term.
+    """Texts whose states are kept together: facts; or one fact after each context template, and one text for the KL
+    term.
     """
-    if isinstance(hparams, KNEHyperParams):
-        return kne_texts_at_once(hparams)
     if (texts := traits_of(hparams.alg_name).texts_at_once) is not None:
         return texts
     if templates := getattr(hparams, "context_template_length_params", None):
@@ -85,31 +122,33 @@ def memory(
     parallel = device.type == "cuda" and any(getattr(hparams, "model_parallel", False) for hparams in plan.values())
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if parallel else []
     free = sum(map(free_memory, gpus or [device]))
-    tokens = (
-        max((token_count(request, tokenizer, model) for request in requests), default=TOKENS)
-        if tokenizer is not None
-        else TOKENS
-    )
+    lengths = [token_count(request, tokenizer, model) for request in requests] if tokenizer is not None else []
+    tokens = max((prompt + answer for prompt, answer in lengths), default=TOKENS)
+    answer_tokens = max((answer for _, answer in lengths), default=1)
     for label, hparams in plan.items():
         name = f"memory of {label}"
         try:
-            needed = memory_needed(model, hparams, tokens)
+            weights = dtype_of(hparams).itemsize * count_parameters(model)
+            needed = memory_needed(
+                model, hparams, tokens, answer_tokens, free=max(0, free - weights), device=device.type
+            )
         except (ValueError, OSError):
             yield left_out(name, "its modules are not there")
             continue
-        total, parts = (
-            sum(needed.values()),
-            listed({purpose: size(number) for purpose, number in needed.items() if number}),
+        parts = {"weights": needed.weights, **needed.phases[needed.largest]}
+        shown = listed({purpose: size(number) for purpose, number in parts.items() if number})
+        text = (
+            f"{size(needed.total)} needed, {size(free)} free on {'all GPUs' if gpus else device} (while "
+            f"{needed.largest}: {shown})"
         )
-        text = f"{size(total)} needed, {size(free)} free on {'all GPUs' if gpus else device} ({parts})"
-        if total > free:
+        if needed.total > free:
             yield Finding(
                 name,
                 FAILURE,
                 text,
                 "free some, take another device or model_parallel, set bf16 or fp16, or edit fewer layers",
             )
-        elif traits_of(hparams.alg_name).memory is None:
+        elif not isinstance(hparams, KNEHyperParams) and traits_of(hparams.alg_name).memory is None:
             yield Finding(name, WARNING, f"{text}; what {hparams.alg_name} needs beside these only a trial can show")
         else:
             yield Finding(name, OK, text)

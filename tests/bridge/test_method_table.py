@@ -97,7 +97,6 @@ EXPECTED: dict[str, dict[str, object]] = {
     "own_evaluation": {"IKE": True},
     "moments_setting": {"ROME": "mom2_adjustment", "R-ROME": "mom2_adjustment"},
     "memory": {
-        "KNE": formulas.kne,
         **dict.fromkeys(FT, formulas.ft),
         **dict.fromkeys(LORA, formulas.lora),
         "ROME": formulas.rome,

@@ -207,7 +207,7 @@ def test_memory_that_does_not_suffice(plan, capsys, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 2**17)
     assert plan.check() == 1
     out = capsys.readouterr().out
-    assert "FAILURE  memory of KNE: " in out and "0.1 MiB free on cpu (weights 0.1 MiB" in out
+    assert "FAILURE  memory of KNE: " in out and "0.1 MiB free on cpu (while" in out and ": weights 0.1 MiB" in out
     assert "set bf16 or fp16" in out
     assert "trial: left out" in out
 

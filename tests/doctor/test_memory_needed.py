@@ -20,7 +20,7 @@ from conftest import (
 from methods import HPARAMS, TINY
 from transformers import LlamaConfig
 
-from kne_easyedit.doctor.memory import memory_needed
+from kne_easyedit.doctor.memory import TOKENS, MemoryNeeded, memory_needed
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
 from kne_easyedit.editing.divergence import Divergence
 from kne_easyedit.editing.projection import input_projections
@@ -43,7 +43,8 @@ def test_memory_is_counted_as_an_edit_takes_it(make, template, dtype, tokenizer,
     hparams = tiny_hparams(template, bf16=dtype == torch.bfloat16, num_steps=1, stop_loss=0.0)
     needed = memory_needed(model.config, hparams)
     assert needed == memory_needed(model, hparams)
-    assert needed["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert needed.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+    training, writing = needed.phases["training"], needed.phases["writing"]
     target = resolve_target(model, template)
     scores = torch.rand(len(target.layers), target.n_neurons, generator=torch.Generator().manual_seed(0))
     ensemble = select_ensemble(scores, hparams.p, target_module=template)
@@ -53,16 +54,23 @@ def test_memory_is_counted_as_an_edit_takes_it(make, template, dtype, tokenizer,
     (optimizer,) = optimizers
     rows = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert needed["trained rows"] == sum(_bytes(*tensors) for tensors in (rows, [row.grad for row in rows], moments))
-    assert needed["differences"] == _bytes(*(delta for _, delta in edit.deltas.values()))
-    assert needed["originals"] == _bytes(*write_rows(model, edit).values())
+    assert training["trained rows"] == sum(_bytes(*tensors) for tensors in (rows, [row.grad for row in rows], moments))
+    assert writing["differences"] == _bytes(*(delta for _, delta in edit.deltas.values()))
+    assert writing["originals"] == _bytes(*write_rows(model, edit).values())
     with row_adapter(model, ensemble, hparams) as layers:
-        assert needed["row selector"] == _bytes(*(layer.lora_B[ADAPTER].weight for layer in layers.values()))
+        assert training["row selector"] == _bytes(*(layer.lora_B[ADAPTER].weight for layer in layers.values()))
+
+
+def test_the_largest_phase_is_what_counts():
+    needed = MemoryNeeded(
+        100, {"localising": {"rows": 3}, "training": {"rows": 2, "logits": 5}, "writing": {"rows": 6}}
+    )
+    assert (needed.largest, needed.above, needed.total) == ("training", 7, 107)
 
 
 def test_an_optimiser_without_moments_needs_half_for_the_rows(llama):
-    adamw, polyak = (memory_needed(llama, tiny_hparams(optimizer=name)) for name in ("adamw", "polyak"))
-    assert polyak.pop("trained rows") * 2 == adamw.pop("trained rows") and adamw == polyak
+    adamw, polyak = (memory_needed(llama, tiny_hparams(optimizer=name)).phases for name in ("adamw", "polyak"))
+    assert polyak["training"].pop("trained rows") * 2 == adamw["training"].pop("trained rows") and adamw == polyak
 
 
 def test_neighbours_are_counted(llama, tokenizer):
@@ -70,14 +78,15 @@ def test_neighbours_are_counted(llama, tokenizer):
     prompts = ["The capital of Spain is", "The river of Peru", "Marie was"]
     kept = Divergence(llama, tokenizer, prompts, tokens=4)._before
     settings = {"neighbour_relation_size": 2, "neighbour_subject_size": 1, "batch_size": 5}
-    off = memory_needed(llama, tiny_hparams(**settings))
-    on = memory_needed(llama, tiny_hparams(**settings, neighbour_weight=1.0))
-    assert "neighbours" not in off and on["neighbours"] == 5 * _bytes(*kept)
-    few = memory_needed(llama, tiny_hparams(**settings, neighbour_weight=1.0, neighbours_per_step=1))
-    kl = memory_needed(llama, tiny_hparams(**settings, kl_weight=1.0, kl_data="embedded", kl_size=7))
-    variants = memory_needed(llama, tiny_hparams(**settings, subject_variants=2))
-    activations = [needed["activations (estimated)"] for needed in (on, few, kl, variants)]
-    assert activations == [texts * off["activations (estimated)"] / 5 for texts in (20, 10, 12, 10)]
+    off = memory_needed(llama, tiny_hparams(**settings), TOKENS).phases
+    on = memory_needed(llama, tiny_hparams(**settings, neighbour_weight=1.0), TOKENS).phases
+    assert "neighbours" not in off and "neighbours" not in off["training"]
+    assert on["training"]["neighbours"] == on["neighbours"]["distributions"] == 5 * _bytes(*kept)
+    few = memory_needed(llama, tiny_hparams(**settings, neighbour_weight=1.0, neighbours_per_step=1), TOKENS).phases
+    kl = memory_needed(llama, tiny_hparams(**settings, kl_weight=1.0, kl_data="embedded", kl_size=7), TOKENS).phases
+    variants = memory_needed(llama, tiny_hparams(**settings, subject_variants=2), TOKENS).phases
+    activations = [needed["training"]["activations"] for needed in (on, few, kl, variants)]
+    assert activations == [texts * off["training"]["activations"] // 5 for texts in (20, 10, 12, 10)]
 
 
 def test_a_projection_is_counted(llama, tokenizer):
@@ -86,19 +95,35 @@ def test_a_projection_is_counted(llama, tokenizer):
     with preserve_state(llama):
         found = input_projections(llama, tokenizer, ["The capital of Spain is", "Marie was"], names, 1e-5)
     settings = {"neighbour_relation_size": 1, "neighbour_subject_size": 1}
-    needed = memory_needed(llama, tiny_hparams(**settings, input_projection=True))["projections (estimated)"]
-    assert _bytes(*(one.basis for one in found.values())) < needed == 8 * 4 * 20 * 40
-    assert "projections (estimated)" not in memory_needed(llama, tiny_hparams(**settings))
+    with_it = memory_needed(llama, tiny_hparams(**settings, input_projection=True)).phases
+    assert _bytes(*(one.basis for one in found.values())) < with_it["training"]["projections"] == 4 * 4 * 20 * 40
+    without = memory_needed(llama, tiny_hparams(**settings)).phases
+    assert "projections" not in without["training"]
+    # AdamW's four copies, and what the projection leaves of the gradient.
+    assert 4 * with_it["training"]["trained rows"] == 5 * without["training"]["trained rows"]
 
 
 def test_an_ensemble_file_says_how_many_rows(tmp_path, llama):
     scores = torch.zeros(4, 24)
     scores[2, :3] = 1
     select_ensemble(scores, 3 / 96, target_module=LLAMA_DOWN).save(tmp_path / "three.json")
-    needed = memory_needed(llama, tiny_hparams(ensemble=str(tmp_path / "three.json")))
-    assert needed["trained rows"] == 3 * 40 * 4 * 4
-    assert needed["originals"] == 24 * 40 * 4  # of the one layer that has rows
-    assert not [purpose for purpose in needed if purpose.startswith("localisation")]
+    needed = memory_needed(llama, tiny_hparams(ensemble=str(tmp_path / "three.json"))).phases
+    assert needed["training"]["trained rows"] == 3 * 40 * 4 * 4
+    assert needed["writing"]["originals"] == 24 * 40 * 4  # of the one layer that has rows
+    assert "localising" not in needed
+
+
+def test_localising_takes_its_share_of_what_is_free(llama):
+    """Never less than one point of every path, nor more than the points of the facts; a CPU's limit is not a GPU's."""
+
+    def in_flight(free, facts=20, device="cpu"):
+        hparams = tiny_hparams(localization_data="embedded", localization_size=facts)
+        needed = memory_needed(llama, hparams, free=free, device=device)
+        return needed.phases["localising"]["rows in flight"]
+
+    assert in_flight(None) == in_flight(0) < in_flight(2**22) < in_flight(2**23) < in_flight(2**40)
+    assert in_flight(2**40, facts=1) < in_flight(2**40)
+    assert in_flight(2**40, facts=10_000) == in_flight(2**50, facts=10_000) < in_flight(2**50, 10_000, "cuda")
 
 
 def test_memory_of_llama_2_7b_by_calculation():
@@ -108,10 +133,10 @@ def test_memory_of_llama_2_7b_by_calculation():
     )
     for bf16, item in ((False, 4), (True, 2)):
         needed = memory_needed(config, tiny_hparams(p=0.04, bf16=bf16))
-        assert needed["weights"] == item * 6_738_415_616
-        assert needed["originals"] == item * 32 * 4096 * 11008
-        assert needed["trained rows"] == 4 * 4 * 5242 * 11008
-        assert needed["row selector"] == 4 * 5242 * 4096
+        assert needed.weights == item * 6_738_415_616
+        assert needed.phases["writing"]["originals"] == item * 32 * 4096 * 11008
+        assert needed.phases["training"]["trained rows"] == 4 * 4 * 5242 * 11008
+        assert needed.phases["training"]["row selector"] == 4 * 5242 * 4096
 
 
 def test_memory_of_easyedits_methods_follows_their_layers():
@@ -122,16 +147,18 @@ def test_memory_of_easyedits_methods_follows_their_layers():
     }
     hparams = {label: type("Settings", (), {**settings, **TINY[label]}) for label, settings in shipped.items()}
     matrix = 4 * 24 * 40
-    ft = memory_needed(config, hparams["FT-L"])
+    ft = memory_needed(config, hparams["FT-L"]).phases["editing"]
     assert Counter(ft) >= Counter(
         {"originals": matrix, "gradients": matrix, "Adam's moments": 2 * matrix, "differences": matrix}
     )
     heads = 24 + 24 + 24 + 12  # q_proj and v_proj, in and out, with half as many key-value heads
-    assert memory_needed(config, hparams["AdaLoRA"])["adapter"] == 16 * 12 * 4 * heads
-    assert memory_needed(config, hparams["ROME"])["second moments"] == 0  # no adjustment in the shipped settings
+    assert memory_needed(config, hparams["AdaLoRA"]).phases["editing"]["adapter"] == 16 * 12 * 4 * heads
+    assert (
+        memory_needed(config, hparams["ROME"]).phases["editing"]["second moments"] == 0
+    )  # no adjustment in the shipped settings
     hparams["ROME"].mom2_adjustment = True
-    assert memory_needed(config, hparams["ROME"])["second moments"] == 4 * 3 * square
-    memit = memory_needed(config, hparams["MEMIT"])
+    assert memory_needed(config, hparams["ROME"]).phases["editing"]["second moments"] == 4 * 3 * square
+    memit = memory_needed(config, hparams["MEMIT"]).phases["editing"]
     assert (memit["second moments"], memit["solver"]) == (4 * 2 * square, 24 * square)
     hparams["MEMIT"].rewrite_module_tmp = "model.layers.{}.mlp.no"
     with pytest.raises(ValueError, match="rewrite_module_tmp"):

@@ -5,16 +5,30 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer, tiny_hparams, weights
 
+from kne_easyedit.doctor import memory_needed
+from kne_easyedit.editing.kne_edit import KNEEdit
+from kne_easyedit.facts.encoding import encode_request
+from kne_easyedit.facts.records import load_requests
+
 PATH = Path(__file__).parents[2] / "scripts" / "bench_editing.py"
+sys.path.insert(0, str(PATH.parent))  # as for the command itself
 spec = importlib.util.spec_from_file_location("bench_editing", PATH)
 bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
+editing_memory = importlib.import_module("editing_memory")
+architectures = importlib.import_module("architectures")
+fitting_tokenizer, random_model, settings_of = (
+    architectures.fitting_tokenizer,
+    architectures.random_model,
+    architectures.settings_of,
+)
 
 REQUESTS = [
     {"prompt": f"The capital of {country} is", "target_new": city, "subject": country, "ground_truth": None}
@@ -65,11 +79,29 @@ def test_steps_with_neighbours_are_multiples_of_one_without(capsys, tmp_path):
     assert re.search(r"^median 1 [\d.]+, .* all [\d.]+$", out, re.MULTILINE) and weights(model) == before
 
 
-def test_memory_for_seven_billion_parameters_is_that_of_the_doctor(capsys):
-    bench.memory()
-    rows = dict(
-        re.findall(r"^(\w+): ([\d.]+) GiB above the weights \(weights [\d.]+", capsys.readouterr().out, re.MULTILINE)
-    )
-    assert set(rows) == {"float32", "bfloat16"}
-    # The output head's gradientless logits and the rows with AdamW's moments: below a full fine-tuning's by far.
-    assert 0 < float(rows["bfloat16"]) < float(rows["float32"]) < 4 * 6.7
+def test_memory_is_measured_beside_what_the_doctor_states(capsys, tmp_path, monkeypatch):
+    options = ["--architecture", "tiny", "--dtype", "float32", "--out", str(tmp_path), "memory"]
+    monkeypatch.setattr("sys.argv", ["bench_editing.py", *options])
+    bench.main()
+    found = json.loads((tmp_path / "editing_memory.json").read_text())
+    model = random_model("tiny", torch.float32)
+    (request,) = load_requests("embedded", 1)
+    fact = encode_request(fitting_tokenizer(load_requests("embedded", 5), model.config.vocab_size), request)
+    settings = settings_of("tiny", model)
+    needed = memory_needed(model, settings, len(fact.ids), len(fact.answer), free=found["free"])
+    out = capsys.readouterr().out
+    for phase in ("localising", "writing"):
+        assert found["phases"][phase]["stated"] == sum(needed.phases[phase].values())
+        assert re.search(rf"^ *{phase}: +[\d.]+ s, \d+ MiB, \d+ stated$", out, re.MULTILINE)
+    assert found["above"]["stated"] == needed.above and found["weights"] == needed.weights
+    assert len(found["losses"]) <= 4 and found["rows"] == settings.selection.budget(4 * 64)
+
+
+def test_an_edit_that_stays_is_an_error(monkeypatch):
+    model = random_model("tiny", torch.float32)
+    requests = load_requests("embedded", 2)
+    tokenizer = fitting_tokenizer(requests, model.config.vocab_size)
+    monkeypatch.setattr(editing_memory, "restore", lambda *_: None)
+    monkeypatch.setattr(KNEEdit, "take_back", lambda *_: None)
+    with pytest.raises(RuntimeError, match="not taken back"):
+        editing_memory.memory(model, tokenizer, requests[0], settings_of("tiny", model, num_steps=1))

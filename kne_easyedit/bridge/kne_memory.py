@@ -1,0 +1,272 @@
+"""Memory of an edit by KNE beside the weights, phase by phase, from the model's configuration alone.
+
+What a layer keeps for the backward pass is found by a forward pass through two layers of that shape. The sizes of what
+is trained and written are counted. The rest are the largest temporaries, as the code makes them. The sums are compared
+with what is allocated in tests/doctor/test_memory_measured.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kne_easyedit.attribution.engine import FREE_SHARE, MOST_ROWS
+from kne_easyedit.attribution.preparation import HEAD_ROWS
+from kne_easyedit.bridge.edited_modules import depth, in_features, matrix_size, state_bytes, vocabulary
+from kne_easyedit.editing.divergence import AT_ONCE
+from kne_easyedit.editing.neighbours import neighbours_in_step, neighbours_wanted, uses_neighbours
+from kne_easyedit.editing.optimizers import OPTIMIZERS
+from kne_easyedit.editing.projection import LARGEST_SHARE
+from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.models.devices import dtype_of
+from kne_easyedit.models.targets import Target, resolve_target
+
+logger = logging.getLogger(__name__)
+
+PRECISE, _DOUBLE = 4, 8
+"""Bytes of a float32, and of a float64."""
+TOKENS_OF_A_NEIGHBOUR = 10
+"""Of a neighbour and its continuation; a beginning that several share counts less. Packaged relations: 9.4."""
+LONGEST_NEIGHBOUR = 13
+"""Tokens of a long one with its continuation: texts are padded to the longest of their pass."""
+_TOKENS = 16
+"""Tokens of the pass that finds what a layer keeps."""
+Phases = dict[str, dict[str, int]]
+"""Phase -> purpose -> bytes that are in use at the same moment."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts of an edit as far as memory depends on them, and the memory that localising may take its share of."""
+
+    tokens: int
+    """Tokens of the longest prompt with its answer."""
+    answer_tokens: int = 1
+    """Tokens of the longest answer."""
+    free: int | None = None
+    """Bytes that are free once the weights are loaded; None: as few path points at once as possible."""
+    device: str = "cpu"
+    """Type of the device."""
+
+
+def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int, facts: Facts) -> Phases:
+    """What each phase of an edit needs at its peak.
+
+    Args:
+        model: The model, possibly on the meta device.
+        hparams: KNE's settings.
+        itemsize: Bytes of a weight.
+        facts: What is edited.
+
+    Returns:
+        ``localising`` (unless an ensemble is named), ``neighbours`` (if an edit has to do with them), ``training`` and
+        ``writing``.
+
+    Raises:
+        ValueError: The model lacks a module or layer of the settings.
+    """
+    rows = _trained_rows(model, hparams)
+    state = layer_bytes(model, rows[0][0].layers_path, dtype_of(hparams))
+    phases: Phases = {}
+    if hparams.ensemble is None:
+        phases["localising"] = _localising(model, hparams, itemsize, facts, [target for target, _ in rows], state)
+    bases = _bases(hparams, rows) if hparams.input_projection else 0
+    if uses_neighbours(hparams):
+        phases["neighbours"] = _neighbours(model, hparams, itemsize, rows, bases)
+    phases["training"] = _training(model, hparams, itemsize, facts, rows, bases, state)
+    differences = PRECISE * sum(n * in_features(target.modules[0]) for target, n in rows)
+    phases["writing"] = {
+        # Whole matrices: EasyEdit undoes by no less.
+        "originals": itemsize * sum(matrix_size(module) for target, _ in rows for module in target.modules),
+        "differences": differences,
+        # One module's rows are read, added to in float32, and written.
+        "rows": max((2 * PRECISE * n * in_features(t.modules[0]) // len(t.modules) for t, n in rows), default=0),
+    }
+    return phases
+
+
+def kne_texts_at_once(hparams: KNEHyperParams) -> int:
+    """Texts in one step of KNE: the facts, a variant of each, their neighbours, and the prompts of ``kl_data``."""
+    kl = hparams.kl_size if hparams.kl_weight else 0
+    return hparams.batch_size * (1 + neighbours_in_step(hparams) + bool(hparams.subject_variants)) + kl
+
+
+def _localising(
+    model: Any, hparams: KNEHyperParams, itemsize: int, facts: Facts, targets: list[Target], state: int
+) -> dict[str, int]:
+    paths = sum(len(target.layers) for target in targets)
+    # A path point passes the layers after its own: the mean over the layers in which paths begin.
+    layers = depth(model)
+    # Those of a module whose output a layer only adds to its own begin behind it; no other one is as wide.
+    width = model.config.get_text_config().hidden_size
+    after = sum(layers - layer - (t.n_neurons == width) for t in targets for layer in t.layers) / paths
+    # Rows in flight attend to the frozen keys of their fact: what they keep beside is some states as wide as a token's.
+    state += 2 * itemsize * width
+    alone = paths * facts.answer_tokens * max(1, hparams.attribution_steps - 1)
+    points = alone if hparams.localization_data is None else alone * hparams.localization_size
+    room = hparams.chunk_rows
+    if room is None:
+        head = 3 * HEAD_ROWS * vocabulary(model) * PRECISE
+        # As `rows_in_flight` counts: the first layer's states, too.
+        room = paths if facts.free is None else int((FREE_SHARE * facts.free - head) / max(1, state * (after + 1)))
+        room = min(room, MOST_ROWS.get(facts.device, room))
+    at_once = max(paths, min(points, room))
+    head_rows = min(HEAD_ROWS, at_once)
+    return {
+        "rows in flight": int(at_once * after * state),
+        # Logits and the gradient with respect to them, both of the model's type, and a softmax in float32.
+        "head": head_rows * vocabulary(model) * (PRECISE + (itemsize if itemsize >= PRECISE else 2 * itemsize)),
+        # The clean pass, and the graph of every layer with two trials of its output.
+        "clean states": int(facts.answer_tokens * 3 * layers * state),
+    }
+
+
+def _neighbours(
+    model: nn.Module, hparams: KNEHyperParams, itemsize: int, rows: list[tuple[Target, int]], bases: int
+) -> dict[str, int]:
+    """What the unedited model reads and says."""
+    texts = min(AT_ONCE, hparams.batch_size * neighbours_wanted(hparams))
+    tokens = LONGEST_NEIGHBOUR + 1
+    modules = [module for target, _ in rows for module in target.modules]
+    width = model.config.get_text_config().hidden_size
+    needed = {
+        "logits": texts * LONGEST_NEIGHBOUR * vocabulary(model) * itemsize,
+        # As many heads as queries have: attention repeats those that are shared.
+        "keys and values": 2 * texts * tokens * depth(model) * width * itemsize,
+    }
+    if hparams.neighbour_weight:
+        needed["distributions"] = _distributions(model, hparams)
+    if bases:
+        inputs = bases // PRECISE * itemsize
+        # Inputs as they are read, and those of the last module beside them.
+        reading = texts * tokens * itemsize * sum(map(in_features, modules)) + sum(needed.values())
+        # A module's inputs once more; in float64 they, what is solved for, for a part of the time a copy of it, and two
+        # matrices of their products.
+        closed = bases // (PRECISE * sum(map(in_features, modules)))
+        one = closed * max(map(in_features, modules))
+        solving = max(bases, inputs) - inputs + one * (5 * _DOUBLE // 2 + itemsize) + 2 * _DOUBLE * closed**2
+        return {"inputs": inputs, "temporaries": max(reading, solving)}
+    return needed
+
+
+def _training(
+    model: nn.Module,
+    hparams: KNEHyperParams,
+    itemsize: int,
+    facts: Facts,
+    rows: list[tuple[Target, int]],
+    bases: int,
+    state: int,
+) -> dict[str, int]:
+    precise = max(itemsize, PRECISE)
+    # W_kne, its gradient, what the optimiser keeps, and what a projection leaves of the gradient.
+    copies = 2 + OPTIMIZERS[hparams.optimizer].moments + bool(bases)
+    first = min((layer for target, _ in rows for layer in target.layers), default=0)
+    own = neighbours_in_step(hparams)
+    longest = max(facts.tokens, LONGEST_NEIGHBOUR if own else 0)
+    tokens = kne_texts_at_once(hparams) * longest
+    predicted = kne_texts_at_once(hparams) * max(facts.answer_tokens, hparams.neighbour_tokens if own else 0)
+    needed = {
+        "trained rows": copies * precise * sum(n * in_features(target.modules[0]) for target, n in rows),
+        # PEFT's B, dense: (neurons, rows) in every layer.
+        "row selector": precise * sum(n * target.n_neurons for target, n in rows),
+        # Of the first layer what comes after its module.
+        "activations": int(tokens * (depth(model) - first - 0.5) * state),
+        # Of every token, or gradients; of those predicted also, in float32, log-probabilities and gradients.
+        "logits": vocabulary(model) * (itemsize * tokens + 3 * PRECISE * predicted),
+    }
+    if itemsize < PRECISE:  # the adapter's input in its own type
+        needed["inputs in float32"] = PRECISE * tokens * sum(in_features(m) for t, _ in rows for m in t.modules)
+    if hparams.neighbour_weight:
+        needed["neighbours"] = _distributions(model, hparams)
+    if bases:
+        needed["projections"] = bases
+    return needed
+
+
+def _distributions(model: nn.Module, hparams: KNEHyperParams) -> int:
+    """What the unedited model says after each neighbour: log-probabilities of every token."""
+    neighbours = hparams.batch_size * neighbours_wanted(hparams)
+    return PRECISE * neighbours * hparams.neighbour_tokens * vocabulary(model)
+
+
+def _bases(hparams: KNEHyperParams, rows: list[tuple[Target, int]]) -> int:
+    """Of each module the basis ``(N, d1)`` of what its projection removes, in float32."""
+    tokens = hparams.batch_size * neighbours_wanted(hparams) * TOKENS_OF_A_NEIGHBOUR
+    # Texts are taken as long as they fit into the module with the fewest inputs.
+    most = min((int(LARGEST_SHARE * in_features(target.modules[0])) for target, _ in rows), default=0)
+    return PRECISE * min(tokens, most) * sum(in_features(m) for target, _ in rows for m in target.modules)
+
+
+def _trained_rows(model: Any, hparams: KNEHyperParams) -> list[tuple[Target, int]]:
+    """The modules, and how many rows of them are trained: the floor(p * neurons) of Eq. 6 if no ensemble is named."""
+    if hparams.ensemble is not None:
+        found = NeuronEnsemble.load(hparams.ensemble).targets(model).values()
+        return [(target, sum(map(len, rows))) for target, rows in found]
+    targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
+    return [(t, hparams.selection.budget(len(t.layers) * t.n_neurons)) for t in targets]
+
+
+def layer_bytes(model: Any, layers_path: str, dtype: torch.dtype) -> int:
+    """Bytes that a decoder layer keeps of a token for the backward pass.
+
+    Found by a forward pass through two layers of the model's shape on the CPU, with weights that are never written: the
+    system has one page of zeros for all of them. A model whose layers do not run so is estimated by its widths.
+    """
+    try:
+        bare = _two_layers(model.config, dtype)
+        layers = list(bare.get_submodule(layers_path).children())
+        both, last = (_kept_from(bare, layer) for layer in layers)
+        return (both - last) // _TOKENS
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        logger.info("memory of a layer is estimated by its widths: %s", error)
+        return state_bytes(model, dtype.itemsize)
+
+
+def _two_layers(config: Any, dtype: torch.dtype) -> Any:
+    """The model of a configuration with its first two layers, on the CPU, without values."""
+    from transformers import AutoModelForCausalLM
+
+    config = deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = 2
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:2]
+    with torch.device("meta"):
+        bare: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return bare.eval().requires_grad_(False).to_empty(device="cpu")
+
+
+def _kept_from(model: Any, layer: nn.Module) -> int:
+    """Bytes that autograd keeps of `_TOKENS` tokens from a layer on, without weights."""
+    kept: dict[int, Tensor] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = tensor  # held, or another could get its address
+        return tensor
+
+    def as_leaf(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        if arguments:
+            return (arguments[0].detach().requires_grad_(), *arguments[1:]), named
+        return arguments, {**named, "hidden_states": named["hidden_states"].detach().requires_grad_()}
+
+    handle = layer.register_forward_pre_hook(as_leaf, with_kwargs=True)
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.base_model(
+                input_ids=torch.zeros(1, _TOKENS, dtype=torch.long),
+                attention_mask=torch.ones(1, _TOKENS, dtype=torch.long),
+                use_cache=False,
+            )
+    finally:
+        handle.remove()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
