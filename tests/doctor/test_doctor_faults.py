@@ -204,7 +204,7 @@ def test_a_cache_that_cannot_be_written(plan, capsys, monkeypatch):
 
 
 def test_memory_that_does_not_suffice(plan, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2**17)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**16)
     assert plan.check() == 1
     out = capsys.readouterr().out
     assert "FAILURE  memory of KNE: " in out and "0.1 MiB free on cpu (while" in out and ": weights 0.1 MiB" in out
