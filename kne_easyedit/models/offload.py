@@ -88,6 +88,11 @@ def offloaded(model: nn.Module, name: str) -> Offloaded | None:
     return None
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether any module of a model keeps its weights elsewhere between passes."""
+    return any(True for module in model.modules() for _ in _offloading(module))
+
+
 def computing_device(module: nn.Module) -> torch.device | None:
     """The device on which an offloaded module computes; None if it keeps its weights itself."""
     return next((Offloaded(hook, "").device for hook in _offloading(module)), None)
