@@ -212,6 +212,15 @@ def add_rows(base: Tensor, index: Tensor, parts: Iterable[tuple[tuple[int, ...],
     return base if total is None else total.to(base.dtype)
 
 
+def require_base(model: nn.Module, edits: Sequence[Appliable], *, force: bool = False) -> None:
+    """Checks that edits are of a model, as `set_edits` does; the model need not be one that can be edited.
+
+    Raises:
+        ValueError: One is of another base (with ``force`` a warning), of other shapes, or not finite.
+    """
+    _require_fit(model, edits, edited(model), force)
+
+
 def _require_fit(model: nn.Module, edits: Sequence[Appliable], state: Edited, force: bool) -> None:
     """Raises ValueError for an edit that is new to the model, and of another base."""
     new = [edit for edit in edits if edit.digest not in state.digests]

@@ -102,6 +102,17 @@ def _train(
     return train_rows(model, facts, ensemble, hparams, objectives, on_step, projections), ensemble
 
 
+def require_reached(edit: RowEdit, hparams: EditSettings) -> None:
+    """Names facts that an edit did not reach, in the log; under ``on_failure: raise`` raises EditFailed."""
+    shortfall = _shortfall(edit, hparams)
+    if shortfall and hparams.on_failure == "raise":
+        raise EditFailed(f"{shortfall}. Nothing was written (on_failure: raise)")
+    if shortfall:
+        # Logged, not `warnings.warn`: shown every time, in notebooks and EasyEdit's scripts alike, and by `kne run`,
+        # which redirects stderr to a file while it edits.
+        logger.warning("%s", shortfall)
+
+
 def _shortfall(edit: RowEdit, hparams: EditSettings) -> str | None:
     """The message about an edit that did not reach all of its facts; None if it did."""
     failed = edit.failed(hparams.stop_loss)
@@ -202,14 +213,7 @@ def apply_kne_to_model(
             on_trained(kept)
         if on_rows is not None:
             on_rows(edit)
-        shortfall = _shortfall(edit, hparams)
-        if shortfall and hparams.on_failure == "raise":
-            raise EditFailed(f"{shortfall}. Nothing was written (on_failure: raise)")
-        if shortfall:
-            # Logged, not `warnings.warn`: shown every time, in notebooks and EasyEdit's scripts alike, and by `kne
-            # run`, which redirects stderr to a file while it edits. Logged before the edit is written: Ctrl-C in a call
-            # after that would lose the originals.
-            logger.warning("%s", shortfall)
+        require_reached(edit, hparams)  # before it is written: Ctrl-C in a call after that would lose the originals
         model = _copied(model) if copy else model
     originals = write_rows(model, edit)
     wanted = return_orig_weights and (keep_original_weight or not legacy_contract)

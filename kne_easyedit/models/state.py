@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
-from kne_easyedit.models.layer_kinds import is_bitsandbytes
+from kne_easyedit.models.layer_kinds import SPREAD, is_bitsandbytes, known_kind
 from kne_easyedit.models.offload import computing_device, read_again
 
 
@@ -90,7 +90,10 @@ def default_modes(model: nn.Module) -> Iterator[None]:
 
 
 def require_trainable(model: nn.Module) -> None:
-    """Raises ValueError for a compiled model, and for one whose parameters were made in ``torch.inference_mode``."""
+    """Raises ValueError for a model that cannot be trained as it is.
+
+    That is a compiled one, one that is spread over processes, and one that was made in ``torch.inference_mode``.
+    """
     kind = type(model).__name__
     for name, module in model.named_modules():
         where = f"model: {name} ({type(module).__name__})" if name else f"model: {kind}"
@@ -108,6 +111,11 @@ def require_trainable(model: nn.Module) -> None:
                 f"{where} has a compiled forward; delete it (`del module.forward`) and compile after the edit"
             )
     for name, parameter in model.named_parameters():
+        if known_kind(parameter) == SPREAD:
+            raise ValueError(
+                f"model: {kind} is spread over processes: {name} is a DTensor (FSDP2's fully_shard, or tensor "
+                f"parallelism), of which each process has a part; {SPREAD[1]}"
+            )
         if parameter.is_inference():
             raise ValueError(
                 f"model: {kind} was loaded inside torch.inference_mode (see {name}): it cannot be trained; load it "

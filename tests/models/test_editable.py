@@ -211,7 +211,7 @@ def test_refused_spread_over_processes(tokenizer, untouched, alone):
     model = make_llama()
     spread(model, model.get_submodule(NAME))
     with pytest.raises(
-        ValueError, match=rf"{NAME} cannot be edited: .*spread over processes \(DTensor\).*into one process"
+        ValueError, match=rf"LlamaForCausalLM is spread over processes: {NAME}.weight is a DTensor.*into one process"
     ):
         apply_kne_to_model(model, tokenizer, [REQUEST], tiny_hparams())
 

@@ -1,4 +1,4 @@
-"""Models that accelerate spreads over devices, memory and disk: bit for bit as on one device, and no file is written."""
+"""Models that accelerate offloads to memory and disk: bit for bit as on one device, and no file is written."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from conftest import (
     LLAMA_DOWN,
     ONE_TOKEN,
     all_layers,
+    failing,
     make_gpt2,
     make_gptj,
     make_llama,
@@ -28,13 +29,14 @@ from torch import nn
 
 from kne_easyedit.attribution.engine import attribute_facts
 from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
+from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.row_edit import restore
 from kne_easyedit.edits.store import EditStore
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fingerprint import model_digest
 from kne_easyedit.models.offload import offloaded
 from kne_easyedit.models.state import preserve_state
-from kne_easyedit.models.weights import Weight, weight_of
+from kne_easyedit.models.weights import Weight, stored_tensor, weight_of
 
 REQUEST = {"prompt": ONE_TOKEN[0], "target_new": ONE_TOKEN[1]}
 OTHER = {"prompt": "The capital of Peru is", "target_new": "Madrid"}
@@ -106,12 +108,18 @@ def loaded_now(model: nn.Module) -> list[str]:
     return [name for name, one in model.named_parameters() if offloaded(model, name) and not one.is_meta]
 
 
+SOME = ["disk", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("memory", "the model's files"))]
 FAMILIES = {"llama": (make_llama, LLAMA_DOWN), "gpt2": (make_gpt2, GPT2_DOWN), "gptj": (make_gptj, GPTJ_DOWN)}
 
 
 @pytest.mark.parametrize(
     ("family", "placement"),
-    [("llama", kind) for kind in PLACEMENTS] + [("gpt2", "disk"), ("gptj", "disk")],
+    [
+        ("llama", "the model's files"),
+        ("gpt2", "disk"),
+        *(pytest.param("llama", kind, marks=pytest.mark.slow) for kind in PLACEMENTS if kind != "the model's files"),
+        pytest.param("gptj", "disk", marks=pytest.mark.slow),
+    ],
 )
 def test_as_on_one_device(family, placement, pair_of, tokenizer, facts):
     """Scores, edit, logits and restore are those of one device, bit for bit."""
@@ -127,13 +135,9 @@ def test_as_on_one_device(family, placement, pair_of, tokenizer, facts):
 
     there, was = files(folder), logits(whole, tokenizer)
     settings = tiny_hparams(template, cache_dir=None)
-    edits, originals = [], []
-    for model in (whole, placed):
-        originals.append(
-            apply_kne_to_model(
-                model, tokenizer, [REQUEST], settings, return_orig_weights=True, on_trained=edits.append
-            )[1]
-        )
+    edits: list[KNEEdit] = []
+    wanted = {"return_orig_weights": True, "on_trained": edits.append}
+    originals = [apply_kne_to_model(model, tokenizer, [REQUEST], settings, **wanted)[1] for model in (whole, placed)]
     assert edits[0] == edits[1] and edits[0].losses == edits[1].losses
     assert edits[0].base == edits[1].base or placement == "the model's files"
     assert torch.equal(logits(placed, tokenizer), logits(whole, tokenizer))
@@ -148,14 +152,14 @@ def test_as_on_one_device(family, placement, pair_of, tokenizer, facts):
     assert all(parameter.requires_grad for parameter in placed.parameters())
 
 
-@pytest.mark.parametrize("placement", ["memory", "disk", "the model's files"])
+@pytest.mark.parametrize("placement", ["memory", "the model's files"])
 def test_whole_passes_as_on_one_device(placement, pair_of, facts):
     whole, placed, _ = pair_of(placement)
     scores = [attribute_facts(model, [all_layers(model)], facts[:1], 2, engine="whole")[0] for model in (whole, placed)]
     assert torch.equal(*scores)
 
 
-@pytest.mark.parametrize("placement", ["memory", "disk", "the model's files"])
+@pytest.mark.parametrize("placement", SOME)
 def test_edits_are_applied_and_taken_back_in_any_order(placement, pair_of, tokenizer, tmp_path):
     whole, placed, folder = pair_of(placement)
     base = model_digest(placed)
@@ -182,7 +186,7 @@ def test_edits_are_applied_and_taken_back_in_any_order(placement, pair_of, token
     assert not [one for one in maps if type(one).__name__ == "_Overlaid"], "nothing is laid over what is taken back"
 
 
-@pytest.mark.parametrize("placement", ["memory", "disk", "some on disk"])
+@pytest.mark.parametrize("placement", SOME)
 @pytest.mark.parametrize("error", [RuntimeError("injected"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
 def test_an_error_while_rows_are_written(placement, error, pair_of, tokenizer, monkeypatch):
     _, placed, folder = pair_of(placement)
@@ -210,7 +214,7 @@ def test_another_base_is_refused(pair_of, tokenizer):
     _, placed, _ = pair_of("disk")
     edit = compute_edit(make_llama(seed=3), tokenizer, [REQUEST], tiny_hparams())
     before = model_digest(placed)
-    with pytest.raises(ValueError, match="the weights of .* differ"):
+    with pytest.raises(ValueError, match=r"the weights of .* differ"):
         edit.apply(placed)
     assert model_digest(placed) == before
 
@@ -237,7 +241,7 @@ def test_a_block_that_is_loaded_as_a_whole_is_refused(tokenizer):
     """Its weights are used without a call of the layer, beside which the rows are trained."""
     model = cpu_offload(make_llama(), preload_module_classes=["LlamaMLP"])
     assert model_digest(model) == model_digest(make_llama())
-    with pytest.raises(ValueError, match="down_proj cannot be edited: .*whole block.*preload_module_classes"):
+    with pytest.raises(ValueError, match=r"down_proj cannot be edited: .*whole block.*preload_module_classes"):
         apply_kne_to_model(model, tokenizer, [REQUEST], tiny_hparams())
 
 
@@ -268,10 +272,8 @@ class TestBackward:
 
     def gradient(self, model, tokenizer, alive):
         ids = torch.tensor([tokenizer(ONE_TOKEN[0])["input_ids"]])
-        weight = stored = model.get_submodule("model.embed_tokens").weight
-        if weight.is_meta:
-            stored = offloaded(model, "model.embed_tokens.weight").read().detach()
-        x = stored[ids].requires_grad_()
+        name = "model.embed_tokens.weight"
+        x = stored_tensor(model, name, model.get_parameter(name))[ids].requires_grad_()
         loss = model(inputs_embeds=x, use_cache=False).logits[0, -1, 3]
         alive.append(sum(one() is not None for one in self.read))
         return torch.autograd.grad(loss, x)[0]
@@ -312,12 +314,11 @@ def test_nothing_stays_loaded_after_an_error_in_a_pass(pair_of, tokenizer, facts
     """accelerate itself leaves the module loaded in which the error came."""
     _, placed, _ = pair_of("disk")
     module = placed.get_submodule(NAME)
-    handle = module.act.register_forward_hook(lambda *_: None) if hasattr(module, "act") else None
-    own, module._old_forward = module._old_forward, lambda x: (_ for _ in ()).throw(OSError("injected"))
+    own, module._old_forward = module._old_forward, failing(None, 1, OSError("injected"))
     with pytest.raises(OSError, match="injected"), preserve_state(placed):
         logits(placed, tokenizer)
     module._old_forward = own
-    assert handle is None and not loaded_now(placed)
+    assert not loaded_now(placed)
     assert torch.isfinite(logits(placed, tokenizer)).all()
 
 
