@@ -63,7 +63,7 @@ class Offloaded:
         """
         held = self.source
         if isinstance(held, Tensor) and held.dtype == values.dtype:
-            rows = held.t() if transposed else held
+            rows = (held.t() if transposed else held).detach()
             rows[index.to(rows.device)] = values.to(rows.device)
             return
         stored = self.hook.weights_map
