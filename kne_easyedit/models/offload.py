@@ -170,7 +170,7 @@ class _Loaded:
                     parameter.untyped_storage().data_ptr() == storage
                     and start <= tensor.data_ptr() < start + parameter.nbytes
                 ):
-                    offset = tensor.storage_offset() - parameter.storage_offset()
+                    offset = int(tensor.storage_offset()) - int(parameter.storage_offset())
                     return _Reference(place, parameter.dtype, tensor.shape, tensor.stride(), offset)
         return tensor
 

@@ -32,7 +32,9 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     with defer_interrupts(), default_modes(model), _differentiable(model), read_again(model):
         training = [(module, module.training) for module in model.modules()]
         # By name: of offloaded modules, every pass makes new parameters.
-        trainable = [(m._parameters, key, p.requires_grad) for m in model.modules() for key, p in _own(m)]
+        trainable: list[tuple[Any, str, bool]] = [
+            (m._parameters, key, p.requires_grad) for m in model.modules() for key, p in _own(m)
+        ]
         use_cache = getattr(config, "use_cache", None)
         try:
             model.eval()
