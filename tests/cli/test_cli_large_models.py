@@ -1,4 +1,4 @@
-"""A model that memory does not hold, from the command line: the same edit and the same answers as of the whole model."""
+"""A model that memory does not hold, from the command line: the edit and the answers are those of the whole model."""
 
 from __future__ import annotations
 

@@ -219,6 +219,7 @@ def test_another_base_is_refused(pair_of, tokenizer):
     assert model_digest(placed) == before
 
 
+@pytest.mark.slow
 def test_rows_changed_by_something_else_are_noticed(pair_of, tokenizer):
     _, placed, _ = pair_of("disk")
     edit = compute_edit(placed, tokenizer, [REQUEST], tiny_hparams())
@@ -245,6 +246,7 @@ def test_a_block_that_is_loaded_as_a_whole_is_refused(tokenizer):
         apply_kne_to_model(model, tokenizer, [REQUEST], tiny_hparams())
 
 
+@pytest.mark.slow
 def test_a_copy_is_edited_alone(pair_of, tokenizer):
     _, placed, _ = pair_of("disk")
     before = model_digest(placed)
@@ -254,6 +256,7 @@ def test_a_copy_is_edited_alone(pair_of, tokenizer):
     assert model_digest(again) == model_digest(copy)
 
 
+@pytest.mark.slow
 def test_saved_with_its_edit(pair_of, tokenizer, tmp_path):
     """`save_pretrained` writes what the edited model computes with."""
     whole, placed, _ = pair_of("the model's files")

@@ -76,7 +76,9 @@ def test_quantised_without_the_library(folder, monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-@pytest.mark.parametrize(("bits", "kind"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
+@pytest.mark.parametrize(
+    ("bits", "kind"), [pytest.param("8bit", "Linear8bitLt", marks=pytest.mark.slow), ("4bit", "Linear4bit")]
+)
 def test_quantised(folder, bits, kind):
     model, _ = load_model(tiny_hparams(model_name=folder, load_in=bits))
     assert type(model.get_submodule(LLAMA_DOWN.format(0))).__name__ == kind

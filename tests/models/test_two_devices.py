@@ -150,6 +150,7 @@ def test_scores(devices, facts):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_an_edit(devices, tokenizer):
     whole = make_llama(tie_word_embeddings=False)
     # Not AdamW: torch groups its tensors by what they really are on.
