@@ -43,9 +43,7 @@ def register() -> ModuleType:
     if known is not None and getattr(known, "func", known) is not apply_kne_to_model:
         raise ValueError(f"EasyEdit: ALG_DICT[{NAME!r}] is {known!r} already; remove it, or do not register this one")
     if known is None:
-        methods[NAME] = functools.partial(
-            apply_kne_to_model, restored_by_caller=True, **({"legacy_contract": True} if is_legacy() else {})
-        )
+        methods[NAME] = functools.partial(apply_kne_to_model, legacy_contract=is_legacy(), restored_by_caller=True)
     easyeditor.KNEHyperParams = KNEHyperParams
     easyeditor.apply_kne_to_model = apply_kne_to_model
     batch_editor = module("editors.batch_editor").BatchEditor

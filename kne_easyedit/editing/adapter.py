@@ -62,7 +62,8 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: EditSetting
         generator = torch.Generator().manual_seed(hparams.seed)
         for name, layer in layers.items():
             place = places[name]
-            _prepare(layer, chosen[name], hparams.initialization, generator, place and place.device)
+            device = None if place is None else place.device
+            _prepare(layer, chosen[name], hparams.initialization, generator, device)
         yield layers
     finally:
         for name, module in originals.items():
