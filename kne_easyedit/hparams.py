@@ -19,6 +19,7 @@ from kne_easyedit.attribution.quadrature import QUADRATURES
 from kne_easyedit.editing.neighbours import neighbours_wanted, uses_neighbours
 from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.localization.selection import Selection
+from kne_easyedit.models.placement import require_placement
 from kne_easyedit.models.targets import check_template
 
 INITIALISATIONS = ("zeros", "kaiming")
@@ -139,7 +140,13 @@ class KNEHyperParams:
     device: int | str = 0
     """A GPU's number, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``."""
     model_parallel: bool = False
-    """The model is spread over all visible GPUs."""
+    """The model is spread over all visible GPUs, and what does not fit over memory and disk (docs/large-models.md)."""
+    max_memory: dict | None = None
+    """With model_parallel: what each device may take, ``{0: 20GiB, cpu: 60GiB}``; null: what is free."""
+    offload_folder: str | None = None
+    """With model_parallel: where weights go that fit nowhere else; null: safetensors are read where they are."""
+    load_in: str | None = None
+    """``8bit`` or ``4bit``: the base is loaded quantised, and edits are kept beside it (docs/serving.md); null: not."""
     max_length: int = 512
     """Tokens at which EasyEdit's evaluators cut prompt and answer; KNE itself cuts nothing."""
     batch_size: int = 1
@@ -296,6 +303,7 @@ class KNEHyperParams:
             "starts away from the model as it was, neighbours included; with input_projection take zeros",
         )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
+        require_placement(self)
         rule = "must be white space or empty; visible characters belong into the prompts"
         _require(not self.separator.strip(), "separator", self.separator, rule)
         _require(not (self.fp16 and self.bf16), "fp16", self.fp16, "and bf16 exclude each other")

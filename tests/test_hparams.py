@@ -132,6 +132,9 @@ RANGES = {
     "weight_decay": ([-0.1, float("nan"), float("inf")], "must be 0 or more and finite"),
     "seed": ([-1, 2**32], r"must be in \[0, 2\*\*32\)"),
     "separator": (["-", " -> "], "must be white space or empty"),
+    "max_memory": ([{0: "20GiB"}], "set model_parallel: true"),
+    "offload_folder": (["folder"], "set model_parallel: true"),
+    "load_in": (["4-bit", "int8", ""], "must be one of"),
     "device": ([-1, "gpu", "cuda:x", "cuda:-1", "cuda:", "cpu:", "0:1", ""], "must be a GPU's number, 'cpu'"),
 }
 ACCEPTED = {
@@ -167,6 +170,7 @@ ACCEPTED = {
     "localization_data": [None, "embedded", "some/file.json"],
     "ensemble": [None, "ensemble.json"],
     "cache_dir": [None, "/tmp/cache"],
+    "load_in": [None, "8bit", "4bit"],
     "separator": ["", "\n"],
 }
 WRONG_TYPES = {
@@ -189,6 +193,9 @@ WRONG_TYPES = {
     "input_projection": [1, "true", None],
     "seed": ["42", 1.0],
     "separator": [None, 1],
+    "max_memory": ["20GiB", 20, ["20GiB"]],
+    "offload_folder": [1],
+    "load_in": [4, True],
 }
 cases = lambda table: [(name, value) for name, values in table.items() for value in values]  # noqa: E731
 

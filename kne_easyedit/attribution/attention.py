@@ -71,9 +71,10 @@ def attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     at = torch.arange(length, device=query.device)
-    hidden = at >= prefix.positions.unsqueeze(-1)  # (facts, rows, prefix): the clean row itself and later ones
+    positions = prefix.positions.to(query.device).unsqueeze(-1)  # a layer's inputs may come from another device
+    hidden = at >= positions  # (facts, rows, prefix): the clean row itself and later ones
     if window is not None:
-        hidden |= at <= prefix.positions.unsqueeze(-1) - window
+        hidden |= at <= positions - window
     mask = torch.zeros(hidden.shape, dtype=scores.dtype, device=query.device).masked_fill_(hidden, float("-inf"))
     scores = scores + nn.functional.pad(mask, (0, 1))[:, None, None]
     if sinks is not None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kne_easyedit.attribution.replay import Clean, Replay, UnsupportedModel, capture_neurons, replaced_output
 from kne_easyedit.facts.encoding import Fact, collate
+from kne_easyedit.models.offload import pack, unpack
 from kne_easyedit.models.targets import Target
 
 HEAD_ROWS = 512
@@ -254,14 +256,14 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
         self.bytes = 0
         seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
-        def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
+        def count(tensor: Tensor) -> Any:
+            packed, storage = pack(tensor), tensor.untyped_storage()
+            if packed is tensor and storage.data_ptr() not in seen:  # else an offloaded weight, which is read again
                 seen.add(storage.data_ptr())
                 self.bytes += storage.nbytes()
-            return tensor
+            return packed
 
-        super().__init__(count, lambda tensor: tensor)
+        super().__init__(count, unpack)
 
 
 @contextmanager

@@ -158,13 +158,13 @@ class Replay:
         The model itself runs, with layers that only return ``hidden``: so the norm, the output head, and what a model
         does to its logits are its own.
         """
-        embeddings = input_embeddings(self.model)
+        embeddings, device = input_embeddings(self.model), device_of(self.model)
         before = [layer.__dict__.get("forward") for layer in self.layers]
         try:
             for layer, values in zip(self.layers, self._values):
                 layer.forward = _constant((hidden[:, None], *[None] * (values - 1)) if values else hidden[:, None])
             return self.model(
-                inputs_embeds=embeddings.new_zeros(len(hidden), 1, embeddings.shape[1]), use_cache=False
+                inputs_embeds=embeddings.new_zeros(len(hidden), 1, embeddings.shape[1], device=device), use_cache=False
             ).logits.flatten(0, 1)
         finally:
             for layer, own in zip(self.layers, before):

@@ -9,6 +9,7 @@ import torch
 
 from kne_easyedit.bridge.layer_patches import at_position
 from kne_easyedit.facts.encoding import Fact, Tokenizer, encode, pad, require_length
+from kne_easyedit.models.devices import device_of
 
 AT_ONCE = 16
 """Texts in one pass: a record's probes with their answers fit, and the logits of large vocabularies stay small."""
@@ -43,7 +44,7 @@ def continuations(
         ids, mask = pad([tokenizer(prompt)["input_ids"] for prompt in some], tokenizer.eos_token_id or 0, "left")
         start = ids.shape[1]
         limit = getattr(model.config, "max_position_embeddings", None)
-        device = next(model.parameters()).device
+        device = device_of(model)
         options = {} if ended is None else {"stopping_criteria": [_criterion(ended, start)]}
         out = model.generate(
             input_ids=ids.to(device),
@@ -96,7 +97,7 @@ def askable(model: Any, tokenizer: Tokenizer, prompt: str, answer: str | None, s
 
 def _logits(model: Any, facts: Sequence[Fact], at_once: int) -> Iterator[torch.Tensor]:
     """For each fact the logits ``(answer's tokens, vocabulary)`` at the positions of its answer."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     for some in _chunks(facts, at_once):
         ids, mask = pad([fact.ids for fact in some])  # padded at the right: positions are those of a single text
         with at_position(model, some[0].positions.start):  # methods whose layer looks at one place are asked one by one

@@ -10,6 +10,8 @@ from kne_easyedit.benchmark.answers import SHOWN, first_word
 from kne_easyedit.benchmark.asking import askable, continuations, probabilities
 from kne_easyedit.editing.applying import with_edits
 from kne_easyedit.editing.own_neighbours import own_pool
+from kne_easyedit.edits.kept_answers import rows_added
+from kne_easyedit.edits.low_rank import Rows
 from kne_easyedit.facts.encoding import SEPARATOR, Fact, Tokenizer, chat_prompt, encode, natural
 from kne_easyedit.facts.neighbours import FactPool, packaged_pool, run_exclusions
 
@@ -149,7 +151,13 @@ def answers_to(model: Any, tokenizer: Tokenizer, prompts: Sequence[str], length:
 
 
 def without_and_with_edits(
-    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], length: int, *, chat: bool = False
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    length: int,
+    *,
+    chat: bool = False,
+    beside: Mapping[str, Rows] | None = None,
 ) -> list[tuple[str, str]]:
     """The beginnings of a model's greedy answers, without any edit and with those that it has.
 
@@ -159,6 +167,7 @@ def without_and_with_edits(
         prompts: What is asked.
         length: Tokens of an answer at most.
         chat: Put prompts into the tokenizer's chat template.
+        beside: What edits add that the model does not have in its weights (`rows_beside`).
 
     Returns:
         Both answers to each prompt.
@@ -169,7 +178,8 @@ def without_and_with_edits(
     asked = [chat_prompt(tokenizer, one) if chat else natural(one) for one in prompts]
     with with_edits(model, ()):
         before = answers_to(model, tokenizer, asked, length)
-    return list(zip(before, answers_to(model, tokenizer, asked, length)))
+    with rows_added(model, beside or {}):
+        return list(zip(before, answers_to(model, tokenizer, asked, length)))
 
 
 def kept(before: str, after: str) -> bool:

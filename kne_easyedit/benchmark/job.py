@@ -25,7 +25,7 @@ from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 
 MODES = ("single", "sequential", "batch")
-_WITHOUT_EFFECT = {"stats_dir", "cache_dir", "chunk_rows", "localization_data", "ensemble"}
+_WITHOUT_EFFECT = {"stats_dir", "cache_dir", "chunk_rows", "localization_data", "ensemble", "offload_folder"}
 """Settings that name places or work alike whatever their value; what the places hold is in the fingerprint."""
 _ADDED: Mapping[str, object] = {
     "optimizer": "adamw",
@@ -42,6 +42,9 @@ _ADDED: Mapping[str, object] = {
     "neighbour_stop": None,
     "input_projection": False,
     "projection_ridge": 1e-5,
+    "max_memory": None,
+    "offload_folder": None,
+    "load_in": None,
 }
 """Settings that KNE did not have from the beginning -> the value under which it does what it did without them. With
 that value they are left out: earlier fingerprints hold. It stays here even if the default changes."""

@@ -45,6 +45,7 @@ from kne_easyedit.benchmark.unedited import (
 from kne_easyedit.bridge import second_moments
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.output import easyedit_output
+from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fingerprint import model_digest
 
 OUTPUT = "easyedit"
@@ -121,7 +122,7 @@ class _Runner:
         self.prepared, self.editors, self.quiet = prepared, editors, quiet
         self.job = job = prepared.job
         self.requests = prepared.requests
-        self.device = next(job.model.parameters()).device
+        self.device = device_of(job.model)
         self.before = UneditedEvaluations(job, prepared.base, prepared.records, prepared.asked, quiet)
         self.questioner = Questioner(job.tokenizer, job.separator)
         self.measured: set[str] = set()

@@ -24,6 +24,7 @@ from kne_easyedit.editing.edit import apply_kne_to_model
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.models.offload import is_offloaded
 
 
 def register() -> ModuleType:
@@ -42,9 +43,7 @@ def register() -> ModuleType:
     if known is not None and getattr(known, "func", known) is not apply_kne_to_model:
         raise ValueError(f"EasyEdit: ALG_DICT[{NAME!r}] is {known!r} already; remove it, or do not register this one")
     if known is None:
-        methods[NAME] = (
-            functools.partial(apply_kne_to_model, legacy_contract=True) if is_legacy() else apply_kne_to_model
-        )
+        methods[NAME] = functools.partial(apply_kne_to_model, legacy_contract=is_legacy(), restored_by_caller=True)
     easyeditor.KNEHyperParams = KNEHyperParams
     easyeditor.apply_kne_to_model = apply_kne_to_model
     batch_editor = module("editors.batch_editor").BatchEditor
@@ -93,7 +92,7 @@ def editor_for(hparams: Any, model: nn.Module, tokenizer: Tokenizer) -> Any:
 
     Args:
         hparams: Settings of any method; their ``model_name`` is the name under which EasyEdit knows the model.
-        model: EasyEdit moves it to ``hparams.device``.
+        model: EasyEdit moves it to ``hparams.device``, unless it is offloaded.
         tokenizer: Gets the padding side (and a missing pad token) that EasyEdit sets when it loads a model itself.
 
     Returns:
@@ -102,7 +101,22 @@ def editor_for(hparams: Any, model: nn.Module, tokenizer: Tokenizer) -> Any:
     easyeditor: Any = register()
     prepare_tokenizer(tokenizer, hparams.alg_name)
     carrier = LoadedModel(str(hparams.model_name), model, tokenizer)
-    return easyeditor.BaseEditor.from_hparams(replace_settings(hparams, model_name=carrier))
+    with _left_where_it_is(model) if is_offloaded(model) else contextlib.nullcontext():
+        return easyeditor.BaseEditor.from_hparams(replace_settings(hparams, model_name=carrier))
+
+
+@contextlib.contextmanager
+def _left_where_it_is(model: Any) -> Iterator[None]:
+    """Inside, nothing moves the model."""
+    own = model.__dict__.get("to")
+    model.to = lambda *_, **__: model
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.to
+        else:
+            model.to = own
 
 
 def load_method(method: str, path: str | Path) -> Any:

@@ -25,6 +25,7 @@ from kne_easyedit.bridge.patches import applied
 from kne_easyedit.bridge.runtime_patches import forget_second_moments
 from kne_easyedit.bridge.text_source import BATCH, TextSource, batches
 from kne_easyedit.facts.encoding import Tokenizer, pad
+from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fingerprint import model_digest
 from kne_easyedit.models.state import preserve_state
 
@@ -63,7 +64,7 @@ def second_moments(
     from tqdm import tqdm
 
     found: dict[str, tuple[int, torch.Tensor]] = {}
-    device = next(model.parameters()).device
+    device = device_of(model)
     body = getattr(model, "base_model", model)  # without the head, whose logits are not needed
     mask: torch.Tensor
 

@@ -20,6 +20,7 @@ from torch import nn
 from kne_easyedit._util.files import expand_path
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.facts.encoding import Tokenizer
+from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.state import preserve_state
 
 BATCH = 32
@@ -114,7 +115,7 @@ class TextSource:
         starts = self._prompt_ids(tokenizer) or [[start]]
         # Prompts of one length form a batch without padding; every text gets the same number of new tokens.
         chosen = sorted((starts[i % len(starts)] for i in range(self.samples)), key=len)
-        device = next(model.parameters()).device
+        device = device_of(model)
         sampled: list[list[int]] = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), preserve_state(model):
             torch.manual_seed(self.seed)

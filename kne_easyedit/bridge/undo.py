@@ -22,7 +22,7 @@ from kne_easyedit.bridge.methods import NAME, traits_of
 from kne_easyedit.bridge.patches import runtime_patch
 from kne_easyedit.bridge.runtime_patches import switches_restorer
 from kne_easyedit.editing.row_edit import RowEdit, restore
-from kne_easyedit.models.targets import rows
+from kne_easyedit.models.weights import weight_of
 
 Result = TypeVar("Result")
 EDITS = ("edit", "batch_edit", "edit_requests", "normal_edit", "generate_edit", "edit_dataset")
@@ -114,15 +114,14 @@ class _Rows:
             known = self.known.setdefault(name, set())
             new = [row for row in chosen if row not in known]
             if new:
-                weight = rows(self.model.get_submodule(name))
-                index = torch.tensor(new, device=weight.device)
-                self.originals.append((name, index, weight[index].clone()))
+                index = torch.tensor(new)
+                self.originals.append((name, index, weight_of(self.model, name)[index]))
                 known.update(new)
 
     @torch.no_grad()
     def __call__(self) -> None:
         for name, index, values in self.originals:
-            rows(self.model.get_submodule(name))[index] = values
+            weight_of(self.model, name)[index] = values
 
 
 # After any error

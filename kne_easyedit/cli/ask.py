@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,23 @@ def add_commands(commands: Any) -> None:
 def _ask(arguments: argparse.Namespace) -> int:
     from kne_easyedit.benchmark.answers import in_full
     from kne_easyedit.benchmark.before_after import without_and_with_edits
+    from kne_easyedit.edits.beside import rows_beside
 
     edits = open_edits(arguments.edit)
     model, tokenizer = load_base(edits, arguments)
     if edits.note:
         print(printable(edits.note))
 
+    beside = rows_beside(model, edits.active, force=arguments.force)
+
     def ask(prompts: Sequence[str]) -> None:
-        found = without_and_with_edits(model, tokenizer, prompts, arguments.tokens, chat=arguments.chat)
+        found = without_and_with_edits(model, tokenizer, prompts, arguments.tokens, chat=arguments.chat, beside=beside)
         for prompt, (was, now) in zip(prompts, found):
             print(f"\n{printable(prompt)}")
             print_rows([("", "before", "after"), ("", in_full(was), in_full(now))])
 
-    with edits.applied(model, force=arguments.force):  # once: the base is compared with the edit's, matrix by matrix
+    # Applied once: the base is compared with the edit's, matrix by matrix.
+    with edits.applied(model, force=arguments.force) if beside is None else nullcontext():
         if arguments.prompts:
             ask(arguments.prompts)
         else:

@@ -30,6 +30,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--paper", action="store_true", help="train as the paper does, which changes neighbours of the facts, too"
     )
+    parser.add_argument(
+        "--load-in",
+        choices=("8bit", "4bit"),
+        help="load the base quantised (bitsandbytes) and keep the edit beside it: kne ask, kne adapter",
+    )
     parser.add_argument("--prompt", help="the beginning of a sentence, e.g. 'The capital of France is'")
     parser.add_argument("--target", help="the new answer")
     parser.add_argument("--subject", help="what the prompt is about, as it stands there; some settings use it")
@@ -61,16 +66,25 @@ def _edit(arguments: argparse.Namespace) -> int:
 
     from kne_easyedit.benchmark.before_after import Questions
     from kne_easyedit.cli.side_by_side import FACTS, print_questions
-    from kne_easyedit.editing.edit import apply_kne_to_model
+    from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit, require_reached
     from kne_easyedit.editing.kne_edit import KNEEdit
+    from kne_easyedit.edits.beside import kept_beside
+    from kne_easyedit.edits.kept_answers import rows_added
     from kne_easyedit.edits.on_top import localized_and_applied
     from kne_easyedit.edits.store import EDITS_FOLDER
     from kne_easyedit.models.loading import load_model
 
     store = _store(arguments)
     requests = _requests(arguments)
-    hparams = load_settings(arguments, of_the_paper() if arguments.paper else {})
+    quantised = {} if arguments.load_in is None else {"load_in": arguments.load_in}
+    hparams = load_settings(arguments, {**(of_the_paper() if arguments.paper else {}), **quantised})
     model, tokenizer = load_model(hparams)
+    beside = kept_beside(model, hparams)
+    if beside and store is not None:
+        raise ValueError(
+            "--store: nothing can be added to a quantised base, so no edit is trained on top of others there; give "
+            "--out, and add it to a store by kne edits add"
+        )
     if store is not None:
         localized_and_applied(store, model, tokenizer, requests, hparams)
     questions = Questions(
@@ -91,7 +105,11 @@ def _edit(arguments: argparse.Namespace) -> int:
             bar.set_postfix(loss=f"{loss:.3f}")
             bar.update()
 
-        apply_kne_to_model(model, tokenizer, requests, hparams, on_trained=edits.append, on_step=on_step)
+        if beside:
+            edits.append(compute_edit(model, tokenizer, requests, hparams, on_step=on_step))
+            require_reached(edits[0], hparams)
+        else:
+            apply_kne_to_model(model, tokenizer, requests, hparams, on_trained=edits.append, on_step=on_step)
     (edit,) = edits
     seconds = time.monotonic() - start
     where = arguments.out
@@ -104,10 +122,13 @@ def _edit(arguments: argparse.Namespace) -> int:
         f"{len(requests)} {'fact' if len(requests) == 1 else 'facts'} in {seconds:.1f} s: {edit.steps} steps, loss "
         f"{edit.losses[0]:.3f} -> {edit.losses[-1]:.3f}, {edit.size} rows of {len(edit.deltas)} modules"
     )
-    print_questions(questions, before, questions.ask(model))
+    with rows_added(model, edit.deltas if beside else {}):
+        print_questions(questions, before, questions.ask(model))
     if len(requests) > FACTS:
         print(f"\n... and {len(requests) - FACTS} facts more: kne show {where}")
     print(f"\nWritten to {where}; the model's own files stay. Ask it: kne ask {arguments.store or where}")
+    if beside:
+        print(f"The base is quantised: the edit is kept beside it. To serve it: kne adapter {where} --out ADAPTER")
     return 0
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kne_easyedit.edits.store import EditStore
     from kne_easyedit.facts.encoding import Tokenizer
 
-LOADING = ("model_name", "device", "model_parallel", "fp16", "bf16")
+LOADING = ("model_name", "device", "model_parallel", "max_memory", "offload_folder", "fp16", "bf16", "load_in")
 """Settings that say how a model is loaded."""
 
 
@@ -40,6 +40,8 @@ class Opened:
     """The settings with which the (first) edit was made."""
     base: str
     """The base's name, as the edit has it."""
+    active: tuple[KNEEdit, ...]
+    """The edits that are applied."""
 
     def applied(self, model: Any, *, force: bool = False) -> AbstractContextManager[Any]:
         """As `Edits.applied`."""
@@ -56,19 +58,21 @@ def open_edits(folder: Path) -> Opened:
 
     if not is_store(folder):
         edit = load_edit(folder)
-        return Opened(edit, edit.facts, lacking_note([edit]), edit.hparams, edit.base.name)
+        return Opened(edit, edit.facts, lacking_note([edit]), edit.hparams, edit.base.name, (edit,))
     store = open_store(folder)
     entries = store.list()
     if not entries:
         raise ValueError(f"store: {folder} holds no edit; add one: kne edits add {folder} DIR")
     active = [entry for entry in entries if entry.on]
     first = store.edit((active or entries)[0].id)
+    edits = store.active().edits
     return Opened(
         store,
         tuple(fact for one in active for fact in one.facts),
-        lacking_note(store.active().edits),
+        lacking_note(edits),
         first.hparams,
         first.base.name,
+        edits,
     )
 
 

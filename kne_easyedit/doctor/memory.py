@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from kne_easyedit.bridge.memory_formulas import PRECISE
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.doctor.data import token_count
 from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, left_out, listed, size
+from kne_easyedit.doctor.placement import placement
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.models.devices import dtype_of
@@ -125,13 +126,17 @@ def memory(
     lengths = [token_count(request, tokenizer, model) for request in requests] if tokenizer is not None else []
     tokens = max((prompt + answer for prompt, answer in lengths), default=TOKENS)
     answer_tokens = max((answer for _, answer in lengths), default=1)
+    spread = next((hparams for hparams in plan.values() if getattr(hparams, "model_parallel", False)), None)
+    placed = None if spread is None else placement(model, spread)
+    if placed is not None:
+        yield placed.finding()
     for label, hparams in plan.items():
         name = f"memory of {label}"
         try:
-            weights = dtype_of(hparams).itemsize * count_parameters(model)
-            needed = memory_needed(
-                model, hparams, tokens, answer_tokens, free=max(0, free - weights), device=device.type
-            )
+            weights = dtype_of(hparams).itemsize * count_parameters(model) if placed is None else placed.computing
+            beside = max(0, free - weights)
+            needed = memory_needed(model, hparams, tokens, answer_tokens, free=beside, device=device.type)
+            needed = replace(needed, weights=weights)
         except (ValueError, OSError):
             yield left_out(name, "its modules are not there")
             continue
@@ -146,13 +151,14 @@ def memory(
                 name,
                 FAILURE,
                 text,
-                "free some, take another device or model_parallel, set bf16 or fp16, or edit fewer layers",
+                "free some, take another device or model_parallel (docs/large-models.md), set bf16 or fp16, or edit "
+                "fewer layers",
             )
         elif not isinstance(hparams, KNEHyperParams) and traits_of(hparams.alg_name).memory is None:
             yield Finding(name, WARNING, f"{text}; what {hparams.alg_name} needs beside these only a trial can show")
         else:
             yield Finding(name, OK, text)
-    if device.type == "cuda":
+    if device.type == "cuda" and placed is None:
         weights = dtype_of(next(iter(plan.values()))).itemsize * count_parameters(model)
         free = free_memory(torch.device("cpu"))
         text = f"{size(weights)} needed to load the model before it moves to {device}, {size(free)} free"

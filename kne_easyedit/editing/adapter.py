@@ -14,6 +14,7 @@ from torch import nn
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.editable import require_bare, require_editable
+from kne_easyedit.models.offload import offloaded
 
 ADAPTER = "kne"
 
@@ -42,6 +43,7 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: EditSetting
     chosen = rows_by_module(model, ensemble)
     originals = {name: model.get_submodule(name) for name in chosen}
     require_editable(model, originals, beside=True)
+    places = {name: offloaded(model, f"{name}.weight") for name in chosen}
     exact = {name: re.escape(name) for name in chosen}  # PEFT matches names as suffixes, but patterns in full
     earlier_config = model.__dict__.get("peft_config")  # older PEFT leaves it when it unloads
     alpha: Any = hparams.alpha  # PEFT computes with a float as well
@@ -59,7 +61,9 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: EditSetting
         layers = {name: model.get_submodule(name) for name in chosen}
         generator = torch.Generator().manual_seed(hparams.seed)
         for name, layer in layers.items():
-            _prepare(layer, chosen[name], hparams.initialization, generator)
+            place = places[name]
+            device = None if place is None else place.device
+            _prepare(layer, chosen[name], hparams.initialization, generator, device)
         yield layers
     finally:
         for name, module in originals.items():
@@ -70,9 +74,17 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: EditSetting
             model.peft_config = earlier_config
 
 
-def _prepare(layer: Any, chosen: Sequence[int], initialization: str, generator: torch.Generator) -> None:
-    """Initialises ``A``, and sets ``B`` to the selector of the rows ``chosen``; only ``A`` stays trainable."""
+def _prepare(
+    layer: Any, chosen: Sequence[int], initialization: str, generator: torch.Generator, device: torch.device | None
+) -> None:
+    """Initialises ``A``, and sets ``B`` to the selector of the rows ``chosen``; only ``A`` stays trainable.
+
+    ``device``: where an offloaded module computes; PEFT puts the adapter where it is kept, on the meta device.
+    """
     a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    if device is not None:
+        a.to_empty(device=device)
+        b.to_empty(device=device)
     precise = torch.promote_types(a.weight.dtype, torch.float32)  # trained in float32 over a half-precision model
     a.to(precise)
     b.to(precise)

@@ -25,10 +25,11 @@ from kne_easyedit.editing.lineage import (
     take_note_back,
     tidy,
 )
-from kne_easyedit.models.base import Base, base_of, linear_module
+from kne_easyedit.models.base import Base, base_of
 from kne_easyedit.models.editable import require_bare, require_editable
 from kne_easyedit.models.state import default_modes, require_trainable
-from kne_easyedit.models.targets import in_features, out_features, rows
+from kne_easyedit.models.targets import in_features, out_features
+from kne_easyedit.models.weights import linear_module, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,8 @@ class _Held:
         """Keeps rows as they are now: module name -> their numbers."""
         kept = {}
         for name, chosen in touched.items():
-            weight = rows(linear_module(self._model, name)).detach()
             index = torch.tensor(sorted(chosen), dtype=torch.long)
-            kept[name] = index, weight[index.to(weight.device)]
+            kept[name] = index, weight_of(self._model, name)[index]
         self._noted, self._kept = kept_note(self._model), kept
 
     def put_back(self) -> None:
@@ -100,8 +100,7 @@ class _Held:
         with default_modes(self._model), torch.no_grad():
             for found in (noted_rows(self._model), self._kept):
                 for name, (index, values) in found.items():
-                    weight = rows(linear_module(self._model, name))
-                    weight[index.to(weight.device)] = values.to(weight)
+                    weight_of(self._model, name)[index] = values
             torch.clear_autocast_cache()
         take_note_back(self._model, self._noted)
 
@@ -137,9 +136,8 @@ def _set(model: nn.Module, edits: Sequence[Appliable], force: bool, held: _Held 
     def put_back() -> None:
         with default_modes(model), torch.no_grad():
             for name, index, values in written:
-                weight = rows(linear_module(model, name))
                 values = keep_rows(model, name, index.tolist())[1] if values is None else values
-                weight[index.to(weight.device)] = values.to(weight.device)
+                weight_of(model, name)[index] = values
             torch.clear_autocast_cache()
         take_note_back(model, noted)
 
@@ -154,13 +152,10 @@ def _set(model: nn.Module, edits: Sequence[Appliable], force: bool, held: _Held 
                     if not other:
                         continue
                     index, base = keep_rows(model, name, sorted(other))
-                    weight = rows(linear_module(model, name))
-                    place = index.to(weight.device)
+                    weight = weight_of(model, name)
                     # What the rows hold without edits is kept anyway, and not kept twice.
-                    written.append((name, index, weight[place] if state.edits else None))
-                    weight[place] = add_rows(base, index, [_part(edit, name, other) for edit in edits]).to(
-                        weight.device
-                    )
+                    written.append((name, index, weight[index] if state.edits else None))
+                    weight[index] = add_rows(base, index, [_part(edit, name, other) for edit in edits])
             torch.clear_autocast_cache()  # the caller's autocast keeps copies of the old weights
             known = tuple(Known(edit.digest, edit) for edit in edits)
             note_edits(model, known, {name: sorted(found) for name, found in changed.items()})
@@ -215,6 +210,15 @@ def add_rows(base: Tensor, index: Tensor, parts: Iterable[tuple[tuple[int, ...],
             place = torch.searchsorted(index, torch.tensor(chosen)).to(total.device)
             total[place] += delta.to(total)
     return base if total is None else total.to(base.dtype)
+
+
+def require_base(model: nn.Module, edits: Sequence[Appliable], *, force: bool = False) -> None:
+    """Checks that edits are of a model, as `set_edits` does; the model need not be one that can be edited.
+
+    Raises:
+        ValueError: One is of another base (with ``force`` a warning), of other shapes, or not finite.
+    """
+    _require_fit(model, edits, edited(model), force)
 
 
 def _require_fit(model: nn.Module, edits: Sequence[Appliable], state: Edited, force: bool) -> None:

@@ -24,6 +24,7 @@ from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.localizer import find_ensemble, inherit, require_editable_by
 from kne_easyedit.models.devices import resolve_device
 from kne_easyedit.models.editable import require_editable
+from kne_easyedit.models.offload import is_offloaded
 from kne_easyedit.models.state import default_modes, require_trainable
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,17 @@ def _train(
     return train_rows(model, facts, ensemble, hparams, objectives, on_step, projections), ensemble
 
 
+def require_reached(edit: RowEdit, hparams: EditSettings) -> None:
+    """Names facts that an edit did not reach, in the log; under ``on_failure: raise`` raises EditFailed."""
+    shortfall = _shortfall(edit, hparams)
+    if shortfall and hparams.on_failure == "raise":
+        raise EditFailed(f"{shortfall}. Nothing was written (on_failure: raise)")
+    if shortfall:
+        # Logged, not `warnings.warn`: shown every time, in notebooks and EasyEdit's scripts alike, and by `kne run`,
+        # which redirects stderr to a file while it edits.
+        logger.warning("%s", shortfall)
+
+
 def _shortfall(edit: RowEdit, hparams: EditSettings) -> str | None:
     """The message about an edit that did not reach all of its facts; None if it did."""
     failed = edit.failed(hparams.stop_loss)
@@ -137,6 +149,7 @@ def apply_kne_to_model(
     *,
     ensemble: NeuronEnsemble | None = None,
     legacy_contract: bool = False,
+    restored_by_caller: bool = False,
     on_trained: Callable[[KNEEdit], None] | None = None,
     on_rows: Callable[[RowEdit], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
@@ -158,11 +171,13 @@ def apply_kne_to_model(
         hparams: The settings.
         copy: Edit a deep copy and leave ``model`` alone.
         return_orig_weights: Return the original matrices, whole, so that ``parameter[...] = original`` undoes the edit
-            bit for bit.
+            bit for bit; of an offloaded model, so that `restore` does.
         keep_original_weight: Read under ``legacy_contract`` only.
         ensemble: Rows to train instead of those that ``hparams`` lead to.
         legacy_contract: EasyEdit's meaning before May 2024: originals are returned only if ``keep_original_weight`` is
             true; an empty mapping makes the editor let edits accumulate. The bridge sets it for such versions.
+        restored_by_caller: The caller will write the originals into the parameters itself, as EasyEdit's editor does.
+            Offloaded models are refused then: their parameters hold nothing (`restore` knows where they are).
         on_trained: Called with the trained edit before it is written. For it alone the base is fingerprinted: every
             touched matrix is hashed.
         on_rows: Called with the trained rows, after ``on_trained`` and before they are written: for who undoes the
@@ -186,20 +201,19 @@ def apply_kne_to_model(
     # All of it is deferred: Python's own locks do not survive a second Ctrl-C (a `Condition` that waits).
     with defer_interrupts():
         requests = [requests] if isinstance(requests, Mapping) else list(requests)
+        if restored_by_caller and return_orig_weights and is_offloaded(model):
+            raise ValueError(
+                f"model: {type(model).__name__} is offloaded (accelerate), and EasyEdit's editor could not undo the "
+                f"edit: it writes originals into parameters that hold nothing between passes. Edit it without EasyEdit "
+                f"(kne edit, apply_kne_to_model and restore), or load it on devices that hold it"
+            )
         edit, ensemble = _train(model, tok, requests, hparams, ensemble, on_step, written=True)
         if on_trained is not None:  # else nobody asks what the base was, and it is not fingerprinted
             edit = kept = kne_edit(edit, model, requests, hparams, ensemble)
             on_trained(kept)
         if on_rows is not None:
             on_rows(edit)
-        shortfall = _shortfall(edit, hparams)
-        if shortfall and hparams.on_failure == "raise":
-            raise EditFailed(f"{shortfall}. Nothing was written (on_failure: raise)")
-        if shortfall:
-            # Logged, not `warnings.warn`: shown every time, in notebooks and EasyEdit's scripts alike, and by `kne
-            # run`, which redirects stderr to a file while it edits. Logged before the edit is written: Ctrl-C in a call
-            # after that would lose the originals.
-            logger.warning("%s", shortfall)
+        require_reached(edit, hparams)  # before it is written: Ctrl-C in a call after that would lose the originals
         model = _copied(model) if copy else model
     originals = write_rows(model, edit)
     wanted = return_orig_weights and (keep_original_weight or not legacy_contract)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kne_easyedit._util.tensor_files import bytes_of
 from kne_easyedit.models.targets import rows
+from kne_easyedit.models.weights import Weight, weight_of
 
 Rows = tuple[Tensor, Tensor]
 """Row numbers, ascending, and values: ``(n,)``, ``(n, d1)``."""
@@ -121,8 +122,7 @@ def keep_rows(model: nn.Module, name: str, chosen: Sequence[int]) -> Rows:
         The numbers of ``chosen``, ascending, and their values without edits, not to be changed.
     """
     lineage = _LINEAGES.setdefault(model, _Lineage({}, [((), {})]))
-    weight = rows(model.get_submodule(name)).detach()
-    _take(lineage.originals, name, chosen, weight)
+    _take(lineage.originals, name, chosen, weight_of(model, name))
     index, values = lineage.originals[name]
     wanted = torch.tensor(sorted(chosen), dtype=torch.long)
     if len(wanted) == len(index):
@@ -137,7 +137,7 @@ def note_edits(model: nn.Module, edits: tuple[Known, ...], changed: Mapping[str,
     for name, chosen in changed.items():
         if chosen:
             index = torch.tensor(sorted(chosen), dtype=torch.long)
-            marks[name] = Mark(index, _digest(model.get_submodule(name), index))
+            marks[name] = Mark(index, _digest(weight_of(model, name)[index]))
     lineage.states = [((), {}), (edits, marks)] if edits else [((), {})]
 
 
@@ -209,14 +209,14 @@ def _copy(lineage: _Lineage) -> _Lineage:
     return _Lineage(dict(lineage.originals), list(lineage.states))
 
 
-def _take(known: dict[str, Rows], name: str, chosen: Sequence[int], weight: Tensor) -> None:
+def _take(known: dict[str, Rows], name: str, chosen: Sequence[int], weight: Tensor | Weight) -> None:
     """Adds those of the rows ``chosen`` of a weight that are not known yet."""
     index, values = known.get(name, (torch.tensor([], dtype=torch.long), None))
     there = set(index.tolist())
     new = torch.tensor(sorted(row for row in chosen if row not in there), dtype=torch.long)
     if not len(new):
         return
-    more = weight[new.to(weight.device)]
+    more = weight[new]
     if values is None:
         known[name] = new, more
         return
@@ -226,28 +226,28 @@ def _take(known: dict[str, Rows], name: str, chosen: Sequence[int], weight: Tens
 
 
 def _marks(model: nn.Module, originals: Mapping[str, Rows]) -> dict[str, Mark]:
-    return {name: Mark(index, _digest(model.get_submodule(name), index)) for name, (index, _) in originals.items()}
+    return {name: Mark(index, _digest(weight_of(model, name)[index])) for name, (index, _) in originals.items()}
 
 
-def _digest(module: Any, index: Tensor) -> str:
-    weight = rows(module).detach()
-    return hashlib.sha256(bytes_of(weight[index.to(weight.device)])).hexdigest()
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(bytes_of(values)).hexdigest()
 
 
 def _is_now(model: nn.Module, originals: Mapping[str, Rows], marks: Mapping[str, Mark]) -> bool:
     """Whether the weights are those of a state: marked rows as marked, other rows of ``originals`` as they were."""
     for name, (index, values) in originals.items():
         try:
-            module: Any = model.get_submodule(name)
-            weight = rows(module).detach()
-        except (AttributeError, RuntimeError):  # the module was exchanged
+            found = weight_of(model, name)
+            whole, dtype, shape = found.stored, found.dtype, found.shape
+        except (ValueError, AttributeError, RuntimeError):  # the module was exchanged
             return False
-        if weight.is_meta or weight.ndim != 2 or weight.dtype != values.dtype or weight.shape[1] != values.shape[1]:
+        if whole.is_meta or len(shape) != 2 or dtype != values.dtype or shape[1] != values.shape[1]:
             return False
-        if len(index) and index[-1] >= len(weight):
+        if len(index) and index[-1] >= shape[0]:
             return False
+        weight = found.rows_of(whole)  # read once: it may be on disk
         mark = marks.get(name)
-        if mark is not None and _digest(module, mark.index) != mark.sha256:
+        if mark is not None and _digest(weight[mark.index.to(weight.device)]) != mark.sha256:
             return False
         if mark is None or len(mark.index) < len(index):
             rest = torch.ones(len(index), dtype=torch.bool)

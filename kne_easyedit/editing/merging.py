@@ -34,6 +34,7 @@ _COPIED = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".md")
 """Endings of what a model has beside its weights: configuration, tokenizer, code, texts."""
 _TEXTS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _FOLDERS = ("additional_chat_templates",)
+_PLAIN = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -176,6 +177,15 @@ def _verified(
             weight = read_tensor(file, shards[shard][key])
         for edit in ours:
             wanted = edit.base.modules[name]
+            if wanted.dtype not in _PLAIN:
+                reason = (
+                    edit,
+                    (
+                        f"it was trained on quantised weights ({name}: {wanted.dtype}), beside which it is kept: write "
+                        f"it as an adapter (kne adapter), or train it on this base unquantised"
+                    ),
+                )
+                break
             if wanted.shape != module.shape or wanted.transposed != module.transposed:
                 raise ValueError(f"edits: {name} is {module.shape} for one edit and {wanted.shape} for another")
             if weight_digest(weight, getattr(torch, wanted.dtype)) != wanted.sha256:

@@ -17,7 +17,7 @@ from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.editable import require_unquantised
 from kne_easyedit.models.state import default_modes, preserve_state, require_trainable
-from kne_easyedit.models.targets import rows
+from kne_easyedit.models.weights import Weight, write_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -90,24 +90,25 @@ def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str,
     require_trainable(model)
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in edit.deltas}
     require_unquantised(modules)
+    weights = {name: Weight(model, name, module) for name, module in modules.items()}
     originals: dict[str, Tensor] = {}
     before = edited(model) if hasattr(edit, "digest") else None  # a `KNEEdit`: it may be told from others
 
     def put_back() -> None:
         with default_modes(model), torch.no_grad():
             for name, value in originals.items():
-                modules[name.removesuffix(".weight")].weight.copy_(value)
+                weights[name.removesuffix(".weight")].write(value)
             torch.clear_autocast_cache()
 
     with defer_interrupts(undo=put_back), default_modes(model):
-        originals.update((f"{name}.weight", module.weight.detach().clone()) for name, module in modules.items())
+        originals.update((f"{name}.weight", weight.stored.clone()) for name, weight in weights.items())
         try:
             with torch.no_grad():
                 for name, (chosen, delta) in edit.deltas.items():
-                    weight = rows(modules[name])
-                    index = torch.tensor(chosen, device=weight.device)
+                    weight, index = weights[name], torch.tensor(chosen)
+                    now = weight[index]
                     # Added in the delta's precision, then rounded once: in bf16 small deltas would be lost one by one.
-                    weight[index] = (weight[index].to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+                    weight[index] = (now.to(delta.dtype) + delta.to(now.device)).to(now.dtype)
             torch.clear_autocast_cache()  # the caller's autocast keeps copies of the old weights
             if check and edit.answers:
                 _require_trained_loss(model, edit)
@@ -174,7 +175,7 @@ def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
     before = edited(model)
     with defer_interrupts(), default_modes(model), torch.no_grad():
         for name, value in originals.items():
-            parameters[name].copy_(value)
+            write_tensor(model, name, parameters[name], value)
         torch.clear_autocast_cache()
     _warn_of_others(before, edited(model))
 

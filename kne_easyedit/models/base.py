@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from kne_easyedit._util.digest import digest as text_digest
 from kne_easyedit._util.tensor_files import bytes_of
 from kne_easyedit.models.fingerprint import quantisation_states
-from kne_easyedit.models.targets import in_features, is_linear, out_features, rows
+from kne_easyedit.models.targets import in_features, out_features, rows
+from kne_easyedit.models.weights import Weight, linear_module
 
 STRUCTURE = {
     "model_type": ("model_type",),
@@ -137,7 +138,8 @@ def base_of(
         module = linear_module(model, name)
         # First, for it unpacks 4-bit weights (`preserve_state`).
         states = sorted(quantisation_states(module), key=lambda one: one[0])
-        weight = module.weight.detach().as_subclass(Tensor)  # of quantised layers: what is stored, as plain numbers
+        # Of quantised layers: what is stored, as plain numbers.
+        weight = Weight(model, name, module).stored.as_subclass(Tensor)
         d2, d1 = out_features(module), in_features(module)
         if originals and name in originals:
             index, values = originals[name]
@@ -159,21 +161,3 @@ def base_of(
         str(getattr(config, "_name_or_path", "") or ""),
         str(getattr(config, "_commit_hash", "") or ""),
     )
-
-
-def linear_module(model: nn.Module, name: str) -> Any:
-    """The linear layer ``name`` of ``model``.
-
-    Raises:
-        ValueError: There is none.
-    """
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = None
-    if module is None or not is_linear(module):
-        found = "has no module" if module is None else f"has a {type(module).__name__}, no linear layer,"
-        raise ValueError(
-            f"edit: {type(model).__name__} {found} {name!r}; the edit is of another model, or modules were exchanged"
-        )
-    return module

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from kne_easyedit.models.offload import computing_device
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the input embeddings: the one for token ids, also in a model spread over several."""
-    return input_embeddings(model).device
+def device_of(model: Any) -> torch.device:
+    """The device of the input embeddings: the one for token ids, also in a model spread over several, or offloaded."""
+    embeddings = model.get_input_embeddings()
+    return computing_device(embeddings) or embeddings.weight.device
 
 
 def input_embeddings(model: Any) -> Tensor:

@@ -8,7 +8,7 @@ works on models that cannot be edited.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from kne_easyedit.models.layer_kinds import is_bitsandbytes, known_kind
+from kne_easyedit.models.offload import offloaded, own_forward
 from kne_easyedit.models.state import default_modes
 from kne_easyedit.models.targets import rows
+from kne_easyedit.models.weights import Weight, stored_tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _RECOMPUTED = {
@@ -66,12 +68,13 @@ def require_editable(model: nn.Module, modules: Mapping[str, nn.Module], beside:
     """
     owners: dict[object, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        for place in _places(parameter):
+        for place in _places(model, name, parameter):
             owners.setdefault(place, []).append(name)
     for name, module in modules.items():
         found = None if beside and is_bitsandbytes(module) else _obstacle(model, name, module)
         if found is None:
-            others = {owner for place in _places(cast(Tensor, module.weight)) for owner in owners[place]} - {
+            weight = cast(Tensor, module.weight)
+            others = {owner for place in _places(model, f"{name}.weight", weight) for owner in owners[place]} - {
                 f"{name}.weight"
             }
             if others:
@@ -123,18 +126,11 @@ def _obstacle(model: nn.Module, name: str, module: Any) -> tuple[str, str] | Non
             else f"a {type(getattr(module, 'weight', None)).__name__} that is computed or replaced"
         )
         return f"no parameter but {kind}", "make it a plain torch.nn.Parameter first"
-    if own.is_meta:
-        if any(_offloads(parent) for parent in _upwards(model, name)):
-            return (
-                "offloaded (accelerate) and loaded for each pass only",
-                "load the model without offload, on a device that holds it",
-            )
+    place = offloaded(model, f"{name}.weight")
+    if own.is_meta and place is None:
         return "not loaded (on the meta device)", "load the model's weights"
-    if any(_offloads(parent) for parent in _upwards(model, name)):
-        return (
-            "offloaded (accelerate) and put back after each pass",
-            "load the model without offload, on a device that holds it",
-        )
+    if place is not None and place.key != "weight":  # then others than its own forward may use the weight
+        return "offloaded and loaded with a whole block (accelerate)", "leave preload_module_classes out"
     if type(own) is not nn.Parameter:
         return f"a {type(own).__name__}, no plain torch.nn.Parameter", "load the model unquantised and whole"
     if own.dtype not in DTYPES:
@@ -146,7 +142,7 @@ def _obstacle(model: nn.Module, name: str, module: Any) -> tuple[str, str] | Non
             f"stored as {tuple(own.shape)} ({own.layout}){spread} and not as {wanted}",
             "load the whole model, as plain matrices",
         )
-    if not _is_product(module):
+    if not _is_product(model, name, module):
         return f"not all that {type(module).__name__} computes with: its output is not x W^T + b", "take another module"
     return None
 
@@ -157,15 +153,16 @@ def _shape(module: Any) -> tuple[int, int]:
     return module.weight.shape[0], module.nf  # Conv1D
 
 
-def _is_product(module: Any) -> bool:
+def _is_product(model: nn.Module, name: str, module: Any) -> bool:
     """Whether the output is ``x W^T + b``: known of `nn.Linear`, tried out where ``forward`` is another."""
-    if getattr(module.forward, "__func__", None) is nn.Linear.forward:
+    if own_forward(module) is nn.Linear.forward:
         return True
-    weight = rows(module).detach()
+    weight = rows(module, Weight(model, name, module).stored)
     precise = torch.promote_types(weight.dtype, torch.float32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.shape[1], generator=generator).to(weight)
-    bias = torch.zeros((), device=weight.device) if module.bias is None else module.bias.detach()
+    none = torch.zeros((), device=weight.device)
+    bias = none if module.bias is None else stored_tensor(model, f"{name}.bias", module.bias)
     try:
         with default_modes(module), torch.no_grad():  # the caller's autocast would round
             found = module.forward(x).to(weight.device, precise)
@@ -177,19 +174,10 @@ def _is_product(module: Any) -> bool:
     return found.shape == wanted.shape and bool(((found - wanted).abs() <= rounding).all())
 
 
-def _offloads(module: nn.Module) -> bool:
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
-
-
-def _upwards(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The model, the module ``name``, and all modules between them."""
-    parts = name.split(".")
-    for end in range(len(parts) + 1):
-        yield model.get_submodule(".".join(parts[:end]))
-
-
-def _places(weight: Tensor) -> list[object]:
+def _places(model: nn.Module, name: str, weight: Tensor) -> list[object]:
     """Keys that two parameters share if changing one changes the other."""
+    if (place := offloaded(model, name)) is not None:
+        source = place.source
+        return [("address", source.device, source.data_ptr())] if isinstance(source, Tensor) else [source]
     plain = type(weight) is nn.Parameter and weight.layout is torch.strided and not weight.is_meta and weight.numel()
     return [id(weight), ("address", weight.device, weight.data_ptr())] if plain else [id(weight)]

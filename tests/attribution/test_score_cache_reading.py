@@ -208,7 +208,7 @@ class TestForeign:
 
 def test_a_model_that_is_not_loaded_is_named():
     with pytest.raises(
-        ValueError, match=r"model: model.layers.1.mlp.down_proj.weight is not loaded .*load it without offload"
+        ValueError, match=r"model: model.layers.1.mlp.down_proj.weight is not loaded .*load the model's weights"
     ):
         model = make_llama()
         model.get_submodule(LLAMA_DOWN.format(1)).to("meta")

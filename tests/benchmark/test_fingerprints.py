@@ -66,6 +66,7 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
         "subject_variants": 3,
         "input_projection": True,
         "projection_ridge": 1e-3,
+        "load_in": "4bit",
     }
     counts = ("neighbour_relation_size", "neighbour_subject_size", "neighbour_tokens", "neighbours_per_step")
     for name, value in {**others, **dict.fromkeys(counts, 2), "neighbour_data": "embedded"}.items():

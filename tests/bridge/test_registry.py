@@ -13,13 +13,16 @@ from copy import deepcopy
 import numpy
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import HANGS, fingerprint, make_llama, make_tokenizer, tiny_hparams, weights
 
 from kne_easyedit import apply_kne_to_model, bridge
 from kne_easyedit.bridge import importing
+from kne_easyedit.bridge.method_editor import MethodEditor
 from kne_easyedit.bridge.registry import edits_handed_to
 from kne_easyedit.editing import kne_edit
 from kne_easyedit.editing.edit import EditFailed
+from kne_easyedit.models.fingerprint import model_digest
 
 PROMPTS = ["The capital of France is", "The capital of Spain is", "The capital of Peru is"]
 TARGETS = ["Rome", "Oslo", "Marie"]
@@ -62,6 +65,28 @@ def test_base_editor_edits_evaluates_and_restores(editor):
     )
     assert fingerprint(editor.model) == before
     assert originals and all(name.endswith("down_proj.weight") for name in originals)
+
+
+def test_an_offloaded_model_is_refused_by_easyedits_editor(tokenizer):
+    """It would write the originals into parameters that hold nothing: the edit would stay."""
+    model = cpu_offload(make_llama())
+    before = model_digest(model)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is offloaded .*kne edit, apply_kne_to_model and restore"):
+        edit(bridge.editor_for(tiny_hparams(model_name="any-name-at-all"), model, tokenizer))
+    assert model_digest(model) == before
+
+
+def test_an_offloaded_model_is_edited_by_runs(tokenizer):
+    """Converse: they undo edits themselves."""
+    found = []
+    for model in (make_llama(), cpu_offload(make_llama())):
+        before = model_digest(model)
+        editor = MethodEditor(tiny_hparams(model_name="any-name-at-all"), model, tokenizer)
+        editor.apply([{"prompt": PROMPTS[0], "target_new": TARGETS[0], "subject": "France"}])
+        found.append(model_digest(model))
+        editor.undo()
+        assert model_digest(model) == before
+    assert found[0] == found[1] != before
 
 
 def test_batch_edit(editor):

@@ -16,11 +16,11 @@ from conftest import (
 )
 from edits import ROWS, edit_of, ensemble_of, masks_of
 
-from kne_easyedit.editing import row_edit
 from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.editing.row_edit import RowEdit, restore, write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import collate, encode
+from kne_easyedit.models.weights import Weight
 
 CASES = [(make_llama, LLAMA_DOWN), (make_gptj, "transformer.h.{}.mlp.fc_out"), (make_gpt2, GPT2_DOWN)]
 
@@ -103,15 +103,15 @@ class TestWriting:
     def test_after_an_exception_while_writing(self, monkeypatch, dtype, error):
         model = make_llama(dtype)
         before = fingerprint(model)
-        real, seen = row_edit.rows, []
+        real, seen = Weight.__setitem__, []
 
-        def rows(module, *args):
+        def write(weight, *args):
             seen.append(weights(model) != before["weights"])
             if len(seen) == 3:
                 raise error
-            return real(module, *args)
+            real(weight, *args)
 
-        monkeypatch.setattr(row_edit, "rows", rows)
+        monkeypatch.setattr(Weight, "__setitem__", write)
         with pytest.raises(type(error)):
             write_rows(model, edit_of(model))
         assert seen == [False, True, True], "some rows were written before the exception"
