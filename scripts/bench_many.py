@@ -2,7 +2,7 @@
 
     python scripts/bench_many.py scores     # 10,000 facts in the score cache: size, listing, opening, pruning
     python scripts/bench_many.py report     # a report over 100,000 result lines: seconds and memory
-    python scripts/bench_many.py store      # an edit store of 1,000 edits: opening, listing, applying, switching one off
+    python scripts/bench_many.py store      # an edit store of 1,000 edits: opening, applying, switching one off
 
 Scores, lines and edits are synthetic: of a tiny model with random weights, or copies of one made-up line with other
 figures. Seconds are those of the processor, so that other programs on the machine matter less; wall time stands beside.
@@ -90,7 +90,7 @@ def report(folder: Path, number: int) -> dict[str, Any]:
     """``kne report`` over result lines of ten methods on three data sets."""
     methods, data = [f"METHOD-{i}" for i in range(10)], ("counterfact", "zsre", "recent")
     each = max(1, number // (len(methods) * len(data)))
-    chance = random.Random(0)
+    chance = random.Random(0)  # noqa: S311  (figures that are made up)
     for set_name in data:
         for method in methods:
             place = folder / set_name / method
