@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kne_easyedit._util.files import parse_json
 from kne_easyedit.benchmark.labels import data_name, data_set_order, method_order
 from kne_easyedit.benchmark.manifest import check_manifest
+from kne_easyedit.benchmark.remembered import Lines
 from kne_easyedit.benchmark.result_line import ResultLine, parse_result
 from kne_easyedit.benchmark.store import read_lines
 
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\n]+/)+([^/\n]+)")
+
+
+_NONE = Lines()
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,21 @@ class Collection:
     manifests: tuple[dict, ...]
     """Without the folders of paths, which mean nothing on another machine."""
 
-    def of(self, data: str, method: str) -> list[ResultLine]:
+    def of(self, data: str, method: str) -> Lines:
         """The lines of one method on one data set."""
-        return [line for line in self.lines if line["data"] == data and line["method"] == method]
+        return self._cells.get((data, method), _NONE)
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str | None, str], Lines]:
+        cells: dict[tuple[str | None, str], list[ResultLine]] = {}
+        for line in self.lines:
+            cells.setdefault((line["data"], line["method"]), []).append(line)
+        return {cell: Lines(lines) for cell, lines in cells.items()}
+
+    @cached_property
+    def all(self) -> Lines:
+        """All lines, as one thing of which means are remembered."""
+        return Lines(self.lines)
 
     @property
     def data_sets(self) -> list[str]:
@@ -112,12 +130,19 @@ def _manifest(file: Path) -> dict:
 
 
 def _with_whole_characters(value: Any) -> Any:
-    """The value with question marks for lone surrogates (halves of a character): no file can hold them."""
+    """The value with question marks for lone surrogates (halves of a character): no file can hold them.
+
+    Names are the same object in all lines: a hundred thousand lines have a hundred names each.
+    """
     if isinstance(value, dict):
-        return {_with_whole_characters(name): _with_whole_characters(its) for name, its in value.items()}
+        return {sys.intern(_whole(name)): _with_whole_characters(its) for name, its in value.items()}
     if isinstance(value, list):
         return [_with_whole_characters(its) for its in value]
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+    return _whole(value) if isinstance(value, str) else value
+
+
+def _whole(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _without_folders(value: Any) -> Any:

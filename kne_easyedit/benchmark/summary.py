@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from kne_easyedit.benchmark.remembered import of_lines
 from kne_easyedit.metrics import own_metrics, retention_metrics, summarize_metrics
 
 
+@of_lines
 def summarize(lines: Sequence[Mapping]) -> dict[str, float | int | None]:
     """The summary of one method.
 

@@ -10,6 +10,7 @@ from kne_easyedit.benchmark.answers import begins_with, is_whole
 from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.intervals import Interval, interval, paired
 from kne_easyedit.benchmark.labels import is_kne
+from kne_easyedit.benchmark.remembered import of_lines
 from kne_easyedit.benchmark.result_line import ResultLine
 from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.metrics import Metric, qualities
@@ -17,7 +18,7 @@ from kne_easyedit.metrics import Metric, qualities
 
 def compared(found: Collection) -> list[Metric]:
     """The metrics by which a report compares methods: an optional one only if any of its lines has it."""
-    return qualities(summarize(found.lines))
+    return qualities(summarize(found.all))
 
 
 def with_categories(metrics: Sequence[Metric]) -> list[Metric]:
@@ -58,6 +59,7 @@ def figures(found: Collection) -> dict:
     return result
 
 
+@of_lines
 def categories(lines: Sequence[Mapping], metric: Metric) -> dict[str, list[float]]:
     """Category of a metric -> its value in each line that has the category."""
     found: dict[str, list[float]] = {}
@@ -67,6 +69,7 @@ def categories(lines: Sequence[Mapping], metric: Metric) -> dict[str, list[float
     return found
 
 
+@of_lines
 def category_records(lines: Sequence[Mapping], metric: Metric) -> dict[str, int]:
     """Category of a metric -> number of records that have it."""
     found: dict[str, set[str]] = {}
@@ -102,12 +105,14 @@ def baselines_mean(found: Collection, data: str, metric: Metric) -> float | None
     return sum(values) / len(values) if len(values) > 1 else None
 
 
+@of_lines
 def per_record(lines: Sequence[Mapping], metric: Metric) -> dict[tuple, float]:
     """(record, its number, seed) -> the metric of the line, for every line that has it."""
     values = {(line["record"], line["index"], line["seed"]): metric.value(line) for line in lines}
     return {key: value for key, value in values.items() if value is not None}
 
 
+@of_lines
 def mean(lines: Sequence[Mapping], metric: Metric) -> Interval | None:
     """The mean of a metric over the records that have it, with its interval; None if there are none."""
     values = per_record(lines, metric)

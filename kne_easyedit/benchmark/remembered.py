@@ -1,0 +1,41 @@
+"""Result lines that remember what was computed of them: a report asks for the same mean in several places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from kne_easyedit.benchmark.result_line import ResultLine
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Lines(tuple[ResultLine, ...]):
+    """The lines of one method on one data set. They are not changed."""
+
+    remembered: dict[tuple, Any]
+    """(function, its other arguments) -> result."""
+
+    def __new__(cls, lines: Any = ()) -> Lines:
+        made = super().__new__(cls, lines)
+        made.remembered = {}
+        return made
+
+
+def of_lines(function: Function) -> Function:
+    """A function whose first argument are result lines, computed once for the same `Lines` and arguments.
+
+    Its results are shared: the caller does not change them. Other sequences of lines are computed every time.
+    """
+
+    @wraps(function)
+    def once(lines: Any, *arguments: Any) -> Any:
+        if not isinstance(lines, Lines):
+            return function(lines, *arguments)
+        key = (function, *arguments)
+        if key not in lines.remembered:
+            lines.remembered[key] = function(lines, *arguments)
+        return lines.remembered[key]
+
+    return cast(Function, once)
