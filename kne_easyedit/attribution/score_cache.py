@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from kne_easyedit._util.claims import claimed
 from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import atomic_write, cache_home
 from kne_easyedit._util.messages import shorten
@@ -144,6 +145,29 @@ class ScoreCache:
             )
         except OSError as error:
             raise _unusable(self.folder, error) from error
+
+    @contextlib.contextmanager
+    def claim(self, targets: Sequence[Target], facts: Sequence[Fact]) -> Iterator[bool]:
+        """As long as the block lasts, no other process that shares the cache attributes these facts (`claimed`).
+
+        Args:
+            targets: Their module types.
+            facts: The facts.
+
+        Yields:
+            Whether they are this process's; False: another one attributes at least one of them now.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                names = [self.path(target, fact).stem for target in targets for fact in facts]
+                ours = stack.enter_context(claimed(self.folder, names))
+            except OSError as error:
+                raise _unusable(self.folder, error) from error
+            yield ours
 
     def require_space(self, facts: int, *targets: Target) -> None:
         """Checks before anything is computed that the scores of ``facts`` facts fit into the folder.

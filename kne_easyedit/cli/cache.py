@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from kne_easyedit._util.claims import FILE
 from kne_easyedit.cli.common import positive
 
 
@@ -151,7 +152,8 @@ def _prune(arguments: argparse.Namespace) -> int:
             path.unlink(missing_ok=True)
     if not arguments.dry_run:
         for folder in scores_folder(arguments.cache_dir).glob("*/"):
-            if not any(folder.iterdir()):
+            if {path.name for path in folder.iterdir()} <= {FILE}:
+                (folder / FILE).unlink(missing_ok=True)
                 folder.rmdir()
     done = "would be removed" if arguments.dry_run else "removed"
     print(f"{removed} entries, {_bytes(freed)}, {done} from {scores_folder(arguments.cache_dir)}")

@@ -13,6 +13,7 @@ import torch
 from conftest import FACTS, HANGS, LLAMA_DOWN, THREADS, make_llama, make_tokenizer, tiny_hparams
 
 from kne_easyedit._util import files as paths
+from kne_easyedit._util.claims import FILE
 from kne_easyedit.attribution.engine import attribute_facts
 from kne_easyedit.attribution.score_cache import entry_files, read_entry
 from kne_easyedit.localization import localizer as localization
@@ -170,8 +171,9 @@ def equal(one, other):
 
 
 def unfinished(folder) -> list:
-    """What lies there beside entries."""
-    return [path for path in folder.rglob("*") if path.is_file() and path not in set(entry_files(folder))]
+    """What lies there beside entries and the file of claims."""
+    known = {*entry_files(folder), *folder.rglob(FILE)}
+    return [path for path in folder.rglob("*") if path.is_file() and path not in known]
 
 
 def meet(children) -> None:
