@@ -41,8 +41,14 @@ def claimed(folder: Path, names: Iterable[str]) -> Iterator[bool]:
     """
     # In one order everywhere: of two processes that want the same names at the same time one gets them all.
     places = sorted({int(hashlib.sha256(name.encode()).hexdigest()[:15], 16) for name in names})
-    with (folder / FILE).open("ab") as file:
-        yield all(_lock(file, place, folder) for place in places)
+    file = (folder / FILE).open("ab")
+    try:
+        ours = all(_lock(file, place, folder) for place in places)
+        if not ours:
+            file.close()  # with the claims that were made before the one that failed
+        yield ours
+    finally:
+        file.close()
 
 
 def _lock(file: IO[bytes], place: int, folder: Path) -> bool:

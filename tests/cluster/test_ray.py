@@ -1,0 +1,81 @@
+"""A Ray cluster of two nodes: a worker, a node and the driver are killed; the results are those of the serial run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+from clusters import (  # noqa: F401  (fixtures)
+    RAY,
+    SHARDS,
+    benchmark,
+    bring_up,
+    environment,
+    figures_of,
+    kill,
+    lines_in,
+    localisation,
+    place_fixture,
+    run,
+    scores_in,
+    serial_fixture,
+    start,
+    wait_until,
+)
+
+pytest.importorskip("ray", reason="RAY WAS NOT TRIED: it is not installed; `make test-cluster` installs it")
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module", name="cluster")
+def cluster_fixture(place):
+    yield from bring_up("ray_up.sh", "ray_down.sh", "2", "1", env=environment(place, KNE_CACHE=str(place / "cache")))
+
+
+def workers() -> list[int]:
+    """The processes that run jobs now; Ray calls them by their function."""
+    found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in found if line.split()[1].startswith("ray::_run_job")]
+
+
+def test_localising_40_facts_on_four_workers(place, serial, cluster):
+    _, address = cluster
+    said = run(place, [*localisation("shards", SHARDS, *RAY), "-m"], RAY_ADDRESS=address)
+    assert said.count("10 facts, 10 attributed now") == 4, said[-3000:]
+    assert scores_in(place / "cache") == scores_in(place / "serial-scores")
+    said = run(place, localisation("localised"))
+    assert "40 facts (0 attributed now" in said
+    for name in ("ensemble.json", "scores.safetensors"):
+        one, other = ((place / where / name).read_bytes() for where in ("localised", "serial-localised"))
+        assert without_time(one, name) == without_time(other, name)
+
+
+def without_time(content: bytes, name: str) -> object:
+    import json
+
+    return {k: v for k, v in json.loads(content).items() if k != "seconds"} if name.endswith("json") else content
+
+
+def test_the_benchmark_survives_the_death_of_a_worker_a_node_and_the_driver(place, serial, cluster):
+    folder, address = cluster
+    arguments, log = benchmark("parts", SHARDS, *RAY), place / "driver.log"
+    driver = start(place, arguments, log.name, RAY_ADDRESS=address)
+    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(workers()), driver, log)
+    os.kill(workers()[0], signal.SIGKILL)
+    before = lines_in(place / "parts")
+    wait_until(lambda: lines_in(place / "parts") >= before + 2, driver, log)  # Ray has begun the job again
+    node = int((folder / "node-1.pid").read_text())
+    subprocess.run(["pkill", "-KILL", "--session", str(node)], check=True)  # what an unplugged machine looks like
+    before = lines_in(place / "parts")
+    wait_until(lambda: lines_in(place / "parts") >= before + 2, driver, log)
+    kill(driver)
+    done = lines_in(place / "parts")
+    assert 5 <= done < 16
+    said = run(place, arguments, RAY_ADDRESS=address)
+    assert "sweep: 16 of 16 jobs complete; logs:" in said
+    assert figures_of(place / "parts") == figures_of(place / "serial")
+    assert len(list((place / "parts").rglob("results.jsonl"))) == 16
+    assert not list((place / "parts").rglob("results.*-1.jsonl")), "nothing was moved aside"
+    assert (place / "parts/logs/run_benchmark.log").is_file()

@@ -1,0 +1,91 @@
+"""A SLURM of one node: a job, the node and the driver are killed; the results are those of the serial run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from clusters import (  # noqa: F401  (fixtures)
+    SHARDS,
+    SLURM,
+    benchmark,
+    bring_up,
+    environment,
+    figures_of,
+    kill,
+    lines_in,
+    localisation,
+    place_fixture,
+    run,
+    scores_in,
+    serial_fixture,
+    start,
+    wait_until,
+)
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module", name="cluster")
+def cluster_fixture(place):
+    yield from bring_up("slurm_up.sh", "slurm_down.sh", "2", env=environment(place, KNE_CACHE=str(place / "cache")))
+
+
+def ask(cluster: tuple[Path, str], *command: str) -> str:
+    """What a command of SLURM's prints."""
+    env = {**os.environ, "SLURM_CONF": cluster[1], "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def no_jobs(cluster: tuple[Path, str]) -> bool:
+    return not ask(cluster, "squeue", "--noheader").strip()
+
+
+def job_processes() -> list[int]:
+    """The processes of jobs that run here now."""
+    found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in found if "submitit.core._submit" in line and "srun" not in line.split()[1]]
+
+
+def test_localising_40_facts_in_four_jobs(place, serial, cluster):
+    run(place, [*localisation("shards", SHARDS, *SLURM), "-m"], SLURM_CONF=cluster[1])
+    said = "".join(file.read_text() for file in (place / "shards/.submitit").rglob("*.out"))
+    assert said.count("10 facts, 10 attributed now") == 4, said[-3000:]
+    assert scores_in(place / "cache") == scores_in(place / "serial-scores")
+    assert "40 facts (0 attributed now" in run(place, localisation("localised"))
+
+
+def test_the_benchmark_survives_the_death_of_a_job_the_node_and_the_driver(place, serial, cluster):
+    folder, conf = cluster
+    arguments, log = benchmark("parts", SHARDS, *SLURM), place / "driver.log"
+    driver = start(place, arguments, log.name, SLURM_CONF=conf)
+    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(job_processes()), driver, log)
+    os.kill(job_processes()[0], signal.SIGKILL)  # as the kernel does when memory is short
+    before = lines_in(place / "parts")
+    wait_until(lambda: lines_in(place / "parts") >= before + 2, driver, log)
+    node = int((folder / "slurmd.pid").read_text())
+    steps = [int(pid) for pid in subprocess.run(["pgrep", "slurmstepd"], capture_output=True, text=True).stdout.split()]
+    for pid in [node, *steps, *job_processes()]:  # what an unplugged machine looks like
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(5)
+    ask(cluster, "slurmd", "-N", ask(cluster, "hostname", "-s").strip())  # it is back
+    before = lines_in(place / "parts")
+    wait_until(lambda: lines_in(place / "parts") >= before + 2, driver, log)
+    kill(driver)  # its jobs go on without it
+    said = run(place, arguments, succeeds=False, SLURM_CONF=conf)
+    assert "another run is writing into it" in said and "Traceback" not in said.partition("another run")[0][-200:]
+    ask(cluster, "scancel", "--user", str(os.getuid()))
+    end = time.monotonic() + 120
+    while not no_jobs(cluster) and time.monotonic() < end:
+        time.sleep(1)
+    assert lines_in(place / "parts") < 16
+    said = run(place, arguments, SLURM_CONF=conf)
+    assert "sweep: 16 of 16 jobs complete; logs:" in said
+    assert figures_of(place / "parts") == figures_of(place / "serial")
+    assert len(list((place / "parts").rglob("results.jsonl"))) == 16
+    assert not list((place / "parts").rglob("results.*-1.jsonl")), "nothing was moved aside"
+    assert list((place / "parts/logs/.submitit").rglob("*.err")), "one place for logs"
