@@ -86,6 +86,9 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 
     Readers see the old content or the new one, never a part, even after a crash. After an error the old file is
     untouched and no temporary file remains. Missing parents are created.
+
+    Raises:
+        OSError: It cannot be written, for example because the disk is full; the error names the file.
     """
     path = Path(path)
     temporary = _beside(path)
@@ -97,6 +100,9 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())  # or the rename might reach the disk before the content does
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)  # renamed by now, unless something failed
 

@@ -140,9 +140,8 @@ class ScoreCache:
         }
         merged = torch.stack([by_layer[i] for i in layers]).contiguous()
         try:
-            atomic_write(
-                self.path(target, fact), save({"scores": merged}, {**metadata, "sha256": _bits(merged, metadata)})
-            )
+            metadata |= {"sha256": scores_digest(merged, metadata)}
+            atomic_write(self.path(target, fact), save({"scores": merged}, metadata))
         except OSError as error:
             raise _unusable(self.folder, error) from error
 
@@ -269,7 +268,7 @@ def read_entry(path: Path) -> Entry:
         key = json.loads(metadata["key"])
         _require(isinstance(key, list) and len(key) == 6, "its key is no key")
         _require(key[0] == FORMAT, f"it was written by another version ({shorten(key[0])})")
-        _require(metadata.pop("sha256", None) == _bits(scores, metadata), "its digest does not match")
+        _require(metadata.pop("sha256", None) == scores_digest(scores, metadata), "its digest does not match")
         layers, seconds = json.loads(metadata["layers"]), float(metadata["seconds"])
         _require(
             path.stem == digest(key) and metadata["model"].startswith(path.parent.name),
@@ -335,7 +334,14 @@ def leftover_files(folder: str | Path | None = None) -> Iterator[Path]:
     )
 
 
-def _bits(scores: Tensor, metadata: dict[str, str]) -> str:
+def entry_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a sound entry (`read_entry`), without its digest."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: text for name, text in header["__metadata__"].items() if name != "sha256"}
+
+
+def scores_digest(scores: Tensor, metadata: dict[str, str]) -> str:
     """SHA-256 of scores and metadata."""
     return hashlib.sha256(
         scores.contiguous().numpy().tobytes() + json.dumps(metadata, sort_keys=True).encode()

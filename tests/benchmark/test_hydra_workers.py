@@ -1,0 +1,136 @@
+"""Jobs of a sweep on other machines: what differs there ends a job before its work; progress is read from folders."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from kne_easyedit.benchmark import hydra_workers
+from kne_easyedit.benchmark.hydra_workers import SameEverywhere, Watch, begin_job, progress_of, surroundings
+
+
+@pytest.fixture(name="config")
+def config_fixture(tmp_path, monkeypatch):
+    """The configuration of a job, as Hydra hands it to a callback; its data file is in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("records.json").write_text("[1]")
+    monkeypatch.setattr(hydra_workers, "_COMPLAINTS", [])
+    return OmegaConf.create({"data": {"file": "records.json"}, "hydra": {"runtime": {"cwd": str(tmp_path)}}})
+
+
+def on_a_worker(expected: dict | None, config) -> None:
+    """What a job does first, with the callback as a launcher sends it."""
+    callback = SameEverywhere()
+    callback.expected, callback.host = expected, "login"
+    pickle.loads(pickle.dumps(callback)).on_job_start(config)
+    begin_job()
+
+
+def test_a_machine_like_the_first_one_works(config):
+    on_a_worker(surroundings(["records.json"]), config)
+    on_a_worker(None, config)  # a single job has nothing to be compared with
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "there"),
+    [
+        ("kne_easyedit", r"\S+ \(sources \w{8}\)", "9.9.9 (sources 0123abcd)"),
+        ("EasyEdit", ".*", "checkout 14cea82"),
+        ("torch", ".*", "1.0"),
+        ("KNE_PATCHES_OFF", "unset", "all"),
+        ("data records.json", "[0-9a-f]{16}", "0123456789abcdef"),
+    ],
+)
+def test_what_differs_is_named_with_both_sides(config, name, here, there):
+    expected = {**surroundings(["records.json"]), name: there}
+    with pytest.raises(ValueError, match=rf"differs from login.*: {name}: {here} here, ") as caught:
+        on_a_worker(expected, config)
+    assert f"{there} there" in str(caught.value) and "; " not in str(caught.value).partition(" there")[0]
+    on_a_worker(surroundings(["records.json"]), config)  # a later job of the same process is judged by itself
+
+
+def test_a_worker_without_easyedit(config, monkeypatch):
+    expected = surroundings(["records.json"])
+
+    def describe():
+        raise ImportError("EasyEdit is not installed")
+
+    monkeypatch.setattr(hydra_workers.bridge, "describe", describe)
+    with pytest.raises(ValueError, match=r"EasyEdit: none here, \w+ .* there"):
+        on_a_worker(expected, config)
+
+
+def test_a_worker_without_the_data(config):
+    expected = surroundings(["records.json"])
+    Path("records.json").unlink()
+    with pytest.raises(ValueError, match=r"data records.json: none here, [0-9a-f]{16} there"):
+        on_a_worker(expected, config)
+
+
+def test_a_machine_without_the_shared_folder(config, tmp_path):
+    config.hydra.runtime.cwd = str(tmp_path / "shared")
+    with pytest.raises(ValueError, match=r"shared, the folder of the command on login, does not exist on .*same path"):
+        on_a_worker(surroundings(["records.json"]), config)
+
+
+def test_files_of_other_jobs_do_not_count(config):
+    on_a_worker({**surroundings(["records.json"]), "data another.json": "0123456789abcdef"}, config)
+
+
+def test_logs_go_to_the_folder_of_the_command_wherever_a_job_runs(tmp_path, monkeypatch):
+    """Hydra makes a relative folder absolute in the job's process, which may run in another folder."""
+    place = tmp_path / "it's"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(hydra_workers, "jobs_of_sweep", lambda config: [])
+    config = OmegaConf.create(
+        {
+            "hydra": {
+                "sweep": {"dir": "out/logs"},
+                "overrides": {"hydra": []},
+                "launcher": {"_target_": "a.BasicLauncher"},
+            }
+        }
+    )
+    SameEverywhere().on_multirun_start(config)
+    assert config.hydra.sweep.dir == str(place / "out/logs")
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(config_dir=str(Path(__file__).parents[2] / "hparams"), version_base="1.3"):
+        found = compose("benchmark", overrides=list(config.hydra.overrides.hydra), return_hydra_config=True)
+    assert found.hydra.sweep.dir == str(place / "out/logs")
+    GlobalHydra.instance().clear()
+
+
+# Progress
+
+
+@pytest.fixture(name="folder")
+def folder_fixture(tmp_path) -> Path:
+    """A job of two methods and two records, one line of which is of other settings."""
+    manifest = {"fingerprints": {"KNE": "k", "FT": "f"}, "methods": {"KNE": {}, "FT": {}}, "data": {"records": [0, 1]}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    lines = [("KNE", 0, "k"), ("FT", 0, "f"), ("KNE", 1, "older"), ("KNE", 0, "k")]
+    text = "".join(json.dumps({"method": m, "index": i, "fingerprint": f}) + "\n" for m, i, f in lines)
+    (tmp_path / "results.jsonl").write_text(text + '{"method": "FT", "ind')
+    return tmp_path
+
+
+def test_progress_is_that_of_the_settings_of_now_and_of_complete_lines(folder, tmp_path):
+    assert progress_of(folder) == (2, 4)
+    assert progress_of(tmp_path / "none") == (0, 0)
+
+
+def test_the_summary_names_what_is_incomplete_and_the_logs_once(folder, tmp_path, capsys):
+    watch = Watch([folder, tmp_path / "none"], tmp_path / "logs")
+    watch.stop()
+    watch.stop()
+    said = capsys.readouterr().err
+    assert said.count("sweep: 0 of 2 jobs complete; logs: ") == 1 and str(tmp_path / "logs") in said
+    assert f"incomplete: {folder} (2 of 4 edits); the same command resumes it" in said
+    assert f"incomplete: {tmp_path / 'none'} (not begun)" in said
