@@ -88,15 +88,9 @@ def test_logs_go_to_the_folder_of_the_command_wherever_a_job_runs(tmp_path, monk
     place.mkdir()
     monkeypatch.chdir(place)
     monkeypatch.setattr(hydra_workers, "jobs_of_sweep", lambda config: [])
-    config = OmegaConf.create(
-        {
-            "hydra": {
-                "sweep": {"dir": "out/logs"},
-                "overrides": {"hydra": []},
-                "launcher": {"_target_": "a.BasicLauncher"},
-            }
-        }
-    )
+    launcher = {"_target_": "a.BasicLauncher"}
+    hydra = {"sweep": {"dir": "out/logs"}, "overrides": {"hydra": []}, "launcher": launcher}
+    config = OmegaConf.create({"hydra": hydra})
     SameEverywhere().on_multirun_start(config)
     assert config.hydra.sweep.dir == str(place / "out/logs")
     from hydra import compose, initialize_config_dir
