@@ -22,6 +22,7 @@ __all__ = [
     "cache_home",
     "exclusive_lock",
     "expand_path",
+    "name_file",
     "parse_json",
     "parse_versioned",
 ]
@@ -101,10 +102,16 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
             os.fsync(file.fileno())  # or the rename might reach the disk before the content does
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
+        name_file(error, path)
         raise
     finally:
         temporary.unlink(missing_ok=True)  # renamed by now, unless something failed
+
+
+def name_file(error: OSError, path: Path) -> None:
+    """Puts the file's name into an error of the system that has none, as that of a full disk."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kne_easyedit._util.files import atomic_write, parse_json
+from kne_easyedit._util.files import atomic_write, name_file, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Lines:
             except OSError as error:
                 with contextlib.suppress(OSError):  # an incomplete line is known as such when the file is read
                     stream.truncate(before)
-                error.filename = error.filename or str(self.path)
+                name_file(error, self.path)
                 raise
         self.lines.append(line)
 

@@ -62,14 +62,14 @@ def test_the_benchmark_survives_the_death_of_a_worker_a_node_and_the_driver(plac
     folder, address = cluster
     arguments, log = benchmark("parts", SHARDS, *RAY), place / "driver.log"
     driver = start(place, arguments, log.name, RAY_ADDRESS=address)
-    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(workers()), driver, log)
+    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(workers()), log, driver)
     os.kill(workers()[0], signal.SIGKILL)
     before = lines_in(place / "parts")
-    wait_until(lambda: lines_in(place / "parts") >= before + 2, driver, log)  # Ray has begun the job again
+    wait_until(lambda: lines_in(place / "parts") >= before + 2, log, driver)  # Ray has begun the job again
     node = int((folder / "node-1.pid").read_text())
     subprocess.run(["pkill", "-KILL", "--session", str(node)], check=True)  # what an unplugged machine looks like
     before = lines_in(place / "parts")
-    wait_until(lambda: lines_in(place / "parts") >= before + 2, driver, log)
+    wait_until(lambda: lines_in(place / "parts") >= before + 2, log, driver)
     kill(driver)
     done = lines_in(place / "parts")
     assert 5 <= done < 16
