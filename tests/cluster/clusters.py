@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -109,6 +110,17 @@ def start(place: Path, arguments: list[str], log: str, **changes: str) -> subpro
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def processes(place: Path, text: str) -> list[int]:
+    """The processes of this test's cluster, and of no other, in whose command line a text stands."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            ours = f"KNE_CACHE={place / 'cache'}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            if ours and text.encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return sorted(found)
 
 
 def lines_in(folder: Path) -> int:

@@ -18,6 +18,7 @@ from clusters import (  # noqa: F401  (fixtures)
     lines_in,
     localisation,
     place_fixture,
+    processes,
     run,
     scores_in,
     serial_fixture,
@@ -34,10 +35,8 @@ def cluster_fixture(place):
     yield from bring_up("ray_up.sh", "ray_down.sh", "2", "1", env=environment(place, KNE_CACHE=str(place / "cache")))
 
 
-def workers() -> list[int]:
-    """The processes that run jobs now; Ray calls them by their function."""
-    found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout.splitlines()
-    return [int(line.split()[0]) for line in found if line.split()[1].startswith("ray::_run_job")]
+JOB = "ray::_run_job"
+"""Ray calls the processes of jobs by their function."""
 
 
 def test_localising_40_facts_on_four_workers(place, serial, cluster):
@@ -62,8 +61,8 @@ def test_the_benchmark_survives_the_death_of_a_worker_a_node_and_the_driver(plac
     folder, address = cluster
     arguments, log = benchmark("parts", SHARDS, *RAY), place / "driver.log"
     driver = start(place, arguments, log.name, RAY_ADDRESS=address)
-    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(workers()), log, driver)
-    os.kill(workers()[0], signal.SIGKILL)
+    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(processes(place, JOB)), log, driver)
+    os.kill(processes(place, JOB)[0], signal.SIGKILL)
     before = lines_in(place / "parts")
     wait_until(lambda: lines_in(place / "parts") >= before + 2, log, driver)  # Ray has begun the job again
     node = int((folder / "node-1.pid").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from clusters import (  # noqa: F401  (fixtures)
     lines_in,
     localisation,
     place_fixture,
+    processes,
     run,
     scores_in,
     serial_fixture,
@@ -28,6 +30,8 @@ from clusters import (  # noqa: F401  (fixtures)
 )
 
 pytestmark = pytest.mark.cluster
+JOB = "submitit.core._submit"
+"""Stands in the command line of a job."""
 
 
 @pytest.fixture(scope="module", name="cluster")
@@ -45,12 +49,6 @@ def no_jobs(cluster: tuple[Path, str]) -> bool:
     return not ask(cluster, "squeue", "--noheader").strip()
 
 
-def job_processes() -> list[int]:
-    """The processes of jobs that run here now."""
-    found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout.splitlines()
-    return [int(line.split()[0]) for line in found if "submitit.core._submit" in line and "srun" not in line.split()[1]]
-
-
 def test_localising_40_facts_in_four_jobs(place, serial, cluster):
     run(place, [*localisation("shards", SHARDS, *SLURM), "-m"], SLURM_CONF=cluster[1])
     said = "".join(file.read_text() for file in (place / "shards/.submitit").rglob("*.out"))
@@ -60,17 +58,20 @@ def test_localising_40_facts_in_four_jobs(place, serial, cluster):
 
 
 def test_the_benchmark_survives_the_death_of_a_job_the_node_and_the_driver(place, serial, cluster):
-    folder, conf = cluster
+    conf = cluster[1]
     arguments, log = benchmark("parts", SHARDS, *SLURM), place / "driver.log"
     driver = start(place, arguments, log.name, SLURM_CONF=conf)
-    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(job_processes()), log, driver)
-    os.kill(job_processes()[0], signal.SIGKILL)  # as the kernel does when memory is short: this job is not begun again
+    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(processes(place, JOB)), log, driver)
+    os.kill(
+        processes(place, JOB)[-1], signal.SIGKILL
+    )  # as the kernel does when memory is short: this job is not begun again
     before = lines_in(place / "parts")
     wait_until(lambda: lines_in(place / "parts") >= before + 2, log)  # with or without the driver
-    node = int((folder / "slurmd.pid").read_text())
-    steps = [int(pid) for pid in subprocess.run(["pgrep", "slurmstepd"], capture_output=True, text=True).stdout.split()]
-    for pid in [node, *steps, *job_processes()]:  # what an unplugged machine looks like
-        os.kill(pid, signal.SIGKILL)
+    for name in ("slurmd", "slurmstepd", JOB):  # what an unplugged machine looks like
+        for pid in processes(place, name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert not processes(place, "slurmd")
     time.sleep(5)
     ask(cluster, "slurmd", "-N", ask(cluster, "hostname", "-s").strip())  # it is back
     before = lines_in(place / "parts")
