@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -112,15 +112,16 @@ def start(place: Path, arguments: list[str], log: str, **changes: str) -> subpro
         )
 
 
-def processes(place: Path, text: str) -> list[int]:
-    """The processes of this test's cluster, and of no other, in whose command line a text stands."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
-            ours = f"KNE_CACHE={place / 'cache'}".encode() in (folder / "environ").read_bytes().split(b"\0")
-            if ours and text.encode() in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-    return sorted(found)
+def processes() -> dict[int, tuple[int, int, str]]:
+    """All processes: number -> parent, session and command line."""
+    lines = subprocess.run(["ps", "-eo", "pid=,ppid=,sid=,args="], capture_output=True, text=True).stdout.splitlines()
+    return {int(p): (int(parent), int(session), args) for p, parent, session, args in (x.split(None, 3) for x in lines)}
+
+
+def kill_all(numbers: Iterable[int]) -> None:
+    for number in numbers:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(number, signal.SIGKILL)
 
 
 def lines_in(folder: Path) -> int:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-
 import pytest
 from clusters import (  # noqa: F401  (fixtures)
     RAY,
@@ -15,6 +11,7 @@ from clusters import (  # noqa: F401  (fixtures)
     environment,
     figures_of,
     kill,
+    kill_all,
     lines_in,
     localisation,
     place_fixture,
@@ -35,8 +32,11 @@ def cluster_fixture(place):
     yield from bring_up("ray_up.sh", "ray_down.sh", "2", "1", env=environment(place, KNE_CACHE=str(place / "cache")))
 
 
-JOB = "ray::_run_job"
-"""Ray calls the processes of jobs by their function."""
+def workers(cluster: Path) -> list[int]:
+    """The processes that run jobs now; Ray calls them by their function, and they are of a node's session."""
+    nodes = {int(file.read_text()) for file in cluster.glob("node-*.pid")}
+    found = processes().items()
+    return sorted(n for n, (_, session, args) in found if session in nodes and args.startswith("ray::_run_job"))
 
 
 def test_localising_40_facts_on_four_workers(place, serial, cluster):
@@ -61,12 +61,12 @@ def test_the_benchmark_survives_the_death_of_a_worker_a_node_and_the_driver(plac
     folder, address = cluster
     arguments, log = benchmark("parts", SHARDS, *RAY), place / "driver.log"
     driver = start(place, arguments, log.name, RAY_ADDRESS=address)
-    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(processes(place, JOB)), log, driver)
-    os.kill(processes(place, JOB)[0], signal.SIGKILL)
+    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(workers(folder)), log, driver)
+    kill_all(workers(folder)[:1])
     before = lines_in(place / "parts")
     wait_until(lambda: lines_in(place / "parts") >= before + 2, log, driver)  # Ray has begun the job again
     node = int((folder / "node-1.pid").read_text())
-    subprocess.run(["pkill", "-KILL", "--session", str(node)], check=True)  # what an unplugged machine looks like
+    kill_all(n for n, (_, session, _) in processes().items() if session == node)  # as an unplugged machine
     before = lines_in(place / "parts")
     wait_until(lambda: lines_in(place / "parts") >= before + 2, log, driver)
     kill(driver)

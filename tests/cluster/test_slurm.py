@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from clusters import (  # noqa: F401  (fixtures)
     environment,
     figures_of,
     kill,
+    kill_all,
     lines_in,
     localisation,
     place_fixture,
@@ -30,8 +29,6 @@ from clusters import (  # noqa: F401  (fixtures)
 )
 
 pytestmark = pytest.mark.cluster
-JOB = "submitit.core._submit"
-"""Stands in the command line of a job."""
 
 
 @pytest.fixture(scope="module", name="cluster")
@@ -43,6 +40,23 @@ def ask(cluster: tuple[Path, str], *command: str) -> str:
     """What a command of SLURM's prints."""
     env = {**os.environ, "SLURM_CONF": cluster[1], "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def jobs(place: Path) -> list[int]:
+    """The processes of this test's jobs, and of no others."""
+    found = processes().items()
+    return sorted(n for n, (_, _, args) in found if "python" in args and f"submitit.core._submit {place}" in args)
+
+
+def steps(place: Path) -> set[int]:
+    """SLURM's processes above them."""
+    all_, found = processes(), set()
+    for number in jobs(place):
+        while number in all_:
+            if "slurmstepd" in all_[number][2]:
+                found.add(number)
+            number = all_[number][0]
+    return found
 
 
 def no_jobs(cluster: tuple[Path, str]) -> bool:
@@ -67,11 +81,8 @@ def test_the_benchmark_survives_the_death_of_a_job_the_node_and_the_driver(place
     )  # as the kernel does when memory is short: this job is not begun again
     before = lines_in(place / "parts")
     wait_until(lambda: lines_in(place / "parts") >= before + 2, log)  # with or without the driver
-    for name in ("slurmd", "slurmstepd", JOB):  # what an unplugged machine looks like
-        for pid in processes(place, name):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    assert not processes(place, "slurmd")
+    node = int((cluster[0] / "slurmd.pid").read_text())
+    kill_all([node, *steps(place), *jobs(place)])  # what an unplugged machine looks like
     time.sleep(5)
     ask(cluster, "slurmd", "-N", ask(cluster, "hostname", "-s").strip())  # it is back
     before = lines_in(place / "parts")
