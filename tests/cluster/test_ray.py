@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from clusters import (  # noqa: F401  (fixtures)
     RAY,

@@ -75,10 +75,8 @@ def test_the_benchmark_survives_the_death_of_a_job_the_node_and_the_driver(place
     conf = cluster[1]
     arguments, log = benchmark("parts", SHARDS, *SLURM), place / "driver.log"
     driver = start(place, arguments, log.name, SLURM_CONF=conf)
-    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(processes(place, JOB)), log, driver)
-    os.kill(
-        processes(place, JOB)[-1], signal.SIGKILL
-    )  # as the kernel does when memory is short: this job is not begun again
+    wait_until(lambda: lines_in(place / "parts") >= 1 and bool(jobs(place)), log, driver)
+    kill_all(jobs(place)[-1:])  # as the kernel does when memory is short: this job is not begun again
     before = lines_in(place / "parts")
     wait_until(lambda: lines_in(place / "parts") >= before + 2, log)  # with or without the driver
     node = int((cluster[0] / "slurmd.pid").read_text())
