@@ -8,6 +8,8 @@ from __future__ import annotations
 import atexit
 import os
 import platform
+import shutil
+import socket
 import sys
 import threading
 from collections.abc import Iterable, Mapping
@@ -28,6 +30,8 @@ DATA = ("data", "data.file", "data.localization.file", "statistics.file")
 """Settings that name data files."""
 EVERY = 5.0
 """Seconds between two looks at the results of the jobs."""
+PATIENCE = 10.0
+"""Seconds within which a cluster must answer."""
 _COMPLAINTS: list[str] = []
 """What is wrong for the job that runs in this process. A callback that raises is only warned of by Hydra."""
 
@@ -42,7 +46,9 @@ class SameEverywhere(Callback):
         self.watch: Watch | None = None
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
-        """Called by Hydra where the sweep starts, before any job."""
+        """Called by Hydra where the sweep starts, before any job. Raises SystemExit if there is no cluster."""
+        if complaint := lacks_cluster(config.hydra.launcher):
+            raise SystemExit(f"kne: {complaint}")  # an exception Hydra would turn into a warning
         # A relative folder means that of the command, also where a worker runs in another one.
         folder = Path(config.hydra.sweep.dir).absolute()
         quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
@@ -82,6 +88,32 @@ class SameEverywhere(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Jobs get it without what watches them."""
         return {**self.__dict__, "watch": None}
+
+
+def lacks_cluster(launcher: Any) -> str | None:
+    """Why a launcher has no cluster here, as far as that is seen at once; None if nothing is missing.
+
+    Args:
+        launcher: Its configuration, ``hydra.launcher``.
+    """
+    kind = launcher._target_.rpartition(".")[2]
+    if kind == "SlurmLauncher" and shutil.which("sbatch") is None:
+        return "hydra/launcher=slurm: there is no `sbatch` on this machine; give the command where SLURM's programs are"
+    if kind == "RayLauncher":
+        address = launcher.ray.init.get("address")
+        source = "hydra.launcher.ray.init.address"
+        if address == "auto":
+            address, source = os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS"
+        host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+        if colon and port.isdigit():
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+            except OSError as error:
+                return (
+                    f"{source}: nothing answers at {address} ({error.strerror or error}); start Ray there (`ray start "
+                    f"--head`), or name the address that it has printed"
+                )
+    return None
 
 
 def begin_job() -> None:
@@ -128,9 +160,9 @@ def differences(expected: Mapping[str, str], found: Mapping[str, str], files: It
     """
     names = [name for name in expected if not name.startswith("data ")] + [f"data {file}" for file in files]
     return [
-        f"{name}: {found[name] or 'unset'} here, {expected[name] or 'unset'} there"
+        f"{name}: {found.get(name) or 'unset'} here, {expected[name] or 'unset'} there"
         for name in names
-        if name in expected and found[name] != expected[name]
+        if name in expected and found.get(name) != expected[name]
     ]
 
 

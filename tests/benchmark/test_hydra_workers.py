@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from kne_easyedit.benchmark import hydra_workers
-from kne_easyedit.benchmark.hydra_workers import SameEverywhere, Watch, begin_job, progress_of, surroundings
+from kne_easyedit.benchmark.hydra_workers import (
+    SameEverywhere,
+    Watch,
+    begin_job,
+    lacks_cluster,
+    progress_of,
+    surroundings,
+)
 
 
 @pytest.fixture(name="config")
@@ -99,6 +107,52 @@ def test_logs_go_to_the_folder_of_the_command_wherever_a_job_runs(tmp_path, monk
         found = compose("benchmark", overrides=list(config.hydra.overrides.hydra), return_hydra_config=True)
     assert found.hydra.sweep.dir == str(place / "out/logs")
     GlobalHydra.instance().clear()
+
+
+# A cluster
+
+RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
+SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+
+
+def launcher(target: str, address: str | None = None):
+    return OmegaConf.create({"_target_": target, "ray": {"init": {"address": address}}})
+
+
+@pytest.fixture(name="port")
+def port_fixture():
+    """A port of this machine at which something answers, until its socket is closed."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def test_an_address_at_which_nothing_answers_is_named_with_the_setting_that_has_it(port, monkeypatch):
+    address = f"127.0.0.1:{port.getsockname()[1]}"
+    assert lacks_cluster(launcher(RAY, address)) is None
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert lacks_cluster(launcher(RAY, "auto")) is None
+    port.close()
+    said = lacks_cluster(launcher(RAY, f"ray://{address}"))
+    assert said.startswith(f"hydra.launcher.ray.init.address: nothing answers at ray://{address} (Connection refused)")
+    assert lacks_cluster(launcher(RAY, "auto")).startswith(f"RAY_ADDRESS: nothing answers at {address}")
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert lacks_cluster(launcher(RAY, "auto")) is None, "Ray looks for one on this machine"
+
+
+def test_a_machine_without_slurm(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "there is no `sbatch` on this machine" in lacks_cluster(launcher(SLURM))
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    assert lacks_cluster(launcher(SLURM)) is None
+    assert lacks_cluster(launcher("hydra._internal.core_plugins.basic_launcher.BasicLauncher")) is None
+
+
+def test_a_sweep_without_a_cluster_ends_before_its_jobs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = OmegaConf.create({"hydra": {"launcher": {"_target_": SLURM}}})
+    with pytest.raises(SystemExit, match="kne: hydra/launcher=slurm"):
+        SameEverywhere().on_multirun_start(config)
 
 
 # Progress

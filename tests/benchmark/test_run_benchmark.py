@@ -191,7 +191,12 @@ def composed(*overrides: str):
         (
             "ray_cluster",
             "ray_launcher.RayLauncher",
-            {"ray": {"init": {"address": "auto"}, "remote": {"num_cpus": 8, "num_gpus": 1}}},
+            {
+                "ray": {
+                    "init": {"address": "auto", "object_store_memory": None},
+                    "remote": {"num_cpus": 8, "num_gpus": 1, "max_retries": 3},
+                }
+            },
         ),
     ],
 )
