@@ -290,6 +290,15 @@ def test_neighbours_are_made_of_the_whole_file_localised_on_unless_its_records_a
     assert job.hparams["KNE"].neighbour_data == expected
 
 
+def test_shards_expect_each_other_at_the_facts_that_all_are_localised_on(place, monkeypatch):
+    monkeypatch.chdir(place)
+    data = ["benchmark/data@data=embedded", "data.file=records.json", "data.offset=0"]
+    config = composed(*data, "data.localization.file=facts.json", "shard=1/3", *TINY[:2])
+    config = OmegaConf.masked_copy(config, [name for name in config if name != "hydra"])
+    job = job_of(OmegaConf.to_container(config, resolve=True), ROOT / "hparams")
+    assert job.jobs == 3 and len(job.requests) == 1
+
+
 @pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0", ""])
 def test_a_shard_that_is_none(text):
     with pytest.raises(ValueError, match=r"shard: .* is no part i/n"):

@@ -63,6 +63,7 @@ def environment(place: Path, **changes: str) -> dict[str, str]:
         "PATH": os.pathsep.join((str(BIN), os.environ["PATH"])),
         "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
         "KNE_CACHE": str(place / "cache"),
+        "RAY_DEDUP_LOGS": "0",  # lines that differ in numbers only are one otherwise
         "RAY_memory_monitor_refresh_ms": "0",  # other programs of this machine may need its memory
         **changes,
     }
