@@ -115,7 +115,7 @@ def start(place: Path, arguments: list[str], log: str, **changes: str) -> subpro
 
 def processes() -> dict[int, tuple[int, int, str]]:
     """All processes: number -> parent, session and command line."""
-    lines = subprocess.run(["ps", "-eo", "pid=,ppid=,sid=,args="], capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(["ps", "-wweo", "pid=,ppid=,sid=,args="], capture_output=True, text=True).stdout.splitlines()
     return {int(p): (int(parent), int(session), args) for p, parent, session, args in (x.split(None, 3) for x in lines)}
 
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module", name="cluster")
 def cluster_fixture(place):
-    yield from bring_up("slurm_up.sh", "slurm_down.sh", "2", env=environment(place, KNE_CACHE=str(place / "cache")))
+    yield from bring_up("slurm_up.sh", "slurm_down.sh", "4", env=environment(place, KNE_CACHE=str(place / "cache")))
 
 
 def ask(cluster: tuple[Path, str], *command: str) -> str:
