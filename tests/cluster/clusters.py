@@ -181,7 +181,13 @@ def place_fixture(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", name="serial")
 def serial_fixture(place) -> Path:
-    """The benchmark and the localisation, one job after the other in this process's own way: what all must equal."""
+    """The folder of the benchmark, run one job after the other: what all must equal."""
     run(place, benchmark("serial"), KNE_CACHE=str(place / "serial-cache"))
+    return place / "serial"
+
+
+@pytest.fixture(scope="module", name="serial_scores")
+def serial_scores_fixture(place) -> Path:
+    """The score cache of the localisation, run in one process: what all must equal."""
     run(place, localisation("serial-localised"), KNE_CACHE=str(place / "serial-scores"))
-    return place
+    return place / "serial-scores"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from clusters import (  # noqa: F401  (fixtures)
     run,
     scores_in,
     serial_fixture,
+    serial_scores_fixture,
     start,
     wait_until,
 )
@@ -41,11 +43,12 @@ def workers(cluster: Path) -> list[int]:
     return sorted(n for n, (_, session, args) in found if session in nodes and args.startswith("ray::_run_job"))
 
 
-def test_localising_40_facts_on_four_workers(place, serial, cluster):
+def test_localising_40_facts_on_four_workers(place, serial_scores, cluster):
     _, address = cluster
     said = run(place, [*localisation("shards", SHARDS, *RAY), "-m"], RAY_ADDRESS=address)
-    assert said.count("10 facts, 10 attributed now") == 4, said[-3000:]
-    assert scores_in(place / "cache") == scores_in(place / "serial-scores")
+    # Two nodes of one machine both show what is printed.
+    assert set(re.findall(r"shard (\d)/4: 10 facts, 10 attributed now", said)) == set("0123"), said[-3000:]
+    assert scores_in(place / "cache") == scores_in(serial_scores)
     said = run(place, localisation("localised"))
     assert "40 facts (0 attributed now" in said
     for name in ("ensemble.json", "scores.safetensors"):
@@ -76,7 +79,7 @@ def test_the_benchmark_survives_the_death_of_a_worker_a_node_and_the_driver(plac
     assert 5 <= done < 16
     said = run(place, arguments, RAY_ADDRESS=address)
     assert "sweep: 16 of 16 jobs complete; logs:" in said
-    assert figures_of(place / "parts") == figures_of(place / "serial")
+    assert figures_of(place / "parts") == figures_of(serial)
     assert len(list((place / "parts").rglob("results.jsonl"))) == 16
     assert not list((place / "parts").rglob("results.*-1.jsonl")), "nothing was moved aside"
     assert (place / "parts/logs/run_benchmark.log").is_file()

@@ -24,6 +24,7 @@ from clusters import (  # noqa: F401  (fixtures)
     run,
     scores_in,
     serial_fixture,
+    serial_scores_fixture,
     start,
     wait_until,
 )
@@ -63,11 +64,11 @@ def no_jobs(cluster: tuple[Path, str]) -> bool:
     return not ask(cluster, "squeue", "--noheader").strip()
 
 
-def test_localising_40_facts_in_four_jobs(place, serial, cluster):
+def test_localising_40_facts_in_four_jobs(place, serial_scores, cluster):
     run(place, [*localisation("shards", SHARDS, *SLURM), "-m"], SLURM_CONF=cluster[1])
     said = "".join(file.read_text() for file in (place / "shards/.submitit").rglob("*.out"))
     assert said.count("10 facts, 10 attributed now") == 4, said[-3000:]
-    assert scores_in(place / "cache") == scores_in(place / "serial-scores")
+    assert scores_in(place / "cache") == scores_in(serial_scores)
     assert "40 facts (0 attributed now" in run(place, localisation("localised"))
 
 
@@ -94,7 +95,7 @@ def test_the_benchmark_survives_the_death_of_a_job_the_node_and_the_driver(place
     assert 6 <= lines_in(place / "parts") < 16
     said = run(place, arguments, SLURM_CONF=conf)
     assert "sweep: 16 of 16 jobs complete; logs:" in said
-    assert figures_of(place / "parts") == figures_of(place / "serial")
+    assert figures_of(place / "parts") == figures_of(serial)
     assert len(list((place / "parts").rglob("results.jsonl"))) == 16
     assert not list((place / "parts").rglob("results.*-1.jsonl")), "nothing was moved aside"
     assert list((place / "parts/logs/.submitit").rglob("*.err")), "one place for logs"
