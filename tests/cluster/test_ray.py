@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -57,8 +58,6 @@ def test_localising_40_facts_on_four_workers(place, serial_scores, cluster):
 
 
 def without_time(content: bytes, name: str) -> object:
-    import json
-
     return {k: v for k, v in json.loads(content).items() if k != "seconds"} if name.endswith("json") else content
 
 

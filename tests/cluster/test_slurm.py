@@ -1,4 +1,4 @@
-"""A SLURM of one node: a job, the node and the driver are killed; the results are those of the serial run."""
+"""A SLURM of one node: a job and the node are killed, the driver ends; the results are those of the serial run."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_benchmark_survives_the_death_of_a_job_the_node_and_the_driver(place
     ask(cluster, "slurmd", "-N", ask(cluster, "hostname", "-s").strip())  # it is back
     before = lines_in(place / "parts")
     wait_until(lambda: lines_in(place / "parts") >= before + 2, log)  # SLURM has begun its jobs again
-    if driver.poll() is None:
+    if driver.poll() is None:  # the killed job ends it, too, once it has come to it
         kill(driver)
     before = lines_in(place / "parts")
     wait_until(lambda: lines_in(place / "parts") >= before + 1, log)  # the jobs go on without it
