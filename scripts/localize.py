@@ -4,6 +4,7 @@ It is `kne localize` under Hydra; the configuration is hparams/localize.yaml.
 
     python scripts/localize.py data=train_cf.json size=200 modules='["model.layers.{}.mlp.up_proj"]'
     python scripts/localize.py -m KNE@hparams=smollm2-135m hparams.p=0.01,0.02,0.04
+    python scripts/localize.py -m shard=0/4,1/4,2/4,3/4 hydra/launcher=slurm      # on four machines; then once without
 
 After an interruption the same command resumes where it stopped.
 """
@@ -16,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kne_easyedit._util.machine import keep_large_blocks
+from kne_easyedit.benchmark.hydra_workers import begin_job
 from kne_easyedit.cli.localize import localize_into
 from kne_easyedit.hparams import KNEHyperParams
 
@@ -25,6 +27,7 @@ def main(config: DictConfig) -> None:
     """Localises under the composed configuration."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     keep_large_blocks()
+    begin_job()
     hparams = KNEHyperParams.from_dict(
         {
             **settings["hparams"],
@@ -34,7 +37,7 @@ def main(config: DictConfig) -> None:
             "target_modules": settings["modules"],
         }
     )
-    localize_into(Path(HydraConfig.get().runtime.output_dir), hparams)
+    localize_into(Path(HydraConfig.get().runtime.output_dir), hparams, settings["workers"], settings["shard"])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from kne_easyedit._util.machine import keep_large_blocks
 from kne_easyedit.benchmark import run
 from kne_easyedit.benchmark.config import job_of
 from kne_easyedit.benchmark.console import print_report
+from kne_easyedit.benchmark.hydra_workers import begin_job
 from kne_easyedit.doctor.study_plan import job_settings, plan_of
 
 HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
@@ -44,6 +45,7 @@ OmegaConf.register_new_resolver("study_points", study_points, replace=True)
 def main(config: DictConfig) -> None:
     """Runs one job."""
     keep_large_blocks()
+    begin_job()
     # Relative paths mean the folder of the command, whatever hydra.job.chdir and the launcher do.
     os.chdir(HydraConfig.get().runtime.cwd)
     job = job_of(job_settings(_settings(config), HPARAMS), HPARAMS)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from conftest import FACTS
 
+from kne_easyedit._util.claims import FILE
 from kne_easyedit.attribution.engine import attribute_facts
 
 REQUESTS = [{"prompt": prompt, "target_new": target} for prompt, target in FACTS]
@@ -22,8 +23,8 @@ class Attributed(list):
 
 
 def files(folder):
-    """All files below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """All files below a folder, sorted, but for the one that claims are made in."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
 
 
 def chosen(ensemble):

@@ -150,7 +150,7 @@ def test_no_file_is_too_long():
 def test_tests_mirror_the_rooms():
     tests = PACKAGE.parent / "tests"
     folders = {path.parent.name for path in tests.glob("*/test_*.py")}
-    assert folders <= {*ROOMS, "scripts"}
+    assert folders <= {*ROOMS, "scripts", "cluster"}
     names = [path.name for path in tests.rglob("test_*.py")]
     assert len(names) == len(set(names)), "pytest knows test modules by their base names"
 

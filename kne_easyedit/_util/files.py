@@ -22,6 +22,7 @@ __all__ = [
     "cache_home",
     "exclusive_lock",
     "expand_path",
+    "name_file",
     "parse_json",
     "parse_versioned",
 ]
@@ -86,6 +87,9 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 
     Readers see the old content or the new one, never a part, even after a crash. After an error the old file is
     untouched and no temporary file remains. Missing parents are created.
+
+    Raises:
+        OSError: It cannot be written, for example because the disk is full; the error names the file.
     """
     path = Path(path)
     temporary = _beside(path)
@@ -97,8 +101,17 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())  # or the rename might reach the disk before the content does
         temporary.replace(path)
+    except OSError as error:
+        name_file(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)  # renamed by now, unless something failed
+
+
+def name_file(error: OSError, path: Path) -> None:
+    """Puts the file's name into an error of the system that has none, as that of a full disk."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 @contextlib.contextmanager

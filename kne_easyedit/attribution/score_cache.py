@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from kne_easyedit._util.claims import claimed
 from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import atomic_write, cache_home
 from kne_easyedit._util.messages import shorten
@@ -139,11 +140,33 @@ class ScoreCache:
         }
         merged = torch.stack([by_layer[i] for i in layers]).contiguous()
         try:
-            atomic_write(
-                self.path(target, fact), save({"scores": merged}, {**metadata, "sha256": _bits(merged, metadata)})
-            )
+            metadata |= {"sha256": scores_digest(merged, metadata)}
+            atomic_write(self.path(target, fact), save({"scores": merged}, metadata))
         except OSError as error:
             raise _unusable(self.folder, error) from error
+
+    @contextlib.contextmanager
+    def claim(self, targets: Sequence[Target], facts: Sequence[Fact]) -> Iterator[bool]:
+        """As long as the block lasts, no other process that shares the cache attributes these facts (`claimed`).
+
+        Args:
+            targets: Their module types.
+            facts: The facts.
+
+        Yields:
+            Whether they are this process's; False: another one attributes at least one of them now.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                names = [self.path(target, fact).stem for target in targets for fact in facts]
+                ours = stack.enter_context(claimed(self.folder, names))
+            except OSError as error:
+                raise _unusable(self.folder, error) from error
+            yield ours
 
     def require_space(self, facts: int, *targets: Target) -> None:
         """Checks before anything is computed that the scores of ``facts`` facts fit into the folder.
@@ -245,7 +268,7 @@ def read_entry(path: Path) -> Entry:
         key = json.loads(metadata["key"])
         _require(isinstance(key, list) and len(key) == 6, "its key is no key")
         _require(key[0] == FORMAT, f"it was written by another version ({shorten(key[0])})")
-        _require(metadata.pop("sha256", None) == _bits(scores, metadata), "its digest does not match")
+        _require(metadata.pop("sha256", None) == scores_digest(scores, metadata), "its digest does not match")
         layers, seconds = json.loads(metadata["layers"]), float(metadata["seconds"])
         _require(
             path.stem == digest(key) and metadata["model"].startswith(path.parent.name),
@@ -311,7 +334,14 @@ def leftover_files(folder: str | Path | None = None) -> Iterator[Path]:
     )
 
 
-def _bits(scores: Tensor, metadata: dict[str, str]) -> str:
+def entry_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a sound entry (`read_entry`), without its digest."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: text for name, text in header["__metadata__"].items() if name != "sha256"}
+
+
+def scores_digest(scores: Tensor, metadata: dict[str, str]) -> str:
     """SHA-256 of scores and metadata."""
     return hashlib.sha256(
         scores.contiguous().numpy().tobytes() + json.dumps(metadata, sort_keys=True).encode()

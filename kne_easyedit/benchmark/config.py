@@ -12,6 +12,7 @@ from torch import nn
 from kne_easyedit import bridge
 from kne_easyedit._util.digest import digest
 from kne_easyedit._util.settings import EVALUATORS, replace_settings
+from kne_easyedit._util.shards import shard_of
 from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge.methods import NAME as KNE
@@ -60,14 +61,6 @@ def other_folders(folder: Path) -> list[Path]:
     return [file.parent for file in sorted(folder.parents[2].glob("*/*/*/results.jsonl")) if file.parent != folder]
 
 
-def shard_of(text: str) -> tuple[int, int]:
-    """``"i/n"`` as numbers. Raises ValueError for anything else."""
-    i, slash, n = str(text).partition("/")
-    if not slash or not i.isdigit() or not n.isdigit() or not int(i) < int(n):
-        raise ValueError(f"shard: {text!r} is no part i/n with i from 0 to n - 1")
-    return int(i), int(n)
-
-
 def job_of(settings: Mapping, hparams_folder: Path, loaded: tuple[nn.Module, Tokenizer] | None = None) -> Run:
     """The run that a configuration describes, with its model loaded.
 
@@ -109,6 +102,7 @@ def job_of(settings: Mapping, hparams_folder: Path, loaded: tuple[nn.Module, Tok
         text_source=text_source,
         apart=apart,
         others=other_folders(folder),
+        jobs=n,
         **evaluation,
     )
 

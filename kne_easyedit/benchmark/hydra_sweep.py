@@ -22,24 +22,50 @@ class RequireLabels(Callback):
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         """Called by Hydra with its configuration. Raises SystemExit, with the reason, to end the sweep."""
-        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-        from hydra.core.global_hydra import GlobalHydra
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from omegaconf import OmegaConf
-
-        if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
-            return
-        loader = GlobalHydra.instance().config_loader()
-        # Interpolations (${...}) in them are resolved by each job.
-        given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-        found = OverridesParser.create(config_loader=loader).parse_overrides(given)
-        jobs: list[Any] = []
-        for overrides in (job for batch in BasicSweeper.split_arguments(found, max_batch_size=None) for job in batch):
-            job = loader.load_sweep_config(config, list(overrides))
-            keys = [str(key) for key in job if key != "hydra"]
-            jobs.append(OmegaConf.to_container(OmegaConf.masked_copy(job, keys), resolve=True))
+        jobs = jobs_of_sweep(config)
         if clash := first_clash(jobs):
             raise SystemExit(f"kne: {clash}")  # an exception Hydra would turn into a warning
+
+
+_JOBS: dict[tuple[str, ...], list[dict]] = {}
+"""What `jobs_of_sweep` has composed: it takes a second for a few jobs."""
+
+
+def jobs_of_sweep(config: Any) -> list[dict]:
+    """The settings of all jobs of a sweep, before it starts; none for sweepers other than Hydra's own.
+
+    Args:
+        config: Hydra's configuration of the sweep.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
+        return []
+    loader = GlobalHydra.instance().config_loader()
+    # Interpolations (${...}) in them are resolved by each job.
+    given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    key = (str(config.hydra.job.config_name), *map(str, given))
+    if key not in _JOBS:
+        found = OverridesParser.create(config_loader=loader).parse_overrides(given)
+        batches = BasicSweeper.split_arguments(found, max_batch_size=None)
+        _JOBS[key] = [
+            plain_settings(loader.load_sweep_config(config, list(overrides)))
+            for batch in batches
+            for overrides in batch
+        ]
+    return _JOBS[key]
+
+
+def plain_settings(config: Any) -> dict:
+    """The settings of a configuration, without Hydra's own."""
+    from omegaconf import OmegaConf
+
+    keys = [str(key) for key in config if key != "hydra"]
+    settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
+    return settings
 
 
 def first_clash(jobs: Iterable[Mapping]) -> str | None:

@@ -84,6 +84,8 @@ class Run:
     """Where evaluations of the unedited model are kept; None: in ``folder``. Several runs may share it."""
     text_source: TextSource = field(default_factory=TextSource)
     """Text for second moments (MEMIT)."""
+    jobs: int = 1
+    """Runs that localise on the same facts at the same time, through one score cache: the shards of one run."""
     workers: int = 1
     """Processes that edit and evaluate side by side (modes single and batch), each on its share of the processors."""
     show: int = 0

@@ -136,7 +136,7 @@ def _localize(job: Run, hparams: Mapping[str, Any]) -> tuple[dict[str, NeuronEns
             described[method] = {"facts": None, "note": "every edit localises on its own request"}
             continue
         start = time.perf_counter()
-        ensemble = ensembles[method] = find_ensemble(job.model, job.tokenizer, [], its, job.workers)
+        ensemble = ensembles[method] = find_ensemble(job.model, job.tokenizer, [], its, job.workers, job.jobs)
         seconds = time.perf_counter() - start
         described[method] = {
             "facts": ensemble.facts,

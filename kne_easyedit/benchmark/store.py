@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kne_easyedit._util.files import atomic_write, parse_json
+from kne_easyedit._util.files import atomic_write, name_file, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +64,26 @@ class Lines:
             atomic_write(path, _text(self.lines))  # without the incomplete line
 
     def append(self, line: Mapping) -> None:
-        """Adds a line; it is on the disk when this returns."""
-        self.lines.append(line)
+        """Adds a line; it is on the disk when this returns.
+
+        Raises:
+            OSError: It cannot be written, for example because the disk is full; the error names the file, which holds
+                what it held before.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as stream:
-            stream.write(_text_of(line).encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        with self.path.open("ab", buffering=0) as stream:
+            before = stream.tell()
+            try:
+                content = memoryview(_text_of(line).encode())
+                while content:  # a disk that is nearly full takes a part
+                    content = content[stream.write(content) :]
+                os.fsync(stream.fileno())
+            except OSError as error:
+                with contextlib.suppress(OSError):  # an incomplete line is known as such when the file is read
+                    stream.truncate(before)
+                name_file(error, self.path)
+                raise
+        self.lines.append(line)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict]]:

@@ -1,30 +1,36 @@
-"""``kne cache``: lists, checks and removes entries of the score cache."""
+"""``kne cache``: lists, checks, removes and merges entries of the score cache."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from kne_easyedit._util.claims import FILE
 from kne_easyedit.cli.common import positive
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds ``cache`` to the commands of ``kne``."""
-    parser = commands.add_parser("cache", help="info, verify, prune: the stored scores of all models")
+    parser = commands.add_parser("cache", help="info, verify, prune, merge: the stored scores of all models")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     for name, function, text in (
         ("info", _info, "models, modules, entries and sizes"),
         ("verify", _verify, "read every entry and check every bit; exit code 1 if one is damaged or cannot be read"),
         ("prune", _prune, "remove entries"),
+        ("merge", _merge, "take in the entries of other caches; exit code 1 if one is damaged"),
     ):
         action = actions.add_parser(name, help=text)
         action.add_argument(
             "--cache-dir", type=Path, help="folder of the cache (default: KNE_CACHE or the user's cache folder)"
         )
         action.set_defaults(command=function)
+        if name == "merge":
+            action.add_argument(
+                "caches", nargs="+", type=Path, metavar="FOLDER", help="caches of other machines (their KNE_CACHE)"
+            )
         if name == "prune":
             which = action.add_mutually_exclusive_group(required=True)
             which.add_argument(
@@ -151,11 +157,44 @@ def _prune(arguments: argparse.Namespace) -> int:
             path.unlink(missing_ok=True)
     if not arguments.dry_run:
         for folder in scores_folder(arguments.cache_dir).glob("*/"):
-            if not any(folder.iterdir()):
+            if {path.name for path in folder.iterdir()} <= {FILE}:
+                (folder / FILE).unlink(missing_ok=True)
                 folder.rmdir()
     done = "would be removed" if arguments.dry_run else "removed"
     print(f"{removed} entries, {_bytes(freed)}, {done} from {scores_folder(arguments.cache_dir)}")
     return 1 if unreadable else 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from kne_easyedit.attribution.score_cache import entry_files, scores_folder
+
+    for folder in arguments.caches:
+        if not scores_folder(folder).is_dir():
+            raise ValueError(f"{folder}: no score cache; it has no folder {scores_folder(folder).name!r}")
+        if scores_folder(folder).resolve() == scores_folder(arguments.cache_dir).resolve():
+            raise ValueError(f"{folder}: is the cache that the others are taken into (--cache-dir)")
+    found: Counter[str] = Counter()
+    for path in tqdm([path for folder in arguments.caches for path in entry_files(folder)], desc="merge", unit="entry"):
+        found[_merged(path, arguments.cache_dir)] += 1
+    print(
+        f"{found['copied']} entries copied, {found['completed']} completed by more layers, {found['known']} known "
+        f"already, {found['damaged']} damaged; now in {scores_folder(arguments.cache_dir)}"
+    )
+    return 1 if found["damaged"] else 0
+
+
+def _merged(path: Path, folder: Path | None) -> str:
+    """What `merge_entry` says; ``damaged``, after a line that says why, for an entry that is so."""
+    from kne_easyedit.attribution.score_cache import DamagedEntry
+    from kne_easyedit.attribution.score_merge import merge_entry
+
+    try:
+        return merge_entry(path, folder)
+    except DamagedEntry as error:
+        print(f"left out: {error}")
+        return "damaged"
 
 
 def _sizes(folder: Path | None) -> Iterator[tuple[Path, int]]:

@@ -24,8 +24,9 @@ from kne_easyedit.bridge.output import easyedit_output
 from kne_easyedit.doctor.findings import FAILURE, OK, Finding, duration, left_out, listed
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.localization.batches import unique_facts
 from kne_easyedit.localization.data import localization_requests
-from kne_easyedit.localization.localizer import Localization, require_editable_by, unique_facts
+from kne_easyedit.localization.localizer import Localization, require_editable_by
 from kne_easyedit.models.fingerprint import model_digest
 from kne_easyedit.models.loading import load_model
 from kne_easyedit.models.state import preserve_rng

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from kne_easyedit.attribution.quadrature import QUADRATURES
 from kne_easyedit.attribution.replay import ReplayMismatch, UnsupportedModel
 from kne_easyedit.attribution.score_cache import ScoreCache
 from kne_easyedit.facts.encoding import Fact, Tokenizer
+from kne_easyedit.localization.batches import Sweep, batches, tokens_of, unique_facts
 from kne_easyedit.localization.data import encode_facts, localization_requests
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.selection import Selection
@@ -28,6 +28,10 @@ from kne_easyedit.models.editable import require_bare, require_editable
 from kne_easyedit.models.targets import Target, resolve_target
 
 logger = logging.getLogger(__name__)
+
+
+PAUSE = 0.2
+"""Seconds until facts that another process has claimed are looked at again."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def find_ensemble(
     requests: Sequence[Mapping | Fact],
     hparams: LocalizationSettings,
     workers: int = 1,
+    jobs: int = 1,
 ) -> NeuronEnsemble:
     """The ensemble for an edit under ``hparams``: from a file, localised on a data file, or localised on ``requests``.
 
@@ -67,6 +72,7 @@ def find_ensemble(
         requests: What is edited, as requests or as encoded facts. Used only where neither file is set.
         hparams: The settings.
         workers: Processes that attribute side by side.
+        jobs: See `Localization`.
 
     Returns:
         The ensemble.
@@ -91,7 +97,7 @@ def find_ensemble(
         hparams.attribution_steps,
         hparams.quadrature,
         hparams.localization_size,
-        digest([_tokens(fact) for fact in facts]),
+        digest([tokens_of(fact) for fact in facts]),
     )
     found = _ENSEMBLES.setdefault(model, {})
     if key not in found:
@@ -102,7 +108,7 @@ def find_ensemble(
                 hparams.localization_data,
                 len(facts),
             )
-        found[key] = localize(model, tokenizer, facts, hparams, workers)
+        found[key] = localize(model, tokenizer, facts, hparams, workers, jobs)
     return found[key]
 
 
@@ -126,6 +132,7 @@ def localize(
     requests: Sequence[Mapping | Fact],
     hparams: LocalizationSettings,
     workers: int = 1,
+    jobs: int = 1,
 ) -> NeuronEnsemble:
     """Eq. 3-7: attributes each request (or reads its scores from the cache), aggregates, selects.
 
@@ -137,6 +144,7 @@ def localize(
         requests: Mappings with ``prompt`` and ``target_new``, or encoded facts.
         hparams: The settings.
         workers: Processes that attribute side by side.
+        jobs: See `Localization`.
 
     Returns:
         The ensemble.
@@ -148,7 +156,7 @@ def localize(
         FloatingPointError: Scores are not finite.
         OSError: The score cache cannot be read or written.
     """
-    return Localization(model, tokenizer, requests, hparams).ensemble(workers)
+    return Localization(model, tokenizer, requests, hparams, jobs).ensemble(workers)
 
 
 @dataclass(frozen=True)
@@ -168,11 +176,16 @@ class Localization:
     In a warm run each entry of the cache is read once, however many aggregates it is part of: `aggregate`
     adds it to all of them in one pass. In memory are one fact's scores and the aggregates, not the scores of all facts.
 
+    Any number of processes may do so at once, on one machine or on many that share the cache: each fact is attributed
+    by one of them, the others wait for its scores. Those of a process that was killed go to another one.
+
     Args:
         model: A causal language model; it is left as it is.
         tokenizer: Its tokenizer.
         requests: Mappings with ``prompt`` and ``target_new``, or encoded facts.
         hparams: The settings.
+        jobs: How many processes elsewhere are expected to do so at once, this one included: sweeps have so few facts
+            that each gets a part.
 
     Raises:
         ValueError: A request or module cannot be used; nothing has been computed yet.
@@ -184,14 +197,15 @@ class Localization:
         tokenizer: Tokenizer,
         requests: Sequence[Mapping | Fact],
         hparams: LocalizationSettings,
+        jobs: int = 1,
     ) -> None:
-        self.model, self.hparams = model, hparams
+        self.model, self.hparams, self.jobs = model, hparams, jobs
         self.targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
         self.selection = replace(hparams.selection, layers=self.targets[0].layers)
         self.facts = encode_facts(model, tokenizer, requests, hparams)
         self.cache = ScoreCache(hparams.cache_dir, model, hparams.attribution_steps, hparams.quadrature)
         self.computed = 0
-        """Facts that were not in the cache and have been attributed."""
+        """Facts that this process and its workers have attributed."""
         self._complete = False
 
     def compute(self, workers: int = 1, start: int = 0) -> int:
@@ -211,13 +225,21 @@ class Localization:
         count = sum(map(len, missing.values()))
         self.cache.require_space(count, *self.targets)
         sweeps = [
-            (targets, batch) for layers, facts in missing.items() for targets, batch in self._sweeps(layers, facts)
+            Sweep(tuple(targets), tuple(batch))
+            for layers, facts in missing.items()
+            for targets, batch in self._sweeps(layers, facts, workers * self.jobs)
         ]
+        before = self.computed
         with tqdm(total=count, desc="localise", unit="fact", disable=not count) as progress:
-            for done in run_parallel(self._sweep, sweeps, max(1, min(workers, len(sweeps)))):
-                progress.update(done)
-        self.computed, self._complete = self.computed + count, True
-        return count
+            claimed_elsewhere = self._attribute_all(sweeps, max(1, min(workers, len(sweeps))), progress)
+            while claimed_elsewhere:
+                progress.set_postfix_str("the last ones are done by other processes")
+                waiting = len(claimed_elsewhere)
+                claimed_elsewhere = self._attribute_all(claimed_elsewhere, 1, progress)
+                if len(claimed_elsewhere) == waiting:
+                    time.sleep(PAUSE)
+        self._complete = True
+        return self.computed - before
 
     def scores(self, workers: int = 1) -> Iterator[Scores]:
         """The scores of each fact in turn.
@@ -261,7 +283,7 @@ class Localization:
         for i, (fact, scores) in enumerate(zip(self.facts, self.scores(workers))):
             for part, total, spent in zip(members, totals, seconds):
                 if i in part:
-                    spent[_tokens(fact)] = scores.seconds
+                    spent[tokens_of(fact)] = scores.seconds
                     for template, values in scores.values.items():
                         total[template].add(values)
         return [
@@ -279,22 +301,38 @@ class Localization:
         return self.select(scores)
 
     def _sweeps(
-        self, layers: Sequence[tuple[int, ...]], facts: Sequence[Fact]
+        self, layers: Sequence[tuple[int, ...]], facts: Sequence[Fact], processes: int
     ) -> Iterator[tuple[list[Target], list[Fact]]]:
         """What is attributed together: targets in their missing layers, and facts."""
         targets = [resolve_target(self.model, t.template, some) for t, some in zip(self.targets, layers) if some]
         rows = self.hparams.chunk_rows or self._rows_in_flight(targets, facts[0])
         points = sum(len(target.layers) for target in targets) * self.hparams.attribution_steps
-        yield from ((targets, batch) for batch in batches(facts, points, rows))
+        yield from ((targets, batch) for batch in batches(facts, points, rows, processes))
 
-    def _sweep(self, sweep: tuple[list[Target], list[Fact]]) -> Iterator[int]:
-        """Attributes what other processes have not stored meanwhile. Yields the sweep's number of facts."""
+    def _attribute_all(self, sweeps: Sequence[Sweep], workers: int, progress: tqdm) -> list[Sweep]:
+        """Attributes what no other process has claimed; returns the other sweeps."""
+        left = dict.fromkeys(sweeps)
+        for number, attributed in run_parallel(self._sweep, list(enumerate(sweeps)), workers):
+            self.computed += attributed
+            progress.update(len(sweeps[number].facts))
+            del left[sweeps[number]]
+        return list(left)
+
+    def _sweep(self, numbered: tuple[int, Sweep]) -> Iterator[tuple[int, int]]:
+        """Attributes what other processes have not stored meanwhile.
+
+        Yields:
+            The sweep's number and the number of facts that were attributed; nothing if another process is at them.
+        """
         safe_point()
-        targets, batch = sweep
-        todo = [fact for fact in batch if any(self.cache.missing(target, fact) for target in targets)]
-        if todo:
-            self._attribute(targets, todo)
-        yield len(batch)
+        number, sweep = numbered
+        with self.cache.claim(sweep.targets, sweep.facts) as ours:
+            if not ours:
+                return
+            todo = [f for f in sweep.facts if any(self.cache.missing(target, f) for target in sweep.targets)]
+            if todo:
+                self._attribute(sweep.targets, todo)
+        yield number, len(todo)
 
     def _missing(self, facts: Sequence[Fact]) -> dict[tuple, list[Fact]]:
         """Missing layers of each target -> the facts that lack them, each once."""
@@ -333,32 +371,6 @@ class Localization:
             for fact, scores in zip(facts, of_target):
                 self.cache.put(target, fact, scores, seconds)
         return found
-
-
-def batches(facts: Sequence[Fact], points: int, rows: int) -> Iterator[list[Fact]]:
-    """Facts that share a sweep: of equal answer length, so that answers need no padding.
-
-    Args:
-        facts: All facts.
-        points: Path points of one answer token of one fact: layers times steps.
-        rows: Path points in flight at most; a batch has one fact at least.
-
-    Yields:
-        The facts of each sweep.
-    """
-    most = max(1, rows // points)
-    for _, group in groupby(sorted(facts, key=lambda f: (len(f.answer), len(f.ids))), key=lambda f: len(f.answer)):
-        alike = list(group)
-        yield from (alike[i : i + most] for i in range(0, len(alike), most))
-
-
-def unique_facts(facts: Sequence[Fact]) -> list[Fact]:
-    """Each fact once: facts of equal tokens are the same, as in the cache."""
-    return list({_tokens(fact): fact for fact in facts}.values())
-
-
-def _tokens(fact: Fact) -> tuple[tuple[int, ...], int]:
-    return fact.ids, fact.prompt_length
 
 
 def require_editable_by(model: nn.Module, hparams: LocalizationSettings, beside: bool = False) -> None:

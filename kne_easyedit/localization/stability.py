@@ -51,7 +51,11 @@ class Study:
 
 
 def study(
-    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping | Fact], hparams: LocalizationSettings
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    requests: Sequence[Mapping | Fact],
+    hparams: LocalizationSettings,
+    workers: int = 1,
 ) -> Study:
     """Localises on ``requests``, and on two halves of them for the stability.
 
@@ -62,6 +66,7 @@ def study(
         tokenizer: Its tokenizer.
         requests: Mappings with ``prompt`` and ``target_new``, or encoded facts.
         hparams: The settings.
+        workers: Processes that attribute side by side.
 
     Returns:
         What was found.
@@ -74,7 +79,7 @@ def study(
     start = time.perf_counter()
     found = Localization(model, tokenizer, requests, hparams)
     parts = (slice(None, None, 2), slice(1, None, 2)) if len(found.facts) > 1 else ()
-    scores, *of_halves = found.aggregate(slice(None), *parts)
+    scores, *of_halves = found.aggregate(slice(None), *parts, workers=workers)
     ensemble = found.select(scores)
     try:
         halves = (found.select(of_halves[0]), found.select(of_halves[1])) if of_halves else None

@@ -120,7 +120,7 @@ class TestDamaged:
         del metadata["sha256"]
         wrong = spoil(scores).contiguous()
         stored.write_bytes(
-            cache_module.save({"scores": wrong}, {**metadata, "sha256": cache_module._bits(wrong, metadata)})
+            cache_module.save({"scores": wrong}, {**metadata, "sha256": cache_module.scores_digest(wrong, metadata)})
         )
         reported("shape")
 

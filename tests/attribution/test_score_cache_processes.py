@@ -1,5 +1,7 @@
 """The cache under real processes: killed at the worst moments and resumed, or two at once on the same facts."""
 
+import errno
+import fcntl
 import io
 import multiprocessing
 import os
@@ -13,6 +15,7 @@ import torch
 from conftest import FACTS, HANGS, LLAMA_DOWN, THREADS, make_llama, make_tokenizer, tiny_hparams
 
 from kne_easyedit._util import files as paths
+from kne_easyedit._util.claims import FILE
 from kne_easyedit.attribution.engine import attribute_facts
 from kne_easyedit.attribution.score_cache import entry_files, read_entry
 from kne_easyedit.localization import localizer as localization
@@ -27,9 +30,11 @@ PATIENCE = HANGS
 # In the processes
 
 
-def main(connection, folder: Path, layers=(), moment=None, k=1, then=None) -> None:
+def main(connection, folder: Path, layers=(), moment=None, k=1, then=None, locks=True) -> None:
     """One localisation. It dies, or waits for the other (``then``), when ``moment`` comes for the ``k``-th time."""
     torch.set_num_threads(THREADS)  # as in the tests: their scores must have the same bits
+    if not locks:
+        fcntl.lockf = without_locks
     attributed = []
 
     def wait():
@@ -62,6 +67,10 @@ def main(connection, folder: Path, layers=(), moment=None, k=1, then=None) -> No
     )
     wait()
     connection.send((attributed, replace(localize(model, tokenizer, REQUESTS, hparams), seconds=None)))
+
+
+def without_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
 def intercept(owner, name, k, before=None, after=None):
@@ -170,8 +179,9 @@ def equal(one, other):
 
 
 def unfinished(folder) -> list:
-    """What lies there beside entries."""
-    return [path for path in folder.rglob("*") if path.is_file() and path not in set(entry_files(folder))]
+    """What lies there beside entries and the file of claims."""
+    known = {*entry_files(folder), *folder.rglob(FILE)}
+    return [path for path in folder.rglob("*") if path.is_file() and path not in known]
 
 
 def meet(children) -> None:
@@ -241,9 +251,23 @@ class TestKilled:
 class TestAtOnce:
     @pytest.mark.parametrize("moment", ["attribution", "before the sync", "before the rename"])
     def test_on_the_same_facts(self, start, uninterrupted, tmp_path, moment):
-        """Both are at the first fact before either goes on: they do the same work and write the same file."""
+        """Both are at work before either goes on: each at a fact of its own, and none is done twice."""
         alone, alone_scores = uninterrupted()
         both = [start(moment=moment, then="wait") for _ in range(2)]
+        meet(both)
+        meet(both)
+        (first, found), (second, found_too) = [child.receive() for child in both]
+        assert [child.end() for child in both] == [0, 0]
+        assert found == found_too == alone
+        assert first and second and sorted([*first, *second]) == sorted(alone_scores)
+        assert equal(scores_in(tmp_path / "cache"), alone_scores)
+        assert unfinished(tmp_path / "cache") == []
+
+    @pytest.mark.parametrize("moment", ["attribution", "before the rename"])
+    def test_where_there_are_no_locks_the_same_work_is_done_twice(self, start, uninterrupted, tmp_path, moment):
+        """Converse; it changes no bit. Both are at the first fact before either goes on, and write the same file."""
+        alone, alone_scores = uninterrupted()
+        both = [start(moment=moment, then="wait", locks=False) for _ in range(2)]
         meet(both)
         meet(both)
         (first, found), (second, found_too) = [child.receive() for child in both]
@@ -259,13 +283,15 @@ class TestAtOnce:
         alone, alone_scores = uninterrupted()
         all_ = [start() for _ in range(4)]
         meet(all_)
-        assert [child.receive()[1] for child in all_] == [alone] * 4
+        found = [child.receive() for child in all_]
+        assert [ensemble for _, ensemble in found] == [alone] * 4
+        assert sorted(prompt for attributed, _ in found for prompt in attributed) == sorted(alone_scores)
         assert [child.end() for child in all_] == [0] * 4
         assert equal(scores_in(tmp_path / "cache"), alone_scores)
         assert unfinished(tmp_path / "cache") == []
 
     def test_on_other_layers_of_the_same_facts(self, start, uninterrupted, tmp_path):
-        """Both merge into an entry that they saw missing: one overwrites the other, whose layers are computed again."""
+        """They merge into the same entries, one after the other: none overwrites what it has not seen."""
         parts = ([0, 1], [2, 3])
         alone = [uninterrupted(layers)[0] for layers in parts]
         both = [start(moment="before the rename", then="wait", layers=layers) for layers in parts]
@@ -275,7 +301,7 @@ class TestAtOnce:
         assert [child.end() for child in both] == [0, 0]
         assert [found, found_too] == alone
         assert found.neurons[LLAMA_DOWN].keys() != found_too.neurons[LLAMA_DOWN].keys()
-        assert first[0] == second[0] and len(first) + len(second) > 2 * len(REQUESTS), "something was overwritten"
+        assert len(first) == len(second) == len(REQUESTS), "nothing was computed twice"
         assert len(scores_in(tmp_path / "cache")) == len(REQUESTS)
         assert unfinished(tmp_path / "cache") == []
 

@@ -132,7 +132,9 @@ class TestForeign:
                 metadata["key"] = json.dumps(rekeyed(json.loads(metadata["key"])))
                 path = stored.with_name(f"{cache_module.digest(json.loads(metadata['key']))}.safetensors")
             path.write_bytes(
-                cache_module.save({"scores": scores}, {**metadata, "sha256": cache_module._bits(scores, metadata)})
+                cache_module.save(
+                    {"scores": scores}, {**metadata, "sha256": cache_module.scores_digest(scores, metadata)}
+                )
             )
             return path
 

@@ -191,7 +191,12 @@ def composed(*overrides: str):
         (
             "ray_cluster",
             "ray_launcher.RayLauncher",
-            {"ray": {"init": {"address": "auto"}, "remote": {"num_cpus": 8, "num_gpus": 1}}},
+            {
+                "ray": {
+                    "init": {"address": "auto", "object_store_memory": None},
+                    "remote": {"num_cpus": 8, "num_gpus": 1, "max_retries": 3},
+                }
+            },
         ),
     ],
 )
@@ -283,6 +288,15 @@ def test_neighbours_are_made_of_the_whole_file_localised_on_unless_its_records_a
     config = OmegaConf.masked_copy(config, [name for name in config if name != "hydra"])
     job = job_of(OmegaConf.to_container(config, resolve=True), ROOT / "hparams")
     assert job.hparams["KNE"].neighbour_data == expected
+
+
+def test_shards_expect_each_other_at_the_facts_that_all_are_localised_on(place, monkeypatch):
+    monkeypatch.chdir(place)
+    data = ["benchmark/data@data=embedded", "data.file=records.json", "data.offset=0"]
+    config = composed(*data, "data.localization.file=facts.json", "shard=1/3", *TINY[:2])
+    config = OmegaConf.masked_copy(config, [name for name in config if name != "hydra"])
+    job = job_of(OmegaConf.to_container(config, resolve=True), ROOT / "hparams")
+    assert job.jobs == 3 and len(job.requests) == 1
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0", ""])
