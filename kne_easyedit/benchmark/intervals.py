@@ -29,8 +29,8 @@ class Interval:
 def interval(values: Sequence[float], records: Sequence[Hashable] | None = None, seed: int = 0) -> Interval | None:
     """The mean of some values, and its 95 % percentile interval of a cluster bootstrap.
 
-    Records are drawn with replacement, each with all its values, `RESAMPLES` times (`resamples`): one record under several seeds is
-    not several records.
+    Records are drawn with replacement, each with all its values, as often as `resamples` says: one record under several
+    seeds is not several records.
 
     Args:
         values: One or more values of each record, in any unit.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, TypeVar, cast
 
 from kne_easyedit.benchmark.result_line import ResultLine
@@ -14,13 +14,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Lines(tuple[ResultLine, ...]):
     """The lines of one method on one data set. They are not changed."""
 
-    remembered: dict[tuple, Any]
-    """(function, its other arguments) -> result."""
-
-    def __new__(cls, lines: Any = ()) -> Lines:
-        made = super().__new__(cls, lines)
-        made.remembered = {}
-        return made
+    @cached_property
+    def remembered(self) -> dict[tuple, Any]:
+        """(function, its other arguments) -> result."""
+        return {}
 
 
 def of_lines(function: Function) -> Function:
