@@ -19,8 +19,6 @@ from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.markdown import markdown_table
 from kne_easyedit._util.settings import EVALUATORS
-from kne_easyedit.benchmark.studies import STUDIES
-from kne_easyedit.benchmark.study_points import Plan
 from kne_easyedit.cli.common import (
     add_settings_of_model,
     load_settings,
@@ -30,6 +28,8 @@ from kne_easyedit.cli.common import (
     require_folder,
     shipped,
 )
+from kne_easyedit.studies.definitions import STUDIES
+from kne_easyedit.studies.points import Plan
 
 RECORDS = 40
 TIMES = "times.jsonl"
@@ -76,7 +76,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from kne_easyedit.doctor.study_plan import plan_for
+    from kne_easyedit.studies.plan import plan_for
 
     require_folder(arguments.out)
     with _settings_folder(arguments) as folder:

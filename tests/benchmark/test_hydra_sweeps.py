@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import LLAMA_DOWN
+from hydra_jobs import ROOT, command, composed, environment, place_fixture, run  # noqa: F401  (a fixture)
 from omegaconf import OmegaConf
-from test_run_benchmark import ROOT, command, composed, environment, place_fixture, run  # noqa: F401  (a fixture)
 
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.config import job_folder, job_of

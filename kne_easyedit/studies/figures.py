@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kne_easyedit._util.plotting import GRID, INK, new_figure, write_figure
-from kne_easyedit.benchmark.study_findings import named
-from kne_easyedit.benchmark.study_numbers import BY_KEY, Cell, Curves
 from kne_easyedit.metrics import PERCENT
+from kne_easyedit.studies.findings import named
+from kne_easyedit.studies.numbers import BY_KEY, Cell, Curves
 
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 """Colour and marker of each series: colours that colour-blind readers can tell apart (Okabe and Ito)."""

@@ -6,9 +6,9 @@ import pytest
 from study_lines import write_points
 
 from kne_easyedit.benchmark.intervals import Interval
-from kne_easyedit.benchmark.study_findings import HOLDS, NOT, UNKNOWN, Check, checks, findings, lead, verdict
-from kne_easyedit.benchmark.study_numbers import FEW
-from kne_easyedit.benchmark.study_reading import read_studies
+from kne_easyedit.studies.findings import HOLDS, NOT, UNKNOWN, Check, checks, findings, lead, verdict
+from kne_easyedit.studies.numbers import FEW
+from kne_easyedit.studies.reading import read_studies
 
 MODULES = {
     "q_proj": "model.layers.{}.self_attn.q_proj",

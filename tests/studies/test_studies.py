@@ -12,10 +12,10 @@ from conftest import LLAMA_DOWN, make_gpt2, make_llama
 
 from kne_easyedit.benchmark.config import job_folder
 from kne_easyedit.benchmark.labels import is_kne
-from kne_easyedit.benchmark.studies import STUDIES, THIRDS, Place, place_of
-from kne_easyedit.benchmark.study_points import Ground, module_names, plan_study
 from kne_easyedit.localization.selection import SHUFFLED, Selection
 from kne_easyedit.models.targets import LinearLayer, find_linear
+from kne_easyedit.studies.definitions import STUDIES, THIRDS, Place, place_of
+from kne_easyedit.studies.points import Ground, module_names, plan_study
 
 ROOT = Path(__file__).parents[2]
 GROUND = Ground(find_linear(make_llama()), [LLAMA_DOWN], [], 0.1, "layer", True, range(1, 101), 40)

@@ -9,9 +9,9 @@ from itertools import chain
 from typing import Any
 
 from kne_easyedit._util.messages import require_one_of
-from kne_easyedit.benchmark.studies import STUDIES, THIRDS, Place, Point, Study
 from kne_easyedit.localization.selection import SHUFFLED, Selection
 from kne_easyedit.models.targets import LinearLayer
+from kne_easyedit.studies.definitions import STUDIES, THIRDS, Place, Point, Study
 
 SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
 FACTS = (1, 2, 5, 10, 20, 50, 100, 200, 400, 800)

@@ -15,9 +15,9 @@ from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit.benchmark.intervals import Interval
 from kne_easyedit.benchmark.markdown_report import setting, what_was_run
 from kne_easyedit.benchmark.publish import page
-from kne_easyedit.benchmark.study_figures import draw_study, few_points
-from kne_easyedit.benchmark.study_findings import Check, checks, findings, named, verdict
-from kne_easyedit.benchmark.study_numbers import BY_KEY, FEW, Cell, Curves, StudyResults, as_rows, overlaps
+from kne_easyedit.studies.figures import draw_study, few_points
+from kne_easyedit.studies.findings import Check, checks, findings, named, verdict
+from kne_easyedit.studies.numbers import BY_KEY, FEW, Cell, Curves, StudyResults, as_rows, overlaps
 
 
 def publish_studies(results: StudyResults, folder: Path, title: str = "The paper's studies") -> Path:

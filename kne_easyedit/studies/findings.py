@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import fmean
 
 from kne_easyedit.benchmark.intervals import Interval
-from kne_easyedit.benchmark.study_numbers import (
+from kne_easyedit.studies.numbers import (
     BY_KEY,
     FEW,
     OVERALL,

@@ -13,9 +13,9 @@ import numpy
 
 from kne_easyedit.benchmark.collect import Collection
 from kne_easyedit.benchmark.intervals import Interval, crossed
-from kne_easyedit.benchmark.studies import Place, Study
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.metrics import METRICS, Metric
+from kne_easyedit.studies.definitions import Place, Study
 
 KEYS = (
     "edit_success",
