@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kne_easyedit._util.files import parse_json
+from kne_easyedit.benchmark.general import NOTHING
 from kne_easyedit.benchmark.labels import data_name, data_set_order, method_order
 from kne_easyedit.benchmark.manifest import check_manifest
 from kne_easyedit.benchmark.result_line import ResultLine, parse_result
@@ -60,9 +61,10 @@ def collect(paths: Iterable[str | Path]) -> Collection:
     merged: dict[tuple, ResultLine] = {}
     known: dict[tuple, tuple[object, Path]] = {}
     for file in files:
+        at_end = _at_end(file.with_name("retention.jsonl"))
         for number, raw in read_lines(file):
             try:
-                line = parse_result(raw)
+                line = parse_result({**raw, **at_end.get((raw.get("method"), raw.get("index")), {})})
             except ValueError as error:
                 raise ValueError(f"{file}: line {number}: {error}") from error
             line = _with_whole_characters({**line, "data": data_name(line["data"] or "")})
@@ -86,6 +88,17 @@ def records_of(lines: Iterable[Mapping]) -> int:
 def seeds_of(lines: Iterable[Mapping]) -> int:
     """Under how many seeds the lines were made."""
     return len({line["seed"] for line in lines})
+
+
+def _at_end(file: Path) -> dict[tuple, dict]:
+    """Method and number of a record -> what the model could do beside its facts, after the last edit of a sequence."""
+    found: dict[tuple, tuple[int, dict]] = {}
+    for _, line in read_lines(file):
+        key, after = (line.get("method"), line.get("index")), line.get("after")
+        general = {name: line[name] for name in NOTHING if line.get(name) is not None}
+        if general and isinstance(after, int) and after >= found.get(key, (0, {}))[0]:
+            found[key] = after, general
+    return {key: general for key, (_, general) in found.items()}
 
 
 def _require_same(known: dict, what: tuple, value: object, file: Path) -> None:

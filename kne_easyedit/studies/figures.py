@@ -74,7 +74,7 @@ def _draw_numbers(axis: Any, curves: Curves, key: str) -> None:
         axis.plot(places, [its.mean for cell in cells if (its := cell.mean(key))], color=colour, linewidth=1.6)
         _draw_points(axis, places, cells, key, (colour, marker))
     values = sorted({float(cell.value) for cell in curves.cells.values()})
-    percent = "share" in curves.series or "random" in curves.series
+    percent = curves.study.name == "share"
     axis.set_xticks(values, [f"{100 * value:g}" if percent else f"{value:g}" for value in values], fontsize=7)
     axis.minorticks_off()
     axis.margins(x=0.06)

@@ -80,7 +80,7 @@ def read_studies(paths: Iterable[str | Path]) -> StudyResults:
         before = {
             metric.key: value
             for metric in METRICS
-            if metric.key in ("edit_success", "portability", "fluency")
+            if metric.key in ("edit_success", "portability", "fluency", "perplexity")
             and (value := metric.summarize(unedited(_only(found, _labels(groups[name, data, method])), data)))
             is not None
         }

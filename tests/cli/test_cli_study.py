@@ -22,7 +22,7 @@ SPED_UP = ["--set", "num_steps=2", "localization_data=facts.json", "localization
 STUDIES = {
     "location": (["--values", "down_proj,k_proj"], 4),
     "facts": (["--values", "1,2", "--draws", "2"], 3),
-    "share": (["--values", "0.1,0.4"], 6),
+    "share": (["--values", "0.1,0.4"], 8),
     "batch": (["--values", "1,2", "--sequences", "2"], 3),
 }
 
@@ -110,7 +110,7 @@ def test_settings_come_from_where_they_are_said_to(place, capsys):
     assert study("share", "--values", "0.1", "--records", "1", "--paper", "--seed", "7") == 0
     manifests = [json.loads(path.read_text()) for path in Path("out").rglob("manifest.json")]
     settings = {label: its for manifest in manifests for label, its in manifest["methods"].items()}
-    assert set(settings) == {"KNE-paper-share@0.1", "KNE-paper-random@0.1", "KNE-paper-step@0.1"}
+    assert set(settings) == {f"KNE-paper-{series}@0.1" for series in ("share", "random", "step", "magnitude")}
     own = settings["KNE-paper-share@0.1"]
     assert (own["p"], own["lr"], own["stop_loss"], own["num_steps"]) == (0.1, 5e-3, 0.4, 2)
     assert own["target_modules"] == [LLAMA_DOWN] and own["localization_data"].endswith("facts.json")

@@ -196,10 +196,12 @@ def test_each_share_has_random_rows_of_the_same_scale_beside_it(scale):
     assert labels(plan) == [
         *("KNE-share@0.1", "KNE-share@0.5", "KNE-random@0.1", "KNE-random.2@0.1", "KNE-random.3@0.1"),
         *("KNE-random@0.5", "KNE-random.2@0.5", "KNE-random.3@0.5", "KNE-step@0.1", "KNE-step@0.5"),
+        *("KNE-magnitude@0.1", "KNE-magnitude@0.5"),
     ]
     settings = {point.place.label: point.settings for point in plan.points}
     assert "score_scale" not in settings["KNE-share@0.5"] and settings["KNE-share@0.5"] == {"p": 0.5}
     assert [settings[f"KNE-random{i}@0.5"]["score_scale"] for i in ("", ".2", ".3")] == list(SHUFFLED[scale][:3])
+    assert settings["KNE-magnitude@0.5"] == {"p": 0.5, "ensemble": "magnitude"}
     assert settings["KNE-step@0.1"] == {"p": 0.1, "attribution_steps": 1, "quadrature": "riemann"}
 
 
