@@ -48,10 +48,10 @@ def require_tasks(tasks: Sequence[str]) -> None:
         raise ImportError(
             f"ability: {', '.join(tasks)} needs lm-evaluation-harness: pip install 'kne_easyedit[{EXTRA}]'"
         )
-    for task in filter(_is_file, tasks):
+    for task in filter(is_file, tasks):
         if not expand_path(task).is_file():
             raise FileNotFoundError(f"ability: {expand_path(task)} does not exist; expected a task's YAML file")
-    if names := [task for task in tasks if not _is_file(task)]:
+    if names := [task for task in tasks if not is_file(task)]:
         known = _manager(tasks).all_tasks
         for name in names:
             if name not in known:
@@ -62,7 +62,7 @@ def require_tasks(tasks: Sequence[str]) -> None:
 
 def identity(tasks: Sequence[str], limit: int | None) -> list:
     """What scores depend on beside the model: the harness, the tasks (files by their content), the limit."""
-    named = [data_digest(expand_path(task)) if _is_file(task) else task for task in tasks]
+    named = [data_digest(expand_path(task)) if is_file(task) else task for task in tasks]
     return [version("lm_eval"), named, limit]
 
 
@@ -91,8 +91,8 @@ def ability(model: Any, tokenizer: Tokenizer, tasks: Sequence[str], limit: int |
     with torch.random.fork_rng():
         try:
             found = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=1),  # type: ignore[arg-type]
-                tasks=[str(expand_path(task)) if _is_file(task) else task for task in tasks],
+                model=HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=1),
+                tasks=[str(expand_path(task)) if is_file(task) else task for task in tasks],
                 task_manager=_manager(tasks),
                 limit=limit,
                 log_samples=False,
@@ -123,14 +123,15 @@ def _scores(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Score]:
     return scores
 
 
-def _is_file(task: str) -> bool:
+def is_file(task: str) -> bool:
+    """Whether a task is named by a file of its own."""
     return task.lower().endswith(_FILES)
 
 
 def _manager(tasks: Sequence[str]) -> Any:
     """The harness's index: the folders of the files that are named, and its own tasks only if one is asked for."""
-    folders = dict.fromkeys(str(expand_path(task).parent) for task in tasks if _is_file(task))
-    return _index(tuple(folders), not all(map(_is_file, tasks)))
+    folders = dict.fromkeys(str(expand_path(task).parent) for task in tasks if is_file(task))
+    return _index(tuple(folders), not all(map(is_file, tasks)))
 
 
 @cache

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from kne_easyedit._util.digest import digest
-from kne_easyedit.benchmark.ability import Score, ability, identity, require_tasks
+from kne_easyedit._util.files import expand_path
+from kne_easyedit.benchmark.ability import Score, ability, identity, is_file, require_tasks
 from kne_easyedit.benchmark.perplexity import perplexity, read_text
 from kne_easyedit.facts.encoding import Tokenizer
 
@@ -36,6 +37,13 @@ class Examination:
 
     def __bool__(self) -> bool:
         return self.text is not None or bool(self.tasks)
+
+    def resolved(self) -> Examination:
+        """The same with absolute paths: EasyEdit works in another folder."""
+        text = None if self.text is None else expand_path(self.text)
+        return Examination(
+            text, tuple(str(expand_path(its)) if is_file(its) else its for its in self.tasks), self.limit
+        )
 
     def require(self) -> None:
         """Checks everything that can be checked without a model.

@@ -64,7 +64,7 @@ def manifest_of(
         "chat_template": job.chat_template,
         "neighbours": job.neighbours,
         "contradiction": job.contradiction,
-        **({"general": job.examination.described()} if job.examination else {}),
+        **({"general": prepared.examination.described()} if job.examination else {}),
         "fluency_variant": prepared.variant,
         "second_moments": second_moments,
         "fingerprints": prepared.fingerprints,

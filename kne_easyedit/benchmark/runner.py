@@ -123,7 +123,9 @@ class _Runner:
         self.job = job = prepared.job
         self.requests = prepared.requests
         self.device = next(job.model.parameters()).device
-        self.before = UneditedEvaluations(job, prepared.base, prepared.records, prepared.asked, quiet)
+        self.before = UneditedEvaluations(
+            job, prepared.base, prepared.records, prepared.asked, prepared.examination, quiet
+        )
         self.questioner = Questioner(job.tokenizer, job.separator)
         self.measured: set[str] = set()
         """Methods whose peak memory is known."""
@@ -332,10 +334,10 @@ class _Runner:
 
     def _general(self, editor: bridge.MethodEditor) -> General:
         """What the model as it is can do beside its facts; nothing if the run does not ask."""
-        if not self.job.examination:
+        if not self.prepared.examination:
             return NOTHING
         with self.quiet():
-            return self.job.examination.of(editor.model, self.job.tokenizer)
+            return self.prepared.examination.of(editor.model, self.job.tokenizer)
 
     def _post(self, editor: bridge.MethodEditor, request: dict, was: Unedited, *, fluency: bool) -> dict:
         """EasyEdit's metrics of the model as it is, compared with those before the edit."""

@@ -1,4 +1,4 @@
-"""Jobs of one label that differ in p, facts, module or batch size are points of a curve, without labels of their own."""
+"""Jobs of one label that differ in p, facts, module or batch size are points of a curve, without own labels."""
 
 from __future__ import annotations
 
