@@ -60,8 +60,8 @@ def find_ensembles(
         if place is None or place.series != "facts":
             raise ValueError(f"method.label: {label!r} is no point of the study facts")
         hparams = hparams_of(job, hparams_folder)
-        loaded = loaded or load_model(hparams)
-        ensemble = find_ensemble(*loaded, [], hparams)
+        loaded = model, tokenizer = loaded or load_model(hparams)
+        ensemble = find_ensemble(model, tokenizer, [], hparams)
         found.setdefault(int(place.value), []).append(ensemble)
         on_found(label, ensemble)
     return dict(sorted(found.items()))

@@ -202,6 +202,17 @@ def test_more_rows_and_whether_it_matters_which(study):
     assert any(its.endswith("(mean over 3 shares, p = 10 % to p = 40 %; told apart at each)") for its in text)
 
 
+def test_rows_by_their_weights_alone_are_a_control_too(study):
+    points = share_points()
+    points |= {
+        f"KNE-magnitude@{p}": {name: value - 0.2 for name, value in points[f"KNE-share@{p}"].items()}
+        for p in ("0.1", "0.2", "0.4")
+    }
+    text = findings(study(points))
+    assert any(its.startswith("localised rows lead rows by their weights alone in ES by 20") for its in text)
+    assert any(its.startswith("localised rows lead random rows in ES by 1") for its in text)
+
+
 @pytest.mark.parametrize(
     ("gain", "says"), [(-0.1, "random rows lead localised rows in ES by"), (0.0, "cannot be told")]
 )
