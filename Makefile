@@ -6,6 +6,7 @@
 #   make bench-gpu   what is claimed for GPUs, measured (outputs/bench-gpu.json); on a CPU with a small shape
 #   make dist        wheel and sdist, checked, in dist              make test-wheel  the wheel in an environment of its own
 #   make test-cluster  a Ray of two nodes, and a SLURM of one where Debian's packages for it are installed (docs/cluster.md)
+#   make test-ability  general ability, with lm-evaluation-harness
 # TESTS="tests/test_x.py" chooses files, WORKERS=1 the number of processes (one per core, at most eight).
 PYTHON ?= python3
 VENV := .venv
@@ -25,7 +26,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: demo lint docs examples bench-gpu dist test test-fast test-slow test-kernels test-oldest test-cluster test-wheel clean
+.PHONY: demo lint docs examples bench-gpu dist test test-fast test-slow test-ability test-kernels test-oldest \
+	test-cluster test-wheel clean
 
 demo: $(READY)
 	$(VENV)/bin/kne demo
@@ -72,6 +74,13 @@ test-oldest:
 	grep -vE '^(huggingface-hub|peft|tokenizers|transformers)==' .ci/constraints.txt | cat - .ci/oldest.txt > build/oldest.txt
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=build/oldest.txt
 
+# General ability: lm-evaluation-harness and all that it brings, in an environment of its own.
+test-ability:
+	mkdir -p build
+	grep -v '^python-dateutil==' .ci/constraints.txt | cat - .ci/ability.txt > build/ability.txt
+	$(MAKE) test VENV=$(VENV)-ability CONSTRAINTS=build/ability.txt EXTRAS="ability examples quantised scripts test" \
+		TESTS="$(or $(TESTS),tests/benchmark/test_ability.py)"
+
 # The wheel as a stranger installs it: in a new environment, run outside this folder. RECORDS=8 is the whole demo.
 test-wheel: RECORDS := 1
 test-wheel: dist
@@ -82,7 +91,7 @@ test-wheel: dist
 	build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(UNRESOLVED)
 	cd build/wheel && venv/bin/kne demo --records $(RECORDS)
 
-$(READY): setup.cfg .ci/constraints.txt .ci/lab.txt .ci/oldest.txt
+$(READY): setup.cfg .ci/ability.txt .ci/constraints.txt .ci/lab.txt .ci/oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[$(RUN_EXTRAS)]'
 	$(PIP) install --quiet --no-deps $(UNRESOLVED)
@@ -103,4 +112,4 @@ $(READY)-%: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist outputs
+	rm -rf $(VENV) $(VENV)-ability $(VENV)-oldest build dist outputs

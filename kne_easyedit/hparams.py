@@ -72,7 +72,8 @@ class KNEHyperParams:
     localization_offset: int = 0
     """Number of the first of these facts in the file."""
     ensemble: str | None = None
-    """Ensemble file (JSON) to edit instead of localising. Written by ``NeuronEnsemble.save`` and ``kne localize``."""
+    """Ensemble file (JSON) to edit instead of localising. Written by ``NeuronEnsemble.save`` and ``kne localize``; or
+    ``magnitude``: the rows of largest norm (`named.MAGNITUDE`), a control."""
     cache_dir: str | None = None
     """Folder of the score cache; None: the user's cache folder (docs/localization.md, "The cache")."""
     chunk_rows: int | None = None

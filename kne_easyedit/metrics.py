@@ -17,8 +17,8 @@ from typing import Any, Literal
 from kne_easyedit._util.files import parse_json
 from kne_easyedit._util.markdown import markdown_table
 
-PERCENT, ENTROPY, SECONDS, BYTES = "percent", "n-gram entropy x 100", "seconds", "bytes"
-_SCALE = {PERCENT: 100, ENTROPY: 100, SECONDS: 1, BYTES: 1}
+PERCENT, ENTROPY, PER_TOKEN, SECONDS, BYTES = "percent", "n-gram entropy x 100", "per token", "seconds", "bytes"
+_SCALE = {PERCENT: 100, ENTROPY: 100, PER_TOKEN: 1, SECONDS: 1, BYTES: 1}
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def _theirs(key: str, short: str, meaning: str, field: str, **traits: Any) -> Me
 
 
 def _ours(key: str, short: str, meaning: str, better: Literal["up", "down"] = "up", **traits: Any) -> Metric:
-    """A share that runs of ours measure, in the field of its name; lines of earlier versions may lack it."""
-    return Metric(key, short, meaning, PERCENT, better, (key,), **{"optional": True, **traits})
+    """What runs of ours measure, in the field of its name, mostly a share; lines of earlier versions may lack it."""
+    return Metric(key, short, meaning, better=better, path=(key,), **{"unit": PERCENT, "optional": True, **traits})
 
 
 METRICS = (
@@ -171,6 +171,7 @@ METRICS = (
         ("metrics", "post", "fluency", "ngram_entropy"),
         paper_column=3,
     ),
+    _ours("perplexity", "PPL", "perplexity of a fixed text, the same for all", "down", unit=PER_TOKEN, retained=True),
     Metric(
         "seconds_per_edit",
         "SEC",

@@ -19,7 +19,7 @@ from kne_easyedit.benchmark import run
 from kne_easyedit.benchmark.config import job_of
 from kne_easyedit.benchmark.console import print_report
 from kne_easyedit.benchmark.hydra_workers import begin_job
-from kne_easyedit.doctor.study_plan import job_settings, plan_of
+from kne_easyedit.studies.plan import job_settings, plan_of
 
 HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
 

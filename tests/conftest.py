@@ -97,7 +97,7 @@ def tier_of(module: Path) -> str:
     imports = "\n".join(re.findall(r"^ *(?:from|import) .*", text, re.MULTILINE))
     if "smollm2_path" in imports:
         return "model"
-    return "easyedit" if re.search(r"\b(bridge|benchmark|methods)\b", imports) else "unit"
+    return "easyedit" if re.search(r"\b(bridge|benchmark|studies|methods)\b", imports) else "unit"
 
 
 BROAD = (

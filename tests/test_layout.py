@@ -24,6 +24,7 @@ ROOMS = (
     "bridge",
     "benchmark",
     "doctor",
+    "studies",
     "lab",
     "cli",
 )

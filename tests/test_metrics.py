@@ -151,6 +151,7 @@ LINE = {
     "denial": 0.4,
     "seconds": 2.0,
     "peak_bytes": 7,
+    "perplexity": 30.5,
     "metrics": RICH,
 }
 
@@ -173,6 +174,7 @@ def test_every_metric_is_read_from_a_result_line():
             "portability": 50.0,
             "locality": 20.0,
             "fluency": 500.0,
+            "perplexity": 30.5,
             "seconds_per_edit": 2.0,
             "peak_bytes": 7,
         }

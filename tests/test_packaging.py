@@ -32,10 +32,14 @@ def config() -> configparser.ConfigParser:
     return parser
 
 
-def pins() -> dict[str, list[Requirement]]:
+APART = "ability"
+"""The extra that has pins of its own beside the constraints, in .ci/ability.txt."""
+
+
+def pins(file: str = "constraints.txt") -> dict[str, list[Requirement]]:
     """Name of a package -> its lines in the constraints, one or one for each range of Pythons."""
     found: dict[str, list[Requirement]] = {}
-    for line in (ROOT / ".ci/constraints.txt").read_text().splitlines():
+    for line in (ROOT / ".ci" / file).read_text().splitlines():
         if line and not line.startswith("#"):
             requirement = Requirement(line)
             found.setdefault(normalized(requirement.name), []).append(requirement)
@@ -101,16 +105,19 @@ def test_a_file_that_no_list_installs_is_found(config):
 
 
 def test_every_package_of_every_extra_is_pinned(config):
-    wanted = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    extras = dict(config["options.extras_require"])
+    apart = {normalized(Requirement(line).name) for line in extras.pop(APART).split()}
+    wanted = [config["options"]["install_requires"], *extras.values()]
     names = {normalized(Requirement(line).name) for text in wanted for line in text.split()}
     assert names - pins().keys() == set()
+    assert apart <= pins(f"{APART}.txt").keys() and not apart & pins().keys()
 
 
 def test_what_these_packages_need_is_pinned_too(config):
     """As far as it is installed here; `make lint docs examples test` installs all of it."""
     extras = [*config["options.extras_require"], ""]
     todo = [*config["options"]["install_requires"].split()]
-    todo += [line for text in config["options.extras_require"].values() for line in text.split()]
+    todo += [line for name, text in config["options.extras_require"].items() if name != APART for line in text.split()]
     seen: set[tuple[str, frozenset[str]]] = set()
     while todo:
         requirement = Requirement(todo.pop())

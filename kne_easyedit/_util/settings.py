@@ -62,8 +62,9 @@ def public_settings(hparams: object) -> dict[str, Any]:
 
 
 _NAMES_A_PATH = re.compile(r"(\w+_)?(dir|data|path|file|folder)|ensemble|archive|P_loc")
-_NO_PATHS = ("embedded", "contriver_dir", "tokenizer_dir")
-"""The packaged facts; and settings of EasyEdit that sound like folders, but may name a model of the hub."""
+_NO_PATHS = ("embedded", "magnitude", "contriver_dir", "tokenizer_dir")
+"""The packaged facts; what ``ensemble`` may be in place of a file; and settings of EasyEdit that sound like folders,
+but may name a model of the hub."""
 
 
 def path_settings(hparams: object) -> dict[str, str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kne_easyedit._util.files import parse_json
-from kne_easyedit.benchmark.labels import data_name, data_set_order, method_order
+from kne_easyedit.benchmark.axes import renamed, sweeps
+from kne_easyedit.benchmark.general import NOTHING
+from kne_easyedit.benchmark.labels import curve_of, data_name, data_set_order, method_order
 from kne_easyedit.benchmark.manifest import check_manifest
 from kne_easyedit.benchmark.remembered import Lines
 from kne_easyedit.benchmark.result_line import ResultLine, parse_result
@@ -31,6 +33,8 @@ class Collection:
     """One for each data set, method, seed and record; ``data`` is the data set's name."""
     manifests: tuple[dict, ...]
     """Without the folders of paths, which mean nothing on another machine."""
+    axes: Mapping[str, str] = field(default_factory=dict)
+    """Name of a curve that was found by its jobs' settings (`axes.sweeps`) -> what was swept, in words."""
 
     def of(self, data: str, method: str) -> Lines:
         """The lines of one method on one data set."""
@@ -62,6 +66,8 @@ class Collection:
 def collect(paths: Iterable[str | Path]) -> Collection:
     """The result lines of any number of runs and shards, with the manifests beside them.
 
+    Jobs of one label that differ in settings of `axes.AXES` alone get labels of their own, ``LABEL@VALUE``.
+
     Args:
         paths: Results files, and folders that are searched for ``results.jsonl``.
 
@@ -75,15 +81,23 @@ def collect(paths: Iterable[str | Path]) -> Collection:
     """
     paths = list(paths)
     files = list(dict.fromkeys(file for path in paths for file in _results_of(Path(path))))
+    manifests = {file: _manifest(its) for file in files if (its := file.with_name("manifest.json")).is_file()}
+    swept = sweeps((data_name(Path(its["data"]["name"]).stem), its) for its in manifests.values())
+    points = {
+        file: {label: sweep.point(its) for label, sweep in swept.items() if label in its["methods"]}
+        for file, its in manifests.items()
+    }
     merged: dict[tuple, ResultLine] = {}
     known: dict[tuple, tuple[object, Path]] = {}
     for file in files:
+        at_end = _at_end(file.with_name("retention.jsonl"))
         for number, raw in read_lines(file):
             try:
-                line = parse_result(raw)
+                line = parse_result({**raw, **at_end.get((raw.get("method"), raw.get("index")), {})})
             except ValueError as error:
                 raise ValueError(f"{file}: line {number}: {error}") from error
-            line = _with_whole_characters({**line, "data": data_name(line["data"] or "")})
+            label = points.get(file, {}).get(line["method"], line["method"])
+            line = _with_whole_characters({**line, "data": data_name(line["data"] or ""), "method": label})
             group, seed = (line["data"], line["method"]), line["seed"]
             _require_same(known, (*group, "mode"), line["mode"], file)
             _require_same(known, (*group, "fingerprint", seed), line["fingerprint"], file)
@@ -92,8 +106,11 @@ def collect(paths: Iterable[str | Path]) -> Collection:
             merged[(*group, seed, line["index"], line["record"])] = line
     if not merged:
         raise ValueError(f"results: there are none in {', '.join(map(str, paths))}")
-    manifests = [_manifest(m) for m in (file.with_name("manifest.json") for file in files) if m.is_file()]
-    return Collection(tuple(sorted(merged.values(), key=lambda line: line["index"])), tuple(manifests))
+    return Collection(
+        tuple(sorted(merged.values(), key=lambda line: line["index"])),
+        tuple(renamed(its, points[file]) for file, its in manifests.items()),
+        {curve_of(point): swept[label].axes[0].name for its in points.values() for label, point in its.items()},
+    )
 
 
 def records_of(lines: Iterable[Mapping]) -> int:
@@ -104,6 +121,17 @@ def records_of(lines: Iterable[Mapping]) -> int:
 def seeds_of(lines: Iterable[Mapping]) -> int:
     """Under how many seeds the lines were made."""
     return len({line["seed"] for line in lines})
+
+
+def _at_end(file: Path) -> dict[tuple, dict]:
+    """Method and number of a record -> what the model could do beside its facts, after the last edit of a sequence."""
+    found: dict[tuple, tuple[int, dict]] = {}
+    for _, line in read_lines(file):
+        key, after = (line.get("method"), line.get("index")), line.get("after")
+        general = {name: line[name] for name in NOTHING if line.get(name) is not None}
+        if general and isinstance(after, int) and after >= found.get(key, (0, {}))[0]:
+            found[key] = after, general
+    return {key: general for key, (_, general) in found.items()}
 
 
 def _require_same(known: dict, what: tuple, value: object, file: Path) -> None:

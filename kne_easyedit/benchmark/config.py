@@ -22,8 +22,10 @@ from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.facts.records import EMBEDDED, load_records, load_requests
 from kne_easyedit.models.loading import load_model
 
-_ADDED = ("neighbours", "contradiction")
+_ADDED = ("neighbours", "contradiction", "perplexity", "ability", "ability_limit")
 """Settings of the evaluation that earlier versions did not have."""
+_NEW = ("evaluation.perplexity", "evaluation.ability", "evaluation.ability_limit")
+"""Settings that a configuration need not have."""
 
 
 def job_folder(settings: Mapping) -> Path:
@@ -178,11 +180,16 @@ def _check(settings: Mapping) -> None:
         "evaluation.fluency": bool,
         "evaluation.neighbours": int,
         "evaluation.contradiction": bool,
+        "evaluation.perplexity": str | None,
+        "evaluation.ability": list,
+        "evaluation.ability_limit": int | None,
         "statistics.file": str | None,
         "statistics.samples": int,
         "statistics.length": int,
     }
     for name, kind in kinds.items():
+        if name in _NEW and name.partition(".")[2] not in settings["evaluation"]:
+            continue
         value: object = settings
         for part in name.split("."):
             if not isinstance(value, Mapping) or part not in value:

@@ -58,6 +58,11 @@ def print_report(summary: Mapping[str, Any], folder: Path, examples: int = 3, ne
                 if stop[metric.key] is not None
             )
             print(f"{method} after {stop['edits']} edits, all of them asked again: {shown}")
+    for method, figures in summary["methods"].items():
+        for task, score in figures.get("ability", {}).items():
+            print(f"{method}: {task} {figures['ability_before'][task]:.3f} before, {score:.3f} after")
+        if (before := figures.get("perplexity_before")) is not None and figures["perplexity"] is not None:
+            print(f"{method}: perplexity {before:.2f} before, {figures['perplexity']:.2f} after")
     for complaint in summary["skipped"]:
         print(f"skipped: {complaint}")
     ensembles = sorted(path.name for path in folder.glob("ensemble*"))

@@ -105,7 +105,8 @@ def curve_parts(found: Collection, picture: Sequence[str]) -> list[str]:
                     rows.append([literal(data), literal(label), *shown])
     parts = [
         "## Curves",
-        "Each method with one of its settings swept; the number behind @ is the setting's value.",
+        "Each method with one of its settings swept; the number behind @ is the setting's value."
+        + "".join(f" {literal(name)}: {axis}." for name, axis in found.axes.items()),
         *picture,
         table_of_rows(rows),
         "A point **dominates** one of another method if its mean is at least as good in all of these metrics, over"

@@ -260,7 +260,8 @@ def draw_retention(found: dict[str, list[dict]], path: str | Path, title: str = 
     Raises:
         ImportError: If matplotlib is missing.
     """
-    metrics = retention_metrics(*(stop for stops in found.values() for stop in stops))
+    known = retention_metrics(*(stop for stops in found.values() for stop in stops))
+    metrics = [metric for metric in known if metric.unit == PERCENT]
     figure = new_figure(figsize=(11 / 3 * len(metrics), 3.6), layout="constrained")
     for axis, metric in zip(figure.subplots(1, len(metrics), sharey=True), metrics):
         for method, stops in found.items():

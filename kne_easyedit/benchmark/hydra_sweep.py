@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
+from kne_easyedit.benchmark.axes import is_axis
 from kne_easyedit.benchmark.config import distinguishing
 from kne_easyedit.benchmark.labels import data_name
 
@@ -77,6 +78,8 @@ def first_clash(jobs: Iterable[Mapping]) -> str | None:
         first = known.setdefault(key, settings)
         if first != settings:
             names = sorted(name for name in first.keys() | settings.keys() if first.get(name) != settings.get(name))
+            if all(is_axis(name, job) for name in names):  # a report tells them apart by themselves
+                continue
             shown = "; ".join(f"{name}: {first.get(name)} and {settings.get(name)}" for name in names)
             example = f"'method.label=\"{key[2]}-${{{names[0]}}}\"'"
             return (

@@ -15,6 +15,7 @@ from kne_easyedit._util.files import expand_path
 from kne_easyedit._util.machine import environment
 from kne_easyedit._util.settings import path_settings, public_settings
 from kne_easyedit.benchmark.checks import require_name
+from kne_easyedit.benchmark.general import Examination
 from kne_easyedit.bridge import patches
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.second_moments import needs_second_moments, own_files
@@ -76,6 +77,13 @@ class Run:
     """Prompts about other subjects that are asked of each record, to see what else an edit changes; 0: none."""
     contradiction: bool = False
     """Whether the model is asked if the new fact is not true (`probes.DENIALS`)."""
+    perplexity: str | Path | None = None
+    """A text file whose perplexity is taken: of the unedited model and after each edit, in a sequence where facts
+    edited earlier are evaluated again."""
+    ability: Sequence[str] = ()
+    """Tasks of lm-evaluation-harness (`ability.require_tasks`), at the same times."""
+    ability_limit: int | None = None
+    """Documents of a task at most; None: all."""
     fluency: bool = True
     """Whether text is sampled for the fluency metric; without it an evaluation takes about half the time."""
     skip_bad: bool = False
@@ -103,6 +111,11 @@ class Run:
         return next((hparams.separator for hparams in self.hparams.values() if hparams.alg_name == KNE), SEPARATOR)
 
     @property
+    def examination(self) -> Examination:
+        """What is measured of the model beside its facts."""
+        return Examination(self.perplexity, tuple(self.ability), self.ability_limit)
+
+    @property
     def moments_text(self) -> TextSource:
         """`text_source`; if it has no prompts, with those of the records."""
         prompts = self.text_source.prompts or [request["prompt"] for request in self.requests]
@@ -113,6 +126,7 @@ class Run:
 
         Raises:
             ValueError: Names the field, for settings that are out of range or do not go together.
+            FileNotFoundError, ImportError: As `general.Examination.require`.
         """
         if self.mode not in MODES:
             raise ValueError(f"mode: {self.mode!r} must be one of {', '.join(MODES)}")
@@ -125,6 +139,7 @@ class Run:
             raise ValueError(f"retention_every: {self.retention_every} must be at least 1")
         if self.neighbours < 0:
             raise ValueError(f"neighbours: {self.neighbours} must be at least 0, which asks none")
+        self.examination.require()
         if self.workers < 1 or (self.workers > 1 and self.mode == "sequential"):
             raise ValueError(
                 f"workers: {self.workers} with mode {self.mode}; "
@@ -228,6 +243,8 @@ def fingerprint(
     if job.neighbours or job.contradiction:  # added only then: lines of earlier versions keep their fingerprints
         of_others = None if job.mode == "single" else sorted((asked or {}).items())
         parts.append(["asked", job.neighbours, job.contradiction, of_others])
+    if job.examination:
+        parts.append(["general", *job.examination.identity()])
     return digest(parts)[:16]
 
 

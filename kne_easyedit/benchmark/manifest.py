@@ -12,7 +12,7 @@ from kne_easyedit._util.settings import public_settings
 from kne_easyedit._version import __version__
 from kne_easyedit.benchmark.checks import require, require_shape
 from kne_easyedit.benchmark.preparation import PreparedRun
-from kne_easyedit.benchmark.summary import retention, summarize
+from kne_easyedit.benchmark.summary import general_summary, retention, summarize
 from kne_easyedit.bridge import patches
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.metrics import is_number
@@ -64,6 +64,7 @@ def manifest_of(
         "chat_template": job.chat_template,
         "neighbours": job.neighbours,
         "contradiction": job.contradiction,
+        **({"general": prepared.examination.described()} if job.examination else {}),
         "fluency_variant": prepared.variant,
         "second_moments": second_moments,
         "fingerprints": prepared.fingerprints,
@@ -90,6 +91,8 @@ def summary_of(
     methods: dict[str, dict] = {method: summarize(_of(results, method)) for method in job.hparams}
     if job.mode == "sequential":
         methods = {method: {**its, "retention": retention(_of(retained, method))} for method, its in methods.items()}
+    for method, its in methods.items() if job.examination else ():
+        its |= general_summary(_of(results, method), _of(retained, method))
     return {
         "model": {"name": prepared.model_name, "sha256": prepared.weights},
         "data": job.data,

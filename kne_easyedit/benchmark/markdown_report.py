@@ -9,6 +9,7 @@ from statistics import fmean
 from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.curves import curve_parts
+from kne_easyedit.benchmark.general_report import general_parts
 from kne_easyedit.benchmark.intervals import Interval
 from kne_easyedit.benchmark.labels import data_name, is_kne
 from kne_easyedit.benchmark.neighbour_report import neighbour_parts
@@ -79,6 +80,7 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
             ]
             parts.append(table_of_rows(rows))
     parts += curve_parts(found, shown("curves.png"))
+    parts += general_parts(found)
     parts += ["## Cost", _costs(found)]
     parts += shown("time.png", "losses.png")
     parts += ["## Some answers before and after", _answers(found)]

@@ -11,6 +11,7 @@ from typing import Any
 from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings, resolve_paths
 from kne_easyedit.benchmark.bad_records import usable_records
+from kne_easyedit.benchmark.general import Examination
 from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, settings_digest
 from kne_easyedit.benchmark.probes import Asked, choose
 from kne_easyedit.benchmark.result_line import LineHead, is_readable, line_head
@@ -39,6 +40,8 @@ class PreparedRun:
     """Number of a record -> digest of its content."""
     asked: dict[int, Asked]
     """Number of a record -> what is asked of it beside EasyEdit's probes."""
+    examination: Examination
+    """What is measured of the model beside its facts; with absolute paths."""
     base: list
     """`job.base_fingerprint`."""
     hparams: dict[str, Any]
@@ -106,6 +109,7 @@ def prepare(job: Run) -> PreparedRun:
         requests=requests,
         records={request["index"]: record_digest(request) for request in requests},
         asked=asked,
+        examination=job.examination.resolved(),
         base=base,
         hparams=hparams,
         ensembles=ensembles,

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from kne_easyedit.benchmark.ability import Score
 from kne_easyedit.benchmark.answers import FreeAnswer, begins_with, is_whole
 from kne_easyedit.benchmark.checks import LONGEST, is_int, require
+from kne_easyedit.benchmark.general import General
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.benchmark.neighbourhood import AliasLine, Figures, NeighbourLine
 from kne_easyedit.benchmark.unedited import Probabilities, Unedited
@@ -81,6 +83,13 @@ class ResultLine(LineHead):
     aliases: list[AliasLine] | None
     denial_before: float | None
     denial: float | None
+    perplexity_before: float | None
+    """Of the run's text (`general.Examination`), by the unedited model. In a sequence the edited model is asked where
+    facts edited earlier are: retention lines have it, and a `Collection` puts that of the last here."""
+    perplexity: float | None
+    ability_before: dict[str, Score] | None
+    """Scores of the run's tasks, likewise."""
+    ability: dict[str, Score] | None
     metrics: dict[str, Any]
     """EasyEdit's, before (``pre``) and after (``post``) the edit."""
 
@@ -96,6 +105,9 @@ class RetentionLine(LineHead):
     neighbourhood_free: float | None
     bleed: float | None
     bleed_forced: float | None
+    perplexity: float | None
+    """This and the next field as in a `ResultLine`."""
+    ability: dict[str, Score] | None
     metrics: dict[str, Any]
     """EasyEdit's, after them (``post``)."""
 
@@ -120,6 +132,7 @@ def result_line(
     answer: FreeAnswer,
     probabilities: Probabilities,
     figures: Figures,
+    general: General,
     post: dict,
     *,
     seconds: float,
@@ -136,6 +149,7 @@ def result_line(
         answer: The free greedy answer after the edit.
         probabilities: Of the new and the old answer after the edit.
         figures: Of the neighbours.
+        general: What else the model can do after the edit.
         post: EasyEdit's metrics after the edit, compared with those before.
         seconds: To compute and write the edit.
         peak_bytes: Its peak memory; None if it was not measured.
@@ -164,11 +178,15 @@ def result_line(
         "probabilities_after": probabilities,
         "probes": len(figures["neighbours"]),
         **figures,
+        "perplexity_before": unedited["general"]["perplexity"],
+        "perplexity": general["perplexity"],
+        "ability_before": unedited["general"]["ability"],
+        "ability": general["ability"],
         "metrics": {"pre": _without_outputs(unedited["metrics"]), "post": post},
     }
 
 
-def retention_line(head: LineHead, after: int, figures: Figures, post: dict) -> RetentionLine:
+def retention_line(head: LineHead, after: int, figures: Figures, general: General, post: dict) -> RetentionLine:
     """The line of one record evaluated again after so many edits."""
     return {
         **head,
@@ -178,6 +196,8 @@ def retention_line(head: LineHead, after: int, figures: Figures, post: dict) -> 
         "neighbourhood_free": figures["neighbourhood_free"],
         "bleed": figures["bleed"],
         "bleed_forced": figures["bleed_forced"],
+        "perplexity": general["perplexity"],
+        "ability": general["ability"],
         "metrics": {"post": post},
     }
 
@@ -210,6 +230,7 @@ def parse_result(line: Mapping[str, Any]) -> ResultLine:
         require(line.get(name) is None or is_number(line[name]), name, line.get(name), "a finite number")
     for name in ("neighbours", "aliases"):
         _require_answers(line.get(name), name)
+    require_general(line)
     losses = line.get("losses")
     # A loss may be NaN: an edit that diverges is a finding.
     numbers = losses is None or (isinstance(losses, list) and all(isinstance(x, float) or is_number(x) for x in losses))
@@ -254,6 +275,20 @@ def _require_answers(found: object, field: str) -> None:
             require(isinstance(its.get(name), str), f"{field}[{i}].{name}", its.get(name), "a text")
         for name in ("kept", "forced_before", "forced_after"):
             require(its.get(name) is None or is_number(its[name]), f"{field}[{i}].{name}", its.get(name), "a number")
+
+
+def require_general(line: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the field, unless perplexities and scores are what reports can show."""
+    for name in ("perplexity_before", "perplexity"):
+        require(line.get(name) is None or is_number(line[name]), name, line.get(name), "a finite number")
+    for name in ("ability_before", "ability"):
+        scores = line.get(name) or {}
+        require(isinstance(scores, dict), name, scores, "a mapping")
+        for task, score in scores.items():
+            where = f"{name}.{task}"
+            require(len(task) <= 2 * LONGEST and task.isprintable(), name, task, "the name of a task")
+            require(isinstance(score, dict) and is_number(score.get("value")), where, score, "a score with its value")
+            require(score.get("stderr") is None or is_number(score["stderr"]), f"{where}.stderr", score, "a number")
 
 
 def _without_outputs(metrics: dict) -> dict:

@@ -28,6 +28,7 @@ from kne_easyedit.benchmark.answers import FreeAnswer, free_answers, one_line
 from kne_easyedit.benchmark.asking import AT_ONCE
 from kne_easyedit.benchmark.bad_records import describe_error, is_record_error, report_bad_record
 from kne_easyedit.benchmark.figures import draw_run
+from kne_easyedit.benchmark.general import NOTHING, General
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.benchmark.labels import suffix
 from kne_easyedit.benchmark.manifest import manifest_of, summary_of
@@ -123,7 +124,9 @@ class _Runner:
         self.job = job = prepared.job
         self.requests = prepared.requests
         self.device = device_of(job.model)
-        self.before = UneditedEvaluations(job, prepared.base, prepared.records, prepared.asked, quiet)
+        self.before = UneditedEvaluations(
+            job, prepared.base, prepared.records, prepared.asked, prepared.examination, quiet
+        )
         self.questioner = Questioner(job.tokenizer, job.separator)
         self.measured: set[str] = set()
         """Methods whose peak memory is known."""
@@ -192,11 +195,12 @@ class _Runner:
                 method, editor, [with_old_answer(editor, request, was) for request, was in zip(chunk, before)]
             )
             lines = []
+            general = self._general(editor)
             for request, was in zip(chunk, before):
                 answer = free_answers(editor.model, self.job.tokenizer, request, self.job.separator)
                 # Reported before the evaluation, which takes longer.
                 yield "answer", method, (request["index"], request["prompt"], answer.beginning)
-                lines.append(self._line(method, editor, request, was, answer, seconds / len(chunk), peak))
+                lines.append(self._line(method, editor, request, was, answer, general, seconds / len(chunk), peak))
             return lines
         except Exception as error:
             editor.undo()
@@ -269,18 +273,21 @@ class _Runner:
         if (request["index"], method) not in self.done:
             answer = free_answers(editor.model, self.job.tokenizer, request, self.job.separator)
             self._take("answer", method, (request["index"], request["prompt"], answer.beginning))
-            self._keep(self._line(method, editor, request, was, answer, seconds, peak))
+            self._keep(self._line(method, editor, request, was, answer, NOTHING, seconds, peak))
         return True
 
     def _evaluate_again(
         self, method: str, editor: bridge.MethodEditor, edited: Sequence[tuple[dict, Unedited]], again: set[tuple]
     ) -> None:
         """Evaluates all facts edited so far; ``again`` holds what was evaluated already, as (edits, index)."""
+        left = any((len(edited), request["index"]) not in again for request, _ in edited)
+        general = self._general(editor) if left else NOTHING
         for request, was in edited:
             if (len(edited), request["index"]) not in again:
                 post = self._post(editor, request, was, fluency=False)
                 figures = self._figures(editor, request, was, post, neighbours_only=True)
-                self.retained.append(retention_line(self.prepared.head(method, request), len(edited), figures, post))
+                head = self.prepared.head(method, request)
+                self.retained.append(retention_line(head, len(edited), figures, general, post))
                 again.add((len(edited), request["index"]))
 
     def _apply(self, method: str, editor: bridge.MethodEditor, chunk: Sequence[dict]) -> tuple[float, int | None]:
@@ -306,6 +313,7 @@ class _Runner:
         request: dict,
         was: Unedited,
         answer: FreeAnswer,
+        general: General,
         seconds: float,
         peak: int | None,
     ) -> ResultLine:
@@ -318,11 +326,19 @@ class _Runner:
             answer,
             answer_probabilities(editor.model, self.job.tokenizer, request, self.job.separator),
             self._figures(editor, request, was, post),
+            general,
             post,
             seconds=seconds,
             peak_bytes=peak,
             losses=editor.losses,
         )
+
+    def _general(self, editor: bridge.MethodEditor) -> General:
+        """What the model as it is can do beside its facts; nothing if the run does not ask."""
+        if not self.prepared.examination:
+            return NOTHING
+        with self.quiet():
+            return self.prepared.examination.of(editor.model, self.job.tokenizer)
 
     def _post(self, editor: bridge.MethodEditor, request: dict, was: Unedited, *, fluency: bool) -> dict:
         """EasyEdit's metrics of the model as it is, compared with those before the edit."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
 from kne_easyedit.benchmark.remembered import of_lines
 from kne_easyedit.metrics import own_metrics, retention_metrics, summarize_metrics
@@ -36,3 +38,42 @@ def retention(lines: Sequence[Mapping]) -> list[dict]:
     found = {count: summarize([line for line in lines if line["after"] == count]) for count in counts}
     names = [*(metric.key for metric in retention_metrics(*found.values())), "records"]
     return [{"edits": count, **{name: summary[name] for name in names}} for count, summary in found.items()]
+
+
+def general_summary(results: Sequence[Mapping], retained: Sequence[Mapping]) -> dict[str, Any]:
+    """What a method leaves of what the model could do before: of the edits, or of a sequence at its end.
+
+    Args:
+        results: Its result lines.
+        retained: Its retention lines; none in other modes.
+
+    Returns:
+        ``perplexity_before``, ``perplexity``, ``ability_before`` and ``ability`` (`scores`).
+    """
+    last = max((line["after"] for line in retained), default=None)
+    after = [line for line in retained if line["after"] == last] if retained else results
+    found = [
+        [its for line in lines if (its := line.get(name)) is not None]
+        for lines, name in ((results, "perplexity_before"), (after, "perplexity"))
+    ]
+    before, now = (fmean(values) if values else None for values in found)
+    return {
+        "perplexity_before": before,
+        "perplexity": now,
+        "ability_before": scores(results, "ability_before"),
+        "ability": scores(after, "ability"),
+    }
+
+
+def scores(lines: Sequence[Mapping], field: str) -> dict[str, float]:
+    """Task and metric -> mean score over the lines that have one.
+
+    Args:
+        lines: Result or retention lines.
+        field: ``ability`` or ``ability_before``.
+    """
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        for task, score in (line.get(field) or {}).items():
+            found.setdefault(task, []).append(score["value"])
+    return {task: fmean(values) for task, values in found.items()}

@@ -12,7 +12,7 @@ from kne_easyedit.benchmark.intervals import Interval, interval, paired
 from kne_easyedit.benchmark.labels import is_kne
 from kne_easyedit.benchmark.remembered import of_lines
 from kne_easyedit.benchmark.result_line import ResultLine
-from kne_easyedit.benchmark.summary import summarize
+from kne_easyedit.benchmark.summary import scores, summarize
 from kne_easyedit.metrics import Metric, qualities
 
 
@@ -44,6 +44,7 @@ def figures(found: Collection) -> dict:
             if lines := found.of(data, method):
                 result[data][method] = {
                     **summarize(lines),
+                    **({"ability": found_scores} if (found_scores := scores(lines, "ability")) else {}),
                     "records": records_of(lines),
                     "seeds": seeds_of(lines),
                     "categories": {
@@ -95,6 +96,7 @@ def _before_edit(line: ResultLine) -> dict:
         "whole_answer": None if whole is None else float(is_whole(whole, target)),
         "bleed_forced": fmean(forced) if forced else None,
         "denial": line["denial_before"],
+        "perplexity": line["perplexity_before"],
     }
 
 

@@ -15,6 +15,7 @@ from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import atomic_write, parse_json
 from kne_easyedit.benchmark.answers import free_answers
 from kne_easyedit.benchmark.asking import askable, probabilities
+from kne_easyedit.benchmark.general import NOTHING, Examination, General, is_general
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.benchmark.neighbourhood import Before, Questioner
 from kne_easyedit.benchmark.probes import Asked
@@ -48,6 +49,8 @@ class Unedited(TypedDict):
     probabilities: Probabilities
     asked: Before
     """The answers to what else is asked of the record."""
+    general: General
+    """What else the model can do: the same for all records."""
 
 
 class UneditedEvaluations:
@@ -60,6 +63,7 @@ class UneditedEvaluations:
         base: What such an evaluation depends on, the record apart (`job.base_fingerprint`).
         records: Number of a record -> its digest.
         asked: Number of a record -> what is asked of it beside EasyEdit's probes.
+        examination: What is measured of the model beside its facts.
         quiet: A context in which nothing is printed.
     """
 
@@ -69,11 +73,13 @@ class UneditedEvaluations:
         base: list,
         records: Mapping[int, str],
         asked: Mapping[int, Asked],
+        examination: Examination,
         quiet: Callable[[], contextlib.AbstractContextManager],
     ):
         self.job, self.base, self.records, self.asked, self.quiet = job, base, records, asked, quiet
         self.questioner = Questioner(job.tokenizer, job.separator)
         self.folder = job.before_folder or job.folder / "before"
+        self.general = self._general(examination)
 
     def of(self, editor: bridge.MethodEditor, request: dict) -> Unedited:
         """The evaluation of one record, from its file if there is one."""
@@ -96,7 +102,19 @@ class UneditedEvaluations:
             text = json.dumps(found, ensure_ascii=False)
             atomic_write(path, text)
             found = json.loads(text)
-        return cast(Unedited, {**found, "asked": found["asked"][asked.key]})
+        return cast(Unedited, {**found, "asked": found["asked"][asked.key], "general": self.general})
+
+    def _general(self, examination: Examination) -> General:
+        """What else the unedited model can do, from its file if there is one; nothing if the run does not ask."""
+        if not examination:
+            return NOTHING
+        path = self.folder / f"general-{digest([self.base, examination.identity()])[:32]}.json"
+        if path.is_file() and is_general(found := parse_json(path.read_bytes())):
+            return cast(General, found)
+        with self.quiet():
+            measured = examination.of(self.job.model, self.job.tokenizer)
+        atomic_write(path, json.dumps(measured))
+        return measured
 
 
 def answer_probabilities(

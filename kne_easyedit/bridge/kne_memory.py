@@ -23,7 +23,7 @@ from kne_easyedit.editing.neighbours import neighbours_in_step, neighbours_wante
 from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.editing.projection import LARGEST_SHARE
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.localization.named import named_targets
 from kne_easyedit.models.devices import dtype_of
 from kne_easyedit.models.targets import Target, resolve_target
 
@@ -207,8 +207,7 @@ def _bases(hparams: KNEHyperParams, rows: list[tuple[Target, int]]) -> int:
 def _trained_rows(model: Any, hparams: KNEHyperParams) -> list[tuple[Target, int]]:
     """The modules, and how many rows of them are trained: the floor(p * neurons) of Eq. 6 if no ensemble is named."""
     if hparams.ensemble is not None:
-        found = NeuronEnsemble.load(hparams.ensemble).targets(model).values()
-        return [(target, sum(map(len, rows))) for target, rows in found]
+        return named_targets(model, hparams)
     targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
     return [(t, hparams.selection.budget(len(t.layers) * t.n_neurons)) for t in targets]
 

@@ -118,6 +118,20 @@ def add_overrides(parser: argparse.ArgumentParser, help_of_set: str) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=help_of_set)
 
 
+def add_general(parser: argparse.ArgumentParser) -> None:
+    """``--perplexity``, ``--ability`` and ``--ability-limit``: what is asked of a model beside its facts."""
+    parser.add_argument("--perplexity", type=Path, metavar="FILE", help="the perplexity of a text before and after")
+    parser.add_argument(
+        "--ability",
+        type=lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
+        default=(),
+        metavar="TASKS",
+        help="comma-separated tasks of lm-evaluation-harness, by name or YAML file, before and after "
+        "(pip install 'kne_easyedit[ability]')",
+    )
+    parser.add_argument("--ability-limit", type=positive, metavar="N", help="documents a task at most (default: all)")
+
+
 def overrides_of(settings: Sequence[str]) -> dict[str, object]:
     """The settings given by ``--set NAME=VALUE``: name -> value as YAML reads it. Raises ValueError for other texts."""
     overrides = {}

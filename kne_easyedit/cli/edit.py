@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kne_easyedit.cli.common import (
     BEGINS_AGAIN,
+    add_general,
     add_settings_of_model,
     load_settings,
     of_the_paper,
@@ -52,6 +53,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--neighbours", type=int, default=4, metavar="N", help="neighbours asked of each fact (default %(default)s)"
     )
+    add_general(parser)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, metavar="DIR", help="folder of the edit: new, or empty")
     where.add_argument(
@@ -65,7 +67,8 @@ def _edit(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from kne_easyedit.benchmark.before_after import Questions
-    from kne_easyedit.cli.side_by_side import FACTS, print_questions
+    from kne_easyedit.benchmark.general import Examination, general_rows
+    from kne_easyedit.cli.side_by_side import FACTS, print_questions, print_rows
     from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit, require_reached
     from kne_easyedit.editing.kne_edit import KNEEdit
     from kne_easyedit.edits.beside import kept_beside
@@ -76,6 +79,8 @@ def _edit(arguments: argparse.Namespace) -> int:
 
     store = _store(arguments)
     requests = _requests(arguments)
+    examination = Examination(arguments.perplexity, arguments.ability, arguments.ability_limit)
+    examination.require()
     quantised = {} if arguments.load_in is None else {"load_in": arguments.load_in}
     hparams = load_settings(arguments, {**(of_the_paper() if arguments.paper else {}), **quantised})
     model, tokenizer = load_model(hparams)
@@ -97,6 +102,7 @@ def _edit(arguments: argparse.Namespace) -> int:
         chat=hparams.use_chat_template,
     )
     before = questions.ask(model)
+    general_before = examination.of(model, tokenizer)
     edits: list[KNEEdit] = []
     start = time.monotonic()
     with tqdm(total=hparams.num_steps, desc="training", unit="step", leave=False, disable=None) as bar:
@@ -124,6 +130,9 @@ def _edit(arguments: argparse.Namespace) -> int:
     )
     with rows_added(model, edit.deltas if beside else {}):
         print_questions(questions, before, questions.ask(model))
+        if examination:
+            print("\nbeside the facts:")
+            print_rows([("", "before", "after"), *general_rows(general_before, examination.of(model, tokenizer))])
     if len(requests) > FACTS:
         print(f"\n... and {len(requests) - FACTS} facts more: kne show {where}")
     print(f"\nWritten to {where}; the model's own files stay. Ask it: kne ask {arguments.store or where}")

@@ -39,8 +39,8 @@ def _report(arguments: argparse.Namespace) -> int:
     out = arguments.out or (first if first.is_dir() else first.parent) / "report"
     require_folder(out)
     if arguments.study:
-        from kne_easyedit.benchmark.study_reading import read_studies
-        from kne_easyedit.benchmark.study_report import publish_studies
+        from kne_easyedit.studies.reading import read_studies
+        from kne_easyedit.studies.report import publish_studies
 
         page = publish_studies(read_studies(arguments.results), out, arguments.title or "The paper's studies")
         print(f"Written to {out}: {page.name}, studies.md, studies.json, studies.csv and the pictures")

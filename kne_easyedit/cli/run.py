@@ -9,7 +9,7 @@ from typing import Any
 
 from kne_easyedit.benchmark import MODES, Run
 from kne_easyedit.bridge import TextSource
-from kne_easyedit.cli.common import add_overrides, overrides_of, positive, require_folder, with_overrides
+from kne_easyedit.cli.common import add_general, add_overrides, overrides_of, positive, require_folder, with_overrides
 from kne_easyedit.cli.comparison import add_workers, execute, load_all
 from kne_easyedit.facts.records import load_records
 
@@ -58,6 +58,7 @@ def add_commands(commands: Any) -> None:
     job.add_argument(
         "--contradiction", action="store_true", help="also ask the edited model whether the new fact is not true"
     )
+    add_general(job)
     job.add_argument(
         "--chat-template", action="store_true", help="every prompt in the model's chat template, at edit and evaluation"
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -19,19 +18,26 @@ from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.markdown import markdown_table
 from kne_easyedit._util.settings import EVALUATORS
-from kne_easyedit.benchmark.studies import STUDIES
-from kne_easyedit.benchmark.study_points import Plan
 from kne_easyedit.cli.common import (
+    add_general,
     add_settings_of_model,
     load_settings,
+    of_the_paper,
     overrides_of,
     positive,
-    read_settings,
     require_folder,
     shipped,
 )
+from kne_easyedit.facts.records import EMBEDDED
+from kne_easyedit.studies.definitions import STUDIES
+from kne_easyedit.studies.points import Plan
+
+if TYPE_CHECKING:
+    from kne_easyedit.localization.ensemble import NeuronEnsemble
 
 RECORDS = 40
+DRAWS = 20
+"""Of facts, where only ensembles are compared."""
 TIMES = "times.jsonl"
 """In the study's folder: how long each job took, for estimates."""
 
@@ -55,6 +61,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--localization-size", type=positive, help="how many of them, in studies that do not sweep it")
     parser.add_argument("--values", help="comma-separated values of the axis (default: the paper's)")
     parser.add_argument("--draws", type=positive, help="draws of facts (facts: 3) or of random rows (share: 1)")
+    parser.add_argument(
+        "--ensembles-only",
+        action="store_true",
+        help="facts: find the ensembles of many draws (default 20) and compare them; nothing is edited",
+    )
     parser.add_argument("--sequences", help="batch: comma-separated numbers of edits one after the other")
     add_settings_of_model(parser)
     parser.add_argument(
@@ -65,6 +76,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--label", help="what the labels begin with (default: KNE)")
     parser.add_argument("--neighbours", type=int, default=8, metavar="N", help="as in kne run (default %(default)s)")
+    add_general(parser)
     parser.add_argument("--no-fluency", action="store_true", help="sample no text: about half the time")
     parser.add_argument("--seed", type=int, default=42, help="default %(default)s")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th record from the i-th on (default %(default)s)")
@@ -76,7 +88,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from kne_easyedit.doctor.study_plan import plan_for
+    from kne_easyedit.studies.plan import plan_for
 
     require_folder(arguments.out)
     with _settings_folder(arguments) as folder:
@@ -87,10 +99,47 @@ def _study(arguments: argparse.Namespace) -> int:
         )
         if sequences is not None and arguments.study != "batch":
             raise ValueError(f"--sequences: belongs to the study batch, not to {arguments.study}")
-        plan = plan_for(settings, folder, arguments.study, values, arguments.draws, sequences)
+        if arguments.ensembles_only and arguments.study != "facts":
+            raise ValueError(f"--ensembles-only: belongs to the study facts, not to {arguments.study}")
+        draws = arguments.draws or (DRAWS if arguments.ensembles_only else None)
+        plan = plan_for(settings, folder, arguments.study, values, draws, sequences)
         jobs = [point.configured(settings) for point in plan.points]
+        if arguments.ensembles_only:
+            return _compare_ensembles(plan, jobs, folder, arguments)
         _print_plan(plan, jobs, arguments.out)
         return 0 if arguments.dry_run else _run_all(jobs, folder, arguments.out)
+
+
+def _compare_ensembles(
+    plan: Plan, jobs: Sequence[Mapping[str, Any]], folder: Path, arguments: argparse.Namespace
+) -> int:
+    """The overlaps of the ensembles of all points, without any edit. Returns the exit code."""
+    from kne_easyedit.studies.ensembles import find_ensembles, overlap_table, overlaps, publish_overlaps
+
+    drawn: dict[str, int] = {}
+    facts: set[int] = set()
+    for point in plan.points:
+        first, n = (point.settings[f"localization_{name}"] for name in ("offset", "size"))
+        drawn[point.place.value] = drawn.get(point.place.value, 0) + 1
+        facts |= {*range(first, first + n)}
+    print(f"{len(jobs)} ensembles, {len(facts)} different facts; those in the score cache take no time")
+    print("\n".join(f"  {value:>4} facts: {n} draws" for value, n in drawn.items()))
+    for reason in plan.left_out:
+        print(f"left out: {reason}")
+    if arguments.dry_run:
+        return 0
+
+    def on_found(label: str, ensemble: NeuronEnsemble) -> None:
+        print(f"{label}: {ensemble.size} rows", flush=True)
+        ensemble.save(arguments.out / "ensembles" / f"{label}.json")
+
+    found = overlaps(find_ensembles(jobs, folder, on_found))
+    job = jobs[0]
+    facts_of = Path(job["data"]["localization"]["file"]).name
+    of = f"{plan.points[0].place.method} on {job['model']['file']}, facts of {facts_of}"
+    page = publish_overlaps(found, of, arguments.out / "report")
+    print(f"\n{overlap_table(found)}\n\nWritten to {arguments.out}: ensembles, {page.relative_to(arguments.out)}")
+    return 0
 
 
 @contextmanager
@@ -113,7 +162,7 @@ def _configuration(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     content = {name: value for name, value in hparams.to_dict().items() if name not in EVALUATORS}
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(file, yaml.safe_dump(content, sort_keys=False))
-    paper = read_settings(shipped() / "benchmark" / "method" / "kne.yaml")["settings"] if arguments.paper else {}
+    paper = of_the_paper() if arguments.paper else {}
     modules = {"target_modules": arguments.modules} if arguments.modules else {}
     where = {name: overrides.pop(f"localization_{name}", None) for name in ("data", "size", "offset")}
     where = {
@@ -121,13 +170,17 @@ def _configuration(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
         "size": arguments.localization_size or where["size"],
         "offset": where["offset"],
     }
-    settings = {
-        name: value
-        for name, value in read_settings(shipped() / "benchmark.yaml").items()
-        if name in ("on_bad_record", "evaluation", "statistics")
+    data_sets = [path.stem for path in (shipped() / "benchmark" / "data").glob("*.yaml")]
+    composed = _composed(arguments.data if arguments.data in data_sets else EMBEDDED)
+    settings = {name: composed[name] for name in ("on_bad_record", "evaluation", "statistics")}
+    settings["evaluation"] |= {
+        "fluency": not arguments.no_fluency,
+        "neighbours": arguments.neighbours,
+        "perplexity": None if arguments.perplexity is None else str(arguments.perplexity),
+        "ability": list(arguments.ability),
+        "ability_limit": arguments.ability_limit,
     }
-    settings["evaluation"] |= {"fluency": not arguments.no_fluency, "neighbours": arguments.neighbours}
-    data = _data(arguments, hparams)
+    data = _data(arguments, composed["data"] if arguments.data in data_sets else _of_file(arguments.data, hparams))
     data["localization"] |= {name: value for name, value in where.items() if value is not None}
     if where["file"] is not None and where["offset"] is None:
         data["localization"]["offset"] = 0
@@ -146,24 +199,34 @@ def _configuration(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     }
 
 
-def _data(arguments: argparse.Namespace, hparams: Any) -> dict[str, Any]:
-    """The part ``data`` of the configuration: of a data set's file in hparams/benchmark/data, or of a data file."""
-    named = {path.stem: path for path in sorted((shipped() / "benchmark" / "data").glob("*.yaml"))}
-    if arguments.data in named:
-        text = named[arguments.data].read_text(encoding="utf-8")
-        home = os.environ.get("KNOWEDIT") or "./data/KnowEdit"
-        data = yaml.safe_load(text.replace("${knowedit}", home))
-    else:
-        data = {
-            "name": Path(arguments.data).stem,
-            "file": str(arguments.data),
-            "offset": 0,
-            "localization": {
-                "file": hparams.localization_data or "embedded",
-                "offset": hparams.localization_offset,
-                "size": hparams.localization_size,
-            },
-        }
+def _composed(data: str) -> dict[str, Any]:
+    """The benchmark's configuration for one of its data sets, as Hydra composes it for scripts/run_benchmark.py."""
+    try:
+        from hydra import compose, initialize_config_dir
+        from omegaconf import OmegaConf
+    except ImportError as error:
+        raise ImportError("kne study needs hydra-core: pip install 'kne_easyedit[easyedit]'") from error
+    with initialize_config_dir(str(shipped()), version_base="1.3"):
+        config = compose("benchmark", overrides=[f"benchmark/data@data={data}"])
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))  # the configuration is a mapping
+
+
+def _of_file(file: str, hparams: Any) -> dict[str, Any]:
+    """The part ``data`` of the configuration for a data file; what is localised on is the settings' own."""
+    return {
+        "name": Path(file).stem,
+        "file": file,
+        "offset": 0,
+        "localization": {
+            "file": hparams.localization_data or EMBEDDED,
+            "offset": hparams.localization_offset,
+            "size": hparams.localization_size,
+        },
+    }
+
+
+def _data(arguments: argparse.Namespace, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The part ``data`` with the options' number of records and first record."""
     return {
         **data,
         "records": min(arguments.records, data.get("records") or arguments.records),

@@ -13,7 +13,7 @@ from kne_easyedit.bridge.edited_modules import adapted, at_layer, depth, fine_tu
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.doctor.findings import OK, WARNING, Finding, failure
 from kne_easyedit.hparams import KNEHyperParams
-from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.localization.named import named_targets
 from kne_easyedit.models.editable import stored_quantisation
 from kne_easyedit.models.layer_kinds import UNQUANTISED
 from kne_easyedit.models.targets import nearest_templates, resolve_target
@@ -47,7 +47,7 @@ def _module_faults(model: nn.Module, hparams: Any) -> Iterator[str]:
             for template in hparams.target_modules:
                 resolve_target(model, template, hparams.layers)
             if hparams.ensemble is not None:
-                NeuronEnsemble.load(hparams.ensemble).targets(model)
+                named_targets(model, hparams)
         except ValueError as error:
             yield str(error)
         except OSError as error:

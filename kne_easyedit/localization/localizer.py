@@ -22,6 +22,7 @@ from kne_easyedit.facts.encoding import Fact, Tokenizer
 from kne_easyedit.localization.batches import Sweep, batches, tokens_of, unique_facts
 from kne_easyedit.localization.data import encode_facts, localization_requests
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
+from kne_easyedit.localization.named import MAGNITUDE, named_ensemble, named_targets
 from kne_easyedit.localization.selection import Selection
 from kne_easyedit.localization.settings import LocalizationSettings
 from kne_easyedit.models.editable import require_bare, require_editable
@@ -64,7 +65,8 @@ def find_ensemble(
 
     With ``localization_data`` set it is computed once for each loaded model and then reused, also through sequential
     edits (`forget` ends that), as long as file and tokenizer give the same facts in tokens. With neither that nor
-    ``ensemble`` set it depends on ``requests`` and on the weights as they are. An ensemble file is read each time.
+    ``ensemble`` set it depends on ``requests`` and on the weights as they are. An ensemble file is read each time; rows
+    by the size of their weights (`named.MAGNITUDE`) are found once, too.
 
     Args:
         model: A causal language model; it is left as it is.
@@ -87,7 +89,13 @@ def find_ensemble(
     """
     require_editable_by(model, hparams, beside=True)
     if hparams.ensemble is not None:
-        return NeuronEnsemble.load(hparams.ensemble)
+        if hparams.ensemble != MAGNITUDE:
+            return named_ensemble(model, hparams)
+        key = _Key(hparams.selection, tuple(hparams.target_modules), 0, "", 0, MAGNITUDE)
+        found = _ENSEMBLES.setdefault(model, {})
+        if key not in found:
+            found[key] = named_ensemble(model, hparams)
+        return found[key]
     if hparams.localization_data is None:
         return localize(model, tokenizer, requests, hparams)
     facts = encode_facts(model, tokenizer, localization_requests(hparams), hparams)
@@ -382,7 +390,7 @@ def require_editable_by(model: nn.Module, hparams: LocalizationSettings, beside:
     """
     require_bare(model)
     if hparams.ensemble is not None:
-        targets = [target for target, _ in NeuronEnsemble.load(hparams.ensemble).targets(model).values()]
+        targets = [target for target, _ in named_targets(model, hparams)]
     else:
         targets = [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
     modules = {name: module for target in targets for name, module in zip(target.names, target.modules)}

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_report import LINES, MANIFEST, line, write
+from made_results import LINES, MANIFEST, line, write
 
 from kne_easyedit import cli
 from kne_easyedit._util.markdown import literal

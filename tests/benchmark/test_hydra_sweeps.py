@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import LLAMA_DOWN
+from hydra_jobs import ROOT, command, composed, environment, place_fixture, run  # noqa: F401  (a fixture)
 from omegaconf import OmegaConf
-from test_run_benchmark import ROOT, command, composed, environment, place_fixture, run  # noqa: F401  (a fixture)
 
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.config import job_folder, job_of
@@ -119,15 +119,23 @@ def test_a_longer_run_takes_over_the_lines_of_a_shorter_one_and_of_one_of_old(pl
 MODULES = f'++method.settings.target_modules=["{LLAMA_DOWN}"],["model.layers.{{}}.mlp.up_proj"]'
 
 
+@pytest.mark.slow
+def test_modules_and_shares_are_told_apart_without_labels(place):
+    run(place, "axes", "benchmark/method@method=kne", MODULES, "++method.settings.p=0.2,0.4", "data.records=1", *FAST)
+    found = collect([place / "axes"])
+    assert found.methods == [f"KNE-{module}@{p}" for module in ("down_proj", "up_proj") for p in ("0.2", "0.4")]
+
+
 @pytest.mark.parametrize("launcher", ["basic", "two_workers"])
 def test_a_sweep_whose_report_would_be_refused_does_not_start(place, launcher):
     out = f"refused-{launcher}"
-    arguments = command(place, out, "benchmark/method@method=kne", MODULES, f"hydra/launcher={launcher}")
+    swept = "++method.settings.num_steps=2,3"
+    arguments = command(place, out, "benchmark/method@method=kne", swept, f"hydra/launcher={launcher}")
     done = subprocess.run(arguments, cwd=place, env=environment(place), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "two jobs of this sweep would both be called 'KNE' in the report on records" in done.stderr
     assert (
-        "method.settings.target_modules" in done.stderr
+        "method.settings.num_steps" in done.stderr
         and "'method.label=" in done.stderr
         and "Traceback" not in done.stderr
     )
@@ -146,14 +154,18 @@ def test_which_jobs_can_stand_in_one_report():
     for change in (
         "evaluation.fluency=false",
         "evaluation.mode=sequential",
-        "data.localization.size=7",
-        "++method.settings.p=0.5",
+        "++method.settings.lr=0.5",
         "statistics.samples=7",
     ):
         changed = settings(change)
         assert change.partition("=")[0].removeprefix("++") in first_clash([settings(), changed])
         changed["method"]["label"] = "another"
         assert first_clash([settings(), changed]) is None
+    for axis in ("data.localization.size=7", "++method.settings.p=0.5", "++method.settings.target_modules=[a]"):
+        assert first_clash([settings(), settings(axis)]) is None  # the report tells them apart
+        ft = [settings(*changes, "benchmark/method@method=ft") for changes in ([], [axis])]
+        assert axis.partition("=")[0].removeprefix("++") in first_clash(ft)
+    assert first_clash([settings("evaluation.mode=batch", f"evaluation.batch_size={n}") for n in (1, 5)]) is None
     sequences = [settings("evaluation.mode=sequential", f"data.records={n}") for n in (3, 4)]
     assert "data.records: 3 and 4" in first_clash(sequences)  # in a sequence each edit depends on the others
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_report import line, write
+from made_results import line, write
 
 from kne_easyedit import cli, metrics
 from kne_easyedit.benchmark.collect import collect

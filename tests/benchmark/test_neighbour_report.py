@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_report import MANIFEST, line, write
+from made_results import MANIFEST, line, write
 
 from kne_easyedit import cli
 from kne_easyedit.benchmark.collect import collect

@@ -7,8 +7,8 @@ import logging
 
 import pytest
 from conftest import tiny_hparams
+from made_results import line, write
 from runs import counting, job_fixture, lines_of, record  # noqa: F401  (a fixture)
-from test_report import line, write
 
 from kne_easyedit.benchmark import run
 from kne_easyedit.benchmark.collect import collect

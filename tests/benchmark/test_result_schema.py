@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from made_results import line, write
 from runs import counting, job_fixture, lines_of, quick_fixture  # noqa: F401  (fixtures)
-from test_report import line, write
 
 from kne_easyedit.benchmark import run
 from kne_easyedit.benchmark.collect import collect

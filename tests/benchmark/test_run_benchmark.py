@@ -5,68 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import HANGS, make_llama, make_tokenizer, with_same_threads
-from hydra import compose, initialize_config_dir
+from conftest import HANGS
+from hydra_jobs import ROOT, TINY, command, composed, environment, place_fixture, run  # noqa: F401  (a fixture)
 from omegaconf import OmegaConf
-from runs import record
 
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.config import job_of, shard_of
 from kne_easyedit.benchmark.publish import publish
 from kne_easyedit.hparams import KNEHyperParams
-
-ROOT = Path(__file__).parents[2]
-TINY = [
-    "on_bad_record=fail",
-    "++model.settings.model_name=tiny-model",
-    "++method.settings.layers=[2]",
-    "statistics.samples=4",
-]
-
-
-@pytest.fixture(scope="module", name="place")
-def place_fixture(tmp_path_factory) -> Path:
-    """A folder with a model, three records and facts to localise on."""
-    folder = tmp_path_factory.mktemp("benchmark")
-    make_llama().save_pretrained(folder / "tiny-model")
-    make_tokenizer().save_pretrained(folder / "tiny-model")
-    (folder / "records.json").write_text(json.dumps([record(), record("Spain", "Oslo"), record("Peru", "Marie")]))
-    (folder / "facts.json").write_text(json.dumps([record("Italy", "Madrid"), record("Rome", "Lima")]))
-    return folder
-
-
-def command(place: Path, out: str, *overrides: str) -> list[str]:
-    data = [
-        "benchmark/data@data=embedded",
-        "data.name=tiny",
-        "data.file=records.json",
-        "data.offset=0",
-        "data.localization.file=facts.json",
-    ]
-    return [sys.executable, str(ROOT / "scripts/run_benchmark.py"), "-m", *data, *TINY, f"out={out}", *overrides]
-
-
-def environment(place: Path, **changes: str) -> dict[str, str]:
-    return {**with_same_threads(), "KNE_CACHE": str(place / "cache"), **changes}
-
-
-def run(place: Path, out: str, *overrides: str, **changes: str) -> None:
-    """``changes`` are of the environment."""
-    done = subprocess.run(
-        command(place, out, *overrides),
-        cwd=place,
-        env=environment(place, **changes),
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "raised AttributeError" not in done.stderr, "Hydra calls methods of a callback that it does not have"
 
 
 def figures_of(folder: Path) -> list[dict]:
@@ -172,11 +122,6 @@ def test_another_process_knows_the_lines_of_an_ensemble(place):
     (results,) = (place / "again").rglob("results*.jsonl")  # nothing was moved aside
     assert len(results.read_text().splitlines()) == 3
     assert json.loads((results.parent / "manifest.json").read_text())["localization"]["KNE"]["neurons"] > 10
-
-
-def composed(*overrides: str):
-    with initialize_config_dir(config_dir=str(ROOT / "hparams"), version_base="1.3"):
-        return compose("benchmark", overrides=list(overrides), return_hydra_config=True)
 
 
 @pytest.mark.parametrize(

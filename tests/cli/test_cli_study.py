@@ -22,7 +22,7 @@ SPED_UP = ["--set", "num_steps=2", "localization_data=facts.json", "localization
 STUDIES = {
     "location": (["--values", "down_proj,k_proj"], 4),
     "facts": (["--values", "1,2", "--draws", "2"], 3),
-    "share": (["--values", "0.1,0.4"], 6),
+    "share": (["--values", "0.1,0.4"], 8),
     "batch": (["--values", "1,2", "--sequences", "2"], 3),
 }
 
@@ -79,6 +79,29 @@ def test_a_study_from_one_command_to_its_page(name, place, capsys, monkeypatch):
     assert "all edits are made" in capsys.readouterr().out
 
 
+def test_only_the_ensembles_of_many_draws(place, capsys, monkeypatch):
+    monkeypatch.setattr(MethodEditor, "apply", None)
+    options = ("facts", "--ensembles-only", "--values", "1,2", "--draws", "3")
+    assert study(*options, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "5 ensembles, 4 different facts" in printed and not Path("out").exists()
+    assert study(*options) == 0
+    assert "| 1 | 3 | " in capsys.readouterr().out and Path("out/ensembles/KNE-facts.3@2.json").is_file()
+    found = json.loads(Path("out/report/ensembles.json").read_text())["overlap"]
+    assert [(its["facts"], its["draws"]) for its in found] == [(1, 3), (2, 2)]
+    assert 0 <= found[0]["between_draws"] <= 1 and Path("out/report/ensembles.html").is_file()
+    assert not list(Path("out").rglob("results.jsonl"))
+
+
+def test_the_perplexity_of_a_text_is_a_panel(place):
+    Path("text.txt").write_text("The capital of France is Paris . The river that flows through Rome is the Tiber .")
+    assert study("batch", "--values", "1", "--sequences", "2", "--perplexity", "text.txt") == 0
+    assert kne("report", "--study", "out") == 0
+    points = json.loads(Path("out/report/studies.json").read_text())["points"]
+    found = {row["series"]: (row["mean"], row["records"]) for row in points if row["metric"] == "perplexity"}
+    assert set(found) == {"batch", "sequence"} and all(mean > 1 and n == 2 for mean, n in found.values())
+
+
 def test_random_rows_are_as_many_of_each_layer(place):
     assert study("share", "--values", "0.3", "--draws", "2", "--records", "1") == 0
     found = {path.stem.rpartition("-")[2]: NeuronEnsemble.load(path) for path in Path("out").rglob("ensemble-*.json")}
@@ -110,7 +133,7 @@ def test_settings_come_from_where_they_are_said_to(place, capsys):
     assert study("share", "--values", "0.1", "--records", "1", "--paper", "--seed", "7") == 0
     manifests = [json.loads(path.read_text()) for path in Path("out").rglob("manifest.json")]
     settings = {label: its for manifest in manifests for label, its in manifest["methods"].items()}
-    assert set(settings) == {"KNE-paper-share@0.1", "KNE-paper-random@0.1", "KNE-paper-step@0.1"}
+    assert set(settings) == {f"KNE-paper-{series}@0.1" for series in ("share", "random", "step", "magnitude")}
     own = settings["KNE-paper-share@0.1"]
     assert (own["p"], own["lr"], own["stop_loss"], own["num_steps"]) == (0.1, 5e-3, 0.4, 2)
     assert own["target_modules"] == [LLAMA_DOWN] and own["localization_data"].endswith("facts.json")
@@ -130,6 +153,8 @@ def test_settings_come_from_where_they_are_said_to(place, capsys):
         (["batch", "--shard", "0/2"], r"shard: 0/2; batches and sequences need all their records in one job"),
         (["share", "--shard", "2"], r"shard: '2' is no part i/n"),
         (["share", "--sequences", "3"], "--sequences: belongs to the study batch, not to share"),
+        (["share", "--ensembles-only"], "--ensembles-only: belongs to the study facts, not to share"),
+        (["share", "--values", "0.5", "--perplexity", "nowhere.txt"], r"perplexity: .*nowhere\.txt is no file"),
         (["share", "--draws", "6"], "draws: 6 of random rows, at most 5"),
         (["share", "--data", "nowhere"], "nowhere does not exist"),
         (["share", "--model", "no/such/model"], "model_name: 'no/such/model' is not on this machine"),

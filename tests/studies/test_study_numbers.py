@@ -12,9 +12,9 @@ from pytest import approx
 from study_lines import line, write_points
 
 from kne_easyedit.benchmark.intervals import RESAMPLES, crossed, interval
-from kne_easyedit.benchmark.study_numbers import OVERALL, difference, differences, mean_difference, slope
-from kne_easyedit.benchmark.study_reading import read_studies
-from kne_easyedit.benchmark.study_report import publish_studies
+from kne_easyedit.studies.numbers import OVERALL, difference, differences, mean_difference, slope
+from kne_easyedit.studies.reading import read_studies
+from kne_easyedit.studies.report import publish_studies
 
 
 def table(records: int, draws: int, of_draw: float, seed: int = 3) -> dict[tuple[int, int], float]:

@@ -9,9 +9,10 @@ from itertools import chain
 from typing import Any
 
 from kne_easyedit._util.messages import require_one_of
-from kne_easyedit.benchmark.studies import STUDIES, THIRDS, Place, Point, Study
+from kne_easyedit.localization.named import MAGNITUDE
 from kne_easyedit.localization.selection import SHUFFLED, Selection
 from kne_easyedit.models.targets import LinearLayer
+from kne_easyedit.studies.definitions import STUDIES, THIRDS, Place, Point, Study
 
 SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
 FACTS = (1, 2, 5, 10, 20, 50, 100, 200, 400, 800)
@@ -174,7 +175,7 @@ def _spread(draw: int) -> Fraction:
 
 
 def _share(ground: Ground, method: str, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
-    """A share of the rows: localised, at random, and by a score that needs no integral."""
+    """A share of the rows: localised, at random, by a score that needs no integral, and by their weights alone."""
     if ground.scale not in SHUFFLED:
         raise ValueError(
             f"score_scale: {ground.scale!r} is a control itself; the study needs one of {', '.join(SHUFFLED)}"
@@ -191,34 +192,41 @@ def _share(ground: Ground, method: str, values: Sequence[str] | None, draws: int
     for p in shares:
         # One step of Eq. 5 is the gradient at the module's own output, times that output.
         yield Point(Place(method, "step", 1, f"{p:g}"), {"p": p, "attribution_steps": 1, "quadrature": "riemann"})
+    for p in shares:
+        yield Point(Place(method, "magnitude", 1, f"{p:g}"), {"p": p, "ensemble": MAGNITUDE})
 
 
 def _batch(ground: Ground, method: str, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
     """Batches of the same records."""
-    there = ground.records
-    for n in _numbers(values, BATCHES, int, lambda n: n >= 1, "whole numbers of facts, at least 1"):
-        if n > there:
-            yield f"{n} facts in one edit: there are {there} records; give more (--records), or fewer facts (--values)"
-            continue
-        # A last batch that is not full would be another point.
-        yield Point(
-            Place(method, "batch", 1, str(n)),
-            evaluation={"mode": "batch", "batch_size": n},
-            records=there // n * n,
-        )
+    for n, records in _filled(ground, values, BATCHES, "facts in one edit", "or fewer facts (--values)"):
+        if isinstance(records, str):
+            yield records
+        else:  # a last batch that is not full would be another point
+            its = {"mode": "batch", "batch_size": n}
+            yield Point(Place(method, "batch", 1, str(n)), evaluation=its, records=records // n * n)
 
 
 def _sequences(ground: Ground, method: str, values: Sequence[str] | None) -> Iterator[Point | str]:
     """Sequences of the first records, all of which are asked again at the end."""
-    there = ground.records
-    for n in _numbers(values, SEQUENCES, int, lambda n: n >= 1, "whole numbers of edits, at least 1"):
-        if n > there:
-            yield f"{n} edits one after the other: there are {there} records; give more (--records)"
-            continue
-        yield Point(
-            Place(method, "sequence", 1, str(n)),
-            evaluation={"mode": "sequential", "batch_size": 1, "retention_every": n},
-            records=n,
+    for n, records in _filled(ground, values, SEQUENCES, "edits one after the other", "or fewer edits (--sequences)"):
+        if isinstance(records, str):
+            yield records
+        else:
+            its = {"mode": "sequential", "batch_size": 1, "retention_every": n}
+            yield Point(Place(method, "sequence", 1, str(n)), evaluation=its, records=n)
+
+
+def _filled(
+    ground: Ground, values: Sequence[str] | None, default: Sequence[int], what: str, instead: str
+) -> Iterator[tuple[int, int | str]]:
+    """Each number with the records that are there, or with why they do not fill it."""
+    for n in _numbers(values, default, int, lambda n: n >= 1, f"whole numbers of {what}, at least 1"):
+        enough = n <= ground.records
+        yield (
+            n,
+            ground.records
+            if enough
+            else (f"{n} {what}: there are {ground.records} records; give more (--records), {instead}"),
         )
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from kne_easyedit.benchmark.collect import Collection, collect
 from kne_easyedit.benchmark.labels import data_name
 from kne_easyedit.benchmark.store import read_lines
-from kne_easyedit.benchmark.studies import STUDIES, THIRDS, Place, Study, place_of
-from kne_easyedit.benchmark.study_numbers import Cell, Curves, Key, StudyResults
 from kne_easyedit.benchmark.tables import unedited
 from kne_easyedit.metrics import METRICS
 from kne_easyedit.models.targets import role_of
+from kne_easyedit.studies.definitions import STUDIES, THIRDS, Place, Study, place_of
+from kne_easyedit.studies.numbers import Cell, Curves, Key, StudyResults
 
 ROLES = (
     "query",
@@ -80,7 +80,7 @@ def read_studies(paths: Iterable[str | Path]) -> StudyResults:
         before = {
             metric.key: value
             for metric in METRICS
-            if metric.key in ("edit_success", "portability", "fluency")
+            if metric.key in ("edit_success", "portability", "fluency", "perplexity")
             and (value := metric.summarize(unedited(_only(found, _labels(groups[name, data, method])), data)))
             is not None
         }

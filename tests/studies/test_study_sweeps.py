@@ -6,12 +6,12 @@ import json
 import subprocess
 
 import pytest
-from test_run_benchmark import ROOT, command, composed, environment, place_fixture, run  # noqa: F401  (a fixture)
+from hydra_jobs import ROOT, command, composed, environment, place_fixture, run  # noqa: F401  (a fixture)
 
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.config import job_folder
-from kne_easyedit.benchmark.study_reading import read_studies
-from kne_easyedit.doctor.study_plan import job_settings, plan_of, without_study
+from kne_easyedit.studies.plan import job_settings, plan_of, without_study
+from kne_easyedit.studies.reading import read_studies
 
 SETTINGS = {
     "study": {"name": "facts", "point": None, "values": [1, 2], "draws": 1, "sequences": None},

@@ -15,9 +15,10 @@ from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit.benchmark.intervals import Interval
 from kne_easyedit.benchmark.markdown_report import setting, what_was_run
 from kne_easyedit.benchmark.publish import page
-from kne_easyedit.benchmark.study_figures import draw_study, few_points
-from kne_easyedit.benchmark.study_findings import Check, checks, findings, named, verdict
-from kne_easyedit.benchmark.study_numbers import BY_KEY, FEW, Cell, Curves, StudyResults, as_rows, overlaps
+from kne_easyedit.studies.ensembles import overlap_table, overlaps
+from kne_easyedit.studies.figures import draw_study, few_points
+from kne_easyedit.studies.findings import Check, checks, findings, named, verdict
+from kne_easyedit.studies.numbers import BY_KEY, FEW, Cell, Curves, StudyResults, as_rows, ensembles_of
 
 
 def publish_studies(results: StudyResults, folder: Path, title: str = "The paper's studies") -> Path:
@@ -44,7 +45,7 @@ def publish_studies(results: StudyResults, folder: Path, title: str = "The paper
             f"{curves.study.title}: {curves.method} on {curves.data}, means with 95 % intervals over records"
             f"{' and draws' if any(cell.draws > 1 for cell in curves.cells.values()) else ''}."
         )
-        of_ensembles = overlaps(results, curves)
+        of_ensembles = overlaps(ensembles_of(results, curves))
         claim, sentences = checks(curves), findings(curves)
         picture = f"![{literal(pictures[name])}]({name})"
         parts += _section(curves, picture, claim, sentences, of_ensembles)
@@ -97,7 +98,7 @@ def _section(
     if of_ensembles:
         parts += [
             "How alike the ensembles are (Dice: shared rows over the mean number of rows):",
-            _overlap(of_ensembles),
+            overlap_table(of_ensembles),
         ]
     return parts
 
@@ -135,24 +136,6 @@ def _shown(cell: Cell, key: str) -> str:
     if key == "seconds_per_edit":
         return f"{value.mean:.2f}"
     return f"{value.mean:.1f} [{value.low:.1f}, {value.high:.1f}]"
-
-
-def _overlap(found: list[dict[str, Any]]) -> str:
-    head = ["facts", "rows", "with that of the most facts", "of draws with each other", "by chance"]
-    names = ("with_most", "between_draws", "by_chance")
-    return table_of_rows(
-        [
-            head,
-            *(
-                [
-                    str(its["facts"]),
-                    f"{its['rows']:.0f}",
-                    *("-" if its[name] is None else f"{its[name]:.2f}" for name in names),
-                ]
-                for its in found
-            ),
-        ]
-    )
 
 
 def _as_json(

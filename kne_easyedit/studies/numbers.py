@@ -13,9 +13,9 @@ import numpy
 
 from kne_easyedit.benchmark.collect import Collection
 from kne_easyedit.benchmark.intervals import Interval, crossed
-from kne_easyedit.benchmark.studies import Place, Study
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.metrics import METRICS, Metric
+from kne_easyedit.studies.definitions import Place, Study
 
 KEYS = (
     "edit_success",
@@ -25,6 +25,7 @@ KEYS = (
     "neighbourhood",
     "bleed",
     "fluency",
+    "perplexity",
     "seconds_per_edit",
 )
 """The metrics of a study, in the order of panels; those that were measured are shown."""
@@ -195,39 +196,16 @@ def slope(cells: Sequence[Cell], key: str) -> Interval | None:
     return combine(cells, key, lambda its: float((x * its).sum() / (x * x).sum()))
 
 
-def overlaps(results: StudyResults, curves: Curves) -> list[dict[str, Any]]:
-    """How alike the ensembles of the study of facts are: with that of the most facts, and of draws with each other.
-
-    Returns:
-        By number of facts: ``facts``, ``rows`` (mean), ``with_most``, ``between_draws`` and ``by_chance`` (Dice
-        coefficients in [0, 1], means over draws and pairs), None where there is nothing to compare.
-    """
-    loaded: dict[str, list[NeuronEnsemble]] = {}
+def ensembles_of(results: StudyResults, curves: Curves) -> dict[int, list[NeuronEnsemble]]:
+    """Number of facts -> the ensembles of its draws, of the study of facts; as far as their files are there."""
+    loaded: dict[int, list[NeuronEnsemble]] = {}
     for cell in curves.of("facts"):
         draws = sorted({key[3] for key in cell.lines})
         labels = [Place(curves.method, "facts", draw, cell.value).label for draw in draws]
         files = [results.ensembles[curves.data, label] for label in labels if (curves.data, label) in results.ensembles]
         if files:
-            loaded[cell.value] = [NeuronEnsemble.load(file) for file in files]
-    if not loaded:
-        return []
-    most = list(loaded)[-1]
-    found = []
-    for value, own in loaded.items():
-        pairs = [(one, other) for i, one in enumerate(own) for other in own[:i]]
-        width = sum(own[0].widths.values()) * max(1, len(own[0].layers))
-        found.append(
-            {
-                "facts": int(value),
-                "rows": fmean(each.size for each in own),
-                "with_most": None
-                if value == most
-                else fmean(each.overlap(other) for each in own for other in loaded[most]),
-                "between_draws": fmean(one.overlap(other) for one, other in pairs) if pairs else None,
-                "by_chance": fmean(each.size for each in own) / width,
-            }
-        )
-    return found
+            loaded[int(cell.value)] = [NeuronEnsemble.load(file) for file in files]
+    return loaded
 
 
 def as_rows(results: StudyResults) -> list[dict[str, Any]]:

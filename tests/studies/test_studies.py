@@ -12,10 +12,10 @@ from conftest import LLAMA_DOWN, make_gpt2, make_llama
 
 from kne_easyedit.benchmark.config import job_folder
 from kne_easyedit.benchmark.labels import is_kne
-from kne_easyedit.benchmark.studies import STUDIES, THIRDS, Place, place_of
-from kne_easyedit.benchmark.study_points import Ground, module_names, plan_study
 from kne_easyedit.localization.selection import SHUFFLED, Selection
 from kne_easyedit.models.targets import LinearLayer, find_linear
+from kne_easyedit.studies.definitions import STUDIES, THIRDS, Place, place_of
+from kne_easyedit.studies.points import Ground, module_names, plan_study
 
 ROOT = Path(__file__).parents[2]
 GROUND = Ground(find_linear(make_llama()), [LLAMA_DOWN], [], 0.1, "layer", True, range(1, 101), 40)
@@ -196,10 +196,12 @@ def test_each_share_has_random_rows_of_the_same_scale_beside_it(scale):
     assert labels(plan) == [
         *("KNE-share@0.1", "KNE-share@0.5", "KNE-random@0.1", "KNE-random.2@0.1", "KNE-random.3@0.1"),
         *("KNE-random@0.5", "KNE-random.2@0.5", "KNE-random.3@0.5", "KNE-step@0.1", "KNE-step@0.5"),
+        *("KNE-magnitude@0.1", "KNE-magnitude@0.5"),
     ]
     settings = {point.place.label: point.settings for point in plan.points}
     assert "score_scale" not in settings["KNE-share@0.5"] and settings["KNE-share@0.5"] == {"p": 0.5}
     assert [settings[f"KNE-random{i}@0.5"]["score_scale"] for i in ("", ".2", ".3")] == list(SHUFFLED[scale][:3])
+    assert settings["KNE-magnitude@0.5"] == {"p": 0.5, "ensemble": "magnitude"}
     assert settings["KNE-step@0.1"] == {"p": 0.1, "attribution_steps": 1, "quadrature": "riemann"}
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy
-from test_report import MANIFEST
+from made_results import MANIFEST
 
-from kne_easyedit.benchmark.studies import place_of
+from kne_easyedit.studies.definitions import place_of
 
 RECORDS = 24
 FIELDS = {"ES": "rewrite_acc", "PORT": "portability", "LOC": "locality"}

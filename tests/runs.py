@@ -1,4 +1,4 @@
-"""A tiny run for the tests of this folder: records, a job, and what its edits are counted by."""
+"""A tiny run for tests of the benchmark: records, a job, and what its edits are counted by."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kne_easyedit.benchmark import Run
 from kne_easyedit.bridge import MethodEditor, load_method
 from kne_easyedit.facts.records import to_request
 
-HPARAMS = Path(__file__).parents[2] / "hparams"
+HPARAMS = Path(__file__).parents[1] / "hparams"
 
 
 def record(subject="France", target="Rome", **changes) -> dict:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kne_easyedit._util.plotting import GRID, INK, new_figure, write_figure
-from kne_easyedit.benchmark.study_findings import named
-from kne_easyedit.benchmark.study_numbers import BY_KEY, Cell, Curves
 from kne_easyedit.metrics import PERCENT
+from kne_easyedit.studies.findings import named
+from kne_easyedit.studies.numbers import BY_KEY, Cell, Curves
 
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 """Colour and marker of each series: colours that colour-blind readers can tell apart (Okabe and Ito)."""
@@ -74,7 +74,7 @@ def _draw_numbers(axis: Any, curves: Curves, key: str) -> None:
         axis.plot(places, [its.mean for cell in cells if (its := cell.mean(key))], color=colour, linewidth=1.6)
         _draw_points(axis, places, cells, key, (colour, marker))
     values = sorted({float(cell.value) for cell in curves.cells.values()})
-    percent = "share" in curves.series or "random" in curves.series
+    percent = curves.study.name == "share"
     axis.set_xticks(values, [f"{100 * value:g}" if percent else f"{value:g}" for value in values], fontsize=7)
     axis.minorticks_off()
     axis.margins(x=0.06)

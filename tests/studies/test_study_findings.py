@@ -6,9 +6,9 @@ import pytest
 from study_lines import write_points
 
 from kne_easyedit.benchmark.intervals import Interval
-from kne_easyedit.benchmark.study_findings import HOLDS, NOT, UNKNOWN, Check, checks, findings, lead, verdict
-from kne_easyedit.benchmark.study_numbers import FEW
-from kne_easyedit.benchmark.study_reading import read_studies
+from kne_easyedit.studies.findings import HOLDS, NOT, UNKNOWN, Check, checks, findings, lead, verdict
+from kne_easyedit.studies.numbers import FEW
+from kne_easyedit.studies.reading import read_studies
 
 MODULES = {
     "q_proj": "model.layers.{}.self_attn.q_proj",
@@ -200,6 +200,17 @@ def test_more_rows_and_whether_it_matters_which(study):
     assert text[0].startswith("with every doubling of p, ES changes by +5.")
     assert any(its.startswith("localised rows lead random rows in ES by 1") for its in text)
     assert any(its.endswith("(mean over 3 shares, p = 10 % to p = 40 %; told apart at each)") for its in text)
+
+
+def test_rows_by_their_weights_alone_are_a_control_too(study):
+    points = share_points()
+    points |= {
+        f"KNE-magnitude@{p}": {name: value - 0.2 for name, value in points[f"KNE-share@{p}"].items()}
+        for p in ("0.1", "0.2", "0.4")
+    }
+    text = findings(study(points))
+    assert any(its.startswith("localised rows lead rows by their weights alone in ES by 20") for its in text)
+    assert any(its.startswith("localised rows lead random rows in ES by 1") for its in text)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ STUDIES = {
                 "share": "localised",
                 "random": "random rows, as many of each layer",
                 "step": "one step, gradient times activation",
+                "magnitude": "largest weights, no fact seen",
             },
         ),
         Study(

@@ -13,7 +13,8 @@ from itertools import pairwise
 from statistics import fmean
 
 from kne_easyedit.benchmark.intervals import Interval
-from kne_easyedit.benchmark.study_numbers import (
+from kne_easyedit.studies.definitions import STUDIES
+from kne_easyedit.studies.numbers import (
     BY_KEY,
     FEW,
     OVERALL,
@@ -28,6 +29,8 @@ from kne_easyedit.benchmark.study_numbers import (
     slope,
 )
 
+SHARES = tuple(STUDIES["share"].series)
+"""Series whose values are shares of the rows."""
 HOLDS, NOT, UNKNOWN = "holds", "does not hold", "cannot be told"
 ENOUGH = 200
 """Facts that are as good as all, by the paper's claim."""
@@ -82,7 +85,7 @@ def findings(curves: Curves) -> list[str]:
 
 def named(cell: Cell) -> str:
     """A point in words."""
-    if cell.series in ("share", "random", "step"):
+    if cell.series in SHARES:
         return f"p = {100 * float(cell.value):g} %"
     if cell.series == "facts":
         return f"{cell.value} fact{'s' * (cell.value != '1')}"
@@ -114,7 +117,7 @@ def lead(one: str, other: str, key: str, value: Interval | None) -> str | None:
         if (value.low > 0) == less:
             one, other = other, one
         by, *ends = abs(value.mean), *sorted((abs(value.low), abs(value.high)))
-        leads = "lead" if one.endswith(("facts", "rows", "activation")) else "leads"
+        leads = "lead" if one.endswith(("facts", "rows", "activation", "alone")) else "leads"
         return f"{one} {leads} {other} in {short(key)} by {by:.1f} [{ends[0]:.1f}, {ends[1]:.1f}]" + (
             " (less is better)" if less else ""
         )
@@ -185,9 +188,17 @@ def _of_shares(curves: Curves) -> Iterator[str]:
     for key in _compared(curves):
         if found := slope(curves.of("share"), key):
             yield _sloping(key, "p", found)
-    for other in ("random", "step"):
+    for other in _CONTROLS:
         for key in _compared(curves):
             yield from _against(curves, other, key)
+
+
+_CONTROLS = {
+    "random": "random rows",
+    "step": "rows by gradient times activation",
+    "magnitude": "rows by their weights alone",
+}
+"""Series of the study of shares that localised rows are compared with -> what it is called."""
 
 
 def _against(curves: Curves, other: str, key: str) -> Iterator[str]:
@@ -201,8 +212,7 @@ def _against(curves: Curves, other: str, key: str) -> Iterator[str]:
     shared = [its for its in tables[0] if all(its in table for table in tables)] if tables else []
     found = over({its: fmean(table[its] for table in tables) for its in shared})
     where = f"mean over {len(pairs)} shares, {named(pairs[0][0])} to {named(pairs[-1][0])}" if pairs else ""
-    what = {"random": "random rows", "step": "rows by gradient times activation"}[other]
-    if sentence := lead("localised rows", what, key, found):
+    if sentence := lead("localised rows", _CONTROLS[other], key, found):
         sure = [
             named(one)
             for one, two in pairs

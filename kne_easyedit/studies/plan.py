@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from kne_easyedit.benchmark.config import hparams_of, shard_of
-from kne_easyedit.benchmark.study_points import Ground, Plan, plan_study
 from kne_easyedit.doctor.structure import structure_of
 from kne_easyedit.facts.readers import read_records
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.models.targets import LinearLayer, find_linear, resolve_target
+from kne_easyedit.studies.points import Ground, Plan, plan_study
 
 
 def plan_for(
@@ -29,13 +29,13 @@ def plan_for(
     Args:
         settings: The configuration, as for `benchmark.config.job_of`.
         hparams_folder: As there.
-        study: One of `benchmark.studies.STUDIES`.
-        values: As for `benchmark.study_points.plan_study`, and so are the next.
+        study: One of `definitions.STUDIES`.
+        values: As for `points.plan_study`, and so are the next.
         draws: As there.
         sequences: As there.
 
     Raises:
-        ValueError: Names the setting, or as `benchmark.study_points.plan_study`.
+        ValueError: Names the setting, or as `points.plan_study`.
         FileNotFoundError: There is no such file.
     """
     if study == "batch" and shard_of(settings["shard"])[1] > 1:
