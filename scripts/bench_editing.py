@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("what", choices=("step", "neighbours", "profile", "methods", "workers", "memory"))
     arguments = parser.parse_args()
     if arguments.what == "memory":
-        random = random_model(arguments.architecture, getattr(torch, arguments.dtype), arguments.device)
+        random: Any = random_model(arguments.architecture, getattr(torch, arguments.dtype), arguments.device)
         requests = load_requests(arguments.data, arguments.records)
         figures = memory(
             random,

@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -107,7 +107,7 @@ def default_data() -> str:
     return str(found) if os.environ.get("KNOWEDIT") and found.is_file() else "embedded"
 
 
-def in_a_row(model: Any, tokenizer: Tokenizer, requests: list[Mapping], hparams: KNEHyperParams) -> dict[str, Any]:
+def in_a_row(model: Any, tokenizer: Tokenizer, requests: Sequence[Mapping], hparams: KNEHyperParams) -> dict[str, Any]:
     """Edits of the same ensemble one after the other, each on top of those before; the model is left as it was.
 
     Returns:

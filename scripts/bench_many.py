@@ -71,7 +71,7 @@ def scores(folder: Path, number: int) -> dict[str, Any]:
     def read_all() -> int:
         return sum(cache.get(target, fact) is not None for fact in tqdm(facts, desc="read", leave=False, disable=None))
 
-    found = {"facts": number, "store": measured("store", store_all)[0]}
+    found: dict[str, Any] = {"facts": number, "store": measured("store", store_all)[0]}
     found["bytes"] = sum(path.stat().st_size for path in cache.folder.iterdir())
     found["open"], read = measured("open", read_all)
     if read != number:
@@ -98,7 +98,7 @@ def report(folder: Path, number: int) -> dict[str, Any]:
             lines = (json.dumps(line(chance, method, set_name, i)) for i in range(each))
             (place / "results.jsonl").write_text("\n".join(lines) + "\n")
     size = sum(path.stat().st_size for path in folder.rglob("results.jsonl"))
-    found = {"lines": each * len(methods) * len(data), "bytes": size}
+    found: dict[str, Any] = {"lines": each * len(methods) * len(data), "bytes": size}
     print(f"{found['lines']} lines, {size / 2**20:.0f} MiB")
     found["report"] = child("report", ["report", str(folder), "--out", str(folder / "page")])
     return found

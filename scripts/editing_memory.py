@@ -73,12 +73,12 @@ def memory(model: Any, tokenizer: Tokenizer, request: Mapping, hparams: KNEHyper
         measured("taking back", lambda: edit.take_back(model), deltas)
     if conflict := base.conflict(base_of(model, list(base.modules))):
         raise RuntimeError(f"not taken back: {conflict}")
-    found = [phase["bytes"] for phase in phases.values() if phase["bytes"] is not None]
-    above = {"measured": max(found, default=None), "stated": max(stated.values())}
-    if above["measured"]:
+    found = [most for phase in phases.values() if (most := phase["bytes"]) is not None]
+    above = max(stated.values())
+    if found:
         print(
-            f"peak above the weights: {above['measured'] / MIB:.0f} MiB, {above['stated'] / MIB:.0f} stated "
-            f"({above['stated'] / above['measured'] - 1:+.0%})"
+            f"peak above the weights: {max(found) / MIB:.0f} MiB, {above / MIB:.0f} stated "
+            f"({above / max(found) - 1:+.0%})"
         )
     return {
         "model": str(hparams.model_name),
@@ -87,6 +87,6 @@ def memory(model: Any, tokenizer: Tokenizer, request: Mapping, hparams: KNEHyper
         "rows": edit.size,
         "losses": list(edit.losses),
         "phases": phases,
-        "above": above,
+        "above": {"measured": max(found, default=None), "stated": above},
         "environment": environment(model),
     }

@@ -47,6 +47,7 @@ def many_facts(model: Any, target: Target, facts: Sequence[Fact], steps: int, li
     literal = [timed(partial(literal_attribution, model, fact, target.template, steps, layer))[0] for layer in layers]
     literally = mean(literal) * len(target.layers) if literal else None
     needed = multiplications(model, target, facts, steps)
+    rate = product_rate(model, linear, 8192 if device.type == "cuda" else 2048)
     figures = {
         "module": target.template,
         "facts": len(facts),
@@ -56,7 +57,7 @@ def many_facts(model: Any, target: Target, facts: Sequence[Fact], steps: int, li
         "rows_in_flight": in_flight,
         "multiplications": needed,
         "rate": needed / seconds,
-        "product_rate": product_rate(model, linear, 8192 if device.type == "cuda" else 2048),
+        "product_rate": rate,
         "fact_tokens": [fact.prompt_length, len(fact.answer)],
         "sweep_alone_seconds": alone,
         "literal_seconds": literally,
@@ -69,13 +70,13 @@ def many_facts(model: Any, target: Target, facts: Sequence[Fact], steps: int, li
         f"{len(facts)} facts: {seconds:.1f} s in all ({seconds / len(facts):.2f} s a fact), {above} above the weights, "
         f"{in_flight} rows in flight\n"
         f"{needed / seconds / 1e12:.2f} T multiplications/s; one large product "
-        f"{figures['product_rate'] / 1e12:.2f} T/s: {needed / seconds / figures['product_rate']:.0%}"
+        f"{rate / 1e12:.2f} T/s: {needed / seconds / rate:.0%}"
     )
     shown = "the literal way was not run"
     if literally is not None:
         shown = (
             f"literal {literally:.0f} s (scaled from layers {list(layers)}): ratio {literally / alone:.0f} alone, "
-            f"{figures['ratio_batched']:.0f} against the mean fact of the batch"
+            f"{literally * len(facts) / seconds:.0f} against the mean fact of the batch"
         )
     print(f"one fact of {fact.prompt_length} + {len(fact.answer)} tokens: {alone:.2f} s alone, {shown}", flush=True)
     return figures

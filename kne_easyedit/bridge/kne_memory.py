@@ -128,7 +128,7 @@ def _localising(
 
 
 def _neighbours(
-    model: nn.Module, hparams: KNEHyperParams, itemsize: int, rows: list[tuple[Target, int]], bases: int
+    model: Any, hparams: KNEHyperParams, itemsize: int, rows: list[tuple[Target, int]], bases: int
 ) -> dict[str, int]:
     """What the unedited model reads and says."""
     texts = min(AT_ONCE, hparams.batch_size * neighbours_wanted(hparams))
