@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +22,7 @@ _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\n]+/)+([^/\n]+)")
 
 
 _NONE = Lines()
+_HAVE_TEXTS = (str, dict, list)
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def collect(paths: Iterable[str | Path]) -> Collection:
         for file, its in manifests.items()
     }
     merged: dict[tuple, ResultLine] = {}
+    texts: dict[str, str] = {}
     known: dict[tuple, tuple[object, Path]] = {}
     for file in files:
         at_end = _at_end(file.with_name("retention.jsonl"))
@@ -97,7 +98,7 @@ def collect(paths: Iterable[str | Path]) -> Collection:
             except ValueError as error:
                 raise ValueError(f"{file}: line {number}: {error}") from error
             label = points.get(file, {}).get(line["method"], line["method"])
-            line = _with_whole_characters({**line, "data": data_name(line["data"] or ""), "method": label})
+            line = _with_whole_characters({**line, "data": data_name(line["data"] or ""), "method": label}, texts)
             group, seed = (line["data"], line["method"]), line["seed"]
             _require_same(known, (*group, "mode"), line["mode"], file)
             _require_same(known, (*group, "fingerprint", seed), line["fingerprint"], file)
@@ -157,20 +158,29 @@ def _manifest(file: Path) -> dict:
         ) from error
 
 
-def _with_whole_characters(value: Any) -> Any:
+def _with_whole_characters(value: Any, texts: dict[str, str] | None = None) -> Any:
     """The value with question marks for lone surrogates (halves of a character): no file can hold them.
 
-    Names are the same object in all lines: a hundred thousand lines have a hundred names each.
+    Args:
+        value: As JSON has it.
+        texts: Texts and names that were seen before: equal ones are one object then. Lines of several methods share
+            their prompts and answers before the edit, and all lines their names.
     """
-    if isinstance(value, dict):
-        return {sys.intern(_whole(name)): _with_whole_characters(its) for name, its in value.items()}
-    if isinstance(value, list):
-        return [_with_whole_characters(its) for its in value]
-    return _whole(value) if isinstance(value, str) else value
+    texts = {} if texts is None else texts
 
+    def whole(found: Any) -> Any:
+        kind = type(found)
+        if kind is str:
+            if (known := texts.get(found)) is None:
+                known = texts[found] = found if found.isascii() else found.encode("utf-8", "replace").decode()
+            return known
+        if kind is dict:
+            return {whole(name): whole(its) if type(its) in _HAVE_TEXTS else its for name, its in found.items()}
+        if kind is list:
+            return [whole(its) if type(its) in _HAVE_TEXTS else its for its in found]
+        return found
 
-def _whole(text: str) -> str:
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+    return whole(value)
 
 
 def _without_folders(value: Any) -> Any:
