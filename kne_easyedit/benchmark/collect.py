@@ -52,12 +52,12 @@ class Collection:
         """All lines, as one thing of which means are remembered."""
         return Lines(self.lines)
 
-    @property
+    @cached_property
     def data_sets(self) -> list[str]:
         """In the paper's order, others behind."""
         return sorted({line["data"] or "" for line in self.lines}, key=data_set_order)
 
-    @property
+    @cached_property
     def methods(self) -> list[str]:
         """Baselines in the paper's order, KNE and its variants last."""
         return sorted({line["method"] for line in self.lines}, key=method_order)
