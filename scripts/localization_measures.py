@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import sys
 import time
@@ -79,15 +78,6 @@ def easyedit_kn(model: nn.Module, tokenizer: Tokenizer, fact: Fact, layer: int, 
     module = importlib.import_module("easyeditor.models.kn.knowledge_neurons.knowledge_neurons.knowledge_neurons")
     neurons = module.KnowledgeNeurons(model, tokenizer, model_type="llama", device="cpu")
     return neurons.get_scores_for_layer(fact.prompt, f" {fact.target}", layer, batch_size=10, steps=steps)
-
-
-def peak_memory(reset: bool = False) -> int:
-    """Largest resident size of this process, in bytes; ``reset``: from now on (Linux)."""
-    if reset:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:

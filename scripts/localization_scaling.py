@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from localization_measures import load, multiplications, peak_memory, product_rate, spread, timed
+from localization_measures import load, multiplications, product_rate, spread, timed
 
 from kne_easyedit._util.files import atomic_write
-from kne_easyedit._util.machine import keep_large_blocks
+from kne_easyedit._util.machine import PeakMemory, keep_large_blocks
 from kne_easyedit.attribution.engine import attribute_facts
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.models.fast_linear import linear
@@ -81,15 +81,14 @@ def measure_point(options: argparse.Namespace, point: dict) -> dict:
     def work() -> None:
         attribute_facts(model, [target], facts, point["steps"])
 
-    before = peak_memory(reset=True)
-    work()
-    peak = peak_memory() - before
+    with PeakMemory(torch.device("cpu")) as peak:
+        work()
     keep_large_blocks()
     work()
     seconds = median(timed(work)[0] for _ in range(options.repeats))
     fastest = product_rate(model, linear)
     needed = multiplications(model, target, facts, point["steps"])
-    return {"seconds": seconds, "multiplications": needed, "share": needed / seconds / fastest, "peak": peak}
+    return {"seconds": seconds, "multiplications": needed, "share": needed / seconds / fastest, "peak": peak.bytes}
 
 
 def draw_scaling(series: dict, path: Path) -> None:

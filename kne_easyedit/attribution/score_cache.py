@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,20 +128,16 @@ class ScoreCache:
         if before is not None and not set(before.layers) <= set(target.layers):
             by_layer, seconds = dict(zip(before.layers, before.scores)), seconds + before.seconds
         by_layer |= dict(zip(target.layers, scores, strict=True))
-        layers = sorted(by_layer)
         metadata = {
             "key": json.dumps(self._key(target, fact)),
-            "layers": json.dumps(layers),
             "model": self.model_digest,
             "model_name": self.model_name,
             "prompt": fact.prompt,
             "target": fact.target,
             "seconds": f"{seconds:.4f}",
         }
-        merged = torch.stack([by_layer[i] for i in layers]).contiguous()
         try:
-            metadata |= {"sha256": scores_digest(merged, metadata)}
-            atomic_write(self.path(target, fact), save({"scores": merged}, metadata))
+            write_entry(self.path(target, fact), by_layer, metadata)
         except OSError as error:
             raise _unusable(self.folder, error) from error
 
@@ -339,6 +335,20 @@ def entry_metadata(path: Path) -> dict[str, str]:
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return {name: text for name, text in header["__metadata__"].items() if name != "sha256"}
+
+
+def write_entry(path: Path, by_layer: Mapping[int, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a file of the cache, atomically.
+
+    Args:
+        path: The file.
+        by_layer: Number of a layer -> its scores ``(d2,)``.
+        metadata: The other texts of its header; those that tell layers and digest are made here.
+    """
+    layers = sorted(by_layer)
+    scores = torch.stack([by_layer[i] for i in layers]).contiguous()
+    texts = {**metadata, "layers": json.dumps(layers)}
+    atomic_write(path, save({"scores": scores}, {**texts, "sha256": scores_digest(scores, texts)}))
 
 
 def scores_digest(scores: Tensor, metadata: dict[str, str]) -> str:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
-
-import torch
-from safetensors.torch import save
 
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit.attribution.score_cache import (
@@ -15,8 +11,8 @@ from kne_easyedit.attribution.score_cache import (
     Entry,
     entry_metadata,
     read_entry,
-    scores_digest,
     scores_folder,
+    write_entry,
 )
 
 COPIED, COMPLETED, KNOWN = "copied", "completed", "known"
@@ -48,9 +44,5 @@ def merge_entry(source: Path, folder: str | Path | None = None) -> str:
     if set(entry.layers) <= set(there.layers):
         return KNOWN
     by_layer = dict(zip(entry.layers, entry.scores)) | dict(zip(there.layers, there.scores))
-    layers = sorted(by_layer)
-    metadata = entry_metadata(source)
-    metadata |= {"layers": json.dumps(layers), "seconds": f"{entry.seconds + there.seconds:.4f}"}
-    scores = torch.stack([by_layer[i] for i in layers]).contiguous()
-    atomic_write(path, save({"scores": scores}, {**metadata, "sha256": scores_digest(scores, metadata)}))
+    write_entry(path, by_layer, {**entry_metadata(source), "seconds": f"{entry.seconds + there.seconds:.4f}"})
     return COMPLETED

@@ -14,14 +14,12 @@ from kne_easyedit.benchmark.axes import renamed, sweeps
 from kne_easyedit.benchmark.general import NOTHING
 from kne_easyedit.benchmark.labels import curve_of, data_name, data_set_order, method_order
 from kne_easyedit.benchmark.manifest import check_manifest
-from kne_easyedit.benchmark.remembered import Lines
+from kne_easyedit.benchmark.remembered import MethodLines
 from kne_easyedit.benchmark.result_line import ResultLine, parse_result
 from kne_easyedit.benchmark.store import read_lines
 
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\n]+/)+([^/\n]+)")
-
-
-_NONE = Lines()
+_NONE = MethodLines()
 _HAVE_TEXTS = (str, dict, list)
 
 
@@ -36,21 +34,21 @@ class Collection:
     axes: Mapping[str, str] = field(default_factory=dict)
     """Name of a curve that was found by its jobs' settings (`axes.sweeps`) -> what was swept, in words."""
 
-    def of(self, data: str, method: str) -> Lines:
+    def of(self, data: str, method: str) -> MethodLines:
         """The lines of one method on one data set."""
         return self._cells.get((data, method), _NONE)
 
     @cached_property
-    def _cells(self) -> dict[tuple[str | None, str], Lines]:
+    def _cells(self) -> dict[tuple[str | None, str], MethodLines]:
         cells: dict[tuple[str | None, str], list[ResultLine]] = {}
         for line in self.lines:
             cells.setdefault((line["data"], line["method"]), []).append(line)
-        return {cell: Lines(lines) for cell, lines in cells.items()}
+        return {cell: MethodLines(lines) for cell, lines in cells.items()}
 
     @cached_property
-    def all(self) -> Lines:
+    def all(self) -> MethodLines:
         """All lines, as one thing of which means are remembered."""
-        return Lines(self.lines)
+        return MethodLines(self.lines)
 
     @cached_property
     def data_sets(self) -> list[str]:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from kne_easyedit._util.files import expand_path
 from kne_easyedit.facts.encoding import Tokenizer
+from kne_easyedit.models.devices import device_of
 
 WINDOW = 1024
 """Tokens in one pass at most; fewer if the model takes fewer."""
@@ -60,7 +61,7 @@ def perplexity(model: Any, tokenizer: Tokenizer, text: str, window: int = WINDOW
     if len(ids) < 2:
         raise ValueError(f"perplexity: the text has {len(ids)} tokens; at least 2 are needed, one to be predicted")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
-    device = next(model.parameters()).device
+    device = device_of(model)
     total = 0.0
     for begin, first, end in _windows(len(ids), max(2, min(window, limit))):
         part = ids[begin:end].to(device)

@@ -11,7 +11,7 @@ from kne_easyedit.benchmark.result_line import ResultLine
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Lines(tuple[ResultLine, ...]):
+class MethodLines(tuple[ResultLine, ...]):
     """The lines of one method on one data set. They are not changed."""
 
     @cached_property
@@ -21,14 +21,14 @@ class Lines(tuple[ResultLine, ...]):
 
 
 def of_lines(function: Function) -> Function:
-    """A function whose first argument are result lines, computed once for the same `Lines` and arguments.
+    """A function whose first argument are result lines, computed once for the same `MethodLines` and arguments.
 
     Its results are shared: the caller does not change them. Other sequences of lines are computed every time.
     """
 
     @wraps(function)
     def once(lines: Any, *arguments: Any) -> Any:
-        if not isinstance(lines, Lines):
+        if not isinstance(lines, MethodLines):
             return function(lines, *arguments)
         key = (function, *arguments)
         if key not in lines.remembered:

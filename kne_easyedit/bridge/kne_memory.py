@@ -25,6 +25,7 @@ from kne_easyedit.editing.projection import LARGEST_SHARE
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.named import named_targets
 from kne_easyedit.models.devices import dtype_of
+from kne_easyedit.models.loading import auto_class
 from kne_easyedit.models.targets import Target, resolve_target
 
 logger = logging.getLogger(__name__)
@@ -230,15 +231,13 @@ def layer_bytes(model: Any, layers_path: str, dtype: torch.dtype) -> int:
 
 def _two_layers(config: Any, dtype: torch.dtype) -> Any:
     """The model of a configuration with its first two layers, on the CPU, without values."""
-    from transformers import AutoModelForCausalLM
-
     config = deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = 2
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:2]
     with torch.device("meta"):
-        bare: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        bare: Any = auto_class(config).from_config(config, dtype=dtype)
     return bare.eval().requires_grad_(False).to_empty(device="cpu")
 
 

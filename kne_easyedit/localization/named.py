@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.settings import LocalizationSettings
-from kne_easyedit.models.targets import Target, resolve_target, rows
+from kne_easyedit.models.targets import Target, resolve_target
+from kne_easyedit.models.weights import weight_of
 
 MAGNITUDE = "magnitude"
 """Value of ``ensemble``: the rows of largest Euclidean norm, a control of localisation that sees no fact."""
@@ -34,7 +35,7 @@ def named_ensemble(model: nn.Module, hparams: LocalizationSettings) -> NeuronEns
         return NeuronEnsemble.load(hparams.ensemble)
     targets = magnitude_targets(model, hparams)
     selection = replace(hparams.selection, layers=targets[0].layers)
-    return select_ensemble({target.template: _norms(target) for target in targets}, selection)
+    return select_ensemble({target.template: _norms(model, target) for target in targets}, selection)
 
 
 def named_targets(model: nn.Module, hparams: LocalizationSettings) -> list[tuple[Target, int]]:
@@ -58,10 +59,12 @@ def magnitude_targets(model: nn.Module, hparams: LocalizationSettings) -> list[T
 
 
 @torch.no_grad()
-def _norms(target: Target) -> Tensor:
-    """``(layers, d2)``, float32 on the CPU."""
-    weights = [rows(module) for module in target.modules]
-    for name, weight in zip(target.names, weights):
-        if not weight.is_floating_point():
+def _norms(model: nn.Module, target: Target) -> Tensor:
+    """``(layers, d2)``, float32 on the CPU. Offloaded weights are read one after the other."""
+    norms = []
+    for name in target.names:
+        weight = weight_of(model, name)
+        if not weight.dtype.is_floating_point:
             raise ValueError(f"ensemble: {MAGNITUDE} needs the rows' norms; {name} has weights of type {weight.dtype}")
-    return torch.stack([torch.linalg.vector_norm(weight.float(), dim=1).cpu() for weight in weights])
+        norms.append(torch.linalg.vector_norm(weight.rows_of(weight.stored).float(), dim=1).cpu())
+    return torch.stack(norms)

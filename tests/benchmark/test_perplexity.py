@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import make_llama, make_tokenizer
 from pytest import approx
 from runs import counting, job_fixture, lines_of, quick_fixture, record  # noqa: F401  (fixtures)
@@ -43,6 +44,11 @@ def test_it_is_that_of_the_literal_reference(window):
     assert perplexity(model, tokenizer, TEXT, window) == approx(expected, rel=1e-5)
     if window < len(ids):
         assert perplexity(model, tokenizer, TEXT) != approx(expected, rel=1e-5), "less context, other figures"
+
+
+def test_an_offloaded_model_has_that_of_the_whole_one():
+    tokenizer, expected = make_tokenizer(), perplexity(make_llama(), make_tokenizer(), TEXT)
+    assert perplexity(cpu_offload(make_llama()), tokenizer, TEXT) == expected
 
 
 @pytest.mark.parametrize("size", [2, 3, 8, 9])

@@ -7,7 +7,7 @@ import pytest
 
 from kne_easyedit.benchmark.collect import Collection
 from kne_easyedit.benchmark.intervals import LEAST, RESAMPLES, interval, resamples
-from kne_easyedit.benchmark.remembered import Lines, of_lines
+from kne_easyedit.benchmark.remembered import MethodLines, of_lines
 
 
 def test_once_for_the_same_lines_and_arguments():
@@ -19,9 +19,9 @@ def test_once_for_the_same_lines_and_arguments():
         calls.append(step)
         return step * len(lines)
 
-    lines = Lines([{}, {}])
+    lines = MethodLines([{}, {}])
     assert [count(lines), count(lines), count(lines, 2), count(lines, 2)] == [2, 2, 4, 4] and calls == [1, 2]
-    assert count(Lines([{}])) == 1 and calls == [1, 2, 1]
+    assert count(MethodLines([{}])) == 1 and calls == [1, 2, 1]
     assert [count([{}, {}, {}]), count([{}])] == [3, 1] and len(calls) == 5, "a list may change: nothing is kept"
     assert count.__doc__ == "Counted."
 

@@ -32,6 +32,7 @@ from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.row_edit import restore
 from kne_easyedit.edits.store import EditStore
+from kne_easyedit.localization.named import MAGNITUDE, named_ensemble
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fingerprint import model_digest
 from kne_easyedit.models.offload import offloaded
@@ -328,3 +329,12 @@ def test_nothing_stays_loaded_after_an_error_in_a_pass(pair_of, tokenizer, facts
 def test_device_of_an_offloaded_model(pair_of):
     whole, placed, _ = pair_of("memory")
     assert device_of(placed) == device_of(whole) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("placement", ["memory", "disk"])
+def test_rows_by_their_weights_are_those_of_the_whole_model(pair_of, placement):
+    whole, placed, _ = pair_of(placement)
+    hparams = tiny_hparams(ensemble=MAGNITUDE, p=0.25)
+    found = named_ensemble(placed, hparams)
+    assert found == named_ensemble(whole, hparams) and found.size > 0
+    assert not loaded_now(placed)
