@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kne_easyedit import KNEHyperParams
+from kne_easyedit._util.machine import settle_blocks
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.cli.common import shipped
 from kne_easyedit.facts.encoding import Tokenizer
@@ -93,6 +94,7 @@ def random_model(name: str, dtype: torch.dtype, device: str | torch.device = "cp
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(configuration(name), dtype=dtype)
+    settle_blocks(model)  # as `load_model` does
     return cast(nn.Module, model.eval().requires_grad_(False))
 
 

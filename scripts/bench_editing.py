@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="memory: folder for the figures as JSON")
     parser.add_argument("what", choices=("step", "neighbours", "profile", "methods", "workers", "memory"))
     arguments = parser.parse_args()
+    keep_large_blocks()
     if arguments.what == "memory":
         random: Any = random_model(arguments.architecture, getattr(torch, arguments.dtype), arguments.device)
         requests = load_requests(arguments.data, arguments.records)
@@ -83,7 +84,6 @@ def main() -> None:
         if arguments.out:
             atomic_write(arguments.out / "editing_memory.json", json.dumps(figures, indent=1) + "\n")
         return
-    keep_large_blocks()
     hparams = KNEHyperParams.from_hparams(arguments.hparams)
     model, tokenizer = load_model(hparams)
     requests = load_requests(

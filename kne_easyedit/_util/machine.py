@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-_LARGEST = 2**31 - 1
+_ALL, _SMALL = 2**31 - 1, 2**20
+"""The largest block that the process keeps once it is free: any, or one of a MiB."""
+LARGE_WEIGHTS = 2**30
+"""Bytes of weights from which on memory counts more than the time to map it."""
 _VECTOR = 64
 """Bytes of the widest vectors (AVX-512), and of a cache line."""
 
@@ -23,15 +26,42 @@ def keep_large_blocks() -> bool:
     """Makes glibc keep freed memory for the process instead of returning it to the system.
 
     On a CPU a sixth of a sweep's time would otherwise go into mapping large blocks again. For programs (the command
-    line, the benchmarks), never at import: it changes the whole process. Without glibc nothing happens.
+    line, the benchmarks), never at import: it changes the whole process. Without glibc nothing happens. A large model
+    that is loaded afterwards takes it back: `settle_blocks`.
 
     Returns:
         Whether it took effect.
     """
+    global _kept
+    _kept = _keep_blocks_up_to(_ALL)
+    return _kept
+
+
+def settle_blocks(model: nn.Module) -> bool:
+    """After `keep_large_blocks`: returns large blocks all the same, if ``model`` has `LARGE_WEIGHTS` on the CPU.
+
+    Kept blocks of many sizes do not fit each other: Llama-2-7B's architecture was localised in twice the memory of its
+    tensors. The products of such models take so long that mapping does not count (docs/performance.md).
+
+    Returns:
+        Whether large blocks are returned from now on.
+    """
+    global _kept
+    if not _kept or sum(p.nbytes for p in model.parameters() if p.device.type == "cpu") < LARGE_WEIGHTS:
+        return False
+    _kept = not _keep_blocks_up_to(_SMALL)
+    ctypes.CDLL(None).malloc_trim(0)
+    return not _kept
+
+
+_kept = False
+
+
+def _keep_blocks_up_to(size: int) -> bool:
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return all(libc.mallopt(option, _LARGEST) == 1 for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+    return all(libc.mallopt(option, size) == 1 for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
 
 def align_weights(model: nn.Module) -> int:

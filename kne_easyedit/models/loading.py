@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from kne_easyedit._util.files import expand_path
-from kne_easyedit._util.machine import align_weights
+from kne_easyedit._util.machine import align_weights, settle_blocks
 from kne_easyedit._util.progress import suppress_progress_bars
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.models.devices import dtype_of, resolve_device
@@ -52,6 +52,7 @@ def load_model(hparams: Any) -> tuple[nn.Module, Tokenizer]:
         raise ValueError(f"model_name: {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     model = (model if placement else model.to(device)).eval()
     align_weights(model)
+    settle_blocks(model)
     return model, tokenizer
 
 

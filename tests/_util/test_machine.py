@@ -10,13 +10,34 @@ import torch
 from conftest import make_llama, weights
 
 from kne_easyedit._util import machine
-from kne_easyedit._util.machine import _left_by_control_groups, align_weights, free_memory, keep_large_blocks
+from kne_easyedit._util.machine import _left_by_control_groups, align_weights, free_memory, keep_large_blocks, settle_blocks
 
 
 def test_takes_effect_on_glibc_only(monkeypatch):
     assert keep_large_blocks() == (platform.system() == "Linux" and platform.libc_ver()[0] == "glibc")
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert keep_large_blocks() is False
+
+
+def freed_blocks_stay(size=64 * 2**20) -> bool:
+    """Whether the process keeps a large block that is freed."""
+    process, block = psutil.Process(), torch.ones(size, dtype=torch.uint8)
+    held = process.memory_info().rss
+    del block
+    return process.memory_info().rss > held - size // 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc: blocks are freed as its allocator likes")
+def test_a_large_model_returns_what_a_small_one_lets_a_program_keep(monkeypatch):
+    model = make_llama()
+    assert not settle_blocks(model), "no program asked to keep blocks"
+    try:
+        assert keep_large_blocks() and not settle_blocks(model) and freed_blocks_stay()
+        monkeypatch.setattr(machine, "LARGE_WEIGHTS", sum(p.nbytes for p in model.parameters()))
+        assert settle_blocks(model) and not freed_blocks_stay()
+        assert not settle_blocks(model), "done"
+    finally:
+        keep_large_blocks()
 
 
 def test_weights_are_moved_to_vector_boundaries_and_stay_the_same():
