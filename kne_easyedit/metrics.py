@@ -65,30 +65,37 @@ class Metric:
 
     def value(self, line: Mapping) -> float | None:
         """The metric of one result line in its `unit`; None if the line does not have it."""
-        return self._scaled(self._read(line))
+        return self.scaled(self.read(line))
 
     def summarize(self, lines: Iterable[Mapping]) -> float | None:
         """The metric of some result lines in its `unit`; None if no line has it."""
-        values = [value for line in lines if (value := self._read(line)) is not None]
-        return self._scaled(self.aggregate(values)) if values else None
+        return self.total(map(self.read, lines))
+
+    def total(self, values: Iterable[float | None]) -> float | None:
+        """The metric of some result lines in its `unit`, by what `read` gives of each; None if no line has it."""
+        known = [value for value in values if value is not None]
+        return self.scaled(self.aggregate(known)) if known else None
 
     def categories(self, line: Mapping) -> dict[str, float]:
         """Category -> its value in one result line, in the metric's `unit`. Empty for a metric without categories."""
         found = self._found(line) if self.by_category else None
-        means = {name.removesuffix("_acc"): _mean(values) for name, values in _categories(found)}
+        means = {name.removesuffix("_acc"): _number(values) for name, values in _categories(found)}
         return {name: _SCALE[self.unit] * value for name, value in means.items() if value is not None}
 
-    def _read(self, line: Mapping) -> float | None:
+    def read(self, line: Mapping) -> float | None:
+        """The metric of one result line as the line has it, not yet in its `unit`."""
         found = self._found(line)
         return _mean(values for _, values in _categories(found)) if self.by_category else _number(found)
 
     def _found(self, line: Mapping) -> Any:
-        found: Any = line
-        for key in self.path:
+        first, *others = self.path
+        found: Any = line.get(first)
+        for key in others:
             found = (found or {}).get(key)
         return found
 
-    def _scaled(self, value: float | None) -> float | None:
+    def scaled(self, value: float | None) -> float | None:
+        """What `read` gives, in the metric's `unit`."""
         return None if value is None else _SCALE[self.unit] * value
 
 
@@ -295,10 +302,38 @@ def check_metrics(metrics: object) -> None:
                 _check_metric(metric, found, f"metrics.{when}")
 
 
+def reduce_metrics(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The metrics of one record without what no `Metric` reads, and with the mean where EasyEdit has lists.
+
+    Every `Metric` and its categories have the same values of it.
+
+    Args:
+        metrics: As `check_metrics` accepts them.
+
+    Returns:
+        ``pre`` and ``post``.
+    """
+    reduced: dict[str, dict[str, Any]] = {"pre": {}, "post": {}}
+    for when, kept in reduced.items():
+        found = metrics.get(when) or {}
+        for metric in METRICS:
+            if not metric.from_easyedit:
+                continue
+            *sections, last = metric.path[2:]
+            source, target = found, kept
+            for section in [*sections, *([last] if metric.by_category else [])]:
+                source, target = source.get(section) or {}, target.setdefault(section, {})
+            if metric.by_category:
+                target |= {name: _number(values) for name, values in _categories(source)}
+            elif (value := _number(source.get(last))) is not None:
+                target[last] = value
+    return reduced
+
+
 def is_number(value: object) -> bool:
     """Whether it is a finite number, no larger than a float can be."""
     try:
-        return (type(value) is float or isinstance(value, Real)) and math.isfinite(value)
+        return math.isfinite(value) if type(value) is float else isinstance(value, Real) and math.isfinite(value)
     except OverflowError:
         return False
 
@@ -328,7 +363,8 @@ def _check_metric(metric: Metric, found: dict, where: str) -> None:
             raise ValueError(f"{where} that is {_describe(found)}")
     fields = _categories(found) if metric.by_category else [(last, found.get(last))]
     for name, values in fields:
-        _require_numbers(values, f"{where}.{name}")
+        if not (type(values) is list and all(type(its) is float and math.isfinite(its) for its in values)):  # most are
+            _require_numbers(values, f"{where}.{name}")
 
 
 def _require_numbers(values: object, where: str, depth: int = 0) -> None:
