@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean
+from types import SimpleNamespace
 from typing import TypeVar
 
 import numpy
@@ -13,7 +15,7 @@ RESAMPLES, LEAST, MOST_DRAWN = 10_000, 1_000, 3_000_000
 """Resamples of a bootstrap; for many records fewer, down to the second: so that at most so many records are drawn. The
 interval is narrow there, and its ends are known to a twentieth of it all the same."""
 AT_ONCE = 300_000
-"""Records that are drawn at once: they fit a processor's cache. The interval does not depend on it."""
+"""Values that are taken at once: they fit a processor's cache. The interval does not depend on it."""
 LEVEL = 0.95
 Key = TypeVar("Key", bound=Hashable)
 
@@ -75,18 +77,27 @@ def interval(values: Sequence[float], records: Sequence[Hashable] | None = None,
             "report: intervals need scipy of 1.15 or later: pip install 'kne_easyedit[report]'"
         ) from error
 
-    found = bootstrap(
+    draws, rows = _draws(len(clusters), resamples(len(clusters)), seed), max(1, AT_ONCE // len(clusters))
+    means = [
+        statistic(*(its.take(draws[i : i + rows]) for its in samples), axis=-1) for i in range(0, len(draws), rows)
+    ]
+    found = bootstrap(  # no resamples of its own: those of the metrics of one method are the same
         samples,
         statistic,
-        n_resamples=resamples(len(clusters)),
+        n_resamples=0,
+        bootstrap_result=SimpleNamespace(bootstrap_distribution=numpy.concatenate(means)),
         confidence_level=LEVEL,
         method="percentile",
-        rng=numpy.random.default_rng(seed),
         vectorized=True,
         paired=len(samples) > 1,
-        batch=max(1, AT_ONCE // len(clusters)),
     ).confidence_interval
     return Interval(mean, float(found.low), float(found.high), len(clusters))
+
+
+@lru_cache(maxsize=2)
+def _draws(records: int, times: int, seed: int) -> numpy.ndarray:
+    """(times, records): the numbers of the records that are drawn each time."""
+    return numpy.random.default_rng(seed).integers(0, records, (times, records))
 
 
 def resamples(records: int) -> int:
