@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from kne_easyedit._util.files import parse_json
 from kne_easyedit._util.markdown import markdown_table
+from kne_easyedit._util.means import mean_of, number_of
 
 PERCENT, ENTROPY, PER_TOKEN, SECONDS, BYTES = "percent", "n-gram entropy x 100", "per token", "seconds", "bytes"
 _SCALE = {PERCENT: 100, ENTROPY: 100, PER_TOKEN: 1, SECONDS: 1, BYTES: 1}
@@ -79,13 +80,13 @@ class Metric:
     def categories(self, line: Mapping) -> dict[str, float]:
         """Category -> its value in one result line, in the metric's `unit`. Empty for a metric without categories."""
         found = self._found(line) if self.by_category else None
-        means = {name.removesuffix("_acc"): _number(values) for name, values in _categories(found)}
+        means = {name.removesuffix("_acc"): number_of(values) for name, values in categories_of(found)}
         return {name: _SCALE[self.unit] * value for name, value in means.items() if value is not None}
 
     def read(self, line: Mapping) -> float | None:
         """The metric of one result line as the line has it, not yet in its `unit`."""
         found = self._found(line)
-        return _mean(values for _, values in _categories(found)) if self.by_category else _number(found)
+        return mean_of(values for _, values in categories_of(found)) if self.by_category else number_of(found)
 
     def _found(self, line: Mapping) -> Any:
         first, *others = self.path
@@ -302,34 +303,6 @@ def check_metrics(metrics: object) -> None:
                 _check_metric(metric, found, f"metrics.{when}")
 
 
-def reduce_metrics(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The metrics of one record without what no `Metric` reads, and with the mean where EasyEdit has lists.
-
-    Every `Metric` and its categories have the same values of it.
-
-    Args:
-        metrics: As `check_metrics` accepts them.
-
-    Returns:
-        ``pre`` and ``post``.
-    """
-    reduced: dict[str, dict[str, Any]] = {"pre": {}, "post": {}}
-    for when, kept in reduced.items():
-        found = metrics.get(when) or {}
-        for metric in METRICS:
-            if not metric.from_easyedit:
-                continue
-            *sections, last = metric.path[2:]
-            source, target = found, kept
-            for section in [*sections, *([last] if metric.by_category else [])]:
-                source, target = source.get(section) or {}, target.setdefault(section, {})
-            if metric.by_category:
-                target |= {name: _number(values) for name, values in _categories(source)}
-            elif (value := _number(source.get(last))) is not None:
-                target[last] = value
-    return reduced
-
-
 def is_number(value: object) -> bool:
     """Whether it is a finite number, no larger than a float can be."""
     try:
@@ -361,7 +334,7 @@ def _check_metric(metric: Metric, found: dict, where: str) -> None:
         found, where = found.get(section) or {}, f"{where}.{section}"
         if not isinstance(found, dict):
             raise ValueError(f"{where} that is {_describe(found)}")
-    fields = _categories(found) if metric.by_category else [(last, found.get(last))]
+    fields = categories_of(found) if metric.by_category else [(last, found.get(last))]
     for name, values in fields:
         if not (type(values) is list and all(type(its) is float and math.isfinite(its) for its in values)):  # most are
             _require_numbers(values, f"{where}.{name}")
@@ -417,19 +390,6 @@ def _describe(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _categories(section: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+def categories_of(section: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     """The entries of a section that are accuracies."""
     return [(name, values) for name, values in (section or {}).items() if name.endswith("_acc")]
-
-
-def _mean(values: Iterable) -> float | None:
-    """The mean of numbers, or of means where they are lists; what is None or empty is left out."""
-    numbers = [number for number in map(_number, values) if number is not None]
-    return fmean(numbers) if numbers else None
-
-
-def _number(value: Any) -> float | None:
-    if type(value) is float:  # nearly all are: asking whether something is Real takes ten times as long
-        return value
-    is_single = value is None or isinstance(value, Real)  # numpy's numbers are Real, too
-    return value if is_single else _mean(value)

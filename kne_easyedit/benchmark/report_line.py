@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from kne_easyedit._util.means import number_of
 from kne_easyedit.benchmark.result_line import ResultLine
-from kne_easyedit.metrics import reduce_metrics
+from kne_easyedit.metrics import METRICS, categories_of
 
 
 class Texts:
@@ -31,7 +32,7 @@ class ReportLine(Mapping[str, Any]):
     """A `ResultLine` without what no report shows; read like it. One object without a table of names.
 
     ``neighbours`` are `Neighbours`, ``losses`` is an array, ``metrics`` has one number where EasyEdit has lists
-    (`metrics.reduce_metrics`); ``aliases`` and the probabilities are None.
+    (`reduce_metrics`); ``aliases`` and the probabilities are None.
     """
 
     __slots__ = tuple(ResultLine.__annotations__)
@@ -56,7 +57,7 @@ _NAMES = frozenset(ReportLine.__slots__)
 class Neighbours(Sequence[Mapping[str, Any]]):
     """The neighbours of a result line, as columns; an entry has ``prompt``, ``before``, ``after``, ``forced_before``."""
 
-    __slots__ = ("prompts", "before", "after", "forced_before")
+    __slots__ = ("after", "before", "forced_before", "prompts")
 
     prompts: tuple[str, ...]
     before: tuple[str, ...]
@@ -101,10 +102,38 @@ def report_line(line: ResultLine, texts: Texts, *, data: str, method: str) -> Re
     for name in _LEFT_OUT:
         setattr(kept, name, None)
     losses, neighbours = found["losses"], found["neighbours"]
-    setattr(kept, "losses", None if losses is None else array("d", losses))
-    setattr(kept, "neighbours", None if neighbours is None else _columns(neighbours, texts))
-    setattr(kept, "metrics", _with_texts(reduce_metrics(found["metrics"]), texts))
+    kept.losses = None if losses is None else array("d", losses)
+    kept.neighbours = None if neighbours is None else _columns(neighbours, texts)
+    kept.metrics = _with_texts(reduce_metrics(found["metrics"]), texts)
     return cast(ResultLine, kept)
+
+
+def reduce_metrics(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The metrics of one record without what no `Metric` reads, and with the mean where EasyEdit has lists.
+
+    Every `Metric` and its categories have the same values of it.
+
+    Args:
+        metrics: As `metrics.check_metrics` accepts them.
+
+    Returns:
+        ``pre`` and ``post``.
+    """
+    reduced: dict[str, dict[str, Any]] = {"pre": {}, "post": {}}
+    for when, kept in reduced.items():
+        found = metrics.get(when) or {}
+        for metric in METRICS:
+            if not metric.from_easyedit:
+                continue
+            *sections, last = metric.path[2:]
+            source, target = found, kept
+            for section in [*sections, *([last] if metric.by_category else [])]:
+                source, target = source.get(section) or {}, target.setdefault(section, {})
+            if metric.by_category:
+                target |= {name: number_of(values) for name, values in categories_of(source)}
+            elif (value := number_of(source.get(last))) is not None:
+                target[last] = value
+    return reduced
 
 
 _LEFT_OUT = ("aliases", "probabilities_before", "probabilities_after")
