@@ -55,7 +55,7 @@ _NAMES = frozenset(ReportLine.__slots__)
 
 @dataclass(frozen=True)
 class Neighbours(Sequence[Mapping[str, Any]]):
-    """The neighbours of a result line, as columns; an entry has ``prompt``, ``before``, ``after``, ``forced_before``."""
+    """Neighbours of a result line, as columns; an entry has ``prompt``, ``before``, ``after``, ``forced_before``."""
 
     __slots__ = ("after", "before", "forced_before", "prompts")
 
