@@ -226,6 +226,11 @@ def own_metrics() -> list[Metric]:
     return [metric for metric in METRICS if not metric.from_easyedit]
 
 
+def easyedit_metrics() -> list[Metric]:
+    """The metrics that EasyEdit measures."""
+    return [metric for metric in METRICS if metric.from_easyedit]
+
+
 def paper_metrics() -> list[tuple[Metric, int]]:
     """The rows of the paper's tables: each metric with its place in the lists of ``published.json``."""
     return [(metric, metric.paper_column) for metric in METRICS if metric.paper_column is not None]
@@ -250,7 +255,7 @@ def summarize_metrics(metrics: Sequence[Mapping]) -> dict[str, float | int | Non
         ``records``, their number.
     """
     lines = [{"metrics": record} for record in metrics]
-    summary = {metric.key: metric.summarize(lines) for metric in METRICS if metric.from_easyedit}
+    summary = {metric.key: metric.summarize(lines) for metric in easyedit_metrics()}
     return {**summary, "records": len(lines)}
 
 
@@ -298,9 +303,8 @@ def check_metrics(metrics: object) -> None:
         found = metrics.get(when) or {}
         if not isinstance(found, dict):
             raise ValueError(f"metrics.{when} that is {_describe(found)}")
-        for metric in METRICS:
-            if metric.from_easyedit:
-                _check_metric(metric, found, f"metrics.{when}")
+        for metric in easyedit_metrics():
+            _check_metric(metric, found, f"metrics.{when}")
 
 
 def is_number(value: object) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from kne_easyedit._util.means import number_of
 from kne_easyedit.benchmark.result_line import ResultLine
-from kne_easyedit.metrics import METRICS, categories_of
+from kne_easyedit.metrics import categories_of, easyedit_metrics, own_metrics
 
 
 class Texts:
@@ -35,22 +35,28 @@ class ReportLine(Mapping[str, Any]):
     (`reduce_metrics`); ``aliases`` and the probabilities are None.
     """
 
-    __slots__ = tuple(ResultLine.__annotations__)
+    __slots__ = (*ResultLine.__annotations__, "_more")
 
-    __getitem__ = object.__getattribute__
+    _more: Mapping[str, Any]
+    """Fields of metrics that the schema lacks."""
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, key) if key in _NAMES else self._more[key]
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of any mapping."""
-        return getattr(self, key) if key in _NAMES else default
+        return getattr(self, key) if key in _NAMES else self._more.get(key, default)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.__slots__)
+        yield from _NAMES
+        yield from self._more
 
     def __len__(self) -> int:
-        return len(self.__slots__)
+        return len(_NAMES) + len(self._more)
 
 
-_NAMES = frozenset(ReportLine.__slots__)
+_NAMES = dict.fromkeys(ResultLine.__annotations__)
+_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,15 @@ def report_line(line: ResultLine, texts: Texts, *, data: str, method: str) -> Re
     for name in _LEFT_OUT:
         setattr(kept, name, None)
     losses, neighbours = found["losses"], found["neighbours"]
-    kept.losses = None if losses is None else array("d", losses)
-    kept.neighbours = None if neighbours is None else _columns(neighbours, texts)
-    kept.metrics = _with_texts(reduce_metrics(found["metrics"]), texts)
+    added = {metric.path[0] for metric in own_metrics()} & found.keys() - _NAMES.keys()
+    packed = {
+        "_more": {name: found[name] for name in added} if added else _NOTHING,
+        "losses": None if losses is None else array("d", losses),
+        "neighbours": None if neighbours is None else _columns(neighbours, texts),
+        "metrics": _with_texts(reduce_metrics(found["metrics"]), texts),
+    }
+    for name, value in packed.items():
+        setattr(kept, name, value)
     return cast(ResultLine, kept)
 
 
@@ -122,9 +134,7 @@ def reduce_metrics(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     reduced: dict[str, dict[str, Any]] = {"pre": {}, "post": {}}
     for when, kept in reduced.items():
         found = metrics.get(when) or {}
-        for metric in METRICS:
-            if not metric.from_easyedit:
-                continue
+        for metric in easyedit_metrics():
             *sections, last = metric.path[2:]
             source, target = found, kept
             for section in [*sections, *([last] if metric.by_category else [])]:
@@ -138,7 +148,7 @@ def reduce_metrics(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 _LEFT_OUT = ("aliases", "probabilities_before", "probabilities_after")
 _APART = {"data", "method", "ability_before", "ability", "losses", "neighbours", "metrics", *_LEFT_OUT}
-_PLAIN = tuple(name for name in ReportLine.__slots__ if name not in _APART)
+_PLAIN = tuple(name for name in _NAMES if name not in _APART)
 
 
 def _columns(neighbours: Sequence[Mapping[str, Any]], texts: Texts) -> Neighbours:

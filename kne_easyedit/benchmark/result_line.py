@@ -226,7 +226,7 @@ def parse_result(line: Mapping[str, Any]) -> ResultLine:
         require(len(text) <= LONGEST and text.isprintable(), name, text, f"one line of at most {LONGEST} characters")
     require(is_int(line["index"]), "index", line["index"], "a number of a record")
     require(line.get("seed") is None or is_int(line["seed"]), "seed", line.get("seed"), "a whole number")
-    for name in _OWN:
+    for name in (metric.path[0] for metric in own_metrics()):
         require(line.get(name) is None or is_number(line[name]), name, line.get(name), "a finite number")
     for name in ("neighbours", "aliases"):
         _require_answers(line.get(name), name)
@@ -249,7 +249,6 @@ def is_readable(line: Mapping[str, Any]) -> bool:
 
 
 _REQUIRED = ("method", "metrics", "fingerprint", "index", "record")
-_OWN = tuple(metric.path[0] for metric in own_metrics())
 _TEXTS = (
     "fingerprint",
     "method",

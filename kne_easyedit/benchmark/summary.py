@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from kne_easyedit.benchmark.remembered import of_lines
-from kne_easyedit.metrics import METRICS, Metric, own_metrics, retention_metrics
+from kne_easyedit.metrics import Metric, easyedit_metrics, own_metrics, retention_metrics
 
 
 @of_lines
@@ -21,7 +21,7 @@ def summarize(lines: Sequence[Mapping]) -> dict[str, float | int | None]:
         Key of a `kne_easyedit.metrics.Metric` -> its value over the lines, in its unit, or None if no line has it; and
         ``records``, the number of lines.
     """
-    of_easyedit = {metric.key: metric.total(values(lines, metric)) for metric in METRICS if metric.from_easyedit}
+    of_easyedit = {metric.key: metric.total(values(lines, metric)) for metric in easyedit_metrics()}
     ours = {metric.key: metric.total(values(lines, metric)) for metric in own_metrics()}
     return {**of_easyedit, "records": len(lines), **ours}
 
