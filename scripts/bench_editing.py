@@ -39,7 +39,7 @@ from torch import nn
 
 from kne_easyedit import KNEHyperParams, compute_edit, restore
 from kne_easyedit._util.files import atomic_write
-from kne_easyedit._util.machine import available_cores, environment, hardware, keep_large_blocks
+from kne_easyedit._util.machine import available_cores, hardware, keep_large_blocks
 from kne_easyedit._util.workers import run_parallel
 from kne_easyedit.cli.common import shipped
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
@@ -50,7 +50,7 @@ from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import IGNORE, Batch, Tokenizer, collate, encode_request
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.localization.localizer import find_ensemble
-from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.devices import device_of, environment
 from kne_easyedit.models.loading import load_model
 from kne_easyedit.models.state import preserve_state
 
