@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from kne_easyedit._util.files import parse_json
 from kne_easyedit._util.markdown import markdown_table
+from kne_easyedit._util.means import mean_of, number_of
 
 PERCENT, ENTROPY, PER_TOKEN, SECONDS, BYTES = "percent", "n-gram entropy x 100", "per token", "seconds", "bytes"
 _SCALE = {PERCENT: 100, ENTROPY: 100, PER_TOKEN: 1, SECONDS: 1, BYTES: 1}
@@ -65,30 +66,37 @@ class Metric:
 
     def value(self, line: Mapping) -> float | None:
         """The metric of one result line in its `unit`; None if the line does not have it."""
-        return self._scaled(self._read(line))
+        return self.scaled(self.read(line))
 
     def summarize(self, lines: Iterable[Mapping]) -> float | None:
         """The metric of some result lines in its `unit`; None if no line has it."""
-        values = [value for line in lines if (value := self._read(line)) is not None]
-        return self._scaled(self.aggregate(values)) if values else None
+        return self.total(map(self.read, lines))
+
+    def total(self, values: Iterable[float | None]) -> float | None:
+        """The metric of some result lines in its `unit`, by what `read` gives of each; None if no line has it."""
+        known = [value for value in values if value is not None]
+        return self.scaled(self.aggregate(known)) if known else None
 
     def categories(self, line: Mapping) -> dict[str, float]:
         """Category -> its value in one result line, in the metric's `unit`. Empty for a metric without categories."""
         found = self._found(line) if self.by_category else None
-        means = {name.removesuffix("_acc"): _mean(values) for name, values in _categories(found)}
+        means = {name.removesuffix("_acc"): number_of(values) for name, values in categories_of(found)}
         return {name: _SCALE[self.unit] * value for name, value in means.items() if value is not None}
 
-    def _read(self, line: Mapping) -> float | None:
+    def read(self, line: Mapping) -> float | None:
+        """The metric of one result line as the line has it, not yet in its `unit`."""
         found = self._found(line)
-        return _mean(values for _, values in _categories(found)) if self.by_category else _number(found)
+        return mean_of(values for _, values in categories_of(found)) if self.by_category else number_of(found)
 
     def _found(self, line: Mapping) -> Any:
-        found: Any = line
-        for key in self.path:
+        first, *others = self.path
+        found: Any = line.get(first)
+        for key in others:
             found = (found or {}).get(key)
         return found
 
-    def _scaled(self, value: float | None) -> float | None:
+    def scaled(self, value: float | None) -> float | None:
+        """What `read` gives, in the metric's `unit`."""
         return None if value is None else _SCALE[self.unit] * value
 
 
@@ -298,7 +306,7 @@ def check_metrics(metrics: object) -> None:
 def is_number(value: object) -> bool:
     """Whether it is a finite number, no larger than a float can be."""
     try:
-        return (type(value) is float or isinstance(value, Real)) and math.isfinite(value)
+        return math.isfinite(value) if type(value) is float else isinstance(value, Real) and math.isfinite(value)
     except OverflowError:
         return False
 
@@ -326,9 +334,10 @@ def _check_metric(metric: Metric, found: dict, where: str) -> None:
         found, where = found.get(section) or {}, f"{where}.{section}"
         if not isinstance(found, dict):
             raise ValueError(f"{where} that is {_describe(found)}")
-    fields = _categories(found) if metric.by_category else [(last, found.get(last))]
+    fields = categories_of(found) if metric.by_category else [(last, found.get(last))]
     for name, values in fields:
-        _require_numbers(values, f"{where}.{name}")
+        if not (type(values) is list and all(type(its) is float and math.isfinite(its) for its in values)):  # most are
+            _require_numbers(values, f"{where}.{name}")
 
 
 def _require_numbers(values: object, where: str, depth: int = 0) -> None:
@@ -381,19 +390,6 @@ def _describe(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _categories(section: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+def categories_of(section: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     """The entries of a section that are accuracies."""
     return [(name, values) for name, values in (section or {}).items() if name.endswith("_acc")]
-
-
-def _mean(values: Iterable) -> float | None:
-    """The mean of numbers, or of means where they are lists; what is None or empty is left out."""
-    numbers = [number for number in map(_number, values) if number is not None]
-    return fmean(numbers) if numbers else None
-
-
-def _number(value: Any) -> float | None:
-    if type(value) is float:  # nearly all are: asking whether something is Real takes ten times as long
-        return value
-    is_single = value is None or isinstance(value, Real)  # numpy's numbers are Real, too
-    return value if is_single else _mean(value)

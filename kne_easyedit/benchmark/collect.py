@@ -15,12 +15,12 @@ from kne_easyedit.benchmark.general import NOTHING
 from kne_easyedit.benchmark.labels import curve_of, data_name, data_set_order, method_order
 from kne_easyedit.benchmark.manifest import check_manifest
 from kne_easyedit.benchmark.remembered import MethodLines
+from kne_easyedit.benchmark.report_line import Texts, report_line
 from kne_easyedit.benchmark.result_line import ResultLine, parse_result
 from kne_easyedit.benchmark.store import read_lines
 
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\n]+/)+([^/\n]+)")
 _NONE = MethodLines()
-_HAVE_TEXTS = (str, dict, list)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Collection:
     """What a report is made of."""
 
     lines: tuple[ResultLine, ...]
-    """One for each data set, method, seed and record; ``data`` is the data set's name."""
+    """One for each data set, method, seed and record; ``data`` is the data set's name. `collect` keeps what reports
+    need of them (`report_line.ReportLine`)."""
     manifests: tuple[dict, ...]
     """Without the folders of paths, which mean nothing on another machine."""
     axes: Mapping[str, str] = field(default_factory=dict)
@@ -45,10 +46,21 @@ class Collection:
             cells.setdefault((line["data"], line["method"]), []).append(line)
         return {cell: MethodLines(lines) for cell, lines in cells.items()}
 
+    @property
+    def cells(self) -> Iterable[MethodLines]:
+        """The lines of each method on each data set that it has lines of."""
+        return self._cells.values()
+
+    def of_data(self, data: str) -> MethodLines:
+        """The lines of all methods on one data set."""
+        return self._of_data.get(data, _NONE)
+
     @cached_property
-    def all(self) -> MethodLines:
-        """All lines, as one thing of which means are remembered."""
-        return MethodLines(self.lines)
+    def _of_data(self) -> dict[str | None, MethodLines]:
+        found: dict[str | None, list[ResultLine]] = {}
+        for line in self.lines:
+            found.setdefault(line["data"], []).append(line)
+        return {data: MethodLines(lines) for data, lines in found.items()}
 
     @cached_property
     def data_sets(self) -> list[str]:
@@ -86,17 +98,17 @@ def collect(paths: Iterable[str | Path]) -> Collection:
         for file, its in manifests.items()
     }
     merged: dict[tuple, ResultLine] = {}
-    texts: dict[str, str] = {}
+    texts = Texts()
     known: dict[tuple, tuple[object, Path]] = {}
     for file in files:
         at_end = _at_end(file.with_name("retention.jsonl"))
         for number, raw in read_lines(file):
             try:
-                line = parse_result({**raw, **at_end.get((raw.get("method"), raw.get("index")), {})})
+                whole = parse_result({**raw, **at_end.get((raw.get("method"), raw.get("index")), {})})
             except ValueError as error:
                 raise ValueError(f"{file}: line {number}: {error}") from error
-            label = points.get(file, {}).get(line["method"], line["method"])
-            line = _with_whole_characters({**line, "data": data_name(line["data"] or ""), "method": label}, texts)
+            label = points.get(file, {}).get(whole["method"], whole["method"])
+            line = report_line(whole, texts, data=data_name(whole["data"] or ""), method=label)
             group, seed = (line["data"], line["method"]), line["seed"]
             _require_same(known, (*group, "mode"), line["mode"], file)
             _require_same(known, (*group, "fingerprint", seed), line["fingerprint"], file)
@@ -148,7 +160,7 @@ def _manifest(file: Path) -> dict:
     try:
         manifest = parse_json(file.read_bytes())
         check_manifest(manifest)
-        return _with_whole_characters(_without_folders(manifest))
+        return _with_whole_characters(_without_folders(manifest), Texts())
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else "is nested too deeply"
         raise ValueError(
@@ -156,29 +168,13 @@ def _manifest(file: Path) -> dict:
         ) from error
 
 
-def _with_whole_characters(value: Any, texts: dict[str, str] | None = None) -> Any:
-    """The value with question marks for lone surrogates (halves of a character): no file can hold them.
-
-    Args:
-        value: As JSON has it.
-        texts: Texts and names that were seen before: equal ones are one object then. Lines of several methods share
-            their prompts and answers before the edit, and all lines their names.
-    """
-    texts = {} if texts is None else texts
-
-    def whole(found: Any) -> Any:
-        kind = type(found)
-        if kind is str:
-            if (known := texts.get(found)) is None:
-                known = texts[found] = found if found.isascii() else found.encode("utf-8", "replace").decode()
-            return known
-        if kind is dict:
-            return {whole(name): whole(its) if type(its) in _HAVE_TEXTS else its for name, its in found.items()}
-        if kind is list:
-            return [whole(its) if type(its) in _HAVE_TEXTS else its for its in found]
-        return found
-
-    return whole(value)
+def _with_whole_characters(value: Any, texts: Texts) -> Any:
+    """A value of JSON with its texts and names as of ``texts``."""
+    if isinstance(value, dict):
+        return {texts(name): _with_whole_characters(its, texts) for name, its in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_characters(its, texts) for its in value]
+    return texts(value) if isinstance(value, str) else value
 
 
 def _without_folders(value: Any) -> Any:

@@ -121,13 +121,14 @@ def _pieces(path: Path) -> Iterator[_Piece]:
 
     A line ends with ``\n`` only: JSON escapes that within texts, but not Unicode's line separators (U+2028, U+0085).
     """
-    *ended, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    for number, content in enumerate([*ended, last], start=1):
-        if content.strip():
-            line, fault = _object(content)
-            yield _Piece(
-                number, content, line, fault, incomplete=number > len(ended) and content.lstrip().startswith(b"{")
-            )
+    if not path.is_file():
+        return
+    with path.open("rb") as stream:
+        for number, read in enumerate(stream, start=1):  # one by one: a file may be larger than what is kept of it
+            if content := read.removesuffix(b"\n") if read.strip() else b"":
+                line, fault = _object(content)
+                incomplete = not read.endswith(b"\n") and content.lstrip().startswith(b"{")
+                yield _Piece(number, content, line, fault, incomplete)
 
 
 def _object(content: bytes) -> tuple[dict | None, str]:

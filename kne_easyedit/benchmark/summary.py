@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from kne_easyedit.benchmark.remembered import of_lines
-from kne_easyedit.metrics import own_metrics, retention_metrics, summarize_metrics
+from kne_easyedit.metrics import METRICS, Metric, own_metrics, retention_metrics
 
 
 @of_lines
@@ -21,8 +21,15 @@ def summarize(lines: Sequence[Mapping]) -> dict[str, float | int | None]:
         Key of a `kne_easyedit.metrics.Metric` -> its value over the lines, in its unit, or None if no line has it; and
         ``records``, the number of lines.
     """
-    summary = summarize_metrics([line["metrics"] for line in lines])
-    return summary | {metric.key: metric.summarize(lines) for metric in own_metrics()}
+    of_easyedit = {metric.key: metric.total(values(lines, metric)) for metric in METRICS if metric.from_easyedit}
+    ours = {metric.key: metric.total(values(lines, metric)) for metric in own_metrics()}
+    return {**of_easyedit, "records": len(lines), **ours}
+
+
+@of_lines
+def values(lines: Sequence[Mapping], metric: Metric) -> list[float | None]:
+    """What `Metric.read` gives of each line."""
+    return [metric.read(line) for line in lines]
 
 
 def retention(lines: Sequence[Mapping]) -> list[dict]:

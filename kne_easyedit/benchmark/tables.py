@@ -10,15 +10,15 @@ from kne_easyedit.benchmark.answers import begins_with, is_whole
 from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.intervals import Interval, interval, paired
 from kne_easyedit.benchmark.labels import is_kne
-from kne_easyedit.benchmark.remembered import of_lines
+from kne_easyedit.benchmark.remembered import MethodLines, of_lines
 from kne_easyedit.benchmark.result_line import ResultLine
-from kne_easyedit.benchmark.summary import scores, summarize
+from kne_easyedit.benchmark.summary import scores, summarize, values
 from kne_easyedit.metrics import Metric, qualities
 
 
 def compared(found: Collection) -> list[Metric]:
     """The metrics by which a report compares methods: an optional one only if any of its lines has it."""
-    return qualities(summarize(found.all))
+    return qualities(*map(summarize, found.cells))
 
 
 def with_categories(metrics: Sequence[Metric]) -> list[Metric]:
@@ -80,16 +80,21 @@ def category_records(lines: Sequence[Mapping], metric: Metric) -> dict[str, int]
     return {name: len(records) for name, records in found.items()}
 
 
-def unedited(found: Collection, data: str) -> list[dict]:
+def unedited(found: Collection, data: str) -> Sequence[Mapping]:
     """Lines of the model before any edit, over the records of all methods; without what compares with it."""
-    once = {line["record"]: line for line in found.lines if line["data"] == data}
-    return [_before_edit(line) for line in once.values()]
+    return _unedited(found.of_data(data))
+
+
+@of_lines
+def _unedited(lines: Sequence[ResultLine]) -> MethodLines:
+    once = {line["record"]: line for line in lines}
+    return MethodLines(_before_edit(line) for line in once.values())
 
 
 def _before_edit(line: ResultLine) -> dict:
     """A line as it would be without the edit; what compares with the model before is left out."""
     target, whole = line["target_new"] or "", line["answer_before"]
-    forced = [its["forced_before"] for its in line["neighbours"] or ()]
+    forced = [known for its in line["neighbours"] or () if (known := its["forced_before"]) is not None]
     return {
         "metrics": {"post": line["metrics"].get("pre") or {}},
         "exact_match": float(begins_with(line["before"] or "", target)),
@@ -103,22 +108,27 @@ def _before_edit(line: ResultLine) -> dict:
 def baselines_mean(found: Collection, data: str, metric: Metric) -> float | None:
     """The mean of a metric over the methods that are not KNE; None for fewer than two."""
     baselines = [lines for method in found.methods if not is_kne(method) and (lines := found.of(data, method))]
-    values = [value for lines in baselines if (value := metric.summarize(lines)) is not None]
-    return sum(values) / len(values) if len(values) > 1 else None
+    means = [value for lines in baselines if (value := summarize(lines)[metric.key]) is not None]
+    return sum(means) / len(means) if len(means) > 1 else None
 
 
 @of_lines
 def per_record(lines: Sequence[Mapping], metric: Metric) -> dict[tuple, float]:
     """(record, its number, seed) -> the metric of the line, for every line that has it."""
-    values = {(line["record"], line["index"], line["seed"]): metric.value(line) for line in lines}
-    return {key: value for key, value in values.items() if value is not None}
+    found = dict(zip(_keys(lines), map(metric.scaled, values(lines, metric))))
+    return {key: value for key, value in found.items() if value is not None}
+
+
+@of_lines
+def _keys(lines: Sequence[Mapping]) -> list[tuple]:
+    return [(line["record"], line["index"], line["seed"]) for line in lines]
 
 
 @of_lines
 def mean(lines: Sequence[Mapping], metric: Metric) -> Interval | None:
     """The mean of a metric over the records that have it, with its interval; None if there are none."""
-    values = per_record(lines, metric)
-    return interval(list(values.values()), [record for record, *_ in values])
+    found = per_record(lines, metric)
+    return interval(list(found.values()), [record for record, *_ in found])
 
 
 def rivals(found: Collection, data: str, method: str) -> list[str]:

@@ -63,9 +63,11 @@ def test_shards_merge_to_the_lines_of_one_run(tmp_path):
     write(tmp_path / "whole/results.jsonl", LINES)
     for i in range(3):
         write(tmp_path / f"shards/{i}/results.jsonl", LINES[i::3])
-    assert sorted(map(json.dumps, collect([tmp_path / "shards"]).lines)) == sorted(
-        map(json.dumps, collect([tmp_path / "whole"]).lines)
+    merged, whole = (
+        {(its["data"], its["method"], its["record"], its["seed"]): its for its in collect([tmp_path / name]).lines}
+        for name in ("shards", "whole")
     )
+    assert merged == whole and len(whole) == len(LINES)
     assert figures(collect([tmp_path / "shards"])) == figures(collect([tmp_path / "whole"]))
     twice = collect([tmp_path / "whole", tmp_path / "shards"])
     assert len(twice.lines) == len(LINES)
