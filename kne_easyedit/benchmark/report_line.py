@@ -102,9 +102,12 @@ def report_line(line: ResultLine, texts: Texts, *, data: str, method: str) -> Re
     for name in _LEFT_OUT:
         setattr(kept, name, None)
     losses, neighbours = found["losses"], found["neighbours"]
-    kept.losses = None if losses is None else array("d", losses)
-    kept.neighbours = None if neighbours is None else _columns(neighbours, texts)
-    kept.metrics = _with_texts(reduce_metrics(found["metrics"]), texts)
+    for name, its in (
+        ("losses", None if losses is None else array("d", losses)),
+        ("neighbours", None if neighbours is None else _columns(neighbours, texts)),
+        ("metrics", _with_texts(reduce_metrics(found["metrics"]), texts)),
+    ):
+        setattr(kept, name, its)
     return cast(ResultLine, kept)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
+from typing import cast
 
 from kne_easyedit.benchmark.answers import begins_with, is_whole
 from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
@@ -88,7 +89,7 @@ def unedited(found: Collection, data: str) -> Sequence[Mapping]:
 @of_lines
 def _unedited(lines: Sequence[ResultLine]) -> MethodLines:
     once = {line["record"]: line for line in lines}
-    return MethodLines(_before_edit(line) for line in once.values())
+    return MethodLines(cast(ResultLine, _before_edit(line)) for line in once.values())
 
 
 def _before_edit(line: ResultLine) -> dict:
