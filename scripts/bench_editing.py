@@ -1,6 +1,7 @@
 """Measures edits. Every figure on editing in docs/performance.md comes from one of these commands.
 
     python scripts/bench_editing.py step      # one training step against a plain forward and backward pass
+    python scripts/bench_editing.py rate      # one training step against its own matrix products
     python scripts/bench_editing.py neighbours  # one training step with neighbours against one without
     python scripts/bench_editing.py profile   # where an edit's time goes
     python scripts/bench_editing.py methods   # seconds an edit: KNE, and EasyEdit's FT and AdaLoRA
@@ -33,11 +34,12 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES, fitting_tokenizer, random_model, settings_of
 from editing_memory import memory
+from step_rate import rate
 from torch import nn
 
 from kne_easyedit import KNEHyperParams, compute_edit, restore
 from kne_easyedit._util.files import atomic_write
-from kne_easyedit._util.machine import available_cores, environment, hardware, keep_large_blocks
+from kne_easyedit._util.machine import available_cores, hardware, keep_large_blocks
 from kne_easyedit._util.workers import run_parallel
 from kne_easyedit.cli.common import shipped
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
@@ -48,7 +50,7 @@ from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import IGNORE, Batch, Tokenizer, collate, encode_request
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.localization.localizer import find_ensemble
-from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.devices import device_of, environment
 from kne_easyedit.models.loading import load_model
 from kne_easyedit.models.state import preserve_state
 
@@ -69,7 +71,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="memory")
     parser.add_argument("--device", default="cpu", help="memory")
     parser.add_argument("--out", type=Path, help="memory: folder for the figures as JSON")
-    parser.add_argument("what", choices=("step", "neighbours", "profile", "methods", "workers", "memory"))
+    parser.add_argument("what", choices=("step", "rate", "neighbours", "profile", "methods", "workers", "memory"))
     arguments = parser.parse_args()
     keep_large_blocks()
     if arguments.what == "memory":
@@ -93,6 +95,9 @@ def main() -> None:
     find_ensemble(model, tokenizer, requests, hparams)
     if arguments.what == "workers":
         workers(model, tokenizer, requests, hparams, arguments.repeats, arguments.busy)
+        return
+    if arguments.what == "rate":
+        rate(model, tokenizer, requests, hparams, arguments.repeats, training_step)
         return
     {"step": step, "neighbours": neighbours, "profile": profile, "methods": methods}[arguments.what](
         model, tokenizer, requests, hparams, arguments.repeats

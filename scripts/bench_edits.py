@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kne_easyedit import KNEHyperParams, compute_edit
-from kne_easyedit._util.machine import environment, hardware
+from kne_easyedit._util.machine import hardware
 from kne_easyedit.cli.common import shipped
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.edits import EditStore, save_adapter
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.models.base import Base, base_of
+from kne_easyedit.models.devices import environment
 from kne_easyedit.models.loading import load_model
 
 PROMPTS = ("The capital of France is", "The capital of Spain is", "Water boils at", "My favourite book is")

@@ -29,12 +29,13 @@ from localization_random import many_facts
 
 from kne_easyedit import KNEHyperParams, compute_edit, restore
 from kne_easyedit._util.files import atomic_write
-from kne_easyedit._util.machine import PeakMemory, environment, hardware, keep_large_blocks
+from kne_easyedit._util.machine import PeakMemory, hardware, keep_large_blocks
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.facts.encoding import Tokenizer, encode_request
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.localization.localizer import find_ensemble
+from kne_easyedit.models.devices import environment
 from kne_easyedit.models.targets import resolve_target
 
 RECORDS = "benchmark/wiki_counterfact/test_cf.json"

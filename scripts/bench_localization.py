@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kne_easyedit._util.files import atomic_write
-from kne_easyedit._util.machine import environment, keep_large_blocks
+from kne_easyedit._util.machine import keep_large_blocks
 from kne_easyedit.attribution.engine import attribute_facts
 from kne_easyedit.attribution.quadrature import gauss_legendre, riemann
 from kne_easyedit.facts.encoding import Fact, encode, encode_request
@@ -48,6 +48,7 @@ from kne_easyedit.facts.records import load_requests
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.selection import Selection, aggregate
+from kne_easyedit.models.devices import environment
 from kne_easyedit.models.fast_linear import linear
 from kne_easyedit.models.targets import Target, resolve_target
 

@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 from kne_easyedit import KNEHyperParams, compute_edit, restore
-from kne_easyedit._util.machine import PeakMemory, environment, free_memory, hardware
+from kne_easyedit._util.machine import PeakMemory, free_memory, hardware
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.doctor import memory_needed
 from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.facts.encoding import Tokenizer, encode_request
 from kne_easyedit.localization.localizer import find_ensemble
 from kne_easyedit.models.base import base_of
+from kne_easyedit.models.devices import environment
 
 MIB = 2**20
 

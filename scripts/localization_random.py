@@ -9,11 +9,11 @@ from typing import Any
 
 from localization_measures import literal_attribution, multiplications, product_rate, spread, timed
 
-from kne_easyedit._util.machine import PeakMemory, environment
+from kne_easyedit._util.machine import PeakMemory
 from kne_easyedit.attribution.engine import attribute_facts, rows_in_flight
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.localization.localizer import batches
-from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.devices import device_of, environment
 from kne_easyedit.models.fast_linear import linear
 from kne_easyedit.models.targets import Target
 

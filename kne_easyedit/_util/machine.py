@@ -203,21 +203,3 @@ def hardware() -> dict[str, object]:
         "gpus": gpus,
         "platform": platform.platform(),
     }
-
-
-def environment(model: nn.Module) -> dict[str, object]:
-    """Versions, device and type: what a figure depends on, apart from the settings."""
-    import peft
-    import torch
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "platform": platform.platform(),
-        "cpus": available_cores(),
-        "device": str(next(model.parameters()).device),
-        "dtype": str(next(model.parameters()).dtype),
-    }

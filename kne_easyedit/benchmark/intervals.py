@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy
 
@@ -55,7 +55,7 @@ def interval(values: Sequence[float], records: Sequence[Hashable] | None = None,
         return None
     mean = float(table.mean())
     samples: tuple[numpy.ndarray, ...]
-    statistic: Any
+    statistic: Callable
     if len(clusters) == len(values):
         samples, statistic = (table,), numpy.mean
         constant = numpy.ptp(table) == 0
@@ -78,9 +78,8 @@ def interval(values: Sequence[float], records: Sequence[Hashable] | None = None,
         ) from error
 
     draws, rows = _draws(len(clusters), resamples(len(clusters)), seed), max(1, AT_ONCE // len(clusters))
-    means = [
-        statistic(*[its.take(draws[i : i + rows]) for its in samples], axis=-1) for i in range(0, len(draws), rows)
-    ]
+    mean_of: Callable[..., numpy.ndarray] = statistic
+    means = [mean_of(*(its.take(draws[i : i + rows]) for its in samples), axis=-1) for i in range(0, len(draws), rows)]
     found = bootstrap(  # no resamples of its own: those of the metrics of one method are the same
         samples,
         statistic,

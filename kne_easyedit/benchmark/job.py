@@ -12,7 +12,6 @@ from torch import nn
 from kne_easyedit import bridge
 from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import expand_path
-from kne_easyedit._util.machine import environment
 from kne_easyedit._util.settings import path_settings, public_settings
 from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.general import Examination
@@ -24,6 +23,7 @@ from kne_easyedit.editing.neighbours import CHOICE, neighbour_digest, uses_neigh
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.localization.ensemble import NeuronEnsemble
+from kne_easyedit.models.devices import environment
 
 MODES = ("single", "sequential", "batch")
 _WITHOUT_EFFECT = {"stats_dir", "cache_dir", "chunk_rows", "localization_data", "ensemble", "offload_folder"}

@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from kne_easyedit import bridge
-from kne_easyedit._util.machine import environment, hardware
+from kne_easyedit._util.machine import hardware
 from kne_easyedit._util.settings import public_settings
 from kne_easyedit._version import __version__
 from kne_easyedit.benchmark.checks import require, require_shape
@@ -16,6 +16,7 @@ from kne_easyedit.benchmark.summary import general_summary, retention, summarize
 from kne_easyedit.bridge import patches
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.metrics import is_number
+from kne_easyedit.models.devices import environment
 
 _SHAPE = {
     "kne_easyedit": str,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kne_easyedit._util.machine import free_memory
 from kne_easyedit.bridge.edited_modules import depth, state_bytes, vocabulary
@@ -26,7 +26,7 @@ from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.models.devices import dtype_of
 from kne_easyedit.models.loading import auto_class
-from kne_easyedit.models.targets import count_parameters
+from kne_easyedit.models.targets import count_parameters, is_linear, rows
 
 TOKENS = 64
 """Tokens of prompt and answer if the data are not known."""
@@ -81,9 +81,12 @@ def memory_needed(
     """
     model = config_or_model if isinstance(config_or_model, nn.Module) else without_weights(config_or_model)
     itemsize = dtype_of(hparams).itemsize
-    weights = itemsize * count_parameters(model)
+    weights = weights_bytes(model, hparams)
     if isinstance(hparams, KNEHyperParams):
-        return MemoryNeeded(weights, kne(model, hparams, itemsize, Facts(tokens, answer_tokens, free, device)))
+        phases = kne(model, hparams, itemsize, Facts(tokens, answer_tokens, free, device))
+        if dequantised := _dequantised(model, hparams):
+            phases = {phase: parts | {"a matrix dequantised": dequantised} for phase, parts in phases.items()}
+        return MemoryNeeded(weights, phases)
     formula = traits_of(hparams.alg_name).memory
     texts = _texts_at_once(hparams) * tokens
     editing = {
@@ -93,6 +96,46 @@ def memory_needed(
         * (depth(model) * state_bytes(model, itemsize) + 4 * PRECISE * vocabulary(model)),
     }
     return MemoryNeeded(weights, {"editing": editing})
+
+
+def weights_bytes(model: nn.Module, hparams: Any) -> int:
+    """Bytes of the weights as ``hparams`` load them.
+
+    Under ``load_in`` bitsandbytes holds every linear layer but the head in fewer bits: 8 and a float32 of each row, or
+    4 and a float32 of each 64 weights.
+
+    Args:
+        model: The model, possibly on the meta device.
+        hparams: Settings of any method.
+    """
+    itemsize, bits = dtype_of(hparams).itemsize, getattr(hparams, "load_in", None)
+    whole = itemsize * count_parameters(model)
+    saved = 0
+    for matrix in _quantised(model) if bits is not None else ():
+        held = matrix.numel() + PRECISE * len(matrix) if bits == "8bit" else matrix.numel() // 2 + _blocks(matrix)
+        saved += itemsize * matrix.numel() - held
+    return whole - saved
+
+
+BLOCK = 64
+"""Weights that have one scale under ``load_in: 4bit``, bitsandbytes' default."""
+
+
+def _blocks(matrix: Tensor) -> int:
+    return PRECISE * -(-matrix.numel() // BLOCK)
+
+
+def _quantised(model: Any) -> list[Tensor]:
+    """The matrices ``(d2, d1)`` that bitsandbytes quantises."""
+    head = model.get_output_embeddings()
+    return [rows(module) for module in model.modules() if is_linear(module) and module is not head]
+
+
+def _dequantised(model: nn.Module, hparams: Any) -> int:
+    """Bytes of the largest quantised matrix in the compute type, which it is multiplied in under ``load_in: 4bit``."""
+    if getattr(hparams, "load_in", None) != "4bit":
+        return 0
+    return dtype_of(hparams).itemsize * max((matrix.numel() for matrix in _quantised(model)), default=0)
 
 
 def without_weights(config: Any) -> nn.Module:
@@ -133,7 +176,7 @@ def memory(
     for label, hparams in plan.items():
         name = f"memory of {label}"
         try:
-            weights = dtype_of(hparams).itemsize * count_parameters(model) if placed is None else placed.computing
+            weights = weights_bytes(model, hparams) if placed is None else placed.computing
             beside = max(0, free - weights)
             needed = memory_needed(model, hparams, tokens, answer_tokens, free=beside, device=device.type)
             needed = replace(needed, weights=weights)
@@ -158,7 +201,7 @@ def memory(
             yield Finding(name, WARNING, f"{text}; what {hparams.alg_name} needs beside these only a trial can show")
         else:
             yield Finding(name, OK, text)
-    if device.type == "cuda" and placed is None:
+    if device.type == "cuda" and placed is None and not any(getattr(h, "load_in", None) for h in plan.values()):
         weights = dtype_of(next(iter(plan.values()))).itemsize * count_parameters(model)
         free = free_memory(torch.device("cpu"))
         text = f"{size(weights)} needed to load the model before it moves to {device}, {size(free)} free"

@@ -9,13 +9,13 @@ from safetensors.torch import save
 from torch import nn
 
 from kne_easyedit._util.files import atomic_write
-from kne_easyedit._util.machine import environment
 from kne_easyedit._util.settings import public_settings
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.localization.explain import Explanation, Neuron
 from kne_easyedit.localization.figures import draw_ensemble, draw_explanation
 from kne_easyedit.localization.settings import LocalizationSettings
 from kne_easyedit.localization.stability import Study
+from kne_easyedit.models.devices import environment
 
 BAR = 30
 """Widest bar of the printed table, in characters."""

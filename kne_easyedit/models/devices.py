@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kne_easyedit._util.machine import available_cores
 from kne_easyedit.models.offload import computing_device
 
 
@@ -57,3 +59,20 @@ def dtype_of(hparams: Any) -> torch.dtype:
     if bf16 and fp16:
         raise ValueError("fp16: True and bf16 exclude each other")
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+
+
+def environment(model: Any) -> dict[str, object]:
+    """Versions, device and type: what a figure depends on, apart from the settings."""
+    import peft
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "platform": platform.platform(),
+        "cpus": available_cores(),
+        "device": str(device_of(model)),
+        "dtype": str(next(model.parameters()).dtype),
+    }

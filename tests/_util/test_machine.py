@@ -10,7 +10,13 @@ import torch
 from conftest import make_llama, weights
 
 from kne_easyedit._util import machine
-from kne_easyedit._util.machine import _left_by_control_groups, align_weights, free_memory, keep_large_blocks, settle_blocks
+from kne_easyedit._util.machine import (
+    _left_by_control_groups,
+    align_weights,
+    free_memory,
+    keep_large_blocks,
+    settle_blocks,
+)
 
 
 def test_takes_effect_on_glibc_only(monkeypatch):

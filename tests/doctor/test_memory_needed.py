@@ -175,3 +175,14 @@ def _kept(kind, made: list):
         return made[-1]
 
     return make
+
+
+def test_what_4_bit_weights_are_multiplied_in_counts():
+    """One matrix in the compute type beside each phase, not with 8 bits or none."""
+    llama = make_llama()
+    plain, eight, four = (memory_needed(llama, tiny_hparams(load_in=bits)) for bits in (None, "8bit", "4bit"))
+    largest = max(
+        module.weight.nbytes for module in llama.model.layers.modules() if isinstance(module, torch.nn.Linear)
+    )
+    assert four.above == plain.above + largest and eight.above == plain.above
+    assert four.weights < eight.weights < plain.weights

@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LLAMA_DOWN, make_llama, make_tokenizer, tiny_hparams
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from kne_easyedit.doctor.memory import weights_bytes
+from kne_easyedit.models.devices import environment
 from kne_easyedit.models.fingerprint import model_digest
 from kne_easyedit.models.loading import load_model
 from kne_easyedit.models.offload import is_offloaded, offloaded
@@ -32,6 +35,7 @@ def test_what_memory_does_not_hold_stays_on_disk(folder, tmp_path):
     on_disk = [i for i in range(4) if offloaded(model, f"{LLAMA_DOWN.format(i)}.weight")]
     assert on_disk and len(on_disk) < 4
     assert model_digest(model) == model_digest(whole)
+    assert environment(model) == environment(whole), "the device that computes, not that of weights on disk"
 
 
 def test_without_limits_nothing_is_offloaded(folder):
@@ -82,3 +86,14 @@ def test_quantised_without_the_library(folder, monkeypatch):
 def test_quantised(folder, bits, kind):
     model, _ = load_model(tiny_hparams(model_name=folder, load_in=bits))
     assert type(model.get_submodule(LLAMA_DOWN.format(0))).__name__ == kind
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    stated = weights_bytes(bare, tiny_hparams(model_name=folder, load_in=bits))
+    scales = [
+        parameter.SCB if bits == "8bit" else parameter.quant_state.absmax
+        for parameter in model.parameters()
+        if type(parameter).__name__ in ("Int8Params", "Params4bit")
+    ]
+    assert len(scales) == 7 * model.config.num_hidden_layers
+    assert stated == sum(tensor.nbytes for tensor in (*model.parameters(), *scales))
+    assert stated < weights_bytes(bare, tiny_hparams(model_name=folder))

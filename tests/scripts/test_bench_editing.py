@@ -79,6 +79,30 @@ def test_steps_with_neighbours_are_multiples_of_one_without(capsys, tmp_path):
     assert re.search(r"^median 1 [\d.]+, .* all [\d.]+$", out, re.MULTILINE) and weights(model) == before
 
 
+def test_a_step_is_compared_with_its_own_products(capsys):
+    model, tokenizer = make_llama(), make_tokenizer()
+    before = weights(model)
+    found = bench.rate(model, tokenizer, REQUESTS[:1], tiny_hparams(localization_data=None), 1, bench.training_step)
+    line = re.search(
+        r"^ *(\d+) tokens in 1 texts: step \d+ ms, its products \d+ ms \((\d+)%\)", capsys.readouterr().out
+    )
+    assert int(line[1]) == len(encode_request(tokenizer, REQUESTS[0]).ids)
+    assert found["share"] == pytest.approx(int(line[2]) / 100, abs=0.01)
+    assert found["step"] == pytest.approx(found["share"] * found["products"])  # the same multiplications
+    assert weights(model) == before
+
+
+def test_the_products_of_a_step_are_those_of_every_layer_forward_and_back(monkeypatch):
+    model, seen = make_llama(), []
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    step_rate = importlib.import_module("step_rate")
+    monkeypatch.setattr(step_rate, "linear", lambda x, weight, bias=None: seen.append((tuple(x.shape), weight.shape)))
+    step_rate.products(layers, 5)
+    forward = [((5, layer.in_features), layer.weight.shape) for layer in layers]
+    back = [((5, layer.out_features), layer.weight.t().shape) for layer in reversed(layers)]
+    assert seen == forward + back
+
+
 def test_memory_is_measured_beside_what_the_doctor_states(capsys, tmp_path, monkeypatch):
     options = ["--architecture", "tiny", "--dtype", "float32", "--out", str(tmp_path), "memory"]
     monkeypatch.setattr("sys.argv", ["bench_editing.py", *options])

@@ -1,0 +1,89 @@
+"""The command ``rate`` of bench_editing.py: how near a training step is to the matrix products that it consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from statistics import median
+from typing import Any
+
+import torch
+from localization_measures import product_rate, timed
+from torch import Tensor, nn
+
+from kne_easyedit import KNEHyperParams
+from kne_easyedit.editing.adapter import ADAPTER, row_adapter
+from kne_easyedit.editing.objectives import SharedObjective, objectives_for
+from kne_easyedit.facts.encoding import Batch, Tokenizer, collate, encode_request
+from kne_easyedit.localization.localizer import find_ensemble
+from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.fast_linear import fast_linear, linear
+from kne_easyedit.models.state import preserve_state
+from kne_easyedit.models.targets import is_linear, rows
+
+
+def rate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    requests: Sequence[dict],
+    hparams: KNEHyperParams,
+    repeats: int,
+    training_step: Callable[[nn.Module, Batch, torch.optim.Optimizer], None],
+) -> dict[str, float]:
+    """A step of KNE's training, its texts as `train_rows` has them, against its bare products of the same shapes.
+
+    A step's products: every linear layer forward, and backward to its inputs. For a few tokens reading the weights
+    takes longer than multiplying, so their own rate is far from that of one large product; both are given.
+
+    Returns:
+        ``share``: products' time of a step's, the median of the facts; ``step`` and ``products``: their
+        multiplications a second as a share of the rate of one large product.
+    """
+    ensemble = find_ensemble(model, tokenizer, requests, hparams)
+    layers: list[Any] = [m for m in model.modules() if is_linear(m)]
+    found: dict[str, list[float]] = {"share": [], "step": [], "products": []}
+    for request in requests:
+        own = objectives_for(model, tokenizer, [request], hparams)
+        texts = chain.from_iterable(o.texts(0) for o in own if isinstance(o, SharedObjective))
+        batch = collate([encode_request(tokenizer, request), *texts]).to(device_of(model))
+        tokens, times = batch.input_ids.numel(), {"step": [0.0], "products": [0.0]}
+        with preserve_state(model), fast_linear(model), row_adapter(model, ensemble, hparams) as trained:
+            parameters = [layer.lora_A[ADAPTER].weight for layer in trained.values()]
+            optimizer = torch.optim.AdamW(parameters, lr=hparams.lr)
+            training_step(model, batch, optimizer)  # AdamW creates its moments in the first step
+            products(layers, tokens)
+            for _ in range(repeats):
+                times["products"].append(timed(partial(products, layers, tokens))[0])
+                times["step"].append(timed(partial(training_step, model, batch, optimizer))[0])
+        step, bare = (median(times[name][1:]) for name in ("step", "products"))
+        # Backward, too; the head's of all tokens, though only those of answers are needed.
+        needed = 2 * tokens * sum(rows(layer).numel() for layer in layers)
+        fastest = product_rate(model, lambda a, b: linear(a, b.t().contiguous()))
+        for name, value in (
+            ("share", bare / step),
+            ("step", needed / step / fastest),
+            ("products", needed / bare / fastest),
+        ):
+            found[name].append(value)
+        print(
+            f"{tokens:>3} tokens in {len(batch.input_ids)} texts: step {1000 * step:.0f} ms, its products "
+            f"{1000 * bare:.0f} ms ({bare / step:.0%}); of the rate of one large product: step "
+            f"{found['step'][-1]:.0%}, products {found['products'][-1]:.0%}"
+        )
+    result = {name: median(values) for name, values in found.items()}
+    print("median: " + ", ".join(f"{name} {value:.0%}" for name, value in result.items()))
+    return result
+
+
+def products(layers: Sequence[Any], tokens: int) -> None:
+    """The products of one step: every linear layer forward, then back from the last one, as `fast_linear` does them."""
+    with torch.no_grad():
+        for layer in layers:
+            linear(_states(tokens, layer.in_features, layer), layer.weight, layer.bias)
+        for layer in reversed(layers):
+            linear(_states(tokens, layer.out_features, layer), layer.weight.t())
+
+
+def _states(tokens: int, width: int, layer: Any) -> Tensor:
+    return torch.ones(tokens, width, dtype=layer.weight.dtype, device=layer.weight.device)
