@@ -160,21 +160,12 @@ def _manifest(file: Path) -> dict:
     try:
         manifest = parse_json(file.read_bytes())
         check_manifest(manifest)
-        return _with_whole_characters(_without_folders(manifest), Texts())
+        return Texts().within(_without_folders(manifest))
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else "is nested too deeply"
         raise ValueError(
             f"{file}: {reason}; expected what `kne run` writes (without the file the report says less)"
         ) from error
-
-
-def _with_whole_characters(value: Any, texts: Texts) -> Any:
-    """A value of JSON with its texts and names as of ``texts``."""
-    if isinstance(value, dict):
-        return {texts(name): _with_whole_characters(its, texts) for name, its in value.items()}
-    if isinstance(value, list):
-        return [_with_whole_characters(its, texts) for its in value]
-    return texts(value) if isinstance(value, str) else value
 
 
 def _without_folders(value: Any) -> Any:

@@ -27,6 +27,14 @@ class Texts:
             known = self._known[found] = found if found.isascii() else found.encode("utf-8", "replace").decode()
         return known
 
+    def within(self, value: Any) -> Any:
+        """A value of JSON with its texts and names so."""
+        if isinstance(value, dict):
+            return {self(name): self.within(its) for name, its in value.items()}
+        if isinstance(value, list):
+            return [self.within(its) for its in value]
+        return self(value) if isinstance(value, str) else value
+
 
 class ReportLine(Mapping[str, Any]):
     """A `ResultLine` without what no report shows; read like it. One object without a table of names.
@@ -104,7 +112,7 @@ def report_line(line: ResultLine, texts: Texts, *, data: str, method: str) -> Re
     for name, own in (("data", data), ("method", method)):
         setattr(kept, name, texts(own))
     for name in ("ability_before", "ability"):
-        setattr(kept, name, _with_texts(found[name], texts))
+        setattr(kept, name, texts.within(found[name]))
     for name in _LEFT_OUT:
         setattr(kept, name, None)
     losses, neighbours = found["losses"], found["neighbours"]
@@ -113,7 +121,7 @@ def report_line(line: ResultLine, texts: Texts, *, data: str, method: str) -> Re
         "_more": {name: found[name] for name in added} if added else _NOTHING,
         "losses": None if losses is None else array("d", losses),
         "neighbours": None if neighbours is None else _columns(neighbours, texts),
-        "metrics": _with_texts(reduce_metrics(found["metrics"]), texts),
+        "metrics": texts.within(reduce_metrics(found["metrics"])),
     }
     for name, value in packed.items():
         setattr(kept, name, value)
@@ -158,10 +166,3 @@ def _columns(neighbours: Sequence[Mapping[str, Any]], texts: Texts) -> Neighbour
         tuple([texts(its["after"]) for its in neighbours]),
         tuple([its.get("forced_before") for its in neighbours]),
     )
-
-
-def _with_texts(value: Any, texts: Texts) -> Any:
-    """A mapping with its names and texts as of ``texts``."""
-    if type(value) is dict:
-        return {texts(name): _with_texts(its, texts) for name, its in value.items()}
-    return texts(value) if type(value) is str else value
