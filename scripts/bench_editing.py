@@ -2,6 +2,7 @@
 
     python scripts/bench_editing.py step      # one training step against a plain forward and backward pass
     python scripts/bench_editing.py rate      # one training step against its own matrix products
+    python scripts/bench_editing.py below     # training high layers only: with all layers at every step, and without
     python scripts/bench_editing.py neighbours  # one training step with neighbours against one without
     python scripts/bench_editing.py profile   # where an edit's time goes
     python scripts/bench_editing.py methods   # seconds an edit: KNE, and EasyEdit's FT and AdaLoRA
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,8 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES, fitting_tokenizer, random_model, settings_of
 from editing_memory import memory
-from step_rate import rate
+from localization_measures import timed
+from step_rate import below, rate
 from torch import nn
 
 from kne_easyedit import KNEHyperParams, compute_edit, restore
@@ -71,7 +73,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="memory")
     parser.add_argument("--device", default="cpu", help="memory")
     parser.add_argument("--out", type=Path, help="memory: folder for the figures as JSON")
-    parser.add_argument("what", choices=("step", "rate", "neighbours", "profile", "methods", "workers", "memory"))
+    parser.add_argument(
+        "what", choices=("step", "rate", "below", "neighbours", "profile", "methods", "workers", "memory")
+    )
     arguments = parser.parse_args()
     keep_large_blocks()
     if arguments.what == "memory":
@@ -99,7 +103,7 @@ def main() -> None:
     if arguments.what == "rate":
         rate(model, tokenizer, requests, hparams, arguments.repeats, training_step)
         return
-    {"step": step, "neighbours": neighbours, "profile": profile, "methods": methods}[arguments.what](
+    {"step": step, "below": below, "neighbours": neighbours, "profile": profile, "methods": methods}[arguments.what](
         model, tokenizer, requests, hparams, arguments.repeats
     )
 
@@ -118,12 +122,12 @@ def step(
         with preserve_state(model):
             times: dict[str, list[float]] = {"KNE": [], "plain": []}
             for _ in range(repeats + 1):
-                times["plain"].append(timed(partial(plain_pass, model, batch)))
+                times["plain"].append(timed(partial(plain_pass, model, batch))[0])
                 with row_adapter(model, ensemble, hparams) as layers:
                     parameters = [layer.lora_A[ADAPTER].weight for layer in layers.values()]
                     trained = partial(training_step, model, batch, torch.optim.AdamW(parameters, lr=hparams.lr))
                     trained()  # AdamW creates its moments in the first step
-                    times["KNE"].append(median(timed(trained) for _ in range(3)))
+                    times["KNE"].append(median(timed(trained)[0] for _ in range(3)))
         kne, without = (median(values[1:]) for values in (times["KNE"], times["plain"]))
         ratios.append(kne / without)
         print(
@@ -179,10 +183,10 @@ def neighbours(
             for name, k in counts.items()
         }
         for _ in range(repeats):
-            prepared.append(timed(partial(objectives_for, model, tokenizer, [request], work)))
+            prepared.append(timed(partial(objectives_for, model, tokenizer, [request], work))[0])
             for name, own in objectives.items():
                 # The last pass, of the final loss, has no step: half the cost of one.
-                spent = timed(partial(train_rows, model, [fact], ensemble, work, own))
+                spent = timed(partial(train_rows, model, [fact], ensemble, work, own))[0]
                 times[name].append(spent / (steps + 0.5))
         plain = median(times["none"])
         for name, values in times.items():
@@ -241,7 +245,7 @@ def methods(
                     for method, its in settings.items():
                         with contextlib.redirect_stdout(io.StringIO()):
                             editor = bridge.MethodEditor(its, model, tokenizer)
-                            found[method].append(timed(partial(editor.apply, [request])))
+                            found[method].append(timed(partial(editor.apply, [request]))[0])
                             steps[method].append(len(editor.losses))
                             editor.undo()
         finally:
@@ -285,7 +289,7 @@ def workers(
         for _ in range(repeats):
             for name, (processes, threads) in arrangements.items():
                 torch.set_num_threads(threads)
-                found[name].append(timed(partial(all_facts, processes)))
+                found[name].append(timed(partial(all_facts, processes))[0])
     for name, seconds in found.items():
         print(
             f"{name:<28} {60 * len(facts) / median(seconds):6.1f} facts a minute, with {busy} other processes on "
@@ -318,15 +322,6 @@ def timing(owner: Any, name: str, into: dict[str, float], key: str) -> Iterator[
             delattr(owner, name)
         else:
             setattr(owner, name, original)
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that ``work()`` takes."""
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,26 +1,30 @@
-"""The command ``rate`` of bench_editing.py: how near a training step is to the matrix products that it consists of."""
+"""The commands ``rate`` and ``below`` of bench_editing.py: what a training step costs beside what it must cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from localization_measures import product_rate, timed
 from torch import Tensor, nn
 
 from kne_easyedit import KNEHyperParams
+from kne_easyedit.editing import training_pass
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
 from kne_easyedit.editing.objectives import SharedObjective, objectives_for
+from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import Batch, Tokenizer, collate, encode_request
 from kne_easyedit.localization.localizer import find_ensemble
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fast_linear import fast_linear, linear
 from kne_easyedit.models.state import preserve_state
-from kne_easyedit.models.targets import is_linear, rows
+from kne_easyedit.models.targets import is_linear, resolve_target, rows
 
 
 def rate(
@@ -74,6 +78,38 @@ def rate(
     result = {name: median(values) for name, values in found.items()}
     print("median: " + ", ".join(f"{name} {value:.0%}" for name, value in result.items()))
     return result
+
+
+def below(
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int
+) -> dict[str, float]:
+    """Training of rows in the upper layers only, with the layers below run once a batch and with all run every step.
+
+    The number of steps is that of ``hparams``, or fewer where training stops earlier; both give the same bits.
+
+    Returns:
+        Which layers -> the median of the facts: seconds with the layers below run once, as a share of those without.
+    """
+    (target,) = [resolve_target(model, template) for template in hparams.target_modules[:1]]
+    count, found = len(target.layers), {}
+    for name, first in (("upper half", count // 2), ("upper third", count - count // 3), ("last layer", count - 1)):
+        chosen = replace(hparams, layers=list(range(first, count)))
+        ensemble, shares = find_ensemble(model, tokenizer, requests, chosen), []
+        for request in requests:
+            fact, times = encode_request(tokenizer, request), {"once": [0.0], "always": [0.0]}
+            own = objectives_for(model, tokenizer, [request], chosen)
+            work = partial(train_rows, model, [fact], ensemble, chosen, own)
+            for _ in range(repeats):
+                times["once"].append(timed(work)[0])
+                with patch.object(training_pass, "layers_below", lambda *_: []):
+                    seconds, edit = timed(work)
+                times["always"].append(seconds)
+            once, always = (median(times[name][1:]) for name in ("once", "always"))
+            shares.append(once / always)
+            print(f"{name}: {edit.steps} steps, {once:.2f} s, with all layers {always:.2f} s ({once / always:.0%})")
+        found[name] = median(shares)
+    print("median: " + ", ".join(f"{name} {share:.0%}" for name, share in found.items()))
+    return found
 
 
 def products(layers: Sequence[Any], tokens: int) -> None:

@@ -31,6 +31,7 @@ from kne_easyedit.attribution.attention import (
 )
 from kne_easyedit.facts.encoding import Batch
 from kne_easyedit.models.devices import device_of, input_embeddings
+from kne_easyedit.models.fixed_layers import fixed_outputs
 from kne_easyedit.models.layer_kinds import is_bitsandbytes
 
 
@@ -159,19 +160,12 @@ class Replay:
         does to its logits are its own.
         """
         embeddings, device = input_embeddings(self.model), device_of(self.model)
-        before = [layer.__dict__.get("forward") for layer in self.layers]
-        try:
-            for layer, values in zip(self.layers, self._values):
-                layer.forward = _constant((hidden[:, None], *[None] * (values - 1)) if values else hidden[:, None])
+        rows = hidden[:, None]
+        outputs = [(rows, *[None] * (values - 1)) if values else rows for values in self._values]
+        with fixed_outputs(self.layers, outputs):
             return self.model(
                 inputs_embeds=embeddings.new_zeros(len(hidden), 1, embeddings.shape[1], device=device), use_cache=False
             ).logits.flatten(0, 1)
-        finally:
-            for layer, own in zip(self.layers, before):
-                if own is None:
-                    layer.__dict__.pop("forward", None)
-                else:
-                    layer.forward = own
 
     def require_equal(self, replayed: Tensor, own: Tensor, where: str) -> None:
         """The self-check: raises ReplayMismatch unless a replayed clean state equals the model's ``own``.
@@ -288,10 +282,6 @@ def capture_neurons(into: dict[Any, Any], name: str) -> Callable[..., object]:
 
 def _first(out: Tensor | tuple) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
-
-
-def _constant(value: object) -> Callable[..., object]:
-    return lambda *args, **kwargs: value
 
 
 def _for_rows(name: str, value: Any, positions: Tensor, model: nn.Module) -> Any:

@@ -23,6 +23,7 @@ from kne_easyedit.editing.optimizers import OPTIMIZERS, TrainedRows
 from kne_easyedit.editing.projection import InputProjection
 from kne_easyedit.editing.row_edit import Answer, RowEdit
 from kne_easyedit.editing.settings import EditSettings
+from kne_easyedit.editing.training_pass import TrainingPass
 from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.devices import device_of
@@ -50,7 +51,7 @@ def train_rows(
     cross-entropy is below ``hparams.stop_loss`` and every shared objective lets it (`SharedObjective.may_stop`), after
     ``hparams.num_steps`` steps at the latest. Then the rows are multiplied by ``hparams.edit_gain``, or by a smaller
     gain under which every answer's loss stays below ``hparams.stop_loss``. The texts of shared objectives are in one
-    batch with the facts.
+    batch with the facts. Layers below the first edited one run once for each batch (`TrainingPass`).
 
     Args:
         model: A causal language model of transformers.
@@ -74,6 +75,7 @@ def train_rows(
     chosen = rows_by_module(model, ensemble)
     shared = [objective for objective in objectives if isinstance(objective, SharedObjective)]
     alone = [objective for objective in objectives if not isinstance(objective, SharedObjective)]
+    training = TrainingPass(model, ensemble)
     with (
         preserve_state(model),
         row_adapter(model, ensemble, hparams) as trained,
@@ -92,7 +94,7 @@ def train_rows(
                 safe_point()
                 texts = [objective.texts(len(losses)) for objective in shared]
                 batch = collate([*facts, *chain.from_iterable(texts)]).to(device)
-                predicted, labels = answer_logits(model, batch)
+                predicted, labels = training.answer_logits(batch)
                 logits, *others = predicted.split([_tokens(facts), *map(_tokens, texts)])
                 labels = labels[: len(logits)]
                 loss = cross_entropy(logits, labels)
@@ -119,7 +121,7 @@ def train_rows(
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 progress.update()
         answers = _answers(facts, logits.detach(), labels)
-        if hparams.edit_gain > 1 and len(losses) > 1 and (gained := _gained(model, facts, rows, hparams)):
+        if hparams.edit_gain > 1 and len(losses) > 1 and (gained := _gained(training, device, facts, rows, hparams)):
             answers, losses[-1] = gained
         deltas = {one.module: (chosen[one.module], (one.values * one.scale).detach()) for one in rows}
     return RowEdit(deltas, tuple(losses), answers)
@@ -140,20 +142,24 @@ def measured_answers(model: nn.Module, facts: Sequence[Fact]) -> tuple[Answer, .
 
 
 def _gained(
-    model: nn.Module, facts: Sequence[Fact], rows: Sequence[TrainedRows], hparams: EditSettings
+    training: TrainingPass,
+    device: torch.device,
+    facts: Sequence[Fact],
+    rows: Sequence[TrainedRows],
+    hparams: EditSettings,
 ) -> tuple[tuple[Answer, ...], float] | None:
     """Multiplies trained rows by the largest gain under which every answer keeps a loss below ``stop_loss``.
 
     Returns:
         The answers with these rows, and their mean cross-entropy; None if no gain above 1 keeps them: the rows stay.
     """
-    batch, trained = collate(facts).to(device_of(model)), [one.values.detach().clone() for one in rows]
+    batch, trained = collate(facts).to(device), [one.values.detach().clone() for one in rows]
     with torch.no_grad():
         for part in range(GAINS, 0, -1):
             safe_point()
             for one, before in zip(rows, trained):
                 one.values.copy_(before * (1 + (hparams.edit_gain - 1) * part / GAINS))
-            logits, labels = answer_logits(model, batch)
+            logits, labels = training.answer_logits(batch)
             answers = _answers(facts, logits, labels)
             if all(answer.loss < hparams.stop_loss for answer in answers):
                 return answers, cross_entropy(logits, labels).item()

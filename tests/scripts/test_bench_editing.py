@@ -92,6 +92,15 @@ def test_a_step_is_compared_with_its_own_products(capsys):
     assert weights(model) == before
 
 
+def test_training_of_upper_layers_is_compared_with_all_layers_at_every_step(capsys):
+    model, tokenizer = make_llama(), make_tokenizer()
+    before = weights(model)
+    found = bench.below(model, tokenizer, REQUESTS[:1], tiny_hparams(localization_data=None, num_steps=3), 1)
+    lines = re.findall(r"^([\w ]+): 3 steps, ", capsys.readouterr().out, re.MULTILINE)
+    assert lines == list(found) == ["upper half", "upper third", "last layer"]
+    assert all(share > 0 for share in found.values()) and weights(model) == before
+
+
 def test_the_products_of_a_step_are_those_of_every_layer_forward_and_back(monkeypatch):
     model, seen = make_llama(), []
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
