@@ -19,8 +19,7 @@ from conftest import (
 from edits import MANY, ROWS, ensemble_of, full_deltas, masks_of
 from reference import literal_row_training
 
-from kne_easyedit.editing import adapter
-from kne_easyedit.editing import row_training as training
+from kne_easyedit.editing import adapter, training_pass
 from kne_easyedit.editing.adapter import row_adapter
 from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.editing.row_edit import write_rows
@@ -182,8 +181,8 @@ class TestAsFound:
         [
             (peft.tuners.lora.LoraModel, "_create_and_replace", 2),
             (adapter, "_prepare", 2),
-            (training, "answer_logits", 1),
-            (training, "answer_logits", 3),
+            (training_pass, "answer_logits", 1),
+            (training_pass, "answer_logits", 3),
             (torch.autograd, "grad", 2),
             (torch.optim.AdamW, "step", 2),
         ],
@@ -201,7 +200,7 @@ class TestAsFound:
     def test_edits_work_after_an_exception(self, llama, facts, monkeypatch):
         expected = train_rows(llama, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(num_steps=2)).losses
         with monkeypatch.context() as patch:
-            patch.setattr(training, "answer_logits", failing(training.answer_logits, 2, KeyboardInterrupt()))
+            patch.setattr(training_pass, "answer_logits", failing(training_pass.answer_logits, 2, KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
                 train_rows(llama, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(num_steps=2))
         assert train_rows(llama, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(num_steps=2)).losses == expected

@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import LLAMA_DOWN, SIZE, fingerprint, tiny_hparams
+from accelerate import disk_offload
+from conftest import LLAMA_DOWN, SIZE, failing, fingerprint, make_llama, tiny_hparams
 from edits import ensemble_of
 from families import FAMILIES, OTHERS, made
 
-from kne_easyedit.editing import row_training
+from kne_easyedit.editing import row_training, training_pass
 from kne_easyedit.editing.divergence import Divergence
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.editing.training_pass import TrainingPass, layers_below
@@ -131,6 +132,26 @@ class TestModelsThatNeedAllLayers:
         llama.model.layers[1].register_forward_hook(lambda *_: None)
         (edit, _), (expected, _) = trained(llama, LLAMA_DOWN, LAST)
         assert_same_bits(edit, expected)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3], ids=["first pass", "check", "later pass"])
+def test_the_model_is_as_it_was_after_ctrl_c(call, llama, facts, monkeypatch):
+    before = fingerprint(llama)
+    monkeypatch.setattr(training_pass, "answer_logits", failing(training_pass.answer_logits, call, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        train_rows(llama, facts, ensemble_of(LLAMA_DOWN, rows=LAST), tiny_hparams(stop_loss=0))
+    assert fingerprint(llama) == before
+
+
+def test_an_offloaded_model(llama, facts, tmp_path):
+    """Layers that are not run are not read from disk either."""
+    ensemble, hparams = ensemble_of(LLAMA_DOWN, rows=LAST), tiny_hparams(stop_loss=0, num_steps=STEPS)
+    expected = train_rows(llama, facts, ensemble, hparams)
+    placed = disk_offload(make_llama(), tmp_path)
+    read = []
+    placed.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: read.append(0))
+    assert_same_bits(train_rows(placed, facts, ensemble, hparams), expected)
+    assert len(read) == 1
 
 
 def test_layers_below(llama):
