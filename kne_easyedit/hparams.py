@@ -105,6 +105,10 @@ class KNEHyperParams:
     append_eos: bool = False
     """Beyond the paper: the tokenizer's end token is trained as the answer's last token. Localisation and evaluation do
     without it."""
+    append_break: bool = False
+    """Beyond the paper: the unedited model's own word break is trained after the answer, so that no word goes on."""
+    until_given: bool = False
+    """Beyond the paper: training also goes on until each token of the answers is the most probable one."""
     edit_gain: float = 1.0
     """Beyond the paper: trained rows are multiplied by it, or by less if an answer's loss would leave ``stop_loss``."""
     subject_variants: int = 0
@@ -263,6 +267,8 @@ class KNEHyperParams:
         require_one_of("initialization", self.initialization, INITIALISATIONS)
         require_one_of("on_failure", self.on_failure, ON_FAILURE)
         _require(1 <= self.edit_gain < math.inf, "edit_gain", self.edit_gain, "must be at least 1 and finite")
+        both = self.append_eos and self.append_break
+        _require(not both, "append_break", self.append_break, "is another ending than append_eos; choose one of them")
         require_one_of("optimizer", self.optimizer, OPTIMIZERS)
         _require(0 < self.polyak_fraction < 2, "polyak_fraction", self.polyak_fraction, "must be in (0, 2)")
         adamw = self.optimizer == "adamw"

@@ -190,6 +190,8 @@ WRONG_TYPES = {
     "model_parallel": ["yes", 1, None],
     "fp16": [1, "true"],
     "append_eos": [1, "true", None],
+    "append_break": [1, "true", None],
+    "until_given": [1, "true", None],
     "input_projection": [1, "true", None],
     "seed": ["42", 1.0],
     "separator": [None, 1],

@@ -162,7 +162,7 @@ class Replay:
         embeddings, device = input_embeddings(self.model), device_of(self.model)
         rows = hidden[:, None]
         outputs = [(rows, *[None] * (values - 1)) if values else rows for values in self._values]
-        with fixed_outputs(self.layers, outputs):
+        with fixed_outputs(list(self.layers), outputs):
             return self.model(
                 inputs_embeds=embeddings.new_zeros(len(hidden), 1, embeddings.shape[1], device=device), use_cache=False
             ).logits.flatten(0, 1)

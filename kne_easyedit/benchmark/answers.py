@@ -11,6 +11,7 @@ from typing import Any
 from kne_easyedit._util.messages import printable
 from kne_easyedit.benchmark.asking import continuations
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
+from kne_easyedit.facts.words import continues_word, is_unspaced_script
 
 SHOWN = 12
 """Least number of tokens: enough to read the answer."""
@@ -93,8 +94,7 @@ def in_full(answer: str) -> str:
 def begins_with(answer: str, target: str) -> bool:
     """Whether a free answer begins with the new one: blanks and capitals do not count, but words end where they end."""
     answer, target = " ".join(answer.split()).casefold(), " ".join(target.split()).casefold()
-    following = answer[len(target) :][:1]
-    return answer.startswith(target) and (not following.isalnum() or is_unspaced_script(following))
+    return answer.startswith(target) and not continues_word(answer[len(target) :][:1])
 
 
 def first_word(answer: str) -> str:
@@ -106,10 +106,3 @@ def first_word(answer: str) -> str:
         if letters := "".join(c for c in word if c.isalnum() or unicodedata.combining(c)):
             return letters[0] if is_unspaced_script(letters[0]) else letters
     return ""
-
-
-def is_unspaced_script(character: str) -> bool:
-    """Whether a character is of a script without blanks between words: Chinese, Japanese, Thai and related ones."""
-    return unicodedata.east_asian_width(character) in "WF" or unicodedata.name(character, "").startswith(
-        ("THAI ", "LAO ", "KHMER ", "MYANMAR ")
-    )

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from kne_easyedit.benchmark.answers import is_unspaced_script
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.facts.encoding import SEPARATOR
 from kne_easyedit.facts.records import BadRecord, require_evaluable
+from kne_easyedit.facts.words import is_unspaced_script
 
 logger = logging.getLogger(__name__)
 

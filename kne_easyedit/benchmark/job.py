@@ -32,6 +32,8 @@ _ADDED: Mapping[str, object] = {
     "optimizer": "adamw",
     "polyak_fraction": 0.3,
     "append_eos": False,
+    "append_break": False,
+    "until_given": False,
     "edit_gain": 1.0,
     "subject_variants": 0,
     "neighbour_weight": 0.0,

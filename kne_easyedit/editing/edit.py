@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
 from kne_easyedit.editing.adapter import rows_by_module
+from kne_easyedit.editing.endings import endings
 from kne_easyedit.editing.kne_edit import KNEEdit, kne_edit
 from kne_easyedit.editing.lineage import inherit_edits
 from kne_easyedit.editing.objectives import objectives_for
@@ -18,7 +19,7 @@ from kne_easyedit.editing.projection import projections_for
 from kne_easyedit.editing.row_edit import RowEdit, write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import Tokenizer, with_end
+from kne_easyedit.facts.encoding import Tokenizer, with_ending
 from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.localizer import find_ensemble, inherit, require_editable_by
@@ -95,8 +96,8 @@ def _train(
             require_editable(model, {name: model.get_submodule(name) for name in rows_by_module(model, ensemble)})
     if ensemble is None:
         ensemble = find_ensemble(model, tok, facts, hparams)
-    if hparams.append_eos:  # after localisation: scores are those of the answers alone
-        facts = [with_end(tok, fact, model.config) for fact in facts]
+    # After localisation: scores are those of the answers alone.
+    facts = [with_ending(*each, model.config) for each in zip(facts, endings(model, tok, facts, hparams))]
     objectives = objectives_for(model, tok, requests, hparams)
     projections = projections_for(model, tok, requests, hparams, list(rows_by_module(model, ensemble)))
     return train_rows(model, facts, ensemble, hparams, objectives, on_step, projections), ensemble

@@ -49,16 +49,17 @@ def train_rows(
 
     Minimises the answers' mean cross-entropy plus ``weight * loss`` of each objective. Training stops as soon as the
     cross-entropy is below ``hparams.stop_loss`` and every shared objective lets it (`SharedObjective.may_stop`), after
-    ``hparams.num_steps`` steps at the latest. Then the rows are multiplied by ``hparams.edit_gain``, or by a smaller
-    gain under which every answer's loss stays below ``hparams.stop_loss``. The texts of shared objectives are in one
+    ``hparams.num_steps`` steps at the latest; under ``hparams.until_given`` not before each token of the answers is the
+    most probable one. Then the rows are multiplied by ``hparams.edit_gain``, or by a smaller gain under which all that
+    still holds of every answer. The texts of shared objectives are in one
     batch with the facts. Layers below the first edited one run once for each batch (`TrainingPass`).
 
     Args:
         model: A causal language model of transformers.
         facts: The facts to learn (`encode`).
         ensemble: The rows to train.
-        hparams: ``optimizer`` and its settings, ``num_steps``, ``stop_loss``, ``edit_gain``, ``alpha``,
-            ``initialization``, ``seed`` are read.
+        hparams: ``optimizer`` and its settings, ``num_steps``, ``stop_loss``, ``until_given``, ``edit_gain``,
+            ``alpha``, ``initialization``, ``seed`` are read.
         objectives: Further terms of the loss; none: the paper's training.
         on_step: Called before each step with its number, from 1, and the cross-entropy in nats.
         projections: Of modules by name (`input_projections`): the directions in which their rows may move; none: all.
@@ -108,6 +109,7 @@ def train_rows(
                 step = len(losses) - 1
                 if len(losses) > hparams.num_steps or (
                     losses[-1] < hparams.stop_loss
+                    and (not hparams.until_given or bool((logits.argmax(-1) == labels).all()))
                     and all(objective.may_stop(part.detach(), step) for objective, part in zip(shared, others))
                 ):
                     break
@@ -161,7 +163,7 @@ def _gained(
                 one.values.copy_(before * (1 + (hparams.edit_gain - 1) * part / GAINS))
             logits, labels = training.answer_logits(batch)
             answers = _answers(facts, logits, labels)
-            if all(answer.loss < hparams.stop_loss for answer in answers):
+            if all(a.loss < hparams.stop_loss and (a.greedy or not hparams.until_given) for a in answers):
                 return answers, cross_entropy(logits, labels).item()
         for one, before in zip(rows, trained):
             one.values.copy_(before)

@@ -20,6 +20,8 @@ class EditSettings(LocalizationSettings, Protocol):
     weight_decay: float
     initialization: str
     append_eos: bool
+    append_break: bool
+    until_given: bool
     edit_gain: float
     subject_variants: int
     kl_weight: float

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kne_easyedit.editing.endings import endings
 from kne_easyedit.editing.losses import answer_loss, cross_entropy
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import Fact, Tokenizer, collate, with_end
+from kne_easyedit.facts.encoding import Fact, Tokenizer, collate, with_ending
 from kne_easyedit.facts.name_variants import variant_prompts
 from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.models.devices import device_of
@@ -79,6 +80,9 @@ def variant_facts(
         for prompt in variant_prompts(request, hparams.subject_variants):
             varied = {"prompt": prompt, "target_new": request["target_new"]}
             with suppress(ValueError):
-                (fact,) = encode_facts(model, tokenizer, [varied], hparams)
-                found.append(with_end(tokenizer, fact, model.config) if hparams.append_eos else fact)
-    return found
+                found += encode_facts(model, tokenizer, [varied], hparams)
+    ended: list[Fact] = []
+    for fact, ending in zip(found, endings(model, tokenizer, found, hparams)):
+        with suppress(ValueError):
+            ended.append(with_ending(fact, ending, model.config))
+    return ended

@@ -136,26 +136,30 @@ def encode(tokenizer: Tokenizer, prompt: str, target: str, separator: str = SEPA
     return Fact(prompt, target, tuple(ids), len(prompt_ids))
 
 
-def with_end(tokenizer: Tokenizer, fact: Fact, config: Any) -> Fact:
-    """The fact with the end token as its answer's last: as an id, so that no other token changes.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        fact: The fact; one that ends with the end token already is returned as it is.
-        config: The model's configuration, for the longest text.
-
-    Raises:
-        ValueError: There is no end token, or the model does not take a longer text.
-    """
-    end = tokenizer.eos_token_id
-    if end is None:
+def end_token(tokenizer: Tokenizer) -> int:
+    """The tokenizer's end token. Raises ValueError if it has none."""
+    if tokenizer.eos_token_id is None:
         raise ValueError(
             f"append_eos: True, but {type(tokenizer).__name__} of this model has no end token; set "
             f"tokenizer.eos_token, or append_eos: false"
         )
-    if fact.ids[-1] == end:
+    return tokenizer.eos_token_id
+
+
+def with_ending(fact: Fact, token: int | None, config: Any) -> Fact:
+    """The fact with ``token`` as its answer's last: as an id, so that no other token changes.
+
+    Args:
+        fact: The fact; one that ends with the token already is returned as it is.
+        token: The token; None: nothing is added.
+        config: The model's configuration, for the longest text.
+
+    Raises:
+        ValueError: The model does not take a longer text.
+    """
+    if token is None or fact.ids[-1] == token:
         return fact
-    ended = Fact(fact.prompt, fact.target, (*fact.ids, end), fact.prompt_length)
+    ended = Fact(fact.prompt, fact.target, (*fact.ids, token), fact.prompt_length)
     require_length(ended, config)
     return ended
 

@@ -62,6 +62,8 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
         "neighbour_weight": 1.0,
         "neighbour_stop": 0.1,
         "append_eos": True,
+        "append_break": True,
+        "until_given": True,
         "edit_gain": 1.5,
         "subject_variants": 3,
         "input_projection": True,

@@ -1,0 +1,73 @@
+"""What is trained after the answer's last token, so that the edited model ends the answer there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from kne_easyedit._util.interrupts import safe_point
+from kne_easyedit.editing.settings import EditSettings
+from kne_easyedit.facts.encoding import Fact, Tokenizer, end_token, pad
+from kne_easyedit.facts.words import continues_word
+from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.state import preserve_state
+
+CANDIDATES = 100
+"""The most probable tokens after an answer, among which one that ends it is looked for."""
+AT_ONCE = 16
+"""Answers after which the model is asked in one pass."""
+_PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+def endings(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact], hparams: EditSettings) -> list[int | None]:
+    """The token that is trained after each answer, for `encoding.with_ending`; None: nothing is.
+
+    Args:
+        model: The unedited model; it is left exactly as it was.
+        tokenizer: Its tokenizer.
+        facts: The facts as they are localised.
+        hparams: ``append_eos``: the end token. ``append_break``: `breaks`.
+
+    Raises:
+        ValueError: ``append_eos``, and the tokenizer has no end token.
+    """
+    if hparams.append_eos:
+        return [end_token(tokenizer)] * len(facts)
+    return breaks(model, tokenizer, facts) if hparams.append_break else [None] * len(facts)
+
+
+def breaks(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[int | None]:
+    """The token that ``model`` finds most probable after each answer, of those that end a word.
+
+    They begin with a blank, a line end or a punctuation mark, or are the end token. Where none of the `CANDIDATES` is
+    such a token it is the end token (None if the tokenizer has none), as after an answer that ends with it.
+    """
+    found: list[int | None] = []
+    end = tokenizer.eos_token_id
+    for start in range(0, len(facts), AT_ONCE):
+        some = facts[start : start + AT_ONCE]
+        for fact, candidates in zip(some, _most_probable(model, some)):
+            ends = (token for token in candidates if token == end or ends_word(tokenizer, fact.answer, token))
+            found.append(end if fact.ids[-1] == end else next(ends, end))
+    return found
+
+
+def ends_word(tokenizer: Tokenizer, answer: Sequence[int], token: int) -> bool:
+    """Whether the last word of an answer, token ids, has ended if ``token`` follows."""
+    before, after = tokenizer.decode(list(answer)), tokenizer.decode([*answer, token])
+    following = after.removeprefix(before)[:1]
+    # Another text, or no more of it: the token is a part of a character, or nothing that can be seen.
+    return after.startswith(before) and following not in ("", _PART_OF_A_CHARACTER) and not continues_word(following)
+
+
+def _most_probable(model: nn.Module, facts: Sequence[Fact]) -> list[list[int]]:
+    """For each fact the tokens that ``model`` finds most probable after it, best first."""
+    safe_point()
+    input_ids, attention_mask = (tensor.to(device_of(model)) for tensor in pad([fact.ids for fact in facts]))
+    with preserve_state(model), torch.no_grad():
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    last = torch.tensor([len(fact.ids) - 1 for fact in facts], device=logits.device)
+    rows = logits[torch.arange(len(facts), device=logits.device), last].float()
+    return rows.topk(min(CANDIDATES, rows.shape[-1])).indices.tolist()
