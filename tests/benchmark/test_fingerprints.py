@@ -127,9 +127,9 @@ def test_the_folder_of_a_job(monkeypatch):
                 job_folder(OmegaConf.to_container(compose("benchmark", overrides=list(overrides)), resolve=True))
             )
 
-    # The name of a folder may change (it did when kne.yaml named all settings of the paper): lines are found by their
+    # The name of a folder may change (it does when a file of settings names one more): lines are found by their
     # fingerprints, whatever their folder. It changes with nothing else.
-    of_before = "outputs/benchmark/smollm2-135m/counterfact/KNE-b230e115/seed-42/shard-0-of-1"
+    of_before = "outputs/benchmark/smollm2-135m/counterfact/KNE-601155bb/seed-42/shard-0-of-1"
     assert folder("evaluation.neighbours=0") == of_before
-    assert "KNE-b230e115" not in folder("evaluation.neighbours=0", "statistics.samples=7")
+    assert "KNE-601155bb" not in folder("evaluation.neighbours=0", "statistics.samples=7")
     assert len({of_before, folder(), folder("evaluation.neighbours=4"), folder("evaluation.contradiction=true")}) == 4
