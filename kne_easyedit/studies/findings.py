@@ -211,14 +211,17 @@ def _against(curves: Curves, other: str, key: str) -> Iterator[str]:
     tables = [differences(one.values(key), two.values(key)) for one, two in pairs]
     shared = [its for its in tables[0] if all(its in table for table in tables)] if tables else []
     found = over({its: fmean(table[its] for table in tables) for its in shared})
-    where = f"mean over {len(pairs)} shares, {named(pairs[0][0])} to {named(pairs[-1][0])}" if pairs else ""
+    ends = [named(pairs[place][0]) for place in (0, -1)] if pairs else ["", ""]
+    where = ends[0] if len(pairs) < 2 else f"mean over {len(pairs)} shares, {ends[0]} to {ends[1]}"
     if sentence := lead("localised rows", _CONTROLS[other], key, found):
         sure = [
             named(one)
             for one, two in pairs
             if (its := difference(one, two, key)) and its.records >= FEW and (its.low > 0 or its.high < 0)
         ]
-        alone = f"; told apart at {'each' if len(sure) == len(pairs) else ', '.join(sure)}" if sure else ""
+        alone = (
+            f"; told apart at {'each' if len(sure) == len(pairs) else ', '.join(sure)}" if sure and pairs[1:] else ""
+        )
         yield f"{sentence} ({where}{alone})"
 
 

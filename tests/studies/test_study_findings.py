@@ -202,6 +202,12 @@ def test_more_rows_and_whether_it_matters_which(study):
     assert any(its.endswith("(mean over 3 shares, p = 10 % to p = 40 %; told apart at each)") for its in text)
 
 
+def test_one_share_alone_is_named(study):
+    points = {label: its for label, its in share_points().items() if "random" not in label or label.endswith("@0.2")}
+    text = [its for its in findings(study(points)) if "random" in its]
+    assert text and all(its.endswith(" (p = 20 %)") for its in text)
+
+
 def test_rows_by_their_weights_alone_are_a_control_too(study):
     points = share_points()
     points |= {
