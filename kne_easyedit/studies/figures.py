@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")
 """Colour and marker of each series: colours that colour-blind readers can tell apart (Okabe and Ito)."""
 COLUMNS = 3
 """Panels in a row."""
+BESIDE = 1.09
+"""Factor between the places of two series' points of one value."""
 NARROW = 4.0
 """Percentage points that an axis spans at least."""
 
@@ -70,7 +71,7 @@ def _draw_numbers(axis: Any, curves: Curves, key: str) -> None:
     for series in curves.series:
         colour, marker = _style(curves, series)
         cells = [cell for cell in curves.of(series) if cell.mean(key)]
-        places = [float(cell.value) for cell in cells]
+        places = [_place(curves, cell) for cell in cells]
         axis.plot(places, [its.mean for cell in cells if (its := cell.mean(key))], color=colour, linewidth=1.6)
         _draw_points(axis, places, cells, key, (colour, marker))
     values = sorted({float(cell.value) for cell in curves.cells.values()})
@@ -82,6 +83,12 @@ def _draw_numbers(axis: Any, curves: Curves, key: str) -> None:
         low, high = axis.get_xlim()
         axis.set_xlim(low, high * (high / low) ** 0.22 if curves.study.logarithmic else high + 0.22 * (high - low))
     axis.set_xlabel(f"{curves.study.axis}{', %' if percent else ''} (logarithmic)", fontsize=9)
+
+
+def _place(curves: Curves, cell: Cell) -> float:
+    """Where a point is drawn: on a logarithmic axis beside its value, or series would hide each other's intervals."""
+    side = curves.series.index(cell.series) - (len(curves.series) - 1) / 2
+    return float(cell.value) * BESIDE ** (side if curves.study.logarithmic else 0)
 
 
 def _draw_names(axis: Any, curves: Curves, key: str) -> None:
@@ -127,16 +134,20 @@ def _finish(axis: Any, curves: Curves, key: str) -> None:
 
 def _label_ends(axis: Any, curves: Curves, key: str) -> None:
     """The name of each series behind the right end of its curve, moved apart where they would cover each other."""
+    from matplotlib.patheffects import withStroke
+
     ends = []
     for series in curves.series:
         cells = [cell for cell in curves.of(series) if cell.mean(key)]
         if cells and (value := cells[-1].mean(key)):
-            x, y = axis.transData.transform((float(cells[-1].value), value.mean))
+            x, y = axis.transData.transform((_place(curves, cells[-1]), value.mean))
             ends.append([y, x, series])
     ends.sort()
-    apart = 0.13 * axis.figure.dpi
-    for one, other in pairwise(ends):
-        other[0] = max(other[0], one[0] + apart)
+    apart, wide = 0.13 * axis.figure.dpi, 1.1 * axis.figure.dpi
+    for i, one in enumerate(ends):
+        for below in ends[:i]:
+            if abs(one[1] - below[1]) < wide:
+                one[0] = max(one[0], below[0] + apart)
     for y, x, series in ends:
         axis.annotate(
             curves.study.series[series].partition(",")[0],
@@ -144,6 +155,8 @@ def _label_ends(axis: Any, curves: Curves, key: str) -> None:
             xytext=(7, -3),
             textcoords="offset points",
             fontsize=8,
+            zorder=4,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
             color=_style(curves, series)[0],
             annotation_clip=False,
         )
