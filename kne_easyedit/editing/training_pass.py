@@ -49,7 +49,8 @@ class TrainingPass:
         if key in self._kept:
             return self._above(batch, self._kept[key])
         found: list[Any] = []
-        hook = self._below[-1].register_forward_hook(lambda layer, args, out: found.append(out))
+        # Copied, here and where it is used: a layer above may change it in place.
+        hook = self._below[-1].register_forward_hook(lambda layer, args, out: found.append(_copy(out)))
         try:
             predicted, labels = answer_logits(self._model, batch)
         finally:
@@ -83,7 +84,6 @@ class TrainingPass:
         return predicted
 
     def _above(self, batch: Batch, states: Any) -> tuple[Tensor, Tensor]:
-        # A copy: a model may change a layer's output in place.
         with fixed_outputs(self._below, [_copy(states)] * len(self._below)):
             return answer_logits(self._model, batch)
 

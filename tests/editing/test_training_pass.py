@@ -93,6 +93,13 @@ class TestSkipped:
         assert_same_bits(edit, expected)
         assert (calls[0], whole[0]) == (3, 9)
 
+    def test_a_layer_that_changes_its_input_in_place(self, llama, trained):
+        own = llama.model.layers[2].forward
+        llama.model.layers[2].forward = lambda hidden, *args, **others: own(hidden.add_(0.1), *args, **others)
+        (edit, calls), (expected, whole) = trained(llama, LLAMA_DOWN, LAST)
+        assert_same_bits(edit, expected)
+        assert calls[0] == 1 and whole[0] > 1
+
     def test_nothing_is_skipped_if_the_first_layer_is_edited(self, llama, trained):
         (edit, calls), (expected, whole) = trained(llama, LLAMA_DOWN, {0: (1,), 3: (2,)})
         assert_same_bits(edit, expected)
