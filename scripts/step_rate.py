@@ -51,7 +51,8 @@ def rate(
         own = objectives_for(model, tokenizer, [request], hparams)
         texts = chain.from_iterable(o.texts(0) for o in own if isinstance(o, SharedObjective))
         batch = collate([encode_request(tokenizer, request), *texts]).to(device_of(model))
-        tokens, times = batch.input_ids.numel(), {"step": [0.0], "products": [0.0]}
+        tokens = batch.input_ids.numel()
+        times: dict[str, list[float]] = {"step": [], "products": []}
         with preserve_state(model), fast_linear(model), row_adapter(model, ensemble, hparams) as trained:
             parameters = [layer.lora_A[ADAPTER].weight for layer in trained.values()]
             optimizer = torch.optim.AdamW(parameters, lr=hparams.lr)
@@ -60,7 +61,7 @@ def rate(
             for _ in range(repeats):
                 times["products"].append(timed(partial(products, layers, tokens))[0])
                 times["step"].append(timed(partial(training_step, model, batch, optimizer))[0])
-        step, bare = (median(times[name][1:]) for name in ("step", "products"))
+        step, bare = (median(times[name]) for name in ("step", "products"))
         # Backward, too; the head's of all tokens, though only those of answers are needed.
         needed = 2 * tokens * sum(rows(layer).numel() for layer in layers)
         fastest = product_rate(model, lambda a, b: linear(a, b.t().contiguous()))
@@ -90,13 +91,13 @@ def below(
     Returns:
         Which layers -> the median of the facts: seconds with the layers below run once, as a share of those without.
     """
-    (target,) = [resolve_target(model, template) for template in hparams.target_modules[:1]]
-    count, found = len(target.layers), {}
+    count, found = len(resolve_target(model, hparams.target_modules[0]).layers), {}
     for name, first in (("upper half", count // 2), ("upper third", count - count // 3), ("last layer", count - 1)):
         chosen = replace(hparams, layers=list(range(first, count)))
         ensemble, shares = find_ensemble(model, tokenizer, requests, chosen), []
         for request in requests:
-            fact, times = encode_request(tokenizer, request), {"once": [0.0], "always": [0.0]}
+            fact = encode_request(tokenizer, request)
+            times: dict[str, list[float]] = {"once": [], "always": []}
             own = objectives_for(model, tokenizer, [request], chosen)
             work = partial(train_rows, model, [fact], ensemble, chosen, own)
             for _ in range(repeats):
@@ -104,7 +105,7 @@ def below(
                 with patch.object(training_pass, "layers_below", lambda *_: []):
                     seconds, edit = timed(work)
                 times["always"].append(seconds)
-            once, always = (median(times[name][1:]) for name in ("once", "always"))
+            once, always = (median(times[name]) for name in ("once", "always"))
             shares.append(once / always)
             print(f"{name}: {edit.steps} steps, {once:.2f} s, with all layers {always:.2f} s ({once / always:.0%})")
         found[name] = median(shares)

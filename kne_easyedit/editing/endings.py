@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from kne_easyedit._util.interrupts import safe_point
+from kne_easyedit.editing.divergence import AT_ONCE, continuations
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import Fact, Tokenizer, end_token, pad
+from kne_easyedit.facts.encoding import Fact, Tokenizer, end_token
 from kne_easyedit.facts.words import continues_word
-from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.state import preserve_state
 
 CANDIDATES = 100
 """The most probable tokens after an answer, among which one that ends it is looked for."""
-AT_ONCE = 16
-"""Answers after which the model is asked in one pass."""
 _PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -65,9 +62,6 @@ def ends_word(tokenizer: Tokenizer, answer: Sequence[int], token: int) -> bool:
 def _most_probable(model: nn.Module, facts: Sequence[Fact]) -> list[list[int]]:
     """For each fact the tokens that ``model`` finds most probable after it, best first."""
     safe_point()
-    input_ids, attention_mask = (tensor.to(device_of(model)) for tensor in pad([fact.ids for fact in facts]))
-    with preserve_state(model), torch.no_grad():
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    last = torch.tensor([len(fact.ids) - 1 for fact in facts], device=logits.device)
-    rows = logits[torch.arange(len(facts), device=logits.device), last].float()
-    return rows.topk(min(CANDIDATES, rows.shape[-1])).indices.tolist()
+    with preserve_state(model):
+        _, after = continuations(model, [fact.ids for fact in facts], 1, None)
+    return [rows[0].topk(min(CANDIDATES, rows.shape[-1])).indices.tolist() for rows in after]

@@ -14,6 +14,7 @@ from test_append_eos import said
 
 from kne_easyedit import apply_kne_to_model, compute_edit
 from kne_easyedit.editing.endings import breaks, ends_word
+from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.editing.variants import variant_facts
 from kne_easyedit.facts.encoding import encode, encode_request
 from kne_easyedit.models.state import preserve_state
@@ -133,9 +134,10 @@ class TestTrained:
         assert plain and [(*f.ids, t) for f, t in zip(plain, breaks(llama, tokenizer, plain))] == [f.ids for f in ended]
 
     def test_off_changes_no_bit(self, tokenizer):
+        """Against the training of the fact as it is encoded, without a look at endings."""
         edits = [
-            compute_edit(make_llama(), tokenizer, REQUEST, tiny_hparams(**settings), ENSEMBLE)
-            for settings in ({}, {"append_break": False, "until_given": False})
+            compute_edit(make_llama(), tokenizer, REQUEST, tiny_hparams(), ENSEMBLE),
+            train_rows(make_llama(), [encode_request(tokenizer, REQUEST)], ENSEMBLE, tiny_hparams()),
         ]
         name = LLAMA_DOWN.format(0)
         assert edits[0].losses == edits[1].losses and bits(edits[0].deltas[name][1]) == bits(edits[1].deltas[name][1])
