@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
@@ -85,6 +85,15 @@ class Cell:
                 found.setdefault(name, {})[its] = value
         return dict(sorted(found.items()))
 
+    @cached_property
+    def ability(self) -> dict[str, Interval]:
+        """Task of general ability (`general_report`) -> its score on the edited model, in the task's own unit."""
+        found: dict[str, dict[Key, float]] = {}
+        for its, line in self.lines.items():
+            for task, score in (line.get("ability") or {}).items():
+                found.setdefault(task, {})[its] = score["value"]
+        return {task: mean for task, values in found.items() if (mean := over(values))}
+
     def mean(self, key: str) -> Interval | None:
         """The mean over records and draws with its interval; of seconds the median without one. None without values."""
         if key not in self._means:
@@ -116,6 +125,8 @@ class Curves:
     """Series and value -> the point, in the order of series and values."""
     before: Mapping[str, float]
     """Key of a metric -> its value of the unedited model, where that is one."""
+    ability_before: Mapping[str, float] = field(default_factory=dict)
+    """Task of general ability -> its score on the unedited model."""
 
     @property
     def keys(self) -> list[str]:
@@ -211,7 +222,8 @@ def ensembles_of(results: StudyResults, curves: Curves) -> dict[int, list[Neuron
 def as_rows(results: StudyResults) -> list[dict[str, Any]]:
     """Every number as one row: the content of the CSV file, and of the JSON file.
 
-    A category of a metric has a row of its own, ``METRIC/CATEGORY``.
+    A category of a metric has a row of its own, ``METRIC/CATEGORY``, and so has a task of general ability,
+    ``ability/TASK``.
     """
     rows: list[dict[str, Any]] = []
     for curves in results.curves:
@@ -219,6 +231,7 @@ def as_rows(results: StudyResults) -> list[dict[str, Any]]:
             means = {key: cell.mean(key) for key in curves.keys}
             for key in curves.keys:
                 means |= {f"{key}/{name}": over(values) for name, values in cell.by_category(key).items()}
+            means |= {f"ability/{task}": its for task, its in cell.ability.items()}
             rows += (
                 {
                     "study": curves.study.name,

@@ -10,6 +10,7 @@ from typing import Any
 from kne_easyedit.benchmark.collect import Collection, collect
 from kne_easyedit.benchmark.labels import data_name
 from kne_easyedit.benchmark.store import read_lines
+from kne_easyedit.benchmark.summary import scores
 from kne_easyedit.benchmark.tables import unedited
 from kne_easyedit.metrics import METRICS
 from kne_easyedit.models.targets import role_of
@@ -77,14 +78,14 @@ def read_studies(paths: Iterable[str | Path]) -> StudyResults:
             cells[where] = _cell(found, data, members, retained, described, modules)
         if study.named:
             cells = dict(sorted(cells.items(), key=lambda its: _place_of_name(study, its[1])))
+        own = _only(found, _labels(groups[name, data, method]))
         before = {
             metric.key: value
             for metric in METRICS
             if metric.key in ("edit_success", "portability", "fluency", "perplexity")
-            and (value := metric.summarize(unedited(_only(found, _labels(groups[name, data, method])), data)))
-            is not None
+            and (value := metric.summarize(unedited(own, data))) is not None
         }
-        curves.append(Curves(study, data, method, cells, before))
+        curves.append(Curves(study, data, method, cells, before, scores(own.of_data(data), "ability_before")))
         if not curves[-1].keys:
             raise ValueError(f"results: of {method} on {data} nothing was measured that the study {name} shows")
     return StudyResults(found, tuple(curves), ensembles)

@@ -95,6 +95,11 @@ def _section(
     if sentences:
         parts += ["What was found:", "\n".join(f"- {literal(sentence)}." for sentence in sentences)]
     parts.append(_table(curves))
+    if ability := _ability(curves):
+        parts += [
+            "General ability, in each metric's own unit (lm-evaluation-harness; of a sequence at its end):",
+            ability,
+        ]
     if of_ensembles:
         parts += [
             "How alike the ensembles are (Dice: shared rows over the mean number of rows):",
@@ -127,6 +132,21 @@ def _table(curves: Curves) -> str:
         for cell in curves.cells.values()
     ]
     return table_of_rows([head, *rows])
+
+
+def _ability(curves: Curves) -> str:
+    """The tasks of general ability, a row for each point that was asked; empty if none was."""
+    asked = [cell for cell in curves.cells.values() if cell.ability]
+    tasks = list(dict.fromkeys([*curves.ability_before, *(task for cell in asked for task in cell.ability)]))
+    if not tasks:
+        return ""
+    before = (curves.ability_before.get(task) for task in tasks)
+    rows = [["*no edit*", "", *("-" if value is None else f"{value:.3f}" for value in before)]]
+    for cell in asked:
+        means = (cell.ability.get(task) for task in tasks)
+        shown = ["-" if its is None else f"{its.mean:.3f} [{its.low:.3f}, {its.high:.3f}]" for its in means]
+        rows.append([literal(curves.study.series[cell.series]), literal(cell.value), *shown])
+    return table_of_rows([["series", "value", *map(literal, tasks)], *rows])
 
 
 def _shown(cell: Cell, key: str) -> str:

@@ -188,6 +188,31 @@ def test_a_report_is_written_of_labels_of_others_without_any_effect(tmp_path):
     assert "<b>" not in page and "../../K|$x$&lt;b&gt;" in page
 
 
+def test_tasks_of_general_ability_stand_beside_the_points(tmp_path):
+    def score(value):
+        return {"towns|x/acc": {"value": value, "stderr": None}}
+
+    folder = write_points(tmp_path / "run", {"KNE-batch@1": {"ES": 1.0}}, records=2, ability_before=score(0.5))
+    write_points(folder, {"KNE-batch@2": {"ES": 1.0}}, records=2, ability_before=score(0.5), ability=score(0.25))
+    last = [{**line("KNE-sequence@2", i, {"ES": 1.0}), "after": 2, "ability": score(i)} for i in range(2)]
+    write_points(folder, {"KNE-sequence@2": {"ES": 1.0}}, records=2, ability_before=score(0.5))
+    (folder / "KNE-sequence@2/retention.jsonl").write_text("".join(json.dumps(its) + "\n" for its in last))
+    publish_studies(read_studies([folder]), tmp_path / "report")
+    text = (tmp_path / "report/studies.md").read_text()
+    assert text.index("General ability") < text.index("| series | value | towns\\|x/acc |")
+    assert "| *no edit* |  | 0.500 |" in text
+    assert "| in one edit | 2 | 0.250 [0.250, 0.250] |" in text
+    assert "| in a row, all asked at the end | 2 | 0.500 [0.000, 1.000] |" in text
+    rows = json.loads((tmp_path / "report/studies.json").read_text())["points"]
+    assert [(its["series"], its["mean"]) for its in rows if its["metric"] == "ability/towns|x/acc"] == [
+        ("batch", 0.25),
+        ("sequence", 0.5),
+    ]
+    without = write_points(tmp_path / "without", {"KNE-batch@1": {"ES": 1.0}}, records=2)
+    publish_studies(read_studies([without]), tmp_path / "none")
+    assert "General ability" not in (tmp_path / "none/studies.md").read_text()
+
+
 def test_seeds_are_draws(tmp_path):
     folder = write_points(tmp_path / "run", {"KNE-share@0.1": {"ES": 0.5}}, records=4)
     more = [line("KNE-share@0.1", i, {"ES": 0.7}, seed=7, fingerprint="other") for i in range(4)]
