@@ -79,20 +79,21 @@ class Cell:
 
     def by_category(self, key: str) -> dict[str, dict[Key, float]]:
         """Category of the metric -> its values, as `values`; nothing for a metric without categories."""
-        found: dict[str, dict[Key, float]] = {}
-        for its, line in self.lines.items():
-            for name, value in BY_KEY[key].categories(line).items():
-                found.setdefault(name, {})[its] = value
-        return dict(sorted(found.items()))
+        return dict(sorted(self._by_name(BY_KEY[key].categories).items()))
 
     @cached_property
     def ability(self) -> dict[str, Interval]:
         """Task of general ability (`general_report`) -> its score on the edited model, in the task's own unit."""
+        found = self._by_name(lambda line: {task: its["value"] for task, its in (line.get("ability") or {}).items()})
+        return {task: mean for task, values in found.items() if (mean := over(values))}
+
+    def _by_name(self, named: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> dict[str, dict[Key, float]]:
+        """Name -> the value of each line that has one under this name."""
         found: dict[str, dict[Key, float]] = {}
         for its, line in self.lines.items():
-            for task, score in (line.get("ability") or {}).items():
-                found.setdefault(task, {})[its] = score["value"]
-        return {task: mean for task, values in found.items() if (mean := over(values))}
+            for name, value in named(line).items():
+                found.setdefault(name, {})[its] = value
+        return found
 
     def mean(self, key: str) -> Interval | None:
         """The mean over records and draws with its interval; of seconds the median without one. None without values."""
