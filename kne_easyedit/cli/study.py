@@ -60,6 +60,12 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--localization-data", help="facts to localise on (default: the data set's, or the settings')")
     parser.add_argument("--localization-size", type=positive, help="how many of them, in studies that do not sweep it")
     parser.add_argument("--values", help="comma-separated values of the axis (default: the paper's)")
+    parser.add_argument(
+        "--series",
+        help="comma-separated series, of "
+        + "; ".join(f"{s.name}: {', '.join(s.series)}" for s in STUDIES.values() if len(s.series) > 1)
+        + " (default: all of the study)",
+    )
     parser.add_argument("--draws", type=positive, help="draws of facts (facts: 3) or of random rows (share: 1)")
     parser.add_argument(
         "--ensembles-only",
@@ -93,16 +99,16 @@ def _study(arguments: argparse.Namespace) -> int:
     require_folder(arguments.out)
     with _settings_folder(arguments) as folder:
         settings = _configuration(arguments, folder)
-        values, sequences = (
+        values, sequences, series = (
             None if text is None else [part.strip() for part in text.split(",")]
-            for text in (arguments.values, arguments.sequences)
+            for text in (arguments.values, arguments.sequences, arguments.series)
         )
         if sequences is not None and arguments.study != "batch":
             raise ValueError(f"--sequences: belongs to the study batch, not to {arguments.study}")
         if arguments.ensembles_only and arguments.study != "facts":
             raise ValueError(f"--ensembles-only: belongs to the study facts, not to {arguments.study}")
         draws = arguments.draws or (DRAWS if arguments.ensembles_only else None)
-        plan = plan_for(settings, folder, arguments.study, values, draws, sequences)
+        plan = plan_for(settings, folder, arguments.study, values, draws, sequences, series)
         jobs = [point.configured(settings) for point in plan.points]
         if arguments.ensembles_only:
             return _compare_ensembles(plan, jobs, folder, arguments)

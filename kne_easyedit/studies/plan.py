@@ -23,6 +23,7 @@ def plan_for(
     values: Sequence[str] | None = None,
     draws: int | None = None,
     sequences: Sequence[str] | None = None,
+    series: Sequence[str] | None = None,
 ) -> Plan:
     """The points of a study for a configuration.
 
@@ -33,6 +34,7 @@ def plan_for(
         values: As for `points.plan_study`, and so are the next.
         draws: As there.
         sequences: As there.
+        series: As there.
 
     Raises:
         ValueError: Names the setting, or as `points.plan_study`.
@@ -40,7 +42,8 @@ def plan_for(
     """
     if study == "batch" and shard_of(settings["shard"])[1] > 1:
         raise ValueError(f"shard: {settings['shard']}; batches and sequences need all their records in one job: 0/1")
-    return plan_study(study, ground_of(settings, hparams_folder), settings["method"]["label"], values, draws, sequences)
+    ground = ground_of(settings, hparams_folder)
+    return plan_study(study, ground, settings["method"]["label"], values, draws, sequences, series)
 
 
 def ground_of(settings: Mapping[str, Any], hparams_folder: Path) -> Ground:
@@ -94,10 +97,11 @@ def _facts(hparams: KNEHyperParams, file: str, edited: range) -> range:
 def plan_of(settings: Mapping[str, Any], hparams_folder: Path) -> Plan:
     """The plan of a configuration that names a study (hparams/study). Raises as `plan_for`."""
     study = settings["study"]
-    values, sequences = (
-        None if study[name] is None else [f"{value}" for value in study[name]] for name in ("values", "sequences")
+    values, sequences, series = (
+        None if study[name] is None else [f"{value}" for value in study[name]]
+        for name in ("values", "sequences", "series")
     )
-    return plan_for(without_study(settings), hparams_folder, study["name"], values, study["draws"], sequences)
+    return plan_for(without_study(settings), hparams_folder, study["name"], values, study["draws"], sequences, series)
 
 
 def job_settings(settings: Mapping[str, Any], hparams_folder: Path) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain
 from typing import Any
 
 from kne_easyedit._util.messages import require_one_of
@@ -65,6 +64,7 @@ def plan_study(
     values: Sequence[str] | None = None,
     draws: int | None = None,
     sequences: Sequence[str] | None = None,
+    series: Sequence[str] | None = None,
 ) -> Plan:
     """The points of a study.
 
@@ -74,7 +74,9 @@ def plan_study(
         method: The first part of the labels.
         values: The values of the axis; None: the paper's, as far as model and data can fill them.
         draws: Draws of facts (study facts) or of random rows (study share) of a point; None: the study's default.
-        sequences: Numbers of edits one after the other (study batch); None: the default, none if ``values`` are given.
+        sequences: Numbers of edits one after the other (study batch); None: the default, none if ``values`` are given
+            and ``series`` are not.
+        series: Some of the study's series; None: all.
 
     Returns:
         The points, by series and value, and what is left out.
@@ -92,43 +94,64 @@ def plan_study(
             f"study {name}: the settings do not localise on a file of facts (ensemble, or no localization_data); "
             f"set ensemble to null and localization_data to a file or 'embedded'"
         )
+    if series is not None and not series:
+        raise ValueError(f"series: an empty list; null, or some of {', '.join(study.series)}")
+    for its in series or ():
+        require_one_of("series", its, study.series)
+    if name == "batch":
+        if values and sequences is None and series is None:
+            sequences = []
+        for option, given, its in (("values", values, "batch"), ("sequences", sequences, "sequence")):
+            if given and series is not None and its not in series:
+                raise ValueError(
+                    f"{option}: {','.join(given)}; they belong to the series {its}, which series leave out"
+                )
+    wanted = [its for its in study.series if series is None or its in series]
+    if study.named and values is not None:
+        known = [value for its in wanted for value in _known(ground, its)]
+        for value in values:
+            require_one_of("values", value, list(dict.fromkeys(known)))
     points: list[Point] = []
     left_out: list[str] = []
-    planned = _PLANS[name](ground, method, values, draws or study.draws)
-    if name == "batch":
-        planned = chain(planned, _sequences(ground, method, [] if values and sequences is None else sequences))
-    for each in planned:
-        if isinstance(each, Point):
-            points.append(each)
-        else:
-            left_out.append(each)
+    for its in wanted:
+        asked = sequences if its == "sequence" else values
+        for each in _PLANS[its](ground, Place(method, its, 1, ""), asked, draws or study.draws):
+            if isinstance(each, Point):
+                points.append(each)
+            elif each not in left_out:  # two series refuse a module in the same words
+                left_out.append(each)
     if left_out and (values is not None or sequences is not None or not points):
         raise ValueError(f"study {name}: {left_out[0]}")
     return Plan(study, tuple(points), tuple(left_out))
 
 
-def _location(ground: Ground, method: str, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
-    """Every module alone with as many rows, then as many parameters, as the settings' ensemble; thirds of the depth."""
+def _known(ground: Ground, series: str) -> Sequence[str]:
+    """The values of a series of the study location: the model's own names of its modules, or the thirds."""
+    return THIRDS if series == "depth" else list(module_names(ground.linear).values())
+
+
+def _modules(ground: Ground, place: Place, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
+    """Every module alone, with as many rows or as many parameters as the settings' ensemble."""
     reference = _reference(ground)
     names = module_names(ground.linear)
-    known = [*names.values(), *THIRDS]
-    for value in values or ():
-        require_one_of("values", value, known)
-    wanted = known if values is None else values
     yield from ground.refused if values is None else ()
-    rows = Selection(ground.p).budget(len(_layers(ground, reference)) * reference.outputs)
-    parameters = rows * reference.inputs
-    for series, count in (("rows", lambda its: rows), ("parameters", lambda its: round(parameters / its.inputs))):
-        for its in ground.linear:
-            value = names[its.template]
-            if value in wanted:
-                place = Place(method, series, 1, value)
-                yield _rows(ground, place, its, _layers(ground, its), count(its))
+    for its in ground.linear:
+        name = names[its.template]
+        if values is None or name in values:
+            rows = _rows_of(ground, reference)
+            if place.series == "parameters":
+                rows = round(rows * reference.inputs / its.inputs)
+            yield _rows(ground, replace(place, value=name), its, _layers(ground, its), rows)
+
+
+def _depth(ground: Ground, place: Place, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
+    """The settings' module in a third of its layers, with as many rows as the settings' ensemble."""
+    reference = _reference(ground)
     layers = _layers(ground, reference)
     for i, third in enumerate(THIRDS):
-        part = layers[len(layers) * i // 3 : len(layers) * (i + 1) // 3]
-        if third in wanted:
-            yield _rows(ground, Place(method, "depth", 1, third), reference, part, rows)
+        if values is None or third in values:
+            part = layers[len(layers) * i // 3 : len(layers) * (i + 1) // 3]
+            yield _rows(ground, replace(place, value=third), reference, part, _rows_of(ground, reference))
 
 
 def _rows(ground: Ground, place: Place, its: LinearLayer, layers: Sequence[int], rows: int) -> Point | str:
@@ -144,7 +167,7 @@ def _rows(ground: Ground, place: Place, its: LinearLayer, layers: Sequence[int],
     return Point(place, settings)
 
 
-def _facts(ground: Ground, method: str, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
+def _facts(ground: Ground, place: Place, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
     """N facts, several draws: each begins at a place of its own, and holds those of a smaller N of the same draw."""
     there = ground.facts
     starts = [there.start + int(len(there) * _spread(draw)) for draw in range(draws)]
@@ -162,7 +185,7 @@ def _facts(ground: Ground, method: str, values: Sequence[str] | None, draws: int
                 taken.append(start)
                 settings = {"localization_offset": start, "localization_size": n}
                 # The same facts are kept out of the questions of all points.
-                yield Point(Place(method, "facts", draw, str(n)), settings, pool)
+                yield Point(replace(place, draw=draw, value=str(n)), settings, pool)
 
 
 def _spread(draw: int) -> Fraction:
@@ -174,8 +197,8 @@ def _spread(draw: int) -> Fraction:
     return place
 
 
-def _share(ground: Ground, method: str, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
-    """A share of the rows: localised, at random, by a score that needs no integral, and by their weights alone."""
+def _share(ground: Ground, place: Place, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
+    """A share of the rows: localised, at random, by a score that needs no integral, or by their weights alone."""
     if ground.scale not in SHUFFLED:
         raise ValueError(
             f"score_scale: {ground.scale!r} is a control itself; the study needs one of {', '.join(SHUFFLED)}"
@@ -183,37 +206,36 @@ def _share(ground: Ground, method: str, values: Sequence[str] | None, draws: int
     controls = SHUFFLED[ground.scale]
     if draws > len(controls):
         raise ValueError(f"draws: {draws} of random rows, at most {len(controls)} can be told apart")
-    shares = _numbers(values, SHARES, float, lambda p: 0 < p <= 1, "shares of the rows, in (0, 1]")
-    for p in shares:
-        yield Point(Place(method, "share", 1, f"{p:g}"), {"p": p})
-    for p in shares:
-        for i, control in enumerate(controls[:draws], start=1):
-            yield Point(Place(method, "random", i, f"{p:g}"), {"p": p, "score_scale": control})
-    for p in shares:
+    chosen: Mapping[str, Sequence[Mapping[str, Any]]] = {
+        "share": [{}],
+        "random": [{"score_scale": control} for control in controls[:draws]],
         # One step of Eq. 5 is the gradient at the module's own output, times that output.
-        yield Point(Place(method, "step", 1, f"{p:g}"), {"p": p, "attribution_steps": 1, "quadrature": "riemann"})
-    for p in shares:
-        yield Point(Place(method, "magnitude", 1, f"{p:g}"), {"p": p, "ensemble": MAGNITUDE})
+        "step": [{"attribution_steps": 1, "quadrature": "riemann"}],
+        "magnitude": [{"ensemble": MAGNITUDE}],
+    }
+    for p in _numbers(values, SHARES, float, lambda p: 0 < p <= 1, "shares of the rows, in (0, 1]"):
+        for draw, settings in enumerate(chosen[place.series], start=1):
+            yield Point(replace(place, draw=draw, value=f"{p:g}"), {"p": p, **settings})
 
 
-def _batch(ground: Ground, method: str, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
+def _batch(ground: Ground, place: Place, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
     """Batches of the same records."""
     for n, records in _filled(ground, values, BATCHES, "facts in one edit", "or fewer facts (--values)"):
         if isinstance(records, str):
             yield records
         else:  # a last batch that is not full would be another point
             its = {"mode": "batch", "batch_size": n}
-            yield Point(Place(method, "batch", 1, str(n)), evaluation=its, records=records // n * n)
+            yield Point(replace(place, value=str(n)), evaluation=its, records=records // n * n)
 
 
-def _sequences(ground: Ground, method: str, values: Sequence[str] | None) -> Iterator[Point | str]:
+def _sequence(ground: Ground, place: Place, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
     """Sequences of the first records, all of which are asked again at the end."""
     for n, records in _filled(ground, values, SEQUENCES, "edits one after the other", "or fewer edits (--sequences)"):
         if isinstance(records, str):
             yield records
         else:
             its = {"mode": "sequential", "batch_size": 1, "retention_every": n}
-            yield Point(Place(method, "sequence", 1, str(n)), evaluation=its, records=n)
+            yield Point(replace(place, value=str(n)), evaluation=its, records=n)
 
 
 def _filled(
@@ -230,7 +252,15 @@ def _filled(
         )
 
 
-_PLANS = {"location": _location, "facts": _facts, "share": _share, "batch": _batch}
+_PLANS = {
+    **dict.fromkeys(("rows", "parameters"), _modules),
+    "depth": _depth,
+    "facts": _facts,
+    **dict.fromkeys(("share", "random", "step", "magnitude"), _share),
+    "batch": _batch,
+    "sequence": _sequence,
+}
+"""What plans the points of each series (`definitions.STUDY_OF`); its place has the method and the series."""
 
 
 def module_names(linear: Sequence[LinearLayer]) -> dict[str, str]:
@@ -255,6 +285,11 @@ def _reference(ground: Ground) -> LinearLayer:
             f"it has {', '.join(its.template for its in ground.linear) or 'none'}"
         )
     return found[0]
+
+
+def _rows_of(ground: Ground, reference: LinearLayer) -> int:
+    """How many rows the ensemble of the settings has."""
+    return Selection(ground.p).budget(len(_layers(ground, reference)) * reference.outputs)
 
 
 def _layers(ground: Ground, its: LinearLayer) -> list[int]:

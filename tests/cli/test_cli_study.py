@@ -103,7 +103,7 @@ def test_the_perplexity_of_a_text_is_a_panel(place):
 
 
 def test_random_rows_are_as_many_of_each_layer(place):
-    assert study("share", "--values", "0.3", "--draws", "2", "--records", "1") == 0
+    assert study("share", "--values", "0.3", "--draws", "2", "--records", "1", "--series", "random, share") == 0
     found = {path.stem.rpartition("-")[2]: NeuronEnsemble.load(path) for path in Path("out").rglob("ensemble-*.json")}
     localised, *others = (found[name] for name in ("share@0.3", "random@0.3", "random.2@0.3"))
     assert all(its.counts() == localised.counts() and its.size == localised.size for its in others)
@@ -153,6 +153,7 @@ def test_settings_come_from_where_they_are_said_to(place, capsys):
         (["batch", "--shard", "0/2"], r"shard: 0/2; batches and sequences need all their records in one job"),
         (["share", "--shard", "2"], r"shard: '2' is no part i/n"),
         (["share", "--sequences", "3"], "--sequences: belongs to the study batch, not to share"),
+        (["share", "--series", "share,rows"], "series: 'rows' must be one of .*'share', 'random', 'step', 'magnitude'"),
         (["share", "--ensembles-only"], "--ensembles-only: belongs to the study facts, not to share"),
         (["share", "--values", "0.5", "--perplexity", "nowhere.txt"], r"perplexity: .*nowhere\.txt is no file"),
         (["share", "--draws", "6"], "draws: 6 of random rows, at most 5"),

@@ -238,6 +238,45 @@ def test_fewer_records_than_a_batch_needs():
             plan_study("batch", GROUND, **options)
 
 
+# Some series of a study
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_series_alone_has_the_points_that_it_has_among_all(name):
+    whole = plan_study(name, GROUND).points
+    for series in STUDIES[name].series:
+        alone = plan_study(name, GROUND, series=[series]).points
+        assert alone and list(alone) == [point for point in whole if point.place.series == series]
+    both = list(STUDIES[name].series)[:2]
+    assert {point.place.series for point in plan_study(name, GROUND, series=both[::-1]).points} == {*both}
+
+
+def test_sequences_without_batches_need_no_number():
+    assert labels(plan_study("batch", GROUND, series=["sequence"])) == ["KNE-sequence@10"]
+    assert labels(plan_study("batch", GROUND, values=["5"], series=["batch"])) == ["KNE-batch@5"]
+
+
+@pytest.mark.parametrize(
+    ("study", "options", "says"),
+    [
+        ("share", {"series": ["randoms"]}, "series: 'randoms' must be one of .*did you mean 'random'"),
+        ("share", {"series": ["rows"]}, "series: 'rows' must be one of"),
+        ("share", {"series": []}, "series: an empty list; null, or some of share, random"),
+        (
+            "location",
+            {"series": ["depth"], "values": ["down_proj"]},
+            "values: 'down_proj' must be one of .*'first third'",
+        ),
+        ("location", {"series": ["rows"], "values": ["first third"]}, "values: 'first third' must be one of"),
+        ("batch", {"series": ["sequence"], "values": ["5"]}, "values: 5; they belong to the series batch"),
+        ("batch", {"series": ["batch"], "sequences": ["5"]}, "sequences: 5; they belong to the series sequence"),
+    ],
+)
+def test_a_series_that_leaves_nothing_to_plan_is_named(study, options, says):
+    with pytest.raises(ValueError, match=says):
+        plan_study(study, GROUND, **options)
+
+
 # Bad input
 
 

@@ -14,7 +14,7 @@ from kne_easyedit.studies.plan import job_settings, plan_of, without_study
 from kne_easyedit.studies.reading import read_studies
 
 SETTINGS = {
-    "study": {"name": "facts", "point": None, "values": [1, 2], "draws": 1, "sequences": None},
+    "study": {"name": "facts", "point": None, "values": [1, 2], "draws": 1, "sequences": None, "series": None},
     "seed": 42,
     "shard": "0/1",
     "on_bad_record": "fail",
