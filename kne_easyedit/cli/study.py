@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
@@ -135,8 +136,10 @@ def _compare_ensembles(
     if arguments.dry_run:
         return 0
 
+    numbers = count(1)
+
     def on_found(label: str, ensemble: NeuronEnsemble) -> None:
-        print(f"{label}: {ensemble.size} rows", flush=True)
+        print(f"{next(numbers)} of {len(jobs)}: {label}, {ensemble.size} rows", flush=True)
         ensemble.save(arguments.out / "ensembles" / f"{label}.json")
 
     found = overlaps(find_ensembles(jobs, folder, on_found))

@@ -86,7 +86,9 @@ def test_only_the_ensembles_of_many_draws(place, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "5 ensembles, 4 different facts" in printed and not Path("out").exists()
     assert study(*options) == 0
-    assert "| 1 | 3 | " in capsys.readouterr().out and Path("out/ensembles/KNE-facts.3@2.json").is_file()
+    printed = capsys.readouterr().out
+    assert "| 1 | 3 | " in printed and "5 of 5: KNE-facts.3@2, " in printed
+    assert Path("out/ensembles/KNE-facts.3@2.json").is_file()
     found = json.loads(Path("out/report/ensembles.json").read_text())["overlap"]
     assert [(its["facts"], its["draws"]) for its in found] == [(1, 3), (2, 2)]
     assert 0 <= found[0]["between_draws"] <= 1 and Path("out/report/ensembles.html").is_file()
