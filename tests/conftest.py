@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import signal
@@ -55,6 +56,9 @@ GPTJ_DOWN = "transformer.h.{}.mlp.fc_out"
 GPT2_DOWN = "transformer.h.{}.mlp.c_proj"
 SIZE = {"hidden": 24, "inner": 40, "layers": 4, "heads": 4}
 
+
+# It warns when it is first imported, in whichever test that is.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if os.environ.get("EASYEDIT_HOME") and not os.environ.get("KNE_TEST_CHECKOUT"):
     os.environ["KNE_TEST_HOME"] = os.environ.pop("EASYEDIT_HOME")  # under this name pytest-xdist's workers inherit it

@@ -124,10 +124,17 @@ def _shortfall(edit: RowEdit, hparams: EditSettings) -> str | None:
         for a in failed[:NAMED]
     ]
     more = [f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else []
+    state, below = f"loss {edit.losses[-1]:.3f}, stop_loss {hparams.stop_loss:g}", edit.losses[-1] < hparams.stop_loss
+    if below:
+        state += ", but another token is more probable"
+    if below and not hparams.until_given:  # training stopped by itself
+        remedy = "set until_given: true, or lower stop_loss"
+    else:
+        rate = OPTIMIZERS[hparams.optimizer].rate_setting
+        remedy = f"do the facts contradict each other? Else raise num_steps or {rate}, or take a larger p"
     return (
-        f"{len(failed)} of {len(edit.answers)} facts not reached after {edit.steps} steps (loss {edit.losses[-1]:.3f}, "
-        f"stop_loss {hparams.stop_loss:g}): {', '.join(named + more)}; do the facts contradict each other? Else raise "
-        f"num_steps or {OPTIMIZERS[hparams.optimizer].rate_setting}, lower stop_loss, or take a larger p"
+        f"{len(failed)} of {len(edit.answers)} facts not reached after {edit.steps} steps ({state}): "
+        f"{', '.join(named + more)}; {remedy}"
     )
 
 

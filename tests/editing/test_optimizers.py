@@ -99,7 +99,7 @@ def test_messages_name_the_setting_of_the_optimiser(llama, tokenizer, facts):
     request = {"prompt": "The capital of France is", "target_new": "Rome"}
     for name, kind in OPTIMIZERS.items():
         hparams = tiny_hparams(optimizer=name, num_steps=1, on_failure="raise", polyak_fraction=0.01, lr=1e-6)
-        with pytest.raises(EditFailed, match=f"raise num_steps or {kind.rate_setting}, lower stop_loss"):
+        with pytest.raises(EditFailed, match=f"raise num_steps or {kind.rate_setting}, or take"):
             apply_kne_to_model(llama, tokenizer, request, hparams)
     with torch.no_grad():
         llama.model.norm.weight[0] = float("nan")

@@ -21,7 +21,7 @@ from edits import MANY, REQUEST, REQUESTS, edit_of, ensemble_of, request
 from torch import nn
 
 from kne_easyedit.editing import row_training as training
-from kne_easyedit.editing.edit import EditFailed, apply_kne_to_model
+from kne_easyedit.editing.edit import EditFailed, apply_kne_to_model, require_reached
 from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.editing.row_edit import EditLost, RowEdit, restore, write_rows
 from kne_easyedit.editing.row_training import train_rows
@@ -198,6 +198,27 @@ class TestNotReached:
     def test_but_an_answer_that_is_not_given_is(self, llama, tokenizer):
         with pytest.raises(EditFailed, match=r"1 of 1 facts not reached after 1 steps .*stop_loss 0"):
             apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams(stop_loss=0, num_steps=1, on_failure="raise"))
+
+    @pytest.mark.parametrize(
+        ("last", "settings", "state", "remedy"),
+        [
+            (
+                0.3,
+                {},
+                r"loss 0\.300, stop_loss 0\.4, but another token is more probable",
+                "set until_given: true, or lower",
+            ),
+            (0.3, {"until_given": True}, "another token is more probable", "Else raise num_steps or lr, or take"),
+            (0.5, {}, r"loss 0\.500, stop_loss 0\.4", "Else raise num_steps or lr, or take a larger p"),
+            (0.5, {"stop_loss": 0}, "stop_loss 0", "Else raise num_steps"),
+        ],
+    )
+    def test_the_remedy_is_that_of_the_reason(self, facts, last, settings, state, remedy):
+        """Below stop_loss neither more steps nor a larger rate do anything: training stops by itself."""
+        answers = (training.Answer(facts[0], last, 0.7, False),)
+        hparams = tiny_hparams(**{"stop_loss": 0.4, "on_failure": "raise", **settings})
+        with pytest.raises(EditFailed, match=rf"after 1 steps \(.*{state}\): .*; .*{remedy}"):
+            require_reached(RowEdit({}, (5.0, last), answers), hparams)
 
     def test_a_fact_that_the_mean_hides(self, facts):
         """Nine good facts and a contradiction have a small mean loss."""
