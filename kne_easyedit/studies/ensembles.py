@@ -160,6 +160,7 @@ def publish_overlaps(found: Sequence[Mapping[str, Any]], of: str, folder: Path) 
         "# How alike ensembles of different facts are",
         f"{literal(of)}. Nothing was edited. Overlaps are Dice coefficients: shared rows over the mean number of rows."
         f" Draws of one number share no fact; a smaller number's are among those of a larger one of the same draw."
+        f" Facts that a draw shares with that of the most facts raise its overlap with it."
         f" Intervals: 95 % bootstrap over draws, where there are at least {LEAST}.",
         f"![{literal(caption)}](ensembles.png)",
         overlap_table(found),
