@@ -165,11 +165,15 @@ def _of_names(curves: Curves) -> Iterator[str]:
 
 
 def _of_facts(curves: Curves) -> Iterator[str]:
-    """From how many facts on a metric cannot be told from that of the most, and how 200 do against them."""
+    """The slope over the facts, from how many on a metric cannot be told from that of the most, and how 200 do against
+    them.
+    """
     if len(curves.of("facts")) < 2:
         return
     *fewer, most = curves.of("facts")
     for key in _compared(curves):
+        if fewer[1:] and (sloping := slope(curves.of("facts"), key)):
+            yield _sloping(key, "the facts", sloping)
         found = [(cell, its) for cell in fewer if (its := difference(cell, most, key))]
         alike = []
         for cell, its in reversed(found):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from study_lines import write_points
 
@@ -166,6 +168,10 @@ def test_two_hundred_facts_against_all(study, at_200, at_800, expected):
     curves = study(facts_points(at_200, at_800), noise=0.01)
     assert verdicts(curves) == expected
     text = "\n".join(findings(curves))
+    # By hand: log2 of 20, 200 and 800 facts, less their mean, is -2.881, 0.441 and 2.441.
+    slope = 100 * (-2.881 * 0.5 + 0.441 * at_200 + 2.441 * at_800) / (2.881**2 + 0.441**2 + 2.441**2)
+    (found,) = re.findall(r"with every doubling of the facts, ES changes by (\+\d+\.\d) ", text)
+    assert float(found) == pytest.approx(slope, abs=0.15)
     if at_200 == at_800:
         assert "ES: from 200 facts on it cannot be told from that of 800 facts" in text
     else:
