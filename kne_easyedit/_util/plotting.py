@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ def new_figure(**settings: Any) -> Any:
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'kne_easyedit[plots]'") from error
     return Figure(**settings)
+
+
+def name_above(figure: Any, named: Mapping[str, Any], columns: int = 9) -> None:
+    """Puts the names of what is drawn above all panels, where they cover no point.
+
+    Args:
+        figure: With constrained layout.
+        named: Name -> the artist that shows its colour and marker.
+        columns: How many stand in a line.
+    """
+    figure.legend(named.values(), named, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def entitle(figure: Any, title: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kne_easyedit._util.markdown import literal, table_of_rows
-from kne_easyedit._util.plotting import new_figure
+from kne_easyedit._util.plotting import name_above, new_figure
 from kne_easyedit.benchmark.collect import Collection
 from kne_easyedit.benchmark.intervals import Interval, paired
 from kne_easyedit.benchmark.labels import POINT, curve_of
@@ -152,7 +152,7 @@ def draw_curves(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
             axis.set(xlabel=labels[x], ylabel=labels[y], title=data)
             axis.margins(0.12)
             axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=9, frameon=False)
+    name_above(figure, handles)
     return figure
 
 

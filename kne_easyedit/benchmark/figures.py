@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kne_easyedit._util.plotting import GRID, new_figure, write_figure
+from kne_easyedit._util.plotting import GRID, name_above, new_figure, write_figure
 from kne_easyedit.benchmark.collect import Collection
 from kne_easyedit.benchmark.curves import draw_curves
 from kne_easyedit.benchmark.labels import is_kne, suffix
@@ -154,7 +154,7 @@ def _tradeoff(found: Collection, styles: dict[str, tuple[str, str]], pairs: Sequ
             axis.set(xlabel=labels[x], ylabel=labels[y], title=data)
             axis.margins(0.12)
             _plain(axis)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=9, frameon=False)
+    name_above(figure, handles)
     return figure
 
 
@@ -205,7 +205,7 @@ def _losses(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
     if not drawn:
         return None
     axis.set(xlabel="step", ylabel="loss", yscale="log")
-    axis.legend(drawn.values(), drawn, frameon=False, ncols=3)
+    name_above(figure, drawn, 5)
     _plain_ticks(axis.yaxis)
     _plain(axis)
     return figure
@@ -263,14 +263,15 @@ def draw_retention(found: dict[str, list[dict]], path: str | Path, title: str = 
     known = retention_metrics(*(stop for stops in found.values() for stop in stops))
     metrics = [metric for metric in known if metric.unit == PERCENT]
     figure = new_figure(figsize=(11 / 3 * len(metrics), 3.6), layout="constrained")
+    lines: dict[str, Any] = {}
     for axis, metric in zip(figure.subplots(1, len(metrics), sharey=True), metrics):
         for method, stops in found.items():
             points = [(stop["edits"], stop[metric.key]) for stop in stops if stop.get(metric.key) is not None]
             if points:
-                axis.plot(*zip(*points), "o-", markersize=4, label=method)
+                (lines[method],) = axis.plot(*zip(*points), "o-", markersize=4)
         axis.set(xlabel="edits made", title=metric.label, ylim=(-3, 103))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color=GRID, linewidth=0.6)
     figure.axes[0].set_ylabel("percent, over all facts edited so far")
-    figure.axes[0].legend(frameon=False)
+    name_above(figure, lines)
     write_figure(figure, path, title)

@@ -17,7 +17,7 @@ import numpy
 
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.markdown import literal, table_of_rows
-from kne_easyedit._util.plotting import GRID, new_figure, write_figure
+from kne_easyedit._util.plotting import GRID, name_above, new_figure, write_figure
 from kne_easyedit.benchmark.config import hparams_of
 from kne_easyedit.benchmark.intervals import LEVEL, RESAMPLES, Interval, interval
 from kne_easyedit.benchmark.publish import page
@@ -176,11 +176,12 @@ def _draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The curves over the number of facts, with their intervals."""
     figure = new_figure(figsize=(6.4, 4.0), layout="constrained")
     axis = figure.subplots()
+    lines: dict[str, Any] = {}
     for key, name, colour, marker in KINDS:
         points = [(its["facts"], its[key]) for its in found if its[key] is not None]
         if points:
             style = "--" if not marker else "-"
-            axis.plot(*zip(*points), style, marker=marker or None, color=colour, label=name, linewidth=1.6)
+            (lines[name],) = axis.plot(*zip(*points), style, marker=marker or None, color=colour, linewidth=1.6)
         for its in found:
             if inner := its["intervals"].get(key):
                 axis.plot((its["facts"],) * 2, (inner["low"], inner["high"]), color=colour, linewidth=1.3)
@@ -191,5 +192,5 @@ def _draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.set(xlabel="facts localised on (logarithmic)", ylabel="overlap (Dice)", ylim=(0, 1.02))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color=GRID, linewidth=0.6)
-    axis.legend(frameon=False, fontsize=9)
+    name_above(figure, lines)
     write_figure(figure, path, "")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kne_easyedit._util.plotting import GRID, INK, new_figure, write_figure
+from kne_easyedit._util.plotting import GRID, INK, name_above, new_figure, write_figure
 from kne_easyedit.metrics import PERCENT
 from kne_easyedit.studies.findings import named
 from kne_easyedit.studies.numbers import BY_KEY, Cell, Curves
@@ -41,7 +41,8 @@ def draw_study(curves: Curves, path: Path) -> None:
         (_draw_names if curves.study.named else _draw_numbers)(axis, curves, key)
         _finish(axis, curves, key)
     if curves.study.named:
-        axes[0].legend(frameon=False, fontsize=8, loc="best")
+        handles, names = axes[0].get_legend_handles_labels()
+        name_above(figure, dict(zip(names, handles)))
     for axis in axes[len(keys) :]:
         axis.set_visible(False)
     if len(curves.series) > 1 and not curves.study.named:

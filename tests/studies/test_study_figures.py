@@ -1,0 +1,41 @@
+"""Pictures of studies and of sequences: no name covers what is drawn."""
+
+from __future__ import annotations
+
+import pytest
+from study_lines import write_points
+
+from kne_easyedit.benchmark.figures import draw_retention
+from kne_easyedit.studies.ensembles import publish_overlaps
+from kne_easyedit.studies.figures import draw_study
+from kne_easyedit.studies.reading import read_studies
+
+
+def draw_location(folder):
+    places = {"rows": ("down_proj", "k_proj"), "depth": ("first third", "last third")}
+    points = {f"KNE-{series}@{place}": {"ES": 0.5} for series, names in places.items() for place in names}
+    (curves,) = read_studies([write_points(folder / "run", points)]).curves
+    draw_study(curves, folder / "location.png")
+
+
+def draw_sequence(folder):
+    stops = [{"edits": 1, "edit_success": 100.0}, {"edits": 10, "edit_success": 60.0}]
+    draw_retention({"KNE": stops, "FT": stops}, folder / "retention.png")
+
+
+def draw_overlaps(folder):
+    overlap = {"draws": 1, "rows": 9, "with_most": 0.5, "between_draws": 0.9, "by_chance": 0.1, "intervals": {}}
+    publish_overlaps([{"facts": n, **overlap} for n in (1, 10)], "KNE", folder)
+
+
+@pytest.mark.parametrize("draw", [draw_location, draw_sequence, draw_overlaps])
+def test_names_stand_outside_of_all_panels(draw, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("kne_easyedit._util.plotting.entitle", lambda figure, _title: drawn.append(figure))
+    monkeypatch.setattr("kne_easyedit.benchmark.intervals.RESAMPLES", 200)
+    draw(tmp_path)
+    (figure,) = drawn
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) >= 2 and all(axis.get_legend() is None for axis in figure.axes)
+    box = legend.get_window_extent()
+    assert not [axis for axis in figure.axes if axis.get_visible() and box.overlaps(axis.get_window_extent())]
