@@ -108,9 +108,9 @@ def plan_study(
                 )
     wanted = [its for its in study.series if series is None or its in series]
     if study.named and values is not None:
-        known = [value for its in wanted for value in _known(ground, its)]
+        known = dict.fromkeys(value for its in wanted for value in _known(ground, its))
         for value in values:
-            require_one_of("values", value, list(dict.fromkeys(known)))
+            require_one_of("values", value, known)
     points: list[Point] = []
     left_out: list[str] = []
     for its in wanted:
@@ -134,24 +134,23 @@ def _modules(ground: Ground, place: Place, values: Sequence[str] | None, draws: 
     """Every module alone, with as many rows or as many parameters as the settings' ensemble."""
     reference = _reference(ground)
     names = module_names(ground.linear)
+    rows = _rows_of(ground, reference)
     yield from ground.refused if values is None else ()
     for its in ground.linear:
         name = names[its.template]
         if values is None or name in values:
-            rows = _rows_of(ground, reference)
-            if place.series == "parameters":
-                rows = round(rows * reference.inputs / its.inputs)
-            yield _rows(ground, replace(place, value=name), its, _layers(ground, its), rows)
+            count = round(rows * reference.inputs / its.inputs) if place.series == "parameters" else rows
+            yield _rows(ground, replace(place, value=name), its, _layers(ground, its), count)
 
 
 def _depth(ground: Ground, place: Place, values: Sequence[str] | None, draws: int) -> Iterator[Point | str]:
     """The settings' module in a third of its layers, with as many rows as the settings' ensemble."""
     reference = _reference(ground)
-    layers = _layers(ground, reference)
+    layers, rows = _layers(ground, reference), _rows_of(ground, reference)
     for i, third in enumerate(THIRDS):
         if values is None or third in values:
             part = layers[len(layers) * i // 3 : len(layers) * (i + 1) // 3]
-            yield _rows(ground, replace(place, value=third), reference, part, _rows_of(ground, reference))
+            yield _rows(ground, replace(place, value=third), reference, part, rows)
 
 
 def _rows(ground: Ground, place: Place, its: LinearLayer, layers: Sequence[int], rows: int) -> Point | str:
