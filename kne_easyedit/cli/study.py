@@ -104,8 +104,6 @@ def _study(arguments: argparse.Namespace) -> int:
             None if text is None else [part.strip() for part in text.split(",")]
             for text in (arguments.values, arguments.sequences, arguments.series)
         )
-        if sequences is not None and arguments.study != "batch":
-            raise ValueError(f"--sequences: belongs to the study batch, not to {arguments.study}")
         if arguments.ensembles_only and arguments.study != "facts":
             raise ValueError(f"--ensembles-only: belongs to the study facts, not to {arguments.study}")
         draws = arguments.draws or (DRAWS if arguments.ensembles_only else None)
