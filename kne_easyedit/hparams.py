@@ -138,6 +138,8 @@ class KNEHyperParams:
     """Beyond the paper: rows move only in directions that the inputs of neighbours do not have (docs/edit.md)."""
     projection_ridge: float = 1e-5
     """Ridge of this projection: small ones leave neighbours as they are, in (0, 1]."""
+    spare_edited: bool = False
+    """Beyond the paper: facts that the model was edited with before, and still has, are spared as neighbours are."""
     seed: int = 42
     """Seed of the ``kaiming`` start and of the choice of neighbours; nothing else is random."""
 

@@ -193,6 +193,7 @@ WRONG_TYPES = {
     "append_break": [1, "true", None],
     "until_given": [1, "true", None],
     "input_projection": [1, "true", None],
+    "spare_edited": [1, "true", None],
     "seed": ["42", 1.0],
     "separator": [None, 1],
     "max_memory": ["20GiB", 20, ["20GiB"]],

@@ -45,6 +45,7 @@ _ADDED: Mapping[str, object] = {
     "neighbour_stop": None,
     "input_projection": False,
     "projection_ridge": 1e-5,
+    "spare_edited": False,
     "max_memory": None,
     "offload_folder": None,
     "load_in": None,
@@ -228,7 +229,7 @@ def fingerprint(
     settings = {
         name: str(value)
         for name, value in public_settings(hparams).items()
-        if name not in _WITHOUT_EFFECT and not (hparams.alg_name == KNE and _as_before(name, value))
+        if name not in _WITHOUT_EFFECT and not (hparams.alg_name == KNE and _as_before(name, value, job.mode))
     }
     settings |= {name: _content(value) for name, value in path_settings(hparams).items() if name in settings}
     parts: list = [base, method, settings, job.mode]
@@ -264,7 +265,9 @@ def settings_digest(job: Run, method: str, weights: str, variant: str, ensemble:
     return fingerprint(seedless, method, base_fingerprint(seedless, weights, variant), ensemble)
 
 
-def _as_before(name: str, value: object) -> bool:
+def _as_before(name: str, value: object, mode: str) -> bool:
+    if name == "spare_edited" and mode != "sequential":
+        return True  # every edit is undone before the next: there is no earlier one
     return name in _ADDED and _ADDED[name] == value
 
 

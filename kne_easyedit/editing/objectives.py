@@ -15,7 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from kne_easyedit.editing.divergence import Divergence
-from kne_easyedit.editing.neighbours import neighbour_prompts, templated
+from kne_easyedit.editing.earlier import earlier_requests
+from kne_easyedit.editing.neighbours import neighbour_prompts, neighbours_wanted, templated
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.editing.variants import Variants, variant_facts
 from kne_easyedit.facts.encoding import Fact, Tokenizer
@@ -108,6 +109,9 @@ def _neighbours(
     model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
 ) -> Objective | None:
     prompts = neighbour_prompts(requests, hparams, model, tokenizer)
+    if hparams.spare_edited:  # what the model says there are the answers; no more of them than neighbours
+        earlier = earlier_requests(model, requests)[: neighbours_wanted(hparams)]
+        prompts = list(dict.fromkeys([*(one["prompt"] for one in earlier), *prompts]))
     if not prompts:
         return None
     return Divergence(

@@ -18,9 +18,11 @@ from torch.utils.hooks import RemovableHandle
 
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.editing.divergence import AT_ONCE, continuations
+from kne_easyedit.editing.earlier import earlier_requests
 from kne_easyedit.editing.neighbours import neighbour_prompts, templated
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import Tokenizer, pad
+from kne_easyedit.facts.encoding import Fact, Tokenizer, pad
+from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fast_linear import fast_linear
 from kne_easyedit.models.state import preserve_state
@@ -29,7 +31,9 @@ from kne_easyedit.models.targets import rows
 logger = logging.getLogger(__name__)
 
 LARGEST_SHARE = 0.5
-"""Of a module's input dimensions, how many may be closed at most: the rest is left for the edit."""
+"""Of a module's input dimensions, how many neighbours may close at most."""
+EARLIER_SHARE = 0.4
+"""The same for facts of earlier edits. What both leave is there for the edit."""
 
 
 class InputProjection:
@@ -77,50 +81,58 @@ def input_projections(
     modules: Sequence[str],
     ridge: float,
     tokens: int = 1,
+    earlier: Sequence[Fact] = (),
 ) -> dict[str, InputProjection]:
     """The projections of modules, for prompts and the unedited model's own continuations of them.
 
-    Texts are taken in order as long as their different beginnings are at most `LARGEST_SHARE` of the inputs' dimension:
-    tokens with the same ones before them have the same inputs, and count once.
+    Prompts are taken in order as long as their different beginnings are at most `LARGEST_SHARE` of the inputs'
+    dimension: tokens with the same ones before them have the same inputs, and count once. Of earlier facts those tokens
+    are taken that are nearest to the answers (`latest`), up to `EARLIER_SHARE`.
 
     Args:
         model: The model before the edit, frozen and in evaluation mode (`preserve_state`).
         tokenizer: Its tokenizer.
-        prompts: The neighbours, at least one.
+        prompts: The neighbours.
         modules: Names of linear layers.
         ridge: See `InputProjection`.
         tokens: What the model says in place of so many tokens after each prompt is left as it is.
+        earlier: Facts that are left as they are, too, with their answers; the most important one first.
 
     Returns:
-        Module name -> its projection.
+        Module name -> its projection; empty without any text.
 
     Raises:
         ValueError: A module does not read every token of a text (an expert of several); the ridge is too small.
     """
+    inputs = min(rows(model.get_submodule(name)).shape[1] for name in modules)
+    asked = [tokenizer(prompt)["input_ids"] for prompt in dict.fromkeys(prompts)]
+    most = int(LARGEST_SHARE * inputs)
+    ids = within(asked, most, tokens)
+    if len(ids) < len(asked):
+        logger.info("input_projection: %s of %s neighbours, for %s tokens at most", len(ids), len(asked), most)
+    chosen = latest(earlier, int(EARLIER_SHARE * inputs))
+    facts = [fact.ids for fact in earlier if fact.ids in chosen]
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
-    most = int(LARGEST_SHARE * min(rows(model.get_submodule(name)).shape[1] for name in modules))
-    ids = within([tokenizer(prompt)["input_ids"] for prompt in dict.fromkeys(prompts)], most, tokens)
-    if len(ids) < len(set(prompts)):
-        logger.info("input_projection: %s of %s neighbours, for %s tokens at most", len(ids), len(set(prompts)), most)
-    ids.sort(key=len)
     seen: set[tuple[int, ...]] = set()
     with torch.no_grad():
-        for start in range(0, len(ids), AT_ONCE):
-            safe_point()
-            some = ids[start : start + AT_ONCE]
-            with _inputs_of(model, modules) as passes:
-                texts, first = _read(model, some, tokens, tokenizer.eos_token_id)
-            where = []
-            for row, text in enumerate(texts):
-                for end in range(len(text)):
-                    if (beginning := tuple(text[: end + 1])) not in seen:
-                        seen.add(beginning)
-                        where.append((row, first[row] + end))
-            if where:
-                in_text, at = zip(*where)
-                for name in modules:
-                    found[name].append(_joined(passes[name], some, name)[list(in_text), list(at)])
-    return {name: InputProjection(torch.cat(found.pop(name)), ridge) for name in modules}
+        for texts, said, wanted in ((ids, tokens, None), (facts, 1, chosen)):
+            texts = sorted(texts, key=len)
+            for start in range(0, len(texts), AT_ONCE):
+                safe_point()
+                some = texts[start : start + AT_ONCE]
+                with _inputs_of(model, modules) as passes:
+                    read, first = _read(model, some, said, tokenizer.eos_token_id)
+                where = []
+                for row, text in enumerate(read):
+                    for end in range(len(text)) if wanted is None else wanted[tuple(text)]:
+                        if (beginning := tuple(text[: end + 1])) not in seen:
+                            seen.add(beginning)
+                            where.append((row, first[row] + end))
+                if where:
+                    in_text, at = zip(*where)
+                    for name in modules:
+                        found[name].append(_joined(passes[name], some, name)[list(in_text), list(at)])
+    return {name: InputProjection(torch.cat(found.pop(name)), ridge) for name in modules} if seen else {}
 
 
 def projections_for(
@@ -130,17 +142,19 @@ def projections_for(
     hparams: EditSettings,
     modules: Sequence[str],
 ) -> dict[str, InputProjection]:
-    """The projections of the modules of an edit under ``input_projection``; none without it, or without neighbours.
+    """The projections of the modules of an edit under ``input_projection``; none without it, or where there is nothing
+    to spare: no neighbour, and with ``spare_edited`` no earlier edit.
 
     Runs ``model``, which is left exactly as it was.
     """
     if not hparams.input_projection:
         return {}
     prompts = templated(tokenizer, neighbour_prompts(requests, hparams, model, tokenizer), hparams)
-    if not prompts:
-        return {}
+    earlier = earlier_requests(model, requests) if hparams.spare_edited else []
+    facts = encode_facts(model, tokenizer, earlier, hparams)
     with preserve_state(model), fast_linear(model):
-        return input_projections(model, tokenizer, prompts, modules, hparams.projection_ridge, hparams.neighbour_tokens)
+        ridge, tokens = hparams.projection_ridge, hparams.neighbour_tokens
+        return input_projections(model, tokenizer, prompts, modules, ridge, tokens, facts)
 
 
 def within(texts: Sequence[Sequence[int]], most: int, tokens: int) -> list[Sequence[int]]:
@@ -151,6 +165,32 @@ def within(texts: Sequence[Sequence[int]], most: int, tokens: int) -> list[Seque
         if len(seen) + (i + 1) * (tokens - 1) > most:
             return list(texts[:i])
     return list(texts)
+
+
+def latest(facts: Sequence[Fact], most: int) -> dict[tuple[int, ...], list[int]]:
+    """Positions of facts, nearest to their answers first, as long as different beginnings are at most ``most``.
+
+    First come the answers' tokens and the last ones of all prompts, then the last but one of all prompts, and so on.
+
+    Returns:
+        Token ids of a fact -> its positions, for facts that have any.
+    """
+    places = [
+        (max(0, fact.prompt_length - 1 - at), order, at)
+        for order, fact in enumerate(facts[:most])
+        for at in range(len(fact.ids))
+    ]
+    seen: set[tuple[int, ...]] = set()
+    found: dict[tuple[int, ...], list[int]] = {}
+    for _, order, at in sorted(places):
+        ids = facts[order].ids
+        if ids[: at + 1] in seen:
+            continue
+        if len(seen) == most:
+            break
+        seen.add(ids[: at + 1])
+        found.setdefault(ids, []).append(at)
+    return found
 
 
 def _read(

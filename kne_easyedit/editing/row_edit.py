@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,9 @@ class RowEdit:
         return tuple(answer for answer in self.answers if not answer.greedy)
 
 
-def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str, Tensor]:
+def write_rows(
+    model: nn.Module, edit: RowEdit, check: bool = True, on_written: Callable[[], None] | None = None
+) -> dict[str, Tensor]:
     """Adds a trained edit to the weights, in place (Eq. 11).
 
     An exception on the way (Ctrl-C too) puts the originals back bit for bit.
@@ -79,6 +81,7 @@ def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str,
         model: The model for which the edit was trained.
         edit: What to add to which rows.
         check: Run one forward pass, and compare the loss of the written model with the one that was trained.
+        on_written: Called when the rows are written; what it raises puts them back.
 
     Returns:
         The original matrices, whole, by parameter name: what `restore` takes.
@@ -114,6 +117,8 @@ def write_rows(model: nn.Module, edit: RowEdit, check: bool = True) -> dict[str,
                 _require_trained_loss(model, edit)
             if before is not None:
                 note_one_more(model, before, edit, {name: originals[f"{name}.weight"] for name in modules})
+            if on_written is not None:
+                on_written()
         except BaseException:
             put_back()
             raise

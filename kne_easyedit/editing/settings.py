@@ -36,6 +36,7 @@ class EditSettings(LocalizationSettings, Protocol):
     neighbour_stop: float | None
     input_projection: bool
     projection_ridge: float
+    spare_edited: bool
     seed: int
     device: int | str
 

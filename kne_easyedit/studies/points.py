@@ -89,11 +89,11 @@ def plan_study(
     study = STUDIES[name]
     if draws is not None and draws < 1:
         raise ValueError(f"draws: {draws} must be at least 1")
-    given = {"sequences": None if sequences is None else ",".join(sequences), "draws": draws}
-    for option, its in (("sequences", ("batch",)), ("draws", ("facts", "share"))):
-        if given[option] is not None and name not in its:
-            of = " or ".join(its)
-            raise ValueError(f"{option}: {given[option]}; they belong to the study {of}, not to {name}: leave them out")
+    if draws is not None and name not in ("facts", "share"):
+        raise ValueError(f"draws: {draws}; they belong to the studies facts and share, not to {name}: leave them out")
+    if sequences is not None and name != "batch":
+        listed = ",".join(sequences)
+        raise ValueError(f"sequences: {listed}; they belong to the study batch, not to {name}: leave them out")
     if not ground.localised and name != "batch":
         raise ValueError(
             f"study {name}: the settings do not localise on a file of facts (ensemble, or no localization_data); "

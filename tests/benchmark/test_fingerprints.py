@@ -75,6 +75,14 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
         assert fingerprint(job("single", **{name: value}), "KNE", ["base"], None) != plain
 
 
+def test_sparing_earlier_edits_counts_where_edits_stay():
+    def found(mode: str, on: bool) -> str:
+        return fingerprint(job(mode, spare_edited=on), "KNE", ["base"], None)
+
+    for mode, counts in (("single", False), ("batch", False), ("sequential", True)):
+        assert (found(mode, True) != found(mode, False)) == counts
+
+
 def test_the_content_of_the_packaged_relations_counts_where_they_serve(monkeypatch):
     def found(**settings) -> str:
         return fingerprint(job("single", **settings), "KNE", ["base"], None)
@@ -129,7 +137,7 @@ def test_the_folder_of_a_job(monkeypatch):
 
     # The name of a folder may change (it does when a file of settings names one more): lines are found by their
     # fingerprints, whatever their folder. It changes with nothing else.
-    of_before = "outputs/benchmark/smollm2-135m/counterfact/KNE-601155bb/seed-42/shard-0-of-1"
+    of_before = "outputs/benchmark/smollm2-135m/counterfact/KNE-e3d9b9f4/seed-42/shard-0-of-1"
     assert folder("evaluation.neighbours=0") == of_before
-    assert "KNE-601155bb" not in folder("evaluation.neighbours=0", "statistics.samples=7")
+    assert "KNE-e3d9b9f4" not in folder("evaluation.neighbours=0", "statistics.samples=7")
     assert len({of_before, folder(), folder("evaluation.neighbours=4"), folder("evaluation.contradiction=true")}) == 4

@@ -21,6 +21,7 @@ from kne_easyedit.bridge import importing
 from kne_easyedit.bridge.method_editor import MethodEditor
 from kne_easyedit.bridge.registry import edits_handed_to
 from kne_easyedit.editing import kne_edit
+from kne_easyedit.editing.earlier import earlier_requests
 from kne_easyedit.editing.edit import EditFailed
 from kne_easyedit.models.fingerprint import model_digest
 
@@ -103,6 +104,15 @@ def test_edits_accumulate_when_easyedit_asks_for_it(editor):
     mode = {"keep_original_weight": False} if bridge.is_legacy() else {"sequential_edit": True}
     edit(editor, 2, **mode)
     assert weights(editor.model) != start
+
+
+def test_edits_of_before_are_known_where_they_accumulate(editor):
+    """So that `spare_edited` spares them; not where EasyEdit takes each back."""
+    editor.hparams.spare_edited = True
+    edit(editor, 2)
+    assert earlier_requests(editor.model) == []
+    edit(editor, 2, **({"keep_original_weight": False} if bridge.is_legacy() else {"sequential_edit": True}))
+    assert [one["prompt"] for one in earlier_requests(editor.model)] == PROMPTS[1::-1]
 
 
 def test_fluency_needs_no_download(editor):

@@ -155,7 +155,7 @@ def test_settings_come_from_where_they_are_said_to(place, capsys):
         (["batch", "--shard", "0/2"], r"shard: 0/2; batches and sequences need all their records in one job"),
         (["share", "--shard", "2"], r"shard: '2' is no part i/n"),
         (["share", "--sequences", "3"], "sequences: 3; they belong to the study batch, not to share"),
-        (["location", "--draws", "2"], "draws: 2; they belong to the study facts or share, not to location"),
+        (["location", "--draws", "2"], "draws: 2; they belong to the studies facts and share, not to location"),
         (["share", "--series", "share,rows"], "series: 'rows' must be one of .*'share', 'random', 'step', 'magnitude'"),
         (["share", "--ensembles-only"], "--ensembles-only: belongs to the study facts, not to share"),
         (["share", "--values", "0.5", "--perplexity", "nowhere.txt"], r"perplexity: .*nowhere\.txt is no file"),

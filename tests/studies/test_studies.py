@@ -271,7 +271,7 @@ def test_sequences_without_batches_need_no_number():
         ("batch", {"series": ["sequence"], "values": ["5"]}, "values: 5; they belong to the series batch"),
         ("batch", {"series": ["batch"], "sequences": ["5"]}, "sequences: 5; they belong to the series sequence"),
         ("share", {"sequences": ["5"]}, "sequences: 5; they belong to the study batch, not to share: leave them out"),
-        ("batch", {"draws": 2}, "draws: 2; they belong to the study facts or share, not to batch"),
+        ("batch", {"draws": 2}, "draws: 2; they belong to the studies facts and share, not to batch"),
     ],
 )
 def test_a_series_that_leaves_nothing_to_plan_is_named(study, options, says):
