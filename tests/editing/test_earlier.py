@@ -139,6 +139,17 @@ class TestSparing:
             assert change < 1e-6 if on else change > 0.1
             assert edited(model, tokenizer, first) or not on
 
+    def test_an_edit_on_top_of_a_store(self, llama64, tokenizer, tmp_path):
+        store = EditStore(tmp_path / "edits")
+        hparams = tiny_hparams(num_steps=200, until_given=True, spare_edited=True, **ON)
+        for one in (REQUESTS[1], REQUEST):
+            store.add(compute_edit(llama64, tokenizer, one, hparams, ENSEMBLE))
+            store.apply(llama64)
+            if one is REQUESTS[1]:
+                before = logits(llama64, tokenizer, one)
+        assert (logits(llama64, tokenizer, REQUESTS[1]) - before).abs().max() < 1e-6
+        assert edited(llama64, tokenizer, REQUEST) and edited(llama64, tokenizer, REQUESTS[1])
+
     def test_the_first_edit_is_what_it_is_without(self, tokenizer):
         models = [make_llama() for _ in range(2)]
         for model, on in zip(models, (True, False)):
