@@ -115,24 +115,34 @@ def input_projections(
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
     seen: set[tuple[int, ...]] = set()
     with torch.no_grad():
-        for texts, said, wanted in ((ids, tokens, None), (facts, 1, chosen)):
+        for texts, said, places in ((ids, tokens, None), (facts, 1, chosen)):
             texts = sorted(texts, key=len)
             for start in range(0, len(texts), AT_ONCE):
                 safe_point()
                 some = texts[start : start + AT_ONCE]
                 with _inputs_of(model, modules) as passes:
                     read, first = _read(model, some, said, tokenizer.eos_token_id)
-                where = []
-                for row, text in enumerate(read):
-                    for end in range(len(text)) if wanted is None else wanted[tuple(text)]:
-                        if (beginning := tuple(text[: end + 1])) not in seen:
-                            seen.add(beginning)
-                            where.append((row, first[row] + end))
-                if where:
-                    in_text, at = zip(*where)
-                    for name in modules:
-                        found[name].append(_joined(passes[name], some, name)[list(in_text), list(at)])
+                where = _unseen(read, first, seen, places)
+                for name in modules if where[0] else ():
+                    found[name].append(_joined(passes[name], some, name)[where])
     return {name: InputProjection(torch.cat(found.pop(name)), ridge) for name in modules} if seen else {}
+
+
+def _unseen(
+    texts: Sequence[Sequence[int]],
+    first: Sequence[int],
+    seen: set[tuple[int, ...]],
+    places: Mapping[tuple[int, ...], Sequence[int]] | None,
+) -> tuple[list[int], list[int]]:
+    """Rows and columns of tokens whose beginnings were not ``seen`` yet, and are now; of each text its ``places``."""
+    where: tuple[list[int], list[int]] = [], []
+    for row, text in enumerate(texts):
+        for end in range(len(text)) if places is None else places[tuple(text)]:
+            if (beginning := tuple(text[: end + 1])) not in seen:
+                seen.add(beginning)
+                where[0].append(row)
+                where[1].append(first[row] + end)
+    return where
 
 
 def projections_for(
