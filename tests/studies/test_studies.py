@@ -71,7 +71,7 @@ def test_a_draw_is_named_only_if_there_is_another():
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_job_has_a_folder_of_its_own_and_leaves_the_configuration_as_it_is(name):
     before = json.dumps(BASE)
-    plan = plan_study(name, GROUND, draws=2)
+    plan = plan_study(name, GROUND, draws=2 if name in ("facts", "share") else None)
     jobs = [point.configured(BASE) for point in plan.points]
     assert json.dumps(BASE) == before
     assert len({job_folder(job) for job in jobs}) == len(jobs) > 1
