@@ -6,6 +6,7 @@ and last byte), and the tensors' bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -94,6 +95,11 @@ def write_tensor(file: BinaryIO, place: Place, tensor: Tensor) -> None:
 def bytes_of(tensor: Tensor) -> Any:
     """The bytes of a tensor, contiguous, without a copy where it is so on the CPU."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def values_digest(values: Tensor) -> str:
+    """SHA-256 (hex) of a tensor's bytes."""
+    return hashlib.sha256(bytes_of(values)).hexdigest()
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -5,7 +5,6 @@ EasyEdit's editors write weights back by themselves, so what was noted is checke
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from kne_easyedit._util.tensor_files import bytes_of
+from kne_easyedit._util.tensor_files import values_digest
 from kne_easyedit.editing.lineage import edited
 from kne_easyedit.editing.row_edit import RowEdit
 from kne_easyedit.models.weights import weight_of
@@ -26,7 +25,7 @@ Request = Mapping[str, Any]
 class _Written:
     requests: tuple[Request, ...]
     rows: Mapping[str, tuple[int, ...]]
-    digest: str
+    digests: Mapping[str, str]
     """Of what these rows held when the edit was written."""
 
 
@@ -41,11 +40,11 @@ def note_written(model: nn.Module, requests: Sequence[Request], edit: RowEdit) -
     if not any(delta.any() for _, delta in edit.deltas.values()):
         return
     notes = _WRITTEN.setdefault(model, [])
-    rows = {name: chosen for name, (chosen, _) in edit.deltas.items()}
+    rows: Mapping[str, tuple[int, ...]] = {name: chosen for name, (chosen, _) in edit.deltas.items()}
     if notes and notes[-1].rows == rows:
-        rows = dict(notes[-1].rows)  # one ensemble for all edits: its numbers are kept once
+        rows = notes[-1].rows  # one ensemble for all edits: its numbers are kept once
     kept = tuple({name: request.get(name) for name in ("prompt", "target_new", "subject")} for request in requests)
-    notes.append(_Written(kept, rows, _digest(model, rows)))
+    notes.append(_Written(kept, rows, _digests(model, rows)))
 
 
 def earlier_requests(model: nn.Module, requests: Sequence[Request] = ()) -> list[Request]:
@@ -76,13 +75,10 @@ def inherit_notes(copy: nn.Module, model: nn.Module) -> None:
 
 def _is_there(model: nn.Module, note: _Written) -> bool:
     try:
-        return _digest(model, note.rows) == note.digest
+        return _digests(model, note.rows) == note.digests
     except (ValueError, AttributeError, RuntimeError, IndexError):  # a module was exchanged
         return False
 
 
-def _digest(model: nn.Module, rows: Mapping[str, tuple[int, ...]]) -> str:
-    found = hashlib.sha256()
-    for name, chosen in rows.items():
-        found.update(bytes_of(weight_of(model, name)[torch.tensor(chosen)]))
-    return found.hexdigest()
+def _digests(model: nn.Module, rows: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    return {name: values_digest(weight_of(model, name)[torch.tensor(chosen)]) for name, chosen in rows.items()}

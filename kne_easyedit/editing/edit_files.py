@@ -5,7 +5,6 @@ Everything is checked when it is read: a folder that is missing, foreign, trunca
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from torch import Tensor
 from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import atomic_directory, parse_json, parse_versioned
 from kne_easyedit._util.messages import shorten
-from kne_easyedit._util.tensor_files import DTYPES, Place, bytes_of, places, read_tensor, texts, write_tensors
+from kne_easyedit._util.tensor_files import DTYPES, Place, places, read_tensor, texts, values_digest, write_tensors
 from kne_easyedit.editing.row_edit import Answer
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.localization.ensemble import NeuronEnsemble
@@ -42,11 +41,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TORCH = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 _STORED = (*_TORCH, "int8", "uint8")
 """Of a base's weights, those of bitsandbytes included."""
-
-
-def rows_digest(delta: Tensor) -> str:
-    """SHA-256 (hex) of the values that are added to rows of a module."""
-    return hashlib.sha256(bytes_of(delta)).hexdigest()
 
 
 class StoredDeltas(Mapping[str, tuple[tuple[int, ...], Tensor]]):
@@ -87,7 +81,7 @@ class StoredDeltas(Mapping[str, tuple[tuple[int, ...], Tensor]]):
                 delta = read_tensor(file, self._places[name])
             except ValueError as error:
                 raise ValueError(f"{self.path}: {name}: {error}") from error
-        if rows_digest(delta) != self.digests[name]:
+        if values_digest(delta) != self.digests[name]:
             raise ValueError(f"{self.path}: {name} is not what was written (its SHA-256 is another); take the original")
         return rows, delta
 

@@ -17,9 +17,10 @@ from torch import nn
 
 from kne_easyedit._util.digest import digest
 from kne_easyedit._util.settings import public_settings
+from kne_easyedit._util.tensor_files import values_digest
 from kne_easyedit._version import __version__
 from kne_easyedit.editing.applying import set_edits, with_edits
-from kne_easyedit.editing.edit_files import StoredDeltas, plain, read_edit, rows_digest, write_edit
+from kne_easyedit.editing.edit_files import StoredDeltas, plain, read_edit, write_edit
 from kne_easyedit.editing.lineage import edited
 from kne_easyedit.editing.merging import merge_edits
 from kne_easyedit.editing.row_edit import RowEdit
@@ -70,7 +71,7 @@ class KNEEdit(RowEdit):
                 shape, dtype, sha256 = self.deltas.described(name)
             else:
                 chosen, delta = self.deltas[name]
-                shape, dtype, sha256 = list(delta.shape), str(delta.dtype).removeprefix("torch."), rows_digest(delta)
+                shape, dtype, sha256 = list(delta.shape), str(delta.dtype).removeprefix("torch."), values_digest(delta)
             found[name] = {
                 "rows": list(chosen),
                 "shape": shape,

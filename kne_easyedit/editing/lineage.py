@@ -6,7 +6,6 @@ written weights back by itself (EasyEdit does), or anything else.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,7 +15,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from kne_easyedit._util.tensor_files import bytes_of
+from kne_easyedit._util.tensor_files import values_digest
 from kne_easyedit.models.targets import rows
 from kne_easyedit.models.weights import Weight, weight_of
 
@@ -137,7 +136,7 @@ def note_edits(model: nn.Module, edits: tuple[Known, ...], changed: Mapping[str,
     for name, chosen in changed.items():
         if chosen:
             index = torch.tensor(sorted(chosen), dtype=torch.long)
-            marks[name] = Mark(index, _digest(weight_of(model, name)[index]))
+            marks[name] = Mark(index, values_digest(weight_of(model, name)[index]))
     lineage.states = [((), {}), (edits, marks)] if edits else [((), {})]
 
 
@@ -226,11 +225,7 @@ def _take(known: dict[str, Rows], name: str, chosen: Sequence[int], weight: Tens
 
 
 def _marks(model: nn.Module, originals: Mapping[str, Rows]) -> dict[str, Mark]:
-    return {name: Mark(index, _digest(weight_of(model, name)[index])) for name, (index, _) in originals.items()}
-
-
-def _digest(values: Tensor) -> str:
-    return hashlib.sha256(bytes_of(values)).hexdigest()
+    return {name: Mark(index, values_digest(weight_of(model, name)[index])) for name, (index, _) in originals.items()}
 
 
 def _is_now(model: nn.Module, originals: Mapping[str, Rows], marks: Mapping[str, Mark]) -> bool:
@@ -247,7 +242,7 @@ def _is_now(model: nn.Module, originals: Mapping[str, Rows], marks: Mapping[str,
             return False
         weight = found.rows_of(whole)  # read once: it may be on disk
         mark = marks.get(name)
-        if mark is not None and _digest(weight[mark.index.to(weight.device)]) != mark.sha256:
+        if mark is not None and values_digest(weight[mark.index.to(weight.device)]) != mark.sha256:
             return False
         if mark is None or len(mark.index) < len(index):
             rest = torch.ones(len(index), dtype=torch.bool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.digest import digest as text_digest
-from kne_easyedit._util.tensor_files import bytes_of
+from kne_easyedit._util.tensor_files import values_digest
 from kne_easyedit.models.fingerprint import quantisation_states
 from kne_easyedit.models.targets import in_features, out_features, rows
 from kne_easyedit.models.weights import Weight, linear_module
@@ -109,7 +108,7 @@ def weight_digest(weight: Tensor, dtype: torch.dtype | None = None) -> str:
         weight: On any device.
         dtype: Number type to convert to before; None: as it is.
     """
-    return hashlib.sha256(bytes_of(weight.to(dtype or weight.dtype))).hexdigest()
+    return values_digest(weight.to(dtype or weight.dtype))
 
 
 def base_of(

@@ -115,7 +115,7 @@ class TestWhatIsKnown:
     def test_an_error_while_it_is_noted_undoes_the_edit(self, llama, tokenizer, monkeypatch):
         apply(llama, tokenizer, REQUEST)
         before = weights(llama)
-        monkeypatch.setattr(earlier, "_digest", failing(earlier._digest, 1, KeyboardInterrupt()))
+        monkeypatch.setattr(earlier, "_digests", failing(earlier._digests, 1, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             apply(llama, tokenizer, REQUESTS[1])
         assert weights(llama) == before
