@@ -21,7 +21,7 @@ from kne_easyedit.bridge.edited_modules import depth, in_features, matrix_size, 
 from kne_easyedit.editing.divergence import AT_ONCE
 from kne_easyedit.editing.neighbours import neighbours_in_step, neighbours_wanted, uses_neighbours
 from kne_easyedit.editing.optimizers import OPTIMIZERS
-from kne_easyedit.editing.projection import LARGEST_SHARE
+from kne_easyedit.editing.projection import EARLIER_SHARE, LARGEST_SHARE
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.named import named_targets
 from kne_easyedit.models.devices import dtype_of
@@ -54,6 +54,8 @@ class Facts:
     """Bytes that are free once the weights are loaded; None: as few path points at once as possible."""
     device: str = "cpu"
     """Type of the device."""
+    earlier: int = 0
+    """Facts, as long as these, that the model was edited with before and still has."""
 
 
 def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int, facts: Facts) -> Phases:
@@ -77,7 +79,7 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int, facts: Facts) 
     phases: Phases = {}
     if hparams.ensemble is None:
         phases["localising"] = _localising(model, hparams, itemsize, facts, [target for target, _ in rows], state)
-    bases = _bases(hparams, rows) if hparams.input_projection else 0
+    bases = _bases(hparams, rows, facts) if hparams.input_projection else 0
     if uses_neighbours(hparams):
         phases["neighbours"] = _neighbours(model, hparams, itemsize, rows, bases)
     phases["training"] = _training(model, hparams, itemsize, facts, rows, bases, state)
@@ -197,12 +199,14 @@ def _distributions(model: nn.Module, hparams: KNEHyperParams) -> int:
     return PRECISE * neighbours * hparams.neighbour_tokens * vocabulary(model)
 
 
-def _bases(hparams: KNEHyperParams, rows: list[tuple[Target, int]]) -> int:
+def _bases(hparams: KNEHyperParams, rows: list[tuple[Target, int]], facts: Facts) -> int:
     """Of each module the basis ``(N, d1)`` of what its projection removes, in float32."""
     tokens = hparams.batch_size * neighbours_wanted(hparams) * TOKENS_OF_A_NEIGHBOUR
+    earlier = facts.earlier * facts.tokens if hparams.spare_edited else 0
     # Texts are taken as long as they fit into the module with the fewest inputs.
-    most = min((int(LARGEST_SHARE * in_features(target.modules[0])) for target, _ in rows), default=0)
-    return PRECISE * min(tokens, most) * sum(in_features(m) for target, _ in rows for m in target.modules)
+    inputs = min((in_features(target.modules[0]) for target, _ in rows), default=0)
+    closed = min(tokens, int(LARGEST_SHARE * inputs)) + min(earlier, int(EARLIER_SHARE * inputs))
+    return PRECISE * closed * sum(in_features(m) for target, _ in rows for m in target.modules)
 
 
 def _trained_rows(model: Any, hparams: KNEHyperParams) -> list[tuple[Target, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ def memory_needed(
     *,
     free: int | None = None,
     device: str = "cpu",
+    earlier: int = 0,
 ) -> MemoryNeeded:
     """The memory of one method's edit, phase by phase.
 
@@ -75,6 +77,7 @@ def memory_needed(
         answer_tokens: Length of the longest answer.
         free: Bytes that are free with the weights loaded: localising takes its share of them. None: the least.
         device: Type of the device.
+        earlier: Facts that the model was edited with before and still has: under ``spare_edited`` an edit spares them.
 
     Raises:
         ValueError: The model lacks a module or layer of the settings.
@@ -83,7 +86,7 @@ def memory_needed(
     itemsize = dtype_of(hparams).itemsize
     weights = weights_bytes(model, hparams)
     if isinstance(hparams, KNEHyperParams):
-        phases = kne(model, hparams, itemsize, Facts(tokens, answer_tokens, free, device))
+        phases = kne(model, hparams, itemsize, Facts(tokens, answer_tokens, free, device, earlier))
         if dequantised := _dequantised(model, hparams):
             phases = {phase: parts | {"a matrix dequantised": dequantised} for phase, parts in phases.items()}
         return MemoryNeeded(weights, phases)
@@ -178,8 +181,9 @@ def memory(
         try:
             weights = weights_bytes(model, hparams) if placed is None else placed.computing
             beside = max(0, free - weights)
-            needed = memory_needed(model, hparams, tokens, answer_tokens, free=beside, device=device.type)
-            needed = replace(needed, weights=weights)
+            of_edit = partial(memory_needed, model, hparams, tokens, answer_tokens, free=beside, device=device.type)
+            needed = replace(of_edit(), weights=weights)
+            last = replace(of_edit(earlier=max(0, len(requests) - 1)), weights=weights)
         except (ValueError, OSError):
             yield left_out(name, "its modules are not there")
             continue
@@ -189,6 +193,8 @@ def memory(
             f"{size(needed.total)} needed, {size(free)} free on {'all GPUs' if gpus else device} (while "
             f"{needed.largest}: {shown})"
         )
+        if last.total > needed.total:
+            text += f"; {size(last.total)} for the last of {len(requests)} edits that are all kept (spare_edited)"
         if needed.total > free:
             yield Finding(
                 name,
@@ -197,6 +203,8 @@ def memory(
                 "free some, take another device or model_parallel (docs/large-models.md), set bf16 or fp16, or edit "
                 "fewer layers",
             )
+        elif last.total > free:
+            yield Finding(name, WARNING, text, "in a sequence set spare_edited: false, or edit fewer layers")
         elif not isinstance(hparams, KNEHyperParams) and traits_of(hparams.alg_name).memory is None:
             yield Finding(name, WARNING, f"{text}; what {hparams.alg_name} needs beside these only a trial can show")
         else:

@@ -212,6 +212,23 @@ def test_memory_that_does_not_suffice(plan, capsys, monkeypatch):
     assert "trial: left out" in out
 
 
+def test_a_sequence_of_edits_that_is_spared_needs_more(plan, capsys, monkeypatch):
+    """Only of the last of them is there too little: a warning, for edits that are taken back need no more."""
+    spare = {"input_projection": True, "spare_edited": True, "neighbour_relation_size": 1, "neighbour_subject_size": 1}
+    plan.settings["KNE"] |= spare
+    assert plan.check("--no-trial", methods=["KNE"]) == 0
+    (line,) = (line for line in lines(capsys.readouterr().out, "ok") if "memory of KNE" in line)
+    first, last = (float(line.split(f" MiB {which}")[0].split()[-1]) for which in ("needed", "for the last of 4 edits"))
+    assert first < last
+    monkeypatch.setattr(memory, "free_memory", lambda device: int((first + last) / 2 * 2**20))
+    assert plan.check("--no-trial", methods=["KNE"]) == 0
+    out = capsys.readouterr().out
+    assert lines(out, "warning  memory of KNE") and "set spare_edited: false" in out
+    plan.records = plan.records[:1]
+    assert plan.check("--no-trial", methods=["KNE"]) == 0
+    assert "for the last of" not in capsys.readouterr().out
+
+
 def test_a_gpu_takes_the_model_through_the_machines_memory(monkeypatch, tokenizer):
     free = {"cuda": 2**30, "cpu": 2**10}
     monkeypatch.setattr(memory, "free_memory", lambda device: free[device.type])

@@ -103,6 +103,20 @@ def test_a_projection_is_counted(llama, tokenizer):
     assert 4 * with_it["training"]["trained rows"] == 5 * without["training"]["trained rows"]
 
 
+def test_earlier_edits_are_counted_where_they_are_spared(llama):
+    """Up to four tenths of a module's inputs, of 40 here; what a first edit needs is the same."""
+    settings = {"neighbour_relation_size": 1, "neighbour_subject_size": 1, "input_projection": True}
+
+    def projections(earlier, **changes):
+        needed = memory_needed(llama, tiny_hparams(**settings, **changes), 5, earlier=earlier)
+        return needed.phases["training"]["projections"]
+
+    first = projections(0, spare_edited=True)
+    assert projections(7) == projections(0) == first
+    found = [projections(earlier, spare_edited=True) - first for earlier in (1, 2, 100)]
+    assert found == [4 * 4 * closed * 40 for closed in (5, 10, 16)]
+
+
 def test_an_ensemble_file_says_how_many_rows(tmp_path, llama):
     scores = torch.zeros(4, 24)
     scores[2, :3] = 1
