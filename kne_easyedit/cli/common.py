@@ -14,7 +14,7 @@ from kne_easyedit.hparams import KNEHyperParams
 
 SHIPPED = "smollm2-135m"
 UNTUNED = "mistral-7b"
-"""A shipped file whose training settings are the paper's: the pattern for models that no file is shipped for."""
+"""A shipped file of a model that nothing was tuned on: the pattern for models that no file is shipped for."""
 BEGINS_AGAIN = "the same command begins again; half-written files are never left"
 """What is said after Ctrl-C by commands that do not resume (``interrupted``)."""
 

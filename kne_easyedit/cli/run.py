@@ -28,7 +28,7 @@ def add_commands(commands: Any) -> None:
     job.add_argument(
         "--methods",
         default="KNE,FT",
-        help="comma-separated: EasyEdit's names, KNE, and FT-M, FT-L, LoRA, AdaLoRA (default %(default)s)",
+        help="comma-separated: EasyEdit's names, KNE, and FT-L, LoRA, AdaLoRA (default %(default)s)",
     )
     job.add_argument(
         "--mode",

@@ -86,8 +86,8 @@ def _head(model: nn.Module, name: str, found: list[LinearLayer], chosen: LinearL
     sentences = [
         f"KNE (arXiv 2412.20637) for {Path(name).name}, a {type(model).__name__}: {len(chosen.layers)} layers, "
         f"{chosen.outputs} neurons each in {leaf} ({chosen.role}). Written by `kne hparams`; not tried yet.",
-        "Training settings are those of the research fork of the paper's authors, but for the start from zeros "
-        "(docs/paper.md). What was tuned for SmolLM2 instead: score_scale layer, p 0.16, lr 1e-3, stop_loss 0.1.",
+        'Training spares neighbours as measured on SmolLM2 (docs/edit.md, "One fact and no other"); score_scale, p and '
+        "lr are the paper's. What was tuned for SmolLM2: score_scale layer, p 0.16.",
         f"Other linear layers of a decoder layer, with their neurons: {others or 'none'}.",
     ]
     if chosen.role != "MLP output":
