@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
 from kne_easyedit.editing.adapter import rows_by_module
-from kne_easyedit.editing.earlier import inherit_notes, note_written
+from kne_easyedit.editing.earlier import inherit_notes, noting
 from kne_easyedit.editing.endings import endings
 from kne_easyedit.editing.kne_edit import KNEEdit, kne_edit
 from kne_easyedit.editing.lineage import inherit_edits
@@ -226,7 +225,7 @@ def apply_kne_to_model(
             on_rows(edit)
         require_reached(edit, hparams)  # before it is written: Ctrl-C in a call after that would lose the originals
         model = _copied(model) if copy else model
-    note = partial(note_written, model, requests, edit) if hparams.spare_edited else None
+    note = noting(model, requests, edit) if hparams.spare_edited else None
     originals = write_rows(model, edit, on_written=note)
     wanted = return_orig_weights and (keep_original_weight or not legacy_contract)
     return model, originals if wanted else {}

@@ -26,7 +26,7 @@ from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fast_linear import fast_linear
 from kne_easyedit.models.state import preserve_state
-from kne_easyedit.models.targets import rows
+from kne_easyedit.models.targets import in_features
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def input_projections(
     Raises:
         ValueError: A module does not read every token of a text (an expert of several); the ridge is too small.
     """
-    inputs = min(rows(model.get_submodule(name)).shape[1] for name in modules)
+    inputs = min(in_features(model.get_submodule(name)) for name in modules)
     asked = [tokenizer(prompt)["input_ids"] for prompt in dict.fromkeys(prompts)]
     most = int(LARGEST_SHARE * inputs)
     ids = within(asked, most, tokens)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.messages import shorten
 from kne_easyedit.localization.selection import AGGREGATIONS, SCALES, Selection, aggregate
-from kne_easyedit.models.targets import Target, check_template, count_parameters, resolve_target
-from kne_easyedit.models.targets import rows as weight_rows
+from kne_easyedit.models.targets import Target, check_template, count_parameters, in_features, resolve_target
 
 FORMAT = "kne-ensemble-1"
 LARGEST = 2**31
@@ -184,7 +183,7 @@ class NeuronEnsemble:
         """
         chosen = 0
         for target, rows in self.targets(model).values():
-            chosen += sum(len(r) * weight_rows(m).shape[1] for m, r in zip(target.modules, rows))
+            chosen += sum(len(r) * in_features(m) for m, r in zip(target.modules, rows))
         return chosen / count_parameters(model)
 
     def save(self, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from kne_easyedit import restore
 from kne_easyedit.bridge.kne_memory import layer_bytes
 from kne_easyedit.doctor.memory import memory_needed
 from kne_easyedit.editing.adapter import rows_by_module
-from kne_easyedit.editing.earlier import note_written
+from kne_easyedit.editing.earlier import noting
 from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.projection import projections_for
 from kne_easyedit.editing.row_edit import RowEdit, write_rows
@@ -96,8 +96,7 @@ def test_within_15_percent(name, requests, words, tmp_path):
     earlier = requests[1:] if hparams.spare_edited else []
     if earlier:
         edit = RowEdit({module.format(0): ((0,), torch.ones(1, shape["intermediate_size"]))}, ())
-        write_rows(model, edit)
-        note_written(model, earlier, edit)
+        write_rows(model, edit, on_written=noting(model, earlier, edit))
     needed = memory_needed(model, hparams, len(fact.ids), len(fact.answer), earlier=len(earlier))
     measured = phases(model, words, requests[0], fact, hparams)
     stated = {phase: sum(needed.phases.get(phase, {}).values()) for phase in measured}

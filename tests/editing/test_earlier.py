@@ -78,6 +78,38 @@ class TestWhatIsKnown:
             restore(llama, its)
         assert known(llama) == []
 
+    def test_the_first_of_several_is_taken_back(self, llama, tokenizer):
+        """With rows of its own: by its originals, and as an edit that is known by itself."""
+        edits = []
+        for one, rows in zip(REQUESTS, ({0: (1, 2)}, {0: (5, 6), 2: (1,)}, {3: (4,)})):
+            hparams = tiny_hparams(num_steps=2, spare_edited=True)
+            ensemble = ensemble_of(LLAMA_DOWN, rows=rows)
+            apply_kne_to_model(llama, tokenizer, [one], hparams, ensemble=ensemble, on_trained=edits.append)
+        edits[0].take_back(llama)
+        assert known(llama) == said(*REQUESTS[:0:-1])
+        edits[1].take_back(llama)
+        assert known(llama) == said(REQUESTS[2])
+
+    def test_the_first_of_two_is_restored(self, llama, tokenizer):
+        originals = apply(llama, tokenizer, REQUEST, ensemble_of(LLAMA_DOWN, rows={0: (1, 2)}))
+        apply(llama, tokenizer, REQUESTS[1], ensemble_of(LLAMA_DOWN, rows={2: (1, 2)}))
+        restore(llama, originals)
+        assert known(llama) == said(REQUESTS[1])
+
+    def test_nobody_has_asked_before_the_next_edit(self, llama, tokenizer):
+        """Without projection and neighbours: what was restored does not come back with the rows of the next edit."""
+        for _ in range(3):
+            restore(llama, apply(llama, tokenizer, REQUEST))
+        apply(llama, tokenizer, REQUESTS[1])
+        assert known(llama) == said(REQUESTS[1]) and len(earlier._WRITTEN[llama]) == 1
+
+    def test_what_is_there_for_a_while_makes_nothing_forgotten(self, llama, tokenizer):
+        other = compute_edit(llama, tokenizer, REQUESTS[1], tiny_hparams(num_steps=2), ENSEMBLE)
+        apply(llama, tokenizer, REQUEST)
+        with other.applied(llama, force=True):
+            assert known(llama) == said(REQUESTS[1]), "its rows hold something else"
+        assert known(llama) == said(REQUEST)
+
     def test_a_copy_has_them_and_the_model_does_not(self, llama, tokenizer):
         apply(llama, tokenizer, REQUEST)
         hparams = tiny_hparams(num_steps=2, spare_edited=True)
@@ -162,6 +194,14 @@ class TestSparing:
         for one in (REQUEST, again):
             apply(llama, tokenizer, one, **settings)
             assert edited(llama, tokenizer, one)
+
+    def test_a_blank_at_the_end_makes_no_other_prompt(self, llama, tokenizer):
+        """It is not read, so that the same tokens would be closed and trained."""
+        again = {**REQUEST, "prompt": REQUEST["prompt"] + " ", "target_new": "Ada"}
+        apply(llama, tokenizer, REQUEST)
+        assert known(llama, [again]) == []
+        apply(llama, tokenizer, again)
+        assert known(llama) == said(again)
 
     def test_of_too_many_the_tokens_near_the_answers_are_spared(self, tokenizer):
         facts = [encode(tokenizer, *fact) for fact in (("Marie and Ada was", "Rome"), ("Marie and Rome", "Oslo"))]
