@@ -10,6 +10,7 @@ import torch
 from kne_easyedit.bridge.layer_patches import at_position
 from kne_easyedit.facts.encoding import Fact, Tokenizer, encode, pad, require_length
 from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.generation import plain_generation
 
 AT_ONCE = 16
 """Texts in one pass: a record's probes with their answers fit, and the logits of large vocabularies stay small."""
@@ -26,7 +27,7 @@ def continuations(
     at_once: int = AT_ONCE,
     ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """The greedy continuations of some prompts.
+    """The greedy continuations of some prompts: at each place the most probable token (`plain_generation`).
 
     Args:
         model: Its ``config.max_position_embeddings`` limits the length.
@@ -46,14 +47,15 @@ def continuations(
         limit = getattr(model.config, "max_position_embeddings", None)
         device = device_of(model)
         options = {} if ended is None else {"stopping_criteria": [_criterion(ended, start)]}
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=min(length, limit - start) if limit else length,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-            **options,
-        )
+        with plain_generation(model):
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=min(length, limit - start) if limit else length,
+                do_sample=False,
+                pad_token_id=tokenizer.eos_token_id,
+                **options,
+            )
         ends = _end_tokens(model, tokenizer)
         found += [_up_to_end(row, ends) for row in out[:, start:].tolist()]
     return found

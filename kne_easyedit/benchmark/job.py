@@ -24,6 +24,7 @@ from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.devices import environment
+from kne_easyedit.models.generation import own_generation
 
 MODES = ("single", "sequential", "batch")
 _WITHOUT_EFFECT = {"stats_dir", "cache_dir", "chunk_rows", "localization_data", "ensemble", "offload_folder"}
@@ -208,13 +209,20 @@ def base_fingerprint(job: Run, weights: str, variant: str) -> list:
         job.seed,
         job.chat_template,
     ]
+    if own := own_generation(job.model):  # versions that obeyed them got other answers
+        base.append(["generation", *own])
     if job.separator != SEPARATOR:
         base.append(["separator", job.separator])
     return base if job.fluency else [*base, "no fluency"]
 
 
 def fingerprint(
-    job: Run, method: str, base: list, ensemble: NeuronEnsemble | None, asked: Mapping[int, str] | None = None
+    job: Run,
+    method: str,
+    base: list,
+    ensemble: NeuronEnsemble | None,
+    asked: Mapping[int, str] | None = None,
+    left_out: Sequence[int] = (),
 ) -> str:
     """Digest of what a method's results depend on, the single record apart. Files count by their content.
 
@@ -224,6 +232,7 @@ def fingerprint(
         base: `base_fingerprint`.
         ensemble: Of KNE, if it localises before the first edit.
         asked: Number of a record -> digest of what is asked of it beside EasyEdit's probes.
+        left_out: Numbers of records that cannot be edited. Another method may leave out others.
     """
     hparams = job.hparams[method]
     settings = {
@@ -243,6 +252,8 @@ def fingerprint(
             parts.append([data_digest(file) for file in own])
     if job.mode != "single":  # there a result depends on the other records, too
         parts += [job.batch_size, job.retention_every, [record_digest(request) for request in job.requests]]
+        if left_out:  # its batches, or what came before in its sequence, are others
+            parts.append(["left out", sorted(left_out)])
     if job.neighbours or job.contradiction:  # added only then: lines of earlier versions keep their fingerprints
         of_others = None if job.mode == "single" else sorted((asked or {}).items())
         parts.append(["asked", job.neighbours, job.contradiction, of_others])
@@ -251,7 +262,14 @@ def fingerprint(
     return digest(parts)[:16]
 
 
-def settings_digest(job: Run, method: str, weights: str, variant: str, ensemble: NeuronEnsemble | None) -> str:
+def settings_digest(
+    job: Run,
+    method: str,
+    weights: str,
+    variant: str,
+    ensemble: NeuronEnsemble | None,
+    left_out: Sequence[int] = (),
+) -> str:
     """The fingerprint without the seed: lines of several seeds may be averaged if they agree in it.
 
     Args:
@@ -260,9 +278,11 @@ def settings_digest(job: Run, method: str, weights: str, variant: str, ensemble:
         weights: As for `base_fingerprint`.
         variant: As for `base_fingerprint`.
         ensemble: As for `fingerprint`.
+        left_out: As for `fingerprint`.
     """
     seedless = replace(job, seed=0)
-    return fingerprint(seedless, method, base_fingerprint(seedless, weights, variant), ensemble)
+    base = base_fingerprint(seedless, weights, variant)
+    return fingerprint(seedless, method, base, ensemble, left_out=left_out)
 
 
 def _as_before(name: str, value: object, mode: str) -> bool:

@@ -101,6 +101,12 @@ def prepare(job: Run) -> PreparedRun:
     ensembles, localization = _localize(job, hparams)
     asked = choose(job)
     keys = {index: its.key for index, its in asked.items()}
+    left_out = {request["index"] for request in job.requests} - {request["index"] for request in requests}
+    fingerprints, settings = {}, {}
+    for method in hparams:
+        ensemble = ensembles.get(method)
+        fingerprints[method] = fingerprint(job, method, base, ensemble, keys, sorted(left_out))
+        settings[method] = settings_digest(job, method, weights, variant, ensemble, sorted(left_out))
     return PreparedRun(
         job,
         model_name=str(next(iter(job.hparams.values())).model_name),
@@ -114,8 +120,8 @@ def prepare(job: Run) -> PreparedRun:
         hparams=hparams,
         ensembles=ensembles,
         localization=localization,
-        fingerprints={method: fingerprint(job, method, base, ensembles.get(method), keys) for method in hparams},
-        settings={method: settings_digest(job, method, weights, variant, ensembles.get(method)) for method in hparams},
+        fingerprints=fingerprints,
+        settings=settings,
     )
 
 

@@ -21,6 +21,7 @@ from kne_easyedit._util.files import expand_path
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.generation import plain_generation
 from kne_easyedit.models.state import preserve_state
 
 BATCH = 32
@@ -117,7 +118,8 @@ class TextSource:
         chosen = sorted((starts[i % len(starts)] for i in range(self.samples)), key=len)
         device = device_of(model)
         sampled: list[list[int]] = []
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), preserve_state(model):
+        forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        with forked, preserve_state(model), plain_generation(model):
             torch.manual_seed(self.seed)
             for batch in tqdm(
                 list(batches(chosen, BATCH, same_length=True)), desc="text for second moments", unit="batch"

@@ -14,6 +14,7 @@ from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.facts.neighbours import FactPool, KnownFact, packaged_pool, prompts_of
 from kne_easyedit.facts.templates import SLOT, content_words, normalised, slot_text, stands_in, subject_key
 from kne_easyedit.models.devices import device_of
+from kne_easyedit.models.generation import plain_generation
 from kne_easyedit.models.state import preserve_state
 
 __all__ = ["named_subjects", "own_pool"]
@@ -141,13 +142,14 @@ def _continued(model: Any, tokenizer: Tokenizer, prompt: str) -> str:
     length = LENGTH if longest is None else min(LENGTH, longest - ids.shape[1])
     if length < 1:
         return ""
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=length,
-        do_sample=False,
-        no_repeat_ngram_size=3,  # a name with the comma after it, so that a list goes on
-        pad_token_id=tokenizer.eos_token_id,
-        use_cache=True,
-    )
+    with plain_generation(model):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=length,
+            do_sample=False,
+            no_repeat_ngram_size=3,  # a name with the comma after it, so that a list goes on
+            pad_token_id=tokenizer.eos_token_id,
+            use_cache=True,
+        )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

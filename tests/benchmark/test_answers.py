@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_gpt2, make_llama
+from conftest import make_gpt2, make_llama, tiny_hparams
 from pytest import approx
 
+from kne_easyedit.benchmark import Run
 from kne_easyedit.benchmark.answers import first_word, free_answers, has_stop, is_whole, up_to_stop
 from kne_easyedit.benchmark.asking import continuations, predicted, probabilities
+from kne_easyedit.benchmark.job import base_fingerprint
 from kne_easyedit.benchmark.neighbourhood import Questioner
 from kne_easyedit.benchmark.probes import DENIALS, Asked
 from kne_easyedit.benchmark.unedited import answer_probabilities
 from kne_easyedit.facts.encoding import encode
+from kne_easyedit.models.generation import own_generation, plain_generation
 
 REQUEST = {"prompt": "The capital of France is", "target_new": "Rome", "ground_truth": "Paris", "subject": "France"}
 
@@ -59,6 +63,29 @@ def test_the_beginning_of_an_answer_is_what_it_was_without_the_rest(tokenizer, m
     found = free_answers(model, tokenizer, REQUEST)
     assert found.beginning == tokenizer.decode(out[0, start:], skip_special_tokens=True)
     assert found.whole.startswith(found.beginning) and len(tokenizer(found.whole)["input_ids"]) > 12
+
+
+def test_greedy_is_greedy_whatever_generation_settings_the_model_has(tokenizer, facts):
+    """A penalty gives other tokens than the most probable ones, and the model has it still."""
+    model, prompts = make_llama(), [fact.prompt for fact in facts]
+    plain = continuations(model, tokenizer, prompts, 8)
+    assert own_generation(model) == {}
+    before = base_fingerprint(job_of(model, tokenizer), "weights", "variant")
+    model.generation_config.repetition_penalty = 1.5
+    own = model.generation_config
+    ids = torch.tensor([tokenizer(prompts[0])["input_ids"]])
+    obeyed = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)[0, ids.shape[1] :].tolist()
+    assert obeyed != plain[0]
+    assert continuations(model, tokenizer, prompts, 8) == plain
+    assert model.generation_config is own and own_generation(model) == {"repetition_penalty": 1.5}
+    assert base_fingerprint(job_of(model, tokenizer), "weights", "variant") != before, "other answers were kept"
+    with pytest.raises(KeyboardInterrupt), plain_generation(model):
+        raise KeyboardInterrupt
+    assert model.generation_config is own
+
+
+def job_of(model, tokenizer):
+    return Run(model, tokenizer, [REQUEST], {"KNE": tiny_hparams()}, "data", Path("out"))
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])

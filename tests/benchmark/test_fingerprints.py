@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_tokenizer, tiny_hparams
 from hydra import compose, initialize_config_dir
+from methods import settings
 from omegaconf import OmegaConf
+from runs import record
 
 from kne_easyedit.benchmark import Run
 from kne_easyedit.benchmark import job as job_module
 from kne_easyedit.benchmark.config import job_folder
 from kne_easyedit.benchmark.job import fingerprint, record_digest
+from kne_easyedit.benchmark.preparation import prepare
+from kne_easyedit.facts.records import to_request
 from kne_easyedit.hparams import KNEHyperParams
 
 REQUEST = {"prompt": "The capital of France is", "target_new": "Rome", "index": 0}
@@ -104,8 +109,8 @@ def test_neighbours_count_by_the_content_of_the_file_they_come_from(tmp_path):
 
     localized, named = {"localization_data": str(facts)}, {"neighbour_data": str(facts)}
     assert found("[1]", **localized) == found("[2]", **localized)
-    for settings in (localized, named, localized | named):
-        for on in ({"neighbour_weight": 1.0, **settings}, {"input_projection": True, **settings}):
+    for files in (localized, named, localized | named):
+        for on in ({"neighbour_weight": 1.0, **files}, {"input_projection": True, **files}):
             assert found("[1]", **on) == found("[1]", **on) != found("[2]", **on)
 
 
@@ -117,6 +122,22 @@ def test_what_is_asked_beside_the_probes_of_easyedit_counts():
         run = replace(job(mode), neighbours=8, **changes) if mode == "batch" else replace(job(mode), **changes)
         found |= {fingerprint(run, "KNE", ["base"], None, {0: key}) for key in "ab"}
     assert len(found) == 1 + 1 + 1 + 2
+
+
+@pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
+def test_records_that_another_method_leaves_out_count_where_edits_meet(mode, tmp_path):
+    """MEMIT needs a subject, KNE does not: beside it KNE's batches and sequence are others."""
+    data = tmp_path / "localise.json"
+    data.write_text(json.dumps([record("Peru", "Lima")]))
+    kne = tiny_hparams(localization_data=str(data), localization_size=1)
+    found = []
+    for methods in ({"KNE": kne}, {"KNE": kne, "MEMIT": settings("MEMIT")}):
+        requests = [{**to_request(one), "index": i} for i, one in enumerate([record(subject=None), record("Spain")])]
+        run = Run(make_llama(), make_tokenizer(), requests, methods, "data", tmp_path, mode=mode, skip_bad=True)
+        found.append(prepare(run))
+    assert [len(one.requests) for one in found] == [2, 1]
+    for key in ("fingerprints", "settings"):
+        assert (getattr(found[0], key)["KNE"] == getattr(found[1], key)["KNE"]) == (mode == "single")
 
 
 def test_the_digest_of_a_record():

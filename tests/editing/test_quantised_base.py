@@ -16,12 +16,14 @@ from torch.nn import functional
 
 from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
 from kne_easyedit.editing.kne_edit import KNEEdit
+from kne_easyedit.editing.projection import projections_for
 from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.edits import save_adapter
 from kne_easyedit.localization import localizer as localization
 from kne_easyedit.models.base import base_of
 from kne_easyedit.models.fingerprint import model_digest
 from kne_easyedit.models.state import preserve_state
+from kne_easyedit.models.targets import count_parameters
 
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
 KINDS = [
@@ -190,3 +192,36 @@ def test_other_libraries_stay_refused(tokenizer):
     model.model.layers[1].mlp.down_proj.__class__ = Foreign
     with pytest.raises(ValueError, match=r"quantised \(AWQ\)"):
         compute_edit(model, tokenizer, REQUEST, tiny_hparams())
+
+
+class FourBit(EightBit):
+    """As bitsandbytes' ``Linear4bit`` keeps it: two numbers a byte, in one column."""
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.whole = self.weight.detach()
+        low, high = (self.weight.flatten()[start::2].to(torch.uint8) & 15 for start in (0, 1))
+        self.weight = nn.Parameter((low | high << 4)[:, None], requires_grad=False)
+
+    def forward(self, x):
+        return functional.linear(x, (self.whole * self.SCB).to(x.dtype))
+
+
+FourBit.__name__, FourBit.__module__ = "Linear4bit", "bitsandbytes.nn.modules"
+
+
+def test_neighbours_are_spared_over_packed_weights_too(tokenizer):
+    """The packed matrix has another shape than what it stands for: as many inputs are closed, as large is the share."""
+    ensemble, found, shares = ensemble_of(LLAMA_DOWN, rows=MANY, width=64), [], []
+    for kind in (EightBit, FourBit):
+        model = plain()
+        for layer in model.model.layers:
+            layer.mlp.down_proj = kind(layer.mlp.down_proj)
+        names = [LLAMA_DOWN.format(layer) for layer in range(4)]
+        settings = {"input_projection": True, "neighbour_data": "embedded", "neighbour_relation_size": 4}
+        with preserve_state(model):
+            projections = projections_for(model, tokenizer, [REQUEST], tiny_hparams(**settings), names)
+        found.append({name: len(one.basis) for name, one in projections.items()})
+        shares.append(ensemble.parameter_share(model) * count_parameters(model))
+    assert found[0] == found[1] and set(found[0]) == set(names) and min(found[0].values()) > 4
+    assert shares[0] == pytest.approx(shares[1])
