@@ -19,6 +19,7 @@ from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.second_moments import needs_second_moments
 from kne_easyedit.editing.neighbours import uses_neighbours
 from kne_easyedit.facts.encoding import Tokenizer
+from kne_easyedit.facts.readers import same_data
 from kne_easyedit.facts.records import EMBEDDED, load_records, load_requests
 from kne_easyedit.models.loading import load_model
 
@@ -151,7 +152,7 @@ def hparams_of(settings: Mapping, hparams_folder: Path) -> Any:
 def _neighbour_data(data: Mapping) -> str | None:
     """The whole file that is localised on; None if its records are edited: then those localised on alone may serve."""
     file = data["localization"]["file"]
-    return None if file in (EMBEDDED, data["file"]) else file
+    return None if file == EMBEDDED or same_data(file, data["file"]) else file
 
 
 def _check(settings: Mapping) -> None:

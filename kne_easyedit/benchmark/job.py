@@ -245,7 +245,7 @@ def fingerprint(
     if hparams.alg_name == KNE:
         parts.append(None if ensemble is None else digest(ensemble.members()))
         if uses_neighbours(hparams):
-            parts.append(["neighbours", CHOICE, neighbour_digest(hparams)])
+            parts.append(["neighbours", CHOICE, neighbour_digest(hparams), *(["said"] if job.chat_template else [])])
     if needs_second_moments(hparams):
         parts.append(job.moments_text.digest())
         if own := own_files(job.model, hparams, expand_path(hparams.stats_dir)):

@@ -8,6 +8,7 @@ with what is allocated in tests/doctor/test_memory_measured.py.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,10 @@ class Facts:
     """Bytes that are free once the weights are loaded; None: as few path points at once as possible."""
     device: str = "cpu"
     """Type of the device."""
-    earlier: int = 0
-    """Facts, as long as these, that the model was edited with before and still has."""
+    earlier: Sequence[int] = ()
+    """Tokens of each fact that the model was edited with before and still has."""
+    template: int = 0
+    """Tokens that the chat template adds to a neighbour's prompt; ``tokens`` has them."""
 
 
 def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int, facts: Facts) -> Phases:
@@ -81,7 +84,7 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int, facts: Facts) 
         phases["localising"] = _localising(model, hparams, itemsize, facts, [target for target, _ in rows], state)
     bases = _bases(hparams, rows, facts) if hparams.input_projection else 0
     if uses_neighbours(hparams):
-        phases["neighbours"] = _neighbours(model, hparams, itemsize, rows, bases)
+        phases["neighbours"] = _neighbours(model, hparams, itemsize, facts, rows, bases)
     phases["training"] = _training(model, hparams, itemsize, facts, rows, bases, state)
     differences = PRECISE * sum(n * in_features(target.modules[0]) for target, n in rows)
     phases["writing"] = {
@@ -94,10 +97,18 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int, facts: Facts) 
     return phases
 
 
-def kne_texts_at_once(hparams: KNEHyperParams) -> int:
-    """Texts in one step of KNE: the facts, a variant of each, their neighbours, and the prompts of ``kl_data``."""
+def kne_texts_at_once(hparams: KNEHyperParams, earlier: Sequence[int] = ()) -> int:
+    """Texts in one step of KNE: the facts, a variant of each, their neighbours and those of ``earlier`` facts that are
+    spared, and the prompts of ``kl_data``.
+    """
     kl = hparams.kl_size if hparams.kl_weight else 0
-    return hparams.batch_size * (1 + neighbours_in_step(hparams) + bool(hparams.subject_variants)) + kl
+    more = 0 if hparams.neighbours_per_step else _earlier_neighbours(hparams, earlier)
+    return hparams.batch_size * (1 + neighbours_in_step(hparams) + bool(hparams.subject_variants)) + more + kl
+
+
+def _earlier_neighbours(hparams: KNEHyperParams, earlier: Sequence[int]) -> int:
+    """How many facts of earlier edits are neighbours, too (`objectives.objectives_for`)."""
+    return min(len(earlier), neighbours_wanted(hparams)) if hparams.neighbour_weight and hparams.spare_edited else 0
 
 
 def _localising(
@@ -131,20 +142,23 @@ def _localising(
 
 
 def _neighbours(
-    model: Any, hparams: KNEHyperParams, itemsize: int, rows: list[tuple[Target, int]], bases: int
+    model: Any, hparams: KNEHyperParams, itemsize: int, facts: Facts, rows: list[tuple[Target, int]], bases: int
 ) -> dict[str, int]:
     """What the unedited model reads and says."""
-    texts = min(AT_ONCE, hparams.batch_size * neighbours_wanted(hparams))
-    tokens = LONGEST_NEIGHBOUR + 1
+    earlier = _earlier_neighbours(hparams, facts.earlier)
+    in_step = hparams.batch_size * neighbours_in_step(hparams) + (0 if hparams.neighbours_per_step else earlier)
+    texts = min(max(AT_ONCE, in_step), hparams.batch_size * neighbours_wanted(hparams) + earlier)
+    longest = _longest_neighbour(hparams, facts)
+    tokens = longest + 1
     modules = [module for target, _ in rows for module in target.modules]
     width = model.config.get_text_config().hidden_size
     needed = {
-        "logits": texts * LONGEST_NEIGHBOUR * vocabulary(model) * itemsize,
+        "logits": texts * longest * vocabulary(model) * itemsize,
         # As many heads as queries have: attention repeats those that are shared.
         "keys and values": 2 * texts * tokens * depth(model) * width * itemsize,
     }
     if hparams.neighbour_weight:
-        needed["distributions"] = _distributions(model, hparams)
+        needed["distributions"] = _distributions(model, hparams, facts)
     if bases:
         inputs = bases // PRECISE * itemsize
         # Inputs as they are read, and those of the last module beside them.
@@ -172,9 +186,10 @@ def _training(
     copies = 2 + OPTIMIZERS[hparams.optimizer].moments + bool(bases)
     first = min((layer for target, _ in rows for layer in target.layers), default=0)
     own = neighbours_in_step(hparams)
-    longest = max(facts.tokens, LONGEST_NEIGHBOUR if own else 0)
-    tokens = kne_texts_at_once(hparams) * longest
-    predicted = kne_texts_at_once(hparams) * max(facts.answer_tokens, hparams.neighbour_tokens if own else 0)
+    longest = max(facts.tokens, _longest_neighbour(hparams, facts) if own else 0)
+    texts = kne_texts_at_once(hparams, facts.earlier)
+    tokens = texts * longest
+    predicted = texts * max(facts.answer_tokens, hparams.neighbour_tokens if own else 0)
     needed = {
         "trained rows": copies * precise * sum(n * in_features(target.modules[0]) for target, n in rows),
         # PEFT's B, dense: (neurons, rows) in every layer.
@@ -187,22 +202,28 @@ def _training(
     if itemsize < PRECISE:  # the adapter's input in its own type
         needed["inputs in float32"] = PRECISE * tokens * sum(in_features(m) for t, _ in rows for m in t.modules)
     if hparams.neighbour_weight:
-        needed["neighbours"] = _distributions(model, hparams)
+        needed["neighbours"] = _distributions(model, hparams, facts)
     if bases:
         needed["projections"] = bases
     return needed
 
 
-def _distributions(model: nn.Module, hparams: KNEHyperParams) -> int:
+def _longest_neighbour(hparams: KNEHyperParams, facts: Facts) -> int:
+    """Tokens of the longest neighbour with its continuation."""
+    earlier = facts.earlier if _earlier_neighbours(hparams, facts.earlier) else ()
+    return max([LONGEST_NEIGHBOUR + facts.template, *earlier])
+
+
+def _distributions(model: nn.Module, hparams: KNEHyperParams, facts: Facts) -> int:
     """What the unedited model says after each neighbour: log-probabilities of every token."""
-    neighbours = hparams.batch_size * neighbours_wanted(hparams)
+    neighbours = hparams.batch_size * neighbours_wanted(hparams) + _earlier_neighbours(hparams, facts.earlier)
     return PRECISE * neighbours * hparams.neighbour_tokens * vocabulary(model)
 
 
 def _bases(hparams: KNEHyperParams, rows: list[tuple[Target, int]], facts: Facts) -> int:
     """Of each module the basis ``(N, d1)`` of what its projection removes, in float32."""
-    tokens = hparams.batch_size * neighbours_wanted(hparams) * TOKENS_OF_A_NEIGHBOUR
-    earlier = facts.earlier * facts.tokens if hparams.spare_edited else 0
+    tokens = hparams.batch_size * neighbours_wanted(hparams) * (TOKENS_OF_A_NEIGHBOUR + facts.template)
+    earlier = sum(facts.earlier) if hparams.spare_edited else 0
     # Texts are taken as long as they fit into the module with the fewest inputs.
     inputs = min((in_features(target.modules[0]) for target, _ in rows), default=0)
     closed = min(tokens, int(LARGEST_SHARE * inputs)) + min(earlier, int(EARLIER_SHARE * inputs))

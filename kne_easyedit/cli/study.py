@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 RECORDS = 40
 DRAWS = 20
 """Of facts, where only ensembles are compared."""
+_ELSEWHERE = {"alg_name", "model_name", "localization_data", "localization_size", "localization_offset"}
+_ELSEWHERE |= {"device", "model_parallel", "max_memory", "offload_folder", "cache_dir", "chunk_rows"}
+"""Settings that stand elsewhere in a job's configuration, or change no result."""
 TIMES = "times.jsonl"
 """In the study's folder: how long each job took, for estimates."""
 
@@ -169,6 +172,8 @@ def _configuration(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     content = {name: value for name, value in hparams.to_dict().items() if name not in EVALUATORS}
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(file, yaml.safe_dump(content, sort_keys=False))
+    # A file of one's own is in the folders' names by what it says: points of two files are no points of one study.
+    own = {} if arguments.hparams is None else {name: its for name, its in content.items() if name not in _ELSEWHERE}
     paper = of_the_paper() if arguments.paper else {}
     modules = {"target_modules": arguments.modules} if arguments.modules else {}
     where = {name: overrides.pop(f"localization_{name}", None) for name in ("data", "size", "offset")}
@@ -201,7 +206,7 @@ def _configuration(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
         "method": {
             "label": arguments.label or ("KNE-paper" if arguments.paper else "KNE"),
             "hparams": "KNE",
-            "settings": {**paper, **modules, **overrides},
+            "settings": {**own, **paper, **modules, **overrides},
         },
     }
 

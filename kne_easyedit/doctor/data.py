@@ -64,9 +64,11 @@ def data_records(
     return [request for request in requests if request["index"] not in bad]
 
 
-def token_count(request: Mapping[str, Any], tokenizer: Tokenizer, model: Any) -> tuple[int, int]:
+def token_count(
+    request: Mapping[str, Any], tokenizer: Tokenizer, model: Any, chat: bool = False, separator: str = SEPARATOR
+) -> tuple[int, int]:
     """Tokens of the prompt, and of the answer. Raises ValueError for a fact that model or tokenizer cannot encode."""
-    fact = encode_request(tokenizer, request)
+    fact = encode_request(tokenizer, request, chat, separator)
     require_length(fact, model.config)
     if max(fact.ids) >= vocabulary(model):
         raise ValueError(
@@ -86,7 +88,7 @@ def localization_facts(
     try:
         facts = localization_requests(hparams)
         for fact in facts if tokenizer is not None else ():
-            token_count(fact, tokenizer, model)
+            token_count(fact, tokenizer, model, hparams.use_chat_template, hparams.separator)
         if not facts:
             raise ValueError(f"{data}: holds no usable fact")
     except (ValueError, OSError) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from kne_easyedit.bridge.kne_memory import Facts, kne
 from kne_easyedit.bridge.memory_formulas import PRECISE
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.doctor.data import token_count
-from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, left_out, listed, size
+from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, failure, left_out, listed, size
 from kne_easyedit.doctor.placement import placement
-from kne_easyedit.facts.encoding import Tokenizer
+from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer, chat_prompt
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.models.devices import dtype_of
 from kne_easyedit.models.loading import auto_class
@@ -66,7 +65,8 @@ def memory_needed(
     *,
     free: int | None = None,
     device: str = "cpu",
-    earlier: int = 0,
+    earlier: Sequence[int] = (),
+    template: int = 0,
 ) -> MemoryNeeded:
     """The memory of one method's edit, phase by phase.
 
@@ -77,7 +77,9 @@ def memory_needed(
         answer_tokens: Length of the longest answer.
         free: Bytes that are free with the weights loaded: localising takes its share of them. None: the least.
         device: Type of the device.
-        earlier: Facts that the model was edited with before and still has: under ``spare_edited`` an edit spares them.
+        earlier: Tokens of each fact that the model was edited with before and still has: under ``spare_edited`` an edit
+            spares them.
+        template: Tokens that the chat template adds to a neighbour's prompt.
 
     Raises:
         ValueError: The model lacks a module or layer of the settings.
@@ -86,7 +88,7 @@ def memory_needed(
     itemsize = dtype_of(hparams).itemsize
     weights = weights_bytes(model, hparams)
     if isinstance(hparams, KNEHyperParams):
-        phases = kne(model, hparams, itemsize, Facts(tokens, answer_tokens, free, device, earlier))
+        phases = kne(model, hparams, itemsize, Facts(tokens, answer_tokens, free, device, earlier, template))
         if dequantised := _dequantised(model, hparams):
             phases = {phase: parts | {"a matrix dequantised": dequantised} for phase, parts in phases.items()}
         return MemoryNeeded(weights, phases)
@@ -169,9 +171,6 @@ def memory(
     parallel = device.type == "cuda" and any(getattr(hparams, "model_parallel", False) for hparams in plan.values())
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if parallel else []
     free = sum(map(free_memory, gpus or [device]))
-    lengths = [token_count(request, tokenizer, model) for request in requests] if tokenizer is not None else []
-    tokens = max((prompt + answer for prompt, answer in lengths), default=TOKENS)
-    answer_tokens = max((answer for _, answer in lengths), default=1)
     spread = next((hparams for hparams in plan.values() if getattr(hparams, "model_parallel", False)), None)
     placed = None if spread is None else placement(model, spread)
     if placed is not None:
@@ -179,11 +178,17 @@ def memory(
     for label, hparams in plan.items():
         name = f"memory of {label}"
         try:
+            texts = _texts(hparams, model, tokenizer, requests)
+        except ValueError as error:  # too long in the chat template, or there is none
+            yield failure(name, error)
+            continue
+        try:
             weights = weights_bytes(model, hparams) if placed is None else placed.computing
             beside = max(0, free - weights)
-            of_edit = partial(memory_needed, model, hparams, tokens, answer_tokens, free=beside, device=device.type)
-            needed = replace(of_edit(), weights=weights)
-            last = replace(of_edit(earlier=max(0, len(requests) - 1)), weights=weights)
+            needed, last = (
+                replace(memory_needed(model, hparams, **its, free=beside, device=device.type), weights=weights)
+                for its in (texts | {"earlier": ()}, texts)
+            )
         except (ValueError, OSError):
             yield left_out(name, "its modules are not there")
             continue
@@ -215,3 +220,21 @@ def memory(
         text = f"{size(weights)} needed to load the model before it moves to {device}, {size(free)} free"
         lacking = weights > free
         yield Finding("memory of the machine", FAILURE if lacking else OK, text, "free some" if lacking else "")
+
+
+def _texts(
+    hparams: Any, model: nn.Module, tokenizer: Tokenizer | None, requests: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What `memory_needed` is to know of the texts of one method's edits, of which the last one comes on top of all."""
+    if tokenizer is None:
+        return {"tokens": TOKENS, "answer_tokens": 1, "earlier": [TOKENS] * (len(requests) - 1)}
+    chat, separator = getattr(hparams, "use_chat_template", False), getattr(hparams, "separator", SEPARATOR)
+    lengths = [token_count(request, tokenizer, model, chat, separator) for request in requests]
+    both = [prompt + answer for prompt, answer in lengths]
+    in_template = len(tokenizer(chat_prompt(tokenizer, "a") if chat else "a")["input_ids"])
+    return {
+        "tokens": max(both, default=TOKENS),
+        "answer_tokens": max((answer for _, answer in lengths), default=1),
+        "earlier": both[:-1],
+        "template": in_template - len(tokenizer("a")["input_ids"]),
+    }

@@ -16,7 +16,7 @@ from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Tokenizer, chat_prompt
 from kne_easyedit.facts.neighbours import FactPool, Neighbour, packaged_digest, packaged_pool, run_exclusions
 from kne_easyedit.facts.readers import EMBEDDED, data_digest
-from kne_easyedit.facts.records import load_requests
+from kne_easyedit.facts.records import load_requests, without_chat_template
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ def neighbours_by_request(
     Other questions about the subject are filled up, as other subjects are (`_of_relation`): of many subjects data know
     one fact.
     """
+    if hparams.use_chat_template and tokenizer is not None:  # a pool knows prompts as they are said
+        requests = [without_chat_template(request, tokenizer) for request in requests]
     pool, exclude = _pool(hparams), run_exclusions(requests)
     found = []
     for request in requests:

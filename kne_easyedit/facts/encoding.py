@@ -205,21 +205,36 @@ def chat_prompt(tokenizer: Tokenizer, prompt: str) -> str:
     Raises:
         ValueError: The tokenizer has no template.
     """
+    given = prompt.removeprefix(_start(tokenizer))
+    return given if plain_prompt(tokenizer, prompt) != prompt else _rendered(tokenizer, natural(prompt))
+
+
+def plain_prompt(tokenizer: Tokenizer, prompt: str) -> str:
+    """What the user says in a prompt that is in the tokenizer's chat template (`chat_prompt`); any other unchanged.
+
+    Raises:
+        ValueError: The tokenizer has no template.
+    """
+    before, _, after = _rendered(tokenizer, _MARK).partition(_MARK)
+    given = prompt.removeprefix(_start(tokenizer))
+    if not (given.startswith(before) and given.endswith(after)):
+        return prompt
+    return given[len(before) : len(given) - len(after)]
+
+
+def _rendered(tokenizer: Tokenizer, text: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"use_chat_template: {type(tokenizer).__name__} of this model has no chat template; leave the setting out"
         )
-    start = tokenizer.bos_token if _adds_start(tokenizer) else ""
+    said = [{"role": "user", "content": text}]
+    text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    return natural(text).removeprefix(_start(tokenizer))
 
-    def rendered(text: str) -> str:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        return natural(text).removeprefix(start)
 
-    before, _, after = rendered(_MARK).partition(_MARK)
-    given = prompt.removeprefix(start)
-    return given if given.startswith(before) and given.endswith(after) else rendered(natural(prompt))
+def _start(tokenizer: Tokenizer) -> str:
+    """The start token, where the tokenizer itself adds it."""
+    return tokenizer.bos_token if _adds_start(tokenizer) else ""
 
 
 def _adds_start(tokenizer: Tokenizer) -> bool:

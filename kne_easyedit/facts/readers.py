@@ -78,6 +78,13 @@ def data_digest(path: str | Path) -> str | None:
     return hashlib.sha256(real.read_bytes()).hexdigest() if real.is_file() else None
 
 
+def same_data(one: str | Path, other: str | Path) -> bool:
+    """Whether two names are of one data file, however they are written (relative, by ``~``, by a link)."""
+    if EMBEDDED in (str(one), str(other)):
+        return str(one) == str(other)
+    return _real(one).resolve() == _real(other).resolve()
+
+
 def _embedded() -> Traversable:
     return files("kne_easyedit.facts").joinpath("facts.json")
 

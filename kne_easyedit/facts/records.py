@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from kne_easyedit.facts.encoding import (
     encode,
     natural,
     natural_answer,
+    plain_prompt,
     require_length,
     require_text,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "require_evaluable",
     "to_request",
     "with_chat_template",
+    "without_chat_template",
 ]
 
 logger = logging.getLogger(__name__)
@@ -220,15 +222,24 @@ def with_chat_template(request: Mapping, tokenizer: Tokenizer) -> dict:
 
     So every method and every evaluator uses the same form, whether it knows of templates or not.
     """
-    wrapped = {**request, "prompt": chat_prompt(tokenizer, request["prompt"])}
+    return _with_prompts(request, lambda prompt: chat_prompt(tokenizer, prompt))
+
+
+def without_chat_template(request: Mapping, tokenizer: Tokenizer) -> dict:
+    """The request with every prompt as the user says it: the inverse of `with_chat_template`."""
+    return _with_prompts(request, lambda prompt: plain_prompt(tokenizer, prompt))
+
+
+def _with_prompts(request: Mapping, change: Callable[[str], str]) -> dict:
+    changed = {**request, "prompt": change(request["prompt"])}
     if "rephrase_prompt" in request:
-        wrapped["rephrase_prompt"] = chat_prompt(tokenizer, request["rephrase_prompt"])
+        changed["rephrase_prompt"] = change(request["rephrase_prompt"])
     for section in CATEGORIES:
-        wrapped[section] = {
-            name: {**probes, "prompt": [chat_prompt(tokenizer, prompt) for prompt in probes["prompt"]]}
+        changed[section] = {
+            name: {**probes, "prompt": [change(prompt) for prompt in probes["prompt"]]}
             for name, probes in request.get(section, {}).items()
         }
-    return wrapped
+    return changed
 
 
 def _probes(items: Any, field: str, unused: Counter) -> dict[str, list[str]]:

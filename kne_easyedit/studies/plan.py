@@ -10,7 +10,7 @@ from torch import nn
 
 from kne_easyedit.benchmark.config import hparams_of, shard_of
 from kne_easyedit.doctor.structure import structure_of
-from kne_easyedit.facts.readers import read_records
+from kne_easyedit.facts.readers import read_records, same_data
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.models.targets import LinearLayer, find_linear, resolve_target
 from kne_easyedit.studies.points import Ground, Plan, plan_study
@@ -89,7 +89,7 @@ def _facts(hparams: KNEHyperParams, file: str, edited: range) -> range:
     """Numbers of the facts that may be localised on, from the settings' first one; none that is edited."""
     first = hparams.localization_offset
     there = len(read_records(str(hparams.localization_data)))
-    if str(hparams.localization_data) != str(file):
+    if not same_data(str(hparams.localization_data), file):
         return range(first, there)
     return range(first, edited.start) if first < edited.start else range(max(first, edited.stop), there)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -157,12 +158,12 @@ def _cell(
     lines: dict[Key, Mapping[str, Any]] = {}
     for place, label in members:
         own = found.of(data, label)
-        if place.series == "sequence":
+        if place.series == "sequence":  # records that could not be edited make it shorter than its value says
             at_end = {
                 (seed, line["index"]): line
-                for seed in {its["seed"] for its in own}
+                for seed, edits in Counter(its["seed"] for its in own).items()
                 for line in retained.get((data, label, seed), ())
-                if line.get("after") == int(place.value)
+                if line.get("after") == edits
             }
             for its in own:
                 if again := at_end.get((its["seed"], its["index"])):

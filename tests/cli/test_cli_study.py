@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import LLAMA_DOWN
 from test_cli import kne, tiny_fixture  # noqa: F401  (a fixture)
 
@@ -189,3 +190,38 @@ def test_a_report_of_other_results_says_what_is_missing(tmp_path, monkeypatch, c
     Path("run/results.jsonl").write_text(json.dumps({**line, "metrics": {"pre": {}, "post": {}}}) + "\n")
     assert kne("report", "--study", "run") == 1
     assert "no label in run is that of a study's point" in capsys.readouterr().err
+
+
+def folders(printed: str) -> list[str]:
+    return re.findall(r"out/\S+", printed)
+
+
+def test_points_of_two_files_of_settings_are_in_folders_of_their_own(place, capsys):
+    """Else a run that is interrupted would leave a study of which half has other settings."""
+    found = []
+    for changes in ({}, {"lr": 0.125}, {}, {"device": "cpu:0"}):
+        given = yaml.safe_load((place / "kne.yaml").read_text()) | changes
+        (place / "own.yaml").write_text(yaml.safe_dump(given))
+        assert (
+            kne("study", "share", "--dry-run", "--data", "records.json", "--hparams", "own.yaml", "--out", "out") == 0
+        )
+        found.append(folders(capsys.readouterr().out))
+    assert found[0] == found[2] == found[3] and len(found[0]) == len({*found[0]}) > 1
+    assert not {*found[0]} & {*found[1]}
+
+
+def test_a_file_is_the_same_however_it_is_named(place, capsys):
+    """Facts that are edited are not localised on, whether the settings name their file absolutely or not."""
+    records = json.loads((place / "records.json").read_text()) + json.loads((place / "facts.json").read_text())
+    (place / "both.json").write_text(json.dumps(records))
+    given = yaml.safe_load((place / "kne.yaml").read_text())
+    plans = []
+    for named in ("both.json", str(place / "both.json")):
+        (place / "own.yaml").write_text(yaml.safe_dump(given | {"localization_data": named}))
+        for data in ("both.json", str(place / "both.json")):
+            command = ("study", "facts", "--values", "4", "--records", "2", "--data", data, "--hparams", "own.yaml")
+            assert kne(*command, "--out", "out", "--dry-run") == 0
+            plans.append(re.sub(r"-[0-9a-f]{8}/", "/", capsys.readouterr().out))
+            assert kne(*command[:3], "5", *command[4:], "--out", "out", "--dry-run") == 1, "two of six are edited"
+            assert "there are 4" in capsys.readouterr().err
+    assert len({*plans}) == 1

@@ -97,7 +97,8 @@ def test_within_15_percent(name, requests, words, tmp_path):
     if earlier:
         edit = RowEdit({module.format(0): ((0,), torch.ones(1, shape["intermediate_size"]))}, ())
         write_rows(model, edit, on_written=noting(model, earlier, edit))
-    needed = memory_needed(model, hparams, len(fact.ids), len(fact.answer), earlier=len(earlier))
+    lengths = [len(encode_request(words, one).ids) for one in earlier]
+    needed = memory_needed(model, hparams, len(fact.ids), len(fact.answer), earlier=lengths)
     measured = phases(model, words, requests[0], fact, hparams)
     stated = {phase: sum(needed.phases.get(phase, {}).values()) for phase in measured}
     peak = max(measured.values())

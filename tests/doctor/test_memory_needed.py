@@ -17,9 +17,11 @@ from conftest import (
     make_llama,
     tiny_hparams,
 )
+from edits import REQUESTS
 from methods import HPARAMS, TINY
 from transformers import LlamaConfig
 
+from kne_easyedit.doctor import memory as of_memory
 from kne_easyedit.doctor.memory import TOKENS, MemoryNeeded, memory_needed
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
 from kne_easyedit.editing.divergence import Divergence
@@ -108,13 +110,49 @@ def test_earlier_edits_are_counted_where_they_are_spared(llama):
     settings = {"neighbour_relation_size": 1, "neighbour_subject_size": 1, "input_projection": True}
 
     def projections(earlier, **changes):
-        needed = memory_needed(llama, tiny_hparams(**settings, **changes), 5, earlier=earlier)
+        needed = memory_needed(llama, tiny_hparams(**settings, **changes), 5, earlier=[5] * earlier)
         return needed.phases["training"]["projections"]
 
     first = projections(0, spare_edited=True)
     assert projections(7) == projections(0) == first
     found = [projections(earlier, spare_edited=True) - first for earlier in (1, 2, 100)]
     assert found == [4 * 4 * closed * 40 for closed in (5, 10, 16)]
+
+
+def test_earlier_facts_are_neighbours_too(llama):
+    """As many as neighbours at most; padded to the longest; with some neighbours a step, only kept."""
+    settings = {"neighbour_relation_size": 2, "neighbour_subject_size": 2, "neighbour_weight": 1.0}
+
+    def needed(earlier, **changes):
+        hparams = tiny_hparams(**settings, spare_edited=True, **changes)
+        return memory_needed(llama, hparams, 5, earlier=earlier).phases
+
+    first, two, all_four = (needed([5] * n) for n in (0, 2, 9))
+    assert [its["training"]["neighbours"] * 4 // first["training"]["neighbours"] for its in (two, all_four)] == [6, 8]
+    activations = [its["training"]["activations"] for its in (first, two, all_four)]
+    assert [activation * 5 // activations[0] for activation in activations] == [5, 7, 9]
+    assert needed([26])["training"]["activations"] == 2 * 6 * activations[0] // 5
+    few = [needed([5] * n, neighbours_per_step=2)["training"] for n in (0, 9)]
+    assert few[0]["activations"] == few[1]["activations"] and 2 * few[0]["neighbours"] == few[1]["neighbours"]
+
+
+def test_prompts_in_a_template_are_counted_as_they_are_read(llama, tokenizer):
+    """Of the facts and of their neighbours."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}The name of {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} is{% endif %}"
+    )
+    settings = {"input_projection": True, "neighbour_relation_size": 1, "neighbour_subject_size": 0}
+    plain, chat = (
+        of_memory._texts(tiny_hparams(**settings, use_chat_template=on), llama, tokenizer, REQUESTS)
+        for on in (False, True)
+    )
+    assert plain["template"] == 0 and chat["template"] == 4
+    assert chat["tokens"] == plain["tokens"] + 4 and chat["earlier"] == [n + 4 for n in plain["earlier"]]
+    bases = [
+        memory_needed(llama, tiny_hparams(**settings), 9, template=its["template"]).phases["training"]["projections"]
+        for its in (plain, chat)
+    ]
+    assert bases == [4 * 4 * tokens * 40 for tokens in (10, 14)]
 
 
 def test_an_ensemble_file_says_how_many_rows(tmp_path, llama):

@@ -22,6 +22,7 @@ from kne_easyedit.editing.neighbours import neighbour_prompts, neighbour_source
 from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.neighbours import FactPool, KnownFact, is_held_out
+from kne_easyedit.facts.records import with_chat_template
 from kne_easyedit.models.state import preserve_state
 
 PROMPTS = [*[prompt for prompt, _ in FACTS], "The mother of Marie was", "Spain is"]
@@ -192,6 +193,18 @@ class TestChoice:
         both = neighbour_prompts([REQUEST, other], hparams)
         assert one[0] not in both and REQUEST["prompt"] not in both and len(set(both)) == len(both)
         assert {p.split()[-2] for p in both[:2]} != {other["subject"]}, "each request has its turn"
+
+    def test_is_the_same_in_a_chat_template(self, records, tokenizer):
+        """The benchmark's requests are in it already: the pool knows prompts as they are said."""
+        tokenizer.chat_template = (
+            "{% for m in messages %}Say : {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} !{% endif %}"
+        )
+        settings = {"neighbour_data": records, "neighbour_relation_size": 3, "neighbour_subject_size": 2, **ON}
+        plain = neighbour_prompts([REQUEST], tiny_hparams(**settings))
+        hparams = tiny_hparams(**settings, use_chat_template=True)
+        for request in (REQUEST, with_chat_template(REQUEST, tokenizer)):
+            assert neighbour_prompts([request], hparams, None, tokenizer) == plain
+        assert request["prompt"] == f"Say : {REQUEST['prompt']} !"
 
     def test_comes_from_what_was_localised_on_but_not_from_the_rest_of_the_file(self, records):
         at = {"localization_data": records, "localization_size": 9, "localization_offset": 3}

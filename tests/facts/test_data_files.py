@@ -15,7 +15,13 @@ from kne_easyedit.benchmark import run
 from kne_easyedit.benchmark.answers import begins_with
 from kne_easyedit.bridge import patches
 from kne_easyedit.facts.encoding import chat_prompt, encode, encode_request
-from kne_easyedit.facts.records import load_records, load_requests, to_request
+from kne_easyedit.facts.records import (
+    load_records,
+    load_requests,
+    to_request,
+    with_chat_template,
+    without_chat_template,
+)
 from kne_easyedit.hparams import KNEHyperParams
 
 
@@ -281,6 +287,20 @@ class TestStartToken:
             row for ids in fed if ids is not None for row in ids.tolist() if len(row) > 4
         ]  # not the next token alone
         assert len(whole) > 5 and {row.count(start) for row in whole} == {1}
+
+    def test_what_is_said_in_a_template_is_found_again(self, chatting):
+        request = to_request(FACT)
+        wrapped = with_chat_template(request, chatting)
+        assert wrapped["prompt"] != request["prompt"]
+        assert (
+            without_chat_template(wrapped, chatting)
+            == without_chat_template(request, chatting)
+            == {
+                "portability": {},
+                "locality": {},
+                **request,
+            }
+        )
 
     def test_a_prompt_that_is_in_the_template_stays(self, chatting):
         once = chat_prompt(chatting, "The city ")

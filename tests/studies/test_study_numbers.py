@@ -145,6 +145,19 @@ def test_a_sequence_counts_as_it_is_at_its_end(tmp_path):
     assert cell.mean("seconds_per_edit").mean == 2
 
 
+def test_a_sequence_with_a_record_that_cannot_be_edited_is_shorter(tmp_path):
+    """What was asked on the way counts no more than before."""
+    folder = write_points(tmp_path / "run", {"KNE-sequence@4": {"ES": 1.0}}, records=3, noise=0)
+    again = [
+        {**line("KNE-sequence@4", i, {"ES": success}), "after": after}
+        for after, success in ((2, 0.75), (3, 0.25))
+        for i in range(after)
+    ]
+    (folder / "KNE-sequence@4/retention.jsonl").write_text("".join(json.dumps(its) + "\n" for its in again))
+    (cell,) = read_studies([folder]).curves[0].of("sequence")
+    assert cell.mean("edit_success").mean == 25 and cell.records == 3
+
+
 def test_results_of_no_study_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no label in .* is that of a study's point"):
         read_studies([write_points(tmp_path / "run", {"KNE": {"ES": 1.0}, "FT@25": {"ES": 1.0}})])
