@@ -113,6 +113,8 @@ def _finish(axis: Any, curves: Curves, key: str) -> None:
     low, high = axis.get_ylim()
     if metric.unit == PERCENT and high - low < NARROW:  # noise must not look like a mountain
         low, high = (low + high - NARROW) / 2, (low + high + NARROW) / 2
+    if metric.unit == PERCENT:  # points that are all at 100 would stand in the middle of an axis that goes on beyond
+        high = min(high, 100 + 0.05 * (high - low))
         axis.set_ylim(low, high)
     if (value := curves.before.get(key)) is not None:
         near = 1.5 * low - 0.5 * high < value < 1.5 * high - 0.5 * low

@@ -28,6 +28,19 @@ def draw_overlaps(folder):
     publish_overlaps([{"facts": n, **overlap} for n in (1, 10)], "KNE", folder)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.98, 0.5])
+def test_an_axis_of_percent_ends_at_a_hundred(tmp_path, monkeypatch, share):
+    drawn = []
+    monkeypatch.setattr("kne_easyedit._util.plotting.entitle", lambda figure, _title: drawn.append(figure))
+    monkeypatch.setattr("kne_easyedit.benchmark.intervals.RESAMPLES", 200)
+    points = {f"KNE-rows@{name}": {"ES": share} for name in ("down_proj", "k_proj")}
+    (curves,) = read_studies([write_points(tmp_path / "run", points, noise=0)]).curves
+    draw_study(curves, tmp_path / "location.png")
+    (axis,) = (axis for axis in drawn[0].axes if axis.get_title().startswith("ES"))
+    low, high = axis.get_ylim()
+    assert low < 100 * share < high <= 100 + 0.05 * (high - low) + 1 and high - low >= 2
+
+
 @pytest.mark.parametrize("draw", [draw_location, draw_sequence, draw_overlaps])
 def test_names_stand_outside_of_all_panels(draw, tmp_path, monkeypatch):
     drawn = []
