@@ -232,7 +232,7 @@ def fingerprint(
         base: `base_fingerprint`.
         ensemble: Of KNE, if it localises before the first edit.
         asked: Number of a record -> digest of what is asked of it beside EasyEdit's probes.
-        left_out: Numbers of records that cannot be edited. Another method may leave out others.
+        left_out: Numbers of records that cannot be edited, ascending. Another method may leave out others.
     """
     hparams = job.hparams[method]
     settings = {
@@ -253,7 +253,7 @@ def fingerprint(
     if job.mode != "single":  # there a result depends on the other records, too
         parts += [job.batch_size, job.retention_every, [record_digest(request) for request in job.requests]]
         if left_out:  # its batches, or what came before in its sequence, are others
-            parts.append(["left out", sorted(left_out)])
+            parts.append(["left out", *left_out])
     if job.neighbours or job.contradiction:  # added only then: lines of earlier versions keep their fingerprints
         of_others = None if job.mode == "single" else sorted((asked or {}).items())
         parts.append(["asked", job.neighbours, job.contradiction, of_others])

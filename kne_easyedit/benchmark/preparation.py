@@ -101,12 +101,13 @@ def prepare(job: Run) -> PreparedRun:
     ensembles, localization = _localize(job, hparams)
     asked = choose(job)
     keys = {index: its.key for index, its in asked.items()}
-    left_out = {request["index"] for request in job.requests} - {request["index"] for request in requests}
+    usable = {request["index"] for request in requests}
+    left_out = sorted({request["index"] for request in job.requests} - usable)
     fingerprints, settings = {}, {}
     for method in hparams:
         ensemble = ensembles.get(method)
-        fingerprints[method] = fingerprint(job, method, base, ensemble, keys, sorted(left_out))
-        settings[method] = settings_digest(job, method, weights, variant, ensemble, sorted(left_out))
+        fingerprints[method] = fingerprint(job, method, base, ensemble, keys, left_out)
+        settings[method] = settings_digest(job, method, weights, variant, ensemble, left_out)
     return PreparedRun(
         job,
         model_name=str(next(iter(job.hparams.values())).model_name),

@@ -102,8 +102,14 @@ def kne_texts_at_once(hparams: KNEHyperParams, earlier: Sequence[int] = ()) -> i
     spared, and the prompts of ``kl_data``.
     """
     kl = hparams.kl_size if hparams.kl_weight else 0
+    own = hparams.batch_size * (1 + bool(hparams.subject_variants))
+    return own + _all_neighbours_in_step(hparams, earlier) + kl
+
+
+def _all_neighbours_in_step(hparams: KNEHyperParams, earlier: Sequence[int]) -> int:
+    """Those of all facts, and facts of earlier edits among them."""
     more = 0 if hparams.neighbours_per_step else _earlier_neighbours(hparams, earlier)
-    return hparams.batch_size * (1 + neighbours_in_step(hparams) + bool(hparams.subject_variants)) + more + kl
+    return hparams.batch_size * neighbours_in_step(hparams) + more
 
 
 def _earlier_neighbours(hparams: KNEHyperParams, earlier: Sequence[int]) -> int:
@@ -146,8 +152,8 @@ def _neighbours(
 ) -> dict[str, int]:
     """What the unedited model reads and says."""
     earlier = _earlier_neighbours(hparams, facts.earlier)
-    in_step = hparams.batch_size * neighbours_in_step(hparams) + (0 if hparams.neighbours_per_step else earlier)
-    texts = min(max(AT_ONCE, in_step), hparams.batch_size * neighbours_wanted(hparams) + earlier)
+    at_once = max(AT_ONCE, _all_neighbours_in_step(hparams, facts.earlier))
+    texts = min(at_once, hparams.batch_size * neighbours_wanted(hparams) + earlier)
     longest = _longest_neighbour(hparams, facts)
     tokens = longest + 1
     modules = [module for target, _ in rows for module in target.modules]

@@ -185,10 +185,11 @@ def memory(
         try:
             weights = weights_bytes(model, hparams) if placed is None else placed.computing
             beside = max(0, free - weights)
-            needed, last = (
-                replace(memory_needed(model, hparams, **its, free=beside, device=device.type), weights=weights)
-                for its in (texts | {"earlier": ()}, texts)
-            )
+            needed = memory_needed(model, hparams, **texts | {"earlier": ()}, free=beside, device=device.type)
+            needed = last = replace(needed, weights=weights)
+            if texts["earlier"] and getattr(hparams, "spare_edited", False):
+                last = memory_needed(model, hparams, **texts, free=beside, device=device.type)
+                last = replace(last, weights=weights)
         except (ValueError, OSError):
             yield left_out(name, "its modules are not there")
             continue

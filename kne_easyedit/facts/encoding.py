@@ -205,8 +205,9 @@ def chat_prompt(tokenizer: Tokenizer, prompt: str) -> str:
     Raises:
         ValueError: The tokenizer has no template.
     """
-    given = prompt.removeprefix(_start(tokenizer))
-    return given if plain_prompt(tokenizer, prompt) != prompt else _rendered(tokenizer, natural(prompt))
+    start, before, after = _template(tokenizer)
+    given = prompt.removeprefix(start)
+    return given if given.startswith(before) and given.endswith(after) else _rendered(tokenizer, natural(prompt), start)
 
 
 def plain_prompt(tokenizer: Tokenizer, prompt: str) -> str:
@@ -215,26 +216,28 @@ def plain_prompt(tokenizer: Tokenizer, prompt: str) -> str:
     Raises:
         ValueError: The tokenizer has no template.
     """
-    before, _, after = _rendered(tokenizer, _MARK).partition(_MARK)
-    given = prompt.removeprefix(_start(tokenizer))
+    start, before, after = _template(tokenizer)
+    given = prompt.removeprefix(start)
     if not (given.startswith(before) and given.endswith(after)):
         return prompt
     return given[len(before) : len(given) - len(after)]
 
 
-def _rendered(tokenizer: Tokenizer, text: str) -> str:
+def _template(tokenizer: Tokenizer) -> tuple[str, str, str]:
+    """The start token, where the tokenizer itself adds it, and what the template has before and after a prompt."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"use_chat_template: {type(tokenizer).__name__} of this model has no chat template; leave the setting out"
         )
+    start = tokenizer.bos_token if _adds_start(tokenizer) else ""
+    before, _, after = _rendered(tokenizer, _MARK, start).partition(_MARK)
+    return start, before, after
+
+
+def _rendered(tokenizer: Tokenizer, text: str, start: str) -> str:
     said = [{"role": "user", "content": text}]
     text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-    return natural(text).removeprefix(_start(tokenizer))
-
-
-def _start(tokenizer: Tokenizer) -> str:
-    """The start token, where the tokenizer itself adds it."""
-    return tokenizer.bos_token if _adds_start(tokenizer) else ""
+    return natural(text).removeprefix(start)
 
 
 def _adds_start(tokenizer: Tokenizer) -> bool:
