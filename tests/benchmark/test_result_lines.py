@@ -8,7 +8,7 @@ import logging
 import pytest
 from conftest import tiny_hparams
 from made_results import line, write
-from runs import counting, job_fixture, lines_of, record  # noqa: F401  (a fixture)
+from runs import counting, job_fixture, lines_of, no_fluency_fixture, quick_fixture, record  # noqa: F401  (fixtures)
 
 from kne_easyedit.benchmark import run
 from kne_easyedit.benchmark.collect import collect
@@ -30,21 +30,22 @@ def stored(path) -> list[dict]:
 # Lines
 
 
-@pytest.mark.parametrize("mark", SEPARATORS)
-def test_separators_within_a_text_end_no_line(tmp_path, mark):
-    entry = line("KNE", 0, 1.0, prompt=f"one{mark}two", after=f"three{mark}four")
+def test_separators_within_a_text_end_no_line(tmp_path):
+    entries = [line("KNE", i, 1.0, prompt=f"one{m}two", after=f"three{m}four") for i, m in enumerate(SEPARATORS)]
     path = tmp_path / "results.jsonl"
-    Lines(path, lambda _: True).append(entry)
+    kept = Lines(path, lambda _: True)
+    for entry in entries:
+        kept.append(entry)
     text = path.read_text(encoding="utf-8")
-    assert stored(path) == [entry]
-    assert Lines(path, lambda _: True).lines == [entry]
+    assert stored(path) == entries
+    assert Lines(path, lambda _: True).lines == entries
     assert path.read_text(encoding="utf-8") == text  # the rewrite has deleted nothing
-    (found,) = collect([path]).lines
-    assert found["prompt"] == entry["prompt"]
-    assert read_results(path) == [{"method": "KNE", "metrics": entry["metrics"]}]
+    assert [found["prompt"] for found in collect([path]).lines] == [entry["prompt"] for entry in entries]
+    assert read_results(path) == [{"method": "KNE", "metrics": entry["metrics"]} for entry in entries]
     publish(collect([path]), tmp_path / "report")
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_with_separators_in_its_texts_goes_on(job, monkeypatch, capsys):
     from kne_easyedit.benchmark import runner
     from kne_easyedit.benchmark.answers import FreeAnswer
@@ -88,33 +89,38 @@ def test_only_the_torn_end_of_a_killed_run_goes(tmp_path, caplog):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"metrics": {', b"[]", b'{"metrics": {}}', b"\xff"])
-def test_torn_figures_before_the_edit_are_computed_again(job, monkeypatch, caplog, content):
+TORN = [b"", b'{"metrics": {', b"[]", b'{"metrics": {}}', b"\xff"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_torn_figures_before_the_edit_are_computed_again(job, caplog):
+    answers = ("Rome", "Oslo", "Ada", "Lima", "Latin")
+    job.requests = [{**job.requests[0], "target_new": answer, "index": i} for i, answer in enumerate(answers)]
+    job.skip_bad = True
     run(job)
     expected = lines_of(job)
-    (first, *_) = sorted((job.folder / "before").glob("*.json"))
-    whole = first.read_text()
-    first.write_bytes(content)
+    files = sorted((job.folder / "before").glob("*.json"))
+    whole = [file.read_text() for file in files]
+    for file, content in zip(files, TORN, strict=True):
+        file.write_bytes(content)
     (job.folder / "results.jsonl").unlink()
-    job.skip_bad = True
     assert run(job)["skipped"] == []
-    assert "the figures before the edit are computed again" in caplog.text
-    assert first.read_text() == whole
+    assert caplog.text.count("the figures before the edit are computed again") == len(TORN)
+    assert [file.read_text() for file in files] == whole
     assert [entry["metrics"] for entry in lines_of(job)] == [entry["metrics"] for entry in expected]
 
 
 # Fingerprints
 
 
-@pytest.mark.parametrize("form", ["relative", "absolute", "~", "variable"])
-def test_a_file_counts_by_what_it_holds_and_lies_where_the_command_was_given(job, tmp_path, monkeypatch, form):
+@pytest.mark.usefixtures("quick")
+def test_a_file_counts_by_what_it_holds_and_lies_where_the_command_was_given(job, tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(here))
     monkeypatch.setenv("WHERE", str(here))
     (here / "kl.json").write_text(json.dumps([record("Italy", "Lima")]))
-    place = {"relative": "", "absolute": f"{here}/", "~": "~/", "variable": "$WHERE/"}
     settings = {
         "kl_weight": 1.0,
         "num_steps": 3,
@@ -124,16 +130,19 @@ def test_a_file_counts_by_what_it_holds_and_lies_where_the_command_was_given(job
 
     def run_with(prefix: str) -> str:
         job.hparams = {"KNE": tiny_hparams(kl_data=f"{prefix}kl.json", cache_dir=f"{prefix}cache", **settings)}
-        return run(job)["fingerprints"]["KNE"]
+        found = run(job)["fingerprints"]["KNE"]
+        assert job.hparams["KNE"].kl_data == f"{prefix}kl.json"  # the caller's object is his own
+        return found
 
     first = run_with("")
     assert (here / "cache/scores").is_dir() and not list(job.folder.rglob("cache"))
-    assert run_with(place[form]) == first  # the same content under another name
-    assert job.hparams["KNE"].kl_data == f"{place[form]}kl.json"  # the caller's object is his own
+    for place in (f"{here}/", "~/", "$WHERE/"):
+        assert run_with(place) == first  # the same content under another name
     (here / "kl.json").write_text(json.dumps([record("Peru", "Lima")]))
     assert run_with("") != first  # the same name with another content
 
 
+@pytest.mark.usefixtures("no_fluency")
 def test_a_relative_ensemble_is_read_within_a_run(job, tmp_path, monkeypatch):
     run(job)
     (job.folder / "ensemble.json").rename(tmp_path / "mine.json")
@@ -205,6 +214,7 @@ def test_other_settings_are_never_averaged_whatever_the_seed(tmp_path, changes):
         collect([tmp_path])
 
 
+@pytest.mark.usefixtures("quick")
 def test_lines_of_a_run_say_what_seeds_may_differ_in(job):
     settings = {}
     for name, changes in {"seed": {"seed": 7}, "template": {"chat_template": True}, "first": {}}.items():

@@ -45,6 +45,7 @@ def test_a_run_writes_what_it_measured(job, capsys):
     assert "| KNE      |       100.00 |" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick")
 def test_nothing_of_easyedit_reaches_the_working_directory(job, tmp_path, monkeypatch, capsys):
     here = tmp_path / "here"
     here.mkdir()
