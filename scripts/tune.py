@@ -208,7 +208,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--report-only", action="store_true", help="run nothing: of the methods that are finished")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="overrides of hparams/benchmark.yaml, as Hydra's"
+        "--set",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="overrides of hparams/benchmark.yaml, as Hydra's",
     )
     given = parser.parse_args(arguments)
     plan = read_plan(given.plan)

@@ -23,6 +23,7 @@ __all__ = [
     "exclusive_lock",
     "expand_path",
     "name_file",
+    "new_directory",
     "parse_json",
     "parse_versioned",
 ]
@@ -80,6 +81,51 @@ def atomic_directory(final: str | os.PathLike[str], exclusive: bool = False) -> 
                 ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # renamed by now, unless something failed
+
+
+@contextlib.contextmanager
+def new_directory(final: str | os.PathLike[str], last: str) -> Iterator[Path]:
+    """Yields an empty folder whose files become those of ``final``, which does not exist, or is empty.
+
+    A folder that does not exist appears complete (`atomic_directory`). An empty one stays what it is: it may be the
+    working directory, or where a volume is mounted, and can then be neither removed nor replaced. The files are moved
+    into it, ``last`` at the end: who finds that one finds all.
+
+    Args:
+        final: The folder.
+        last: The file by which others recognise it.
+
+    Raises:
+        FileExistsError: It holds something, also if another process was faster. It is as it was.
+        OSError: It cannot be written.
+    """
+    final = Path(final)
+    if not final.is_dir():
+        with atomic_directory(final, exclusive=True) as temporary:
+            yield temporary
+        return
+    _require_empty(final, [])
+    temporary = final / f".{uuid.uuid4().hex[:12]}.tmp"
+    names: list[str] = []
+    try:
+        temporary.mkdir()
+        yield temporary
+        _require_empty(final, [temporary])
+        names = sorted((path.name for path in temporary.iterdir()), key=lambda name: name == last)
+        for name in names:
+            (temporary / name).rename(final / name)
+        names = []
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for path in (final / name for name in names):  # not all of them: none
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _require_empty(folder: Path, but: list[Path]) -> None:
+    if found := sorted(path.name for path in folder.iterdir() if path not in but):
+        raise FileExistsError(
+            f"{folder} exists already; choose another folder, or remove it first: it holds {shorten(found[0])}"
+        )
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:

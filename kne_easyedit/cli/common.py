@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -112,10 +113,16 @@ def add_overrides(parser: argparse.ArgumentParser, help_of_set: str) -> None:
     parser.add_argument(
         "--modules",
         nargs="+",
+        action="extend",
         metavar="TEMPLATE",
         help="overrides KNE's target_modules, e.g. 'model.layers.{}.mlp.up_proj'",
     )
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=help_of_set)
+    add_set(parser, help_of_set)
+
+
+def add_set(parser: argparse.ArgumentParser, help_of_set: str) -> None:
+    """``--set``, which may stand there several times."""
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=help_of_set)
 
 
 def add_general(parser: argparse.ArgumentParser) -> None:
@@ -210,6 +217,8 @@ def require_folder(path: Path, option: str = "--out") -> None:
         if part.exists():
             if not part.is_dir():
                 raise ValueError(f"{option}: {part} is a file, expected a folder for the results")
+            if not os.access(part, os.W_OK | os.X_OK):
+                raise ValueError(f"{option}: nothing can be written into {part}; name another folder")
             return
 
 

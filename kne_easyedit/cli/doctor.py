@@ -23,8 +23,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--hparams",
         nargs="+",
+        action="extend",
         type=Path,
-        default=[shipped() / "KNE" / f"{SHIPPED}.yaml"],
         metavar="FILE",
         help="YAML files of the run's methods, identified as in `kne run` (default: KNE's shipped one for SmolLM2)",
     )
@@ -42,7 +42,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     failed: list[str] = []
     plan: dict[str, Any] = {}
-    for finding in _load(arguments.hparams, plan):
+    for finding in _load(arguments.hparams or [shipped() / "KNE" / f"{SHIPPED}.yaml"], plan):
         _print(finding, failed)
     trial = not arguments.no_trial and not failed
     for finding in examine(plan, arguments.data, arguments.records, arguments.offset, trial):

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kne_easyedit.cli.common import overrides_of
+from kne_easyedit.cli.common import add_set, overrides_of
+from kne_easyedit.hparams import KNEHyperParams
 
 if TYPE_CHECKING:
     from kne_easyedit.editing.kne_edit import KNEEdit
@@ -115,9 +115,7 @@ def open_store(folder: Path) -> EditStore:
 def add_base(parser: argparse.ArgumentParser) -> None:
     """The options that say which model is loaded, and how."""
     parser.add_argument("--model", help="path or hub name of the base (default: as the edit names it)")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help=f"how it is loaded: {', '.join(LOADING[1:])}"
-    )
+    add_set(parser, f"how it is loaded: {', '.join(LOADING[1:])}")
     parser.add_argument("--force", action="store_true", help="apply it to another base, too, with a warning")
 
 
@@ -133,14 +131,17 @@ def load_base(opened: Opened, arguments: argparse.Namespace) -> tuple[Any, Token
     if unknown := sorted(given.keys() - set(LOADING)):
         raise ValueError(f"--set {unknown[0]}: only {', '.join(LOADING)} say how a model is loaded")
     settings = {name: opened.hparams[name] for name in LOADING if name in opened.hparams}
+    if isinstance(places := settings.get("max_memory"), Mapping):  # JSON has made texts of the GPUs' numbers
+        settings["max_memory"] = {int(one) if str(one).isdigit() else one: size for one, size in places.items()}
     settings = {"model_name": opened.base, "device": "cpu", **settings, **given}
     if arguments.model:
         settings["model_name"] = arguments.model
     if not settings["model_name"]:
         raise ValueError("--model: the edit does not name its base; say which model it is")
     try:
-        return load_model(SimpleNamespace(**settings))
+        # Checked as where an edit is made; which modules would be edited plays no part.
+        return load_model(KNEHyperParams.from_dict({"target_modules": ["layers.{}"], **settings}))
     except (ValueError, OSError) as error:
-        if arguments.model:
+        if arguments.model or not str(error).startswith("model_name: "):
             raise
         raise ValueError(f"{error}; the edit names this base: say where it is by --model") from error

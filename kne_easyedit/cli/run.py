@@ -74,6 +74,7 @@ def add_commands(commands: Any) -> None:
     job.add_argument(
         "--hparams",
         nargs="*",
+        action="extend",
         type=Path,
         default=[],
         metavar="FILE",

@@ -22,7 +22,14 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("edit", type=Path, metavar="DIR", help="an edit's folder")
     parser.add_argument(
-        "--with", dest="others", nargs="+", type=Path, default=[], metavar="DIR", help="edits to compare it with"
+        "--with",
+        dest="others",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="edits to compare it with",
     )
     parser.add_argument("--model", help="folder or hub name of the base (default: as the edit names it)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="the picture (default: edit.png in DIR)")

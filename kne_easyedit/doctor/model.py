@@ -143,7 +143,7 @@ def tokenizers(plan: Mapping[str, Any], folder: Path, model: nn.Module) -> Gener
 
     name = "tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  (a broken file raises anything, in transformers or in tokenizers' Rust)
         yield failure(name, f"tokenizer: that in {folder} cannot be loaded: {error}")
         return None

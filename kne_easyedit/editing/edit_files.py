@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kne_easyedit._util.digest import digest
-from kne_easyedit._util.files import atomic_directory, parse_json, parse_versioned
+from kne_easyedit._util.files import new_directory, parse_json, parse_versioned
 from kne_easyedit._util.messages import shorten
 from kne_easyedit._util.tensor_files import DTYPES, Place, places, read_tensor, texts, values_digest, write_tensors
 from kne_easyedit.editing.row_edit import Answer
@@ -145,9 +145,7 @@ def write_edit(folder: str | os.PathLike[str], edit: Any, modules: Mapping[str, 
     """
     folder = Path(folder)
     require_finite(edit)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()  # a rename replaces no folder everywhere
-    if folder.exists() or folder.is_symlink():
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
         raise FileExistsError(f"edit: {folder} exists already; choose another folder, or remove it first")
     content = {
         "format": FORMAT,
@@ -163,7 +161,7 @@ def write_edit(folder: str | os.PathLike[str], edit: Any, modules: Mapping[str, 
         "hparams": dict(edit.hparams),
         "versions": dict(edit.versions),
     }
-    with atomic_directory(folder, exclusive=True) as temporary:
+    with new_directory(folder, last=JSON_FILE) as temporary:
         fields = json.dumps({name: digest(value) for name, value in content.items()})
         write_tensors(temporary / ROWS_FILE, _Values(edit.deltas), {"kne_edit": edit.digest, FIELDS_TEXT: fields})
         with (temporary / JSON_FILE).open("x", encoding="utf-8") as file:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kne_easyedit._util.files import atomic_directory, parse_json
+from kne_easyedit._util.files import new_directory, parse_json
 from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit._util.messages import shorten
 from kne_easyedit._util.tensor_files import DTYPES, Place, places, read_tensor, write_tensor
@@ -29,7 +29,7 @@ from kne_easyedit.models.weight_files import candidates
 
 logger = logging.getLogger(__name__)
 
-ONE_FILE, INDEX_FILE, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
+CONFIG, ONE_FILE, INDEX_FILE, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
 _COPIED = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".md")
 """Endings of what a model has beside its weights: configuration, tokenizer, code, texts."""
 _TEXTS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -71,11 +71,9 @@ def merge_edits(
     shards = _shards(source)
     names = dict.fromkeys(name for edit in edits for name in edit.deltas)
     found = {name: _verified(source, name, edits, shards, force) for name in names}
-    if out.is_dir() and not any(out.iterdir()):
-        out.rmdir()
-    if out.exists() or out.is_symlink():
+    if not out.is_dir() and (out.exists() or out.is_symlink()):
         raise FileExistsError(f"out: {out} exists already; choose another folder, or remove it first")
-    with atomic_directory(out, exclusive=True) as temporary:
+    with new_directory(out, last=CONFIG) as temporary:
         for path in sorted(source.iterdir()):
             if path.is_dir() and path.name in _FOLDERS:
                 shutil.copytree(path, temporary / path.name)
@@ -106,7 +104,7 @@ def _belongs(name: str, shards: Mapping[str, object]) -> bool:
 
 
 def _require_config(source: Path, edits: Sequence[Appliable], force: bool) -> None:
-    path = source / "config.json"
+    path = source / CONFIG
     if not path.is_file():
         missing = f"{path} is missing" if source.is_dir() else f"{source} does not exist"
         raise FileNotFoundError(f"model: {missing}; give the folder of the base, as save_pretrained writes it")

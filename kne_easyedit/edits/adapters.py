@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kne_easyedit._util.files import atomic_directory
+from kne_easyedit._util.files import new_directory
 from kne_easyedit._util.messages import require_one_of, shorten
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.lacking import lacking_note
@@ -119,7 +119,9 @@ def save_adapter(
     factors = {name: factorised(rows, rank if form == "portable" else max_rank) for name, rows in changed.items()}
     answers = _checked_answers(edits, changed, factors, model)
     base = _base_name(edits, model) if base_name is None else base_name
-    config = _config(form, rank, factors, places, base, _revision(edits, model))
+    # Of the base that the edits name: a commit of one repository is none of another.
+    revision = _revision(edits, model) if base == _base_name(edits, model) else None
+    config = _config(form, rank, factors, places, base, revision)
     notes += [*_served_notes(form, factors), *([note] if (note := lacking_note(edits)) else [])]
     card = adapter_card(
         base=base,
@@ -346,9 +348,7 @@ def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     """Writes the files into a folder that appears when it is complete; returns their bytes."""
     from safetensors.torch import save_file
 
-    if _is_empty(folder):
-        folder.rmdir()
-    with atomic_directory(folder, exclusive=True) as unfinished:
+    with new_directory(folder, last=CONFIG_FILE) as unfinished:
         (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(dict(tensors), unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         (unfinished / "README.md").write_text(card, encoding="utf-8")

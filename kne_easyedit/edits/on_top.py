@@ -33,8 +33,10 @@ def localized_and_applied(
         hparams: The settings.
 
     Raises:
-        ValueError, OSError, FloatingPointError: As `find_ensemble` and `EditStore.apply`.
+        ValueError, OSError, FloatingPointError: As `find_ensemble`, `EditStore.apply` and `EditStore.require_base`.
     """
+    with EditStack(()).applied(model):
+        store.require_base(model)  # before anything is localised or trained
     if hparams.localization_data is not None:
         with EditStack(()).applied(model):
             find_ensemble(model, tokenizer, requests, hparams)

@@ -23,6 +23,8 @@ from kne_easyedit.editing.row_edit import Answer
 from kne_easyedit.editing.row_training import measured_answers
 from kne_easyedit.edits.listing import LIST_FILE, Content, Listed, checked_id, read_list, write_list
 from kne_easyedit.edits.stack import EditStack
+from kne_easyedit.models.base import Base, base_of
+from kne_easyedit.models.targets import is_linear
 
 logger = logging.getLogger(__name__)
 
@@ -103,11 +105,11 @@ class EditStore:
             name: Its id: letters, digits, ``_``, ``-`` and ``.``; None: the start of its digest.
 
         Returns:
-            Its id. An edit that the store has already stays as it is.
+            Its id. An edit that the store has already stays where it is, and is switched on.
 
         Raises:
-            ValueError: The name cannot be used or is taken, or the edit is of another base than the others. Nothing was
-                changed.
+            ValueError: The name cannot be used or is taken, also by a folder that is not in the list, or the edit is of
+                another base than the others. Nothing was changed.
             OSError: The store cannot be written.
         """
         if name is not None:
@@ -117,17 +119,13 @@ class EditStore:
                 if one.digest == edit.digest:
                     if name not in (None, one.id):
                         raise ValueError(f"store: {self.folder} has this edit already, as {one.id!r}")
+                    self._replace(content, _switched(content.edits, one.id, True))
                     return one.id
             new = checked_id(edit.digest[:12] if name is None else name)
             if taken := [one.id for one in content.edits if one.id.casefold() == new.casefold()]:
                 raise ValueError(f"store: name: {taken[0]!r} is taken in {self.folder}; choose another name")
-            base = content.base if content.edits else None  # an emptied store takes edits of any base
-            if base is not None and (reason := edit.base.conflict(base)):
-                raise ValueError(
-                    f"store: the edit was trained on {edit.base.label}, those of {self.folder} on {base.label}: "
-                    f"{reason}. Keep edits of another base in another store"
-                )
-            base = base or edit.base
+            self._require_base(content, edit.base)
+            base = (content.base if content.edits else None) or edit.base  # an emptied store takes edits of any base
             base = replace(base, modules={**edit.base.modules, **base.modules})
             known = {one.digest for one in content.edits}
             if strange := [digest[:12] for digest in edit.trained_on if digest not in known]:
@@ -138,9 +136,8 @@ class EditStore:
                     ", ".join(strange),
                 )
             place = self._place(new)
-            if place.exists():  # of a process that was killed before it listed the edit
-                shutil.rmtree(place)
-            edit.save(place)
+            if not _lies_at(place, edit):
+                edit.save(place)
             listed = Listed(new, True, edit.digest, edit.facts, edit.trained_on)
             write_list(self.folder, Content((*content.edits, listed), base))
         return new
@@ -295,6 +292,20 @@ class EditStore:
             found.append(Checked(entry, edit.answers, answers, {id: count for id, count in pairs if count}))
         return tuple(found)
 
+    def require_base(self, model: nn.Module) -> None:
+        """Raises ValueError if edits of a model cannot be added, because those of the store are of another one."""
+        content = read_list(self.folder)
+        known = {name for name, module in model.named_modules() if is_linear(module)}
+        names = [name for name in (content.base.modules if content.base else ()) if name in known]
+        self._require_base(content, base_of(model, names))
+
+    def _require_base(self, content: Content, base: Base) -> None:
+        if content.edits and content.base is not None and (reason := base.conflict(content.base)):
+            raise ValueError(
+                f"store: the edit was trained on {base.label}, those of {self.folder} on {content.base.label}: "
+                f"{reason}. Keep edits of another base in another store"
+            )
+
     def _stack(self, wanted: Callable[[Listed], bool]) -> EditStack:
         return EditStack(tuple(self._load(one) for one in read_list(self.folder).edits if wanted(one)))
 
@@ -326,7 +337,7 @@ class EditStore:
     def _switch(self, id: str, on: bool) -> tuple[Entry, ...]:
         with self._changing() as content:
             require_one_of("id", id, [one.id for one in content.edits])
-            return self._replace(content, tuple(replace(one, on=on) if one.id == id else one for one in content.edits))
+            return self._replace(content, _switched(content.edits, id, on))
 
     def _replace(self, content: Content, edits: tuple[Listed, ...]) -> tuple[Entry, ...]:
         """Writes the list, while it is held, if it is another one.
@@ -359,6 +370,35 @@ class EditStore:
             return
         with exclusive_lock(self.folder, wait=True):
             yield read_list(self.folder)
+
+
+def _switched(edits: Sequence[Listed], id: str, on: bool) -> tuple[Listed, ...]:
+    return tuple(replace(one, on=on) if one.id == id else one for one in edits)
+
+
+def _lies_at(place: Path, edit: KNEEdit) -> bool:
+    """Whether an edit's folder, which is not in the list, holds it: of a killed process, or of a list that was lost.
+
+    Raises:
+        ValueError: It holds something else, which may be the only copy.
+    """
+    if not place.exists():
+        return False
+    try:
+        found = KNEEdit.load(place)
+    except FileNotFoundError:  # what a killed process has left of an edit that was removed
+        shutil.rmtree(place)
+        return False
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"store: {place} is not in the list, and cannot be read ({error}); move it away, or choose another name"
+        ) from error
+    if found.digest != edit.digest:
+        raise ValueError(
+            f"store: {place} holds another edit, which is not in the list; add it (kne edits add STORE {place}), move "
+            f"it away, or choose another name"
+        )
+    return True
 
 
 def _missing(edits: Sequence[Listed]) -> dict[str, set[str]]:

@@ -30,10 +30,13 @@ def resolve_device(device: int | str) -> torch.device:
         device: A name of torch's, or the number of a GPU.
 
     Raises:
-        ValueError: This machine does not have it.
+        ValueError: It is no device, or this machine does not have it.
     """
     name = f"cuda:{device}" if str(device).isdigit() else str(device)
-    resolved = torch.device(name)
+    try:
+        resolved = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: {device!r} is none; set a GPU's number, cpu, cuda, cuda:N or mps") from error
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (resolved.index or 0) >= count:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from kne_easyedit._util.files import expand_path
@@ -45,15 +46,22 @@ def load_model(hparams: Any) -> tuple[nn.Module, Tokenizer]:
     placement = loading_options(hparams, device, dtype)
     try:
         with suppress_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            kind = auto_class(AutoConfig.from_pretrained(name))
-            model: Any = kind.from_pretrained(name, dtype=dtype, **placement)
-    except (OSError, ValueError) as error:  # huggingface_hub calls some wrong names a ValueError
-        raise ValueError(f"model_name: {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            kind = auto_class(AutoConfig.from_pretrained(name, trust_remote_code=False))
+            model: Any = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False, **placement)
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # not the model's fault
+    except Exception as error:  # a damaged file raises anything, in transformers and in the Rust code below it
+        raise ValueError(f"model_name: {name!r} cannot be loaded: {_reason(error)}") from error
     model = (model if placement else model.to(device)).eval()
     align_weights(model)
     settle_blocks(model)
     return model, tokenizer
+
+
+def _reason(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0]
+    return text if text and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 def auto_class(config: Any) -> Any:

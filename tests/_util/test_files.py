@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from kne_easyedit._util import files as paths
-from kne_easyedit._util.files import atomic_directory, atomic_write, cache_home
+from kne_easyedit._util.files import atomic_directory, atomic_write, cache_home, new_directory
 
 
 class TestCacheHome:
@@ -144,3 +144,54 @@ class TestAtomicWrite:
             atomic_write(target, 3)
         assert target.read_text() == "old"
         assert list(tmp_path.iterdir()) == [target]
+
+
+class TestNewDirectory:
+    @staticmethod
+    def fill(folder: Path) -> None:
+        with new_directory(folder, last="a.json") as unfinished:
+            (unfinished / "a.json").write_text("a")
+            (unfinished / "z").mkdir()
+            (unfinished / "z" / "b").write_text("b")
+
+    def test_an_empty_folder_stays_the_folder_that_it_is(self, tmp_path, monkeypatch):
+        """It may be the working directory, or where a volume is mounted: it cannot be removed or renamed."""
+        here = tmp_path / "here"
+        here.mkdir()
+        monkeypatch.chdir(here)
+        before = here.stat().st_ino
+        self.fill(Path())
+        assert here.stat().st_ino == before and sorted(path.name for path in here.iterdir()) == ["a.json", "z"]
+        assert (here / "z" / "b").read_text() == "b"
+        self.fill(tmp_path / "new")  # the converse: it is made
+        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.json", "z"]
+
+    def test_what_tells_others_that_it_is_complete_comes_last(self, tmp_path, monkeypatch):
+        order, rename = [], Path.rename
+        monkeypatch.setattr(Path, "rename", lambda self, to: order.append(self.name) or rename(self, to))
+        self.fill(tmp_path)
+        assert order == ["z", "a.json"]
+
+    @pytest.mark.parametrize("moved", [0, 1])
+    def test_after_an_error_it_is_empty_again(self, tmp_path, monkeypatch, moved):
+        rename, left = Path.rename, [moved]
+
+        def fails(self, to):
+            if not left[0]:
+                raise OSError("disk")
+            left[0] -= 1
+            return rename(self, to)
+
+        monkeypatch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="disk"):
+            self.fill(tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    def test_what_another_process_wrote_meanwhile_is_kept(self, tmp_path):
+        with (
+            pytest.raises(FileExistsError, match=r"exists already; choose another folder.*theirs"),
+            new_directory(tmp_path, last="a.json") as unfinished,
+        ):
+            (unfinished / "a.json").write_text("ours")
+            (tmp_path / "theirs").write_text("theirs")
+        assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

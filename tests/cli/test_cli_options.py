@@ -116,7 +116,8 @@ def test_odd_values_are_one_clear_line(tiny, capsys, arguments, message):
     (tiny / "binary.yaml").write_bytes(bytes(range(256)))
     (tiny / "broken.yaml").write_text("a: [1, 2")
     (tiny / "list.yaml").write_text("- 1\n- 2\n")
-    assert kne(*RUN, *arguments) == 1
+    command = [one for one in RUN if one not in ("--hparams", "kne.yaml")] if "--hparams" in arguments else RUN
+    assert kne(*command, *arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("kne: ") and error.count("\n") == 1, error
     assert re.search(message, error), error
@@ -224,3 +225,17 @@ def test_every_extra_that_a_message_or_a_page_names_is_there():
 def test_the_extra_of_the_report_has_all_that_a_report_imports():
     report = extras()["report"]
     assert all(package in report for package in ("matplotlib", "markdown-it-py", "scipy"))
+
+
+@pytest.mark.parametrize("command", ["edit --out x", "study share", "run --data x", "ask rome", "edits check store"])
+def test_settings_may_be_given_one_by_one(command):
+    arguments = cli._parser().parse_args([*command.split(), "--set", "p=0.02", "--set", "device=cpu", "fp16=false"])
+    assert arguments.set == ["p=0.02", "device=cpu", "fp16=false"]
+
+
+def test_files_and_edits_may_be_given_one_by_one():
+    parse = cli._parser().parse_args
+    assert parse(["show", "a", "--with", "b", "--with", "c"]).others == [Path("b"), Path("c")]
+    assert parse(["run", "--data", "x", "--hparams", "a", "--hparams", "b"]).hparams == [Path("a"), Path("b")]
+    assert parse(["doctor", "--hparams", "a", "--hparams", "b"]).hparams == [Path("a"), Path("b")]
+    assert parse(["edit", "--out", "x", "--modules", "a", "--modules", "b"]).modules == ["a", "b"]

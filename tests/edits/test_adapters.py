@@ -37,6 +37,16 @@ def in_place(make, *edits):
     return logits(model)
 
 
+@pytest.mark.parametrize(("given", "revision"), [(None, "f" * 40), ("a/b", "f" * 40), ("mirror/c", None)])
+def test_a_commit_belongs_to_the_repository_that_the_edit_names(tmp_path, given, revision):
+    edit = thing_of(make_llama())
+    named = replace(edit, base=replace(edit.base, name="a/b", revision="f" * 40))
+    save_adapter(named, tmp_path / "a", base_name=given)
+    config, card = config_of(tmp_path / "a"), (tmp_path / "a" / "README.md").read_text()
+    assert (config["base_model_name_or_path"], config["revision"]) == (given or "a/b", revision)
+    assert ("f" * 40 in card) == (revision is not None)
+
+
 def config_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
 
