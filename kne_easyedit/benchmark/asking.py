@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from kne_easyedit.bridge.layer_patches import at_position
+from kne_easyedit.bridge.layer_patches import at_position, reads_whole_texts
 from kne_easyedit.facts.encoding import Fact, Tokenizer, encode, pad, require_length
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.generation import plain_generation
@@ -41,13 +41,16 @@ def continuations(
         The tokens of each continuation, the end token included where the model gave it.
     """
     found: list[list[int]] = []
-    for some in _chunks(prompts, at_once):
+    whole = reads_whole_texts(model)
+    for some in _chunks(prompts, 1 if whole else at_once):
         ids, mask = pad([tokenizer(prompt)["input_ids"] for prompt in some], tokenizer.eos_token_id or 0, "left")
         start = ids.shape[1]
         limit = getattr(model.config, "max_position_embeddings", None)
         device = device_of(model)
-        options = {} if ended is None else {"stopping_criteria": [_criterion(ended, start)]}
-        with plain_generation(model):
+        options: dict[str, Any] = {} if ended is None else {"stopping_criteria": [_criterion(ended, start)]}
+        if whole:
+            options["use_cache"] = False
+        with plain_generation(model), at_position(model, start - 1):
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),

@@ -16,9 +16,12 @@ from kne_easyedit._util.settings import path_settings, public_settings
 from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.general import Examination
 from kne_easyedit.bridge import patches
+from kne_easyedit.bridge.evaluation_patches import PADDING
 from kne_easyedit.bridge.methods import NAME as KNE
+from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.second_moments import needs_second_moments, own_files
 from kne_easyedit.bridge.text_source import TextSource
+from kne_easyedit.bridge.unrelated import unrelated_prompts
 from kne_easyedit.editing.neighbours import CHOICE, neighbour_digest, uses_neighbours
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
 from kne_easyedit.facts.readers import data_digest
@@ -121,9 +124,8 @@ class Run:
 
     @property
     def moments_text(self) -> TextSource:
-        """`text_source`; if it has no prompts, with those of the records."""
-        prompts = self.text_source.prompts or [request["prompt"] for request in self.requests]
-        return replace(self.text_source, prompts=prompts)
+        """`text_source`; if it has no prompts, with such as have nothing to do with the records."""
+        return replace(self.text_source, prompts=self.text_source.prompts or unrelated_prompts(self.requests))
 
     def validate(self) -> None:
         """Checks the settings, and changes nothing.
@@ -246,8 +248,12 @@ def fingerprint(
         parts.append(None if ensemble is None else digest(ensemble.members()))
         if uses_neighbours(hparams):
             parts.append(["neighbours", CHOICE, neighbour_digest(hparams), *(["said"] if job.chat_template else [])])
+    if traits_of(hparams.alg_name).padding_side == "right" and PADDING in patches.applied():
+        parts.append(PADDING)
+    if traits_of(hparams.alg_name).replaces_layer:
+        parts.append("whole texts")  # versions before asked it token by token
     if needs_second_moments(hparams):
-        parts.append(job.moments_text.digest())
+        parts.append(job.moments_text.digest(job.tokenizer))
         if own := own_files(job.model, hparams, expand_path(hparams.stats_dir)):
             parts.append([data_digest(file) for file in own])
     if job.mode != "single":  # there a result depends on the other records, too

@@ -19,6 +19,8 @@ from kne_easyedit.benchmark.general import NOTHING, Examination, General, is_gen
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.benchmark.neighbourhood import Before, Questioner
 from kne_easyedit.benchmark.probes import Asked
+from kne_easyedit.bridge import patches
+from kne_easyedit.bridge.evaluation_patches import PADDING
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer, encode
 
@@ -150,7 +152,8 @@ def with_old_answer(editor: bridge.MethodEditor, request: dict, unedited: Unedit
 def _view(editor: bridge.MethodEditor) -> list:
     """How EasyEdit's evaluator sees a record under this method's settings."""
     hparams = editor.hparams
-    view = [editor.tokenizer.padding_side, hparams.max_length, traits_of(hparams.alg_name).own_evaluation]
+    side = "left" if PADDING in patches.applied() else editor.tokenizer.padding_side
+    view = [side, hparams.max_length, traits_of(hparams.alg_name).own_evaluation]
     if getattr(hparams, "evaluation_type", None):  # added only then: files of earlier runs keep their names
         view += [hparams.evaluation_type, bool(getattr(hparams, "api_key", None))]
     return view

@@ -4,6 +4,7 @@ What names a module, a class or a fault of EasyEdit belongs here. ``import kne_e
 """
 
 from kne_easyedit.bridge import (  # noqa: F401  (they define patches)
+    evaluation_patches,
     fluency,
     layer_patches,
     loading_patches,

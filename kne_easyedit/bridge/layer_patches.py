@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from kne_easyedit._util.settings import replace_settings
+from kne_easyedit.bridge.evaluation_patches import replace_evaluator
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.patches import runtime_patch
 
@@ -26,6 +27,8 @@ _LAST = -1
 """The last token of what a layer is given."""
 _POSITION = "kne_position"
 """The attribute by which a layer knows the token that it looks at."""
+_WHOLE = "kne_whole_texts"
+"""The attribute of layers that decide by a text from its beginning."""
 
 
 def _of(name: str) -> Any:
@@ -57,8 +60,9 @@ def _codebook_position(easyeditor: ModuleType) -> bool:
             return generate(self, *args, **kwargs)
 
     setattr(layer, _POSITION, _LAST)
+    setattr(layer, _WHOLE, True)
     layer.forward, editor.generate = at_its_position, generate_after
-    _replace_evaluator(_prompt_by_prompt(evaluators.test_prediction_acc, layer))
+    replace_evaluator(_prompt_by_prompt(evaluators.test_prediction_acc, layer))
     evaluate = module("evaluate.evaluate")
     original = evaluate.compute_edit_quality
 
@@ -96,6 +100,15 @@ def at_position(model: nn.Module, position: int) -> Iterator[None]:
             setattr(layer, _POSITION, _LAST)
 
 
+def reads_whole_texts(model: nn.Module) -> bool:
+    """Whether a layer of the model decides by a text from its beginning: GRACE's by its prompt, WISE's by all of it.
+
+    Token by token, from a cache of the tokens before, such a layer would see only the last one. Texts of such a model
+    are generated one by one, without a cache, as EasyEdit's evaluators do, and `at_position` of the prompt's end.
+    """
+    return any(hasattr(type(part), _WHOLE) for part in model.modules())
+
+
 def _prompt_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return kwargs["input_ids"] if "input_ids" in kwargs else args[0]
 
@@ -114,12 +127,6 @@ def _prompt_by_prompt(original: Any, kind: type) -> Any:
         return found
 
     return test_prediction_acc
-
-
-def _replace_evaluator(new: Any) -> None:
-    for holder in (module("evaluate.evaluate_utils"), module("evaluate.evaluate")):
-        if hasattr(holder, "test_prediction_acc"):
-            holder.test_prediction_acc = new
 
 
 @runtime_patch(
@@ -195,5 +202,6 @@ def _decision_for_each_prompt(easyeditor: ModuleType) -> bool:
         return torch.cat([forward(self, row) for row in inputs.split(1)])
 
     layer.forward = one_by_one
-    _replace_evaluator(_prompt_by_prompt(evaluators.test_prediction_acc, layer))
+    setattr(layer, _WHOLE, True)
+    replace_evaluator(_prompt_by_prompt(evaluators.test_prediction_acc, layer))
     return True

@@ -108,13 +108,13 @@ def _tied_head(easyeditor: ModuleType) -> bool:
 
 @runtime_patch(
     "layer-outputs",
-    "MEMIT: layers are expected to return tuples, current transformers returns tensors: IndexError (before 2026)",
+    "MEMIT, EMMET, AlphaEdit: layers are expected to return tuples, current transformers returns tensors: IndexError "
+    "(before 2026)",
 )
 def _layer_outputs(easyeditor: ModuleType) -> bool:
     nethook = module("util.nethook")
     if hasattr(nethook, "get_hidden_state"):
         return False
-    compute_z = module("models.memit.compute_z")
 
     class TraceDict(nethook.TraceDict):  # type: ignore[name-defined]  # known at run time
         """Presents a decoder layer's bare tensor as a tuple of one, in the edit and to later readers."""
@@ -131,8 +131,15 @@ def _layer_outputs(easyeditor: ModuleType) -> bool:
             trace = super().__getitem__(key)
             return _AsTuple(trace) if isinstance(getattr(trace, "output", None), torch.Tensor) else trace
 
-    compute_z.nethook = SimpleNamespace(**{**vars(nethook), "TraceDict": TraceDict})
+    for name, method in sorted(_method_modules().items()):
+        if name.endswith(".compute_z"):
+            cast(Any, method).nethook = SimpleNamespace(**{**vars(nethook), "TraceDict": TraceDict})
     return True
+
+
+def _method_modules() -> dict[str, ModuleType]:
+    """The modules of EasyEdit's methods that are imported."""
+    return {name: its for name, its in sys.modules.items() if name.startswith("easyeditor.models.")}
 
 
 class _AsTuple:
@@ -186,7 +193,11 @@ def _name_keyed_caches(easyeditor: ModuleType) -> bool:
     holders = _cache_holders()
     for holder in holders:
         if hasattr(holder, "get_context_templates"):
-            holder.get_context_templates = _seeded(holder.get_context_templates, forget_other_models)
+            original = holder.get_context_templates
+            seeded = _seeded(original, forget_other_models)
+            for user in _method_modules().values():  # WISE's main module has imported the function by its name
+                if getattr(user, "get_context_templates", None) is original:
+                    cast(Any, user).get_context_templates = seeded
         for name in ("get_cov", "get_inv_cov"):
             if hasattr(holder, name):
                 setattr(holder, name, _first(getattr(holder, name), forget_other_models))
@@ -201,10 +212,9 @@ def forget_second_moments() -> None:
 
 
 def _cache_holders() -> list[Any]:
-    modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("easyeditor.models.")]
     return [
         m
-        for m in modules
+        for _, m in sorted(_method_modules().items())
         if any(hasattr(m, cache) for cache in ("CONTEXT_TEMPLATES_CACHE", "COV_CACHE", "inv_mom2_cache"))
     ]
 

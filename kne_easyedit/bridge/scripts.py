@@ -27,6 +27,7 @@ from kne_easyedit.bridge.registry import edits_handed_to, load_method, register,
 from kne_easyedit.bridge.script_patches import skip_bad_records
 from kne_easyedit.bridge.script_syntax import METHOD_OPTION, OpenedMethods, constants_in, names_in
 from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
+from kne_easyedit.bridge.unrelated import unrelated_prompts
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.metrics import read_results, summarize_metrics, table
 from kne_easyedit.models.state import preserve_rng, seed_generators
@@ -54,7 +55,8 @@ def run_script(
         path: The script. It must take ``--editing_method``.
         arguments: Its command line.
         skip_bad: Leaves out the records of a KnowEditDataset whose subject is not in their prompt.
-        text_source: The text for second moments. If it has no prompts, it gets those of the script's first edit.
+        text_source: The text for second moments. If it has no prompts, it gets such as have nothing to do with the
+            script's first edit.
         on_trained: Is handed each edit that the script makes with KNE, once it is written.
 
     Returns:
@@ -101,7 +103,7 @@ def run_script(
 
 @contextlib.contextmanager
 def _text_after_prompts(easyeditor: ModuleType, source: TextSource) -> Iterator[None]:
-    """Inside, ``source`` is used; if it has no prompts, it gets those of the first edit."""
+    """Inside, ``source`` is used; if it has no prompts, it gets such as have nothing to do with the first edit."""
     original = easyeditor.BaseEditor.edit
 
     with contextlib.ExitStack() as stack:
@@ -110,8 +112,8 @@ def _text_after_prompts(easyeditor: ModuleType, source: TextSource) -> Iterator[
         @functools.wraps(original)
         def edit(self, prompts, *args, **kwargs):
             if not current_text_source().prompts:
-                given = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-                stack.enter_context(use_text_source(dataclasses.replace(source, prompts=given)))
+                found = unrelated_prompts([{"prompts": prompts, **kwargs}])
+                stack.enter_context(use_text_source(dataclasses.replace(source, prompts=found)))
             return original(self, prompts, *args, **kwargs)
 
         easyeditor.BaseEditor.edit = edit

@@ -32,6 +32,8 @@ from kne_easyedit.models.state import preserve_state
 logger = logging.getLogger(__name__)
 
 PATCH = "second-moments"
+ENOUGH = 10
+"""Tokens for each input of a layer, at least: of fewer, the moments' inverse is too large by a tenth and more."""
 
 
 def needs_second_moments(hparams: Any) -> bool:
@@ -180,7 +182,7 @@ def files_of(
     Returns:
         Files in the order of the layers.
     """
-    digest = source.digest()
+    digest = source.digest(tokenizer)
     key = (digest, str(wanted.folder), *wanted[2:])
     if weights.last_wanted != key:  # EasyEdit may have cached the moments of another text
         forget_second_moments()
@@ -224,6 +226,15 @@ def _compute(
     found = second_moments(model, source.texts(model, tokenizer), list(files), dtype)
     seconds = (time.perf_counter() - start) / len(files)
     for layer, (count, moments) in found.items():
+        if count < ENOUGH * len(moments):
+            logger.warning(
+                "second moments of %s: %d tokens for %d inputs say little of most directions, and edits come out "
+                "stronger than their settings say; give more text (--stats-samples, statistics.samples: some %d)",
+                layer,
+                count,
+                len(moments),
+                ENOUGH * len(moments) // source.length,
+            )
         # The layout of EasyEdit's CombinedStat(mom2=SecondMoment()), which ignores other entries.
         state: dict[str, Any] = {
             "mom2.count": count,

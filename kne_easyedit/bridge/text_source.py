@@ -73,17 +73,26 @@ class TextSource:
             return f"text file {self.file}"
         return (
             f"{self.samples} texts of {self.length} tokens sampled from the model (seed {self.seed}) "
-            f"after {len(self.prompts)} prompts of the data"
+            f"after {len(self.prompts)} prompts"
         )
 
-    def digest(self) -> str:
-        """Identifies the text in file names: of a file its content, of samples how they are drawn."""
+    def digest(self, tokenizer: Tokenizer | None = None) -> str:
+        """Identifies the text in file names: of a file its content, of samples how they are drawn.
+
+        Args:
+            tokenizer: If it adds tokens of its own, that is said: versions before left them out. None: it adds none.
+        """
         content = (
             self.file.read_bytes()
             if self.file is not None
             else repr((self.samples, self.length, self.seed, list(self.prompts))).encode()
         )
-        return ("file-" if self.file is not None else "sampled-") + hashlib.sha256(content).hexdigest()[:12]
+        kind = "file-" if self.file is not None else "sampled-"
+        return (
+            kind
+            + hashlib.sha256(content).hexdigest()[:12]
+            + ("-special" if tokenizer and _adds_tokens(tokenizer) else "")
+        )
 
     def texts(self, model: nn.Module, tokenizer: Tokenizer) -> list[list[int]]:
         """The texts as token ids.
@@ -93,7 +102,7 @@ class TextSource:
             tokenizer: That of the model.
 
         Returns:
-            One list of token ids per text.
+            One list of token ids per text, with the tokens that the tokenizer adds: edits are asked with them, too.
 
         Raises:
             ValueError: The file contains no text.
@@ -102,11 +111,11 @@ class TextSource:
             lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if line.strip()]
             if not lines:
                 raise ValueError(f"statistics text {self.file}: holds no text")
-            return [tokenizer(line, add_special_tokens=False)["input_ids"][:LONGEST] for line in lines]
+            return [tokenizer(line)["input_ids"][:LONGEST] for line in lines]
         return [*self._prompt_ids(tokenizer), *self._sampled(model, tokenizer)]
 
     def _prompt_ids(self, tokenizer: Tokenizer) -> list[list[int]]:
-        return [ids for prompt in self.prompts if (ids := tokenizer(prompt, add_special_tokens=False)["input_ids"])]
+        return [ids for prompt in self.prompts if (ids := tokenizer(prompt)["input_ids"])]
 
     @torch.no_grad()
     def _sampled(self, model: Any, tokenizer: Tokenizer) -> list[list[int]]:
@@ -177,6 +186,10 @@ def batches(texts: Sequence[list[int]], size: int, same_length: bool = False) ->
         batch.append(text)
     if batch:
         yield batch
+
+
+def _adds_tokens(tokenizer: Tokenizer) -> bool:
+    return len(tokenizer("a")["input_ids"]) != len(tokenizer("a", add_special_tokens=False)["input_ids"])
 
 
 def _cut(ids: list[int], end: int | None, start: int) -> list[int]:

@@ -1,16 +1,20 @@
-"""A text that has nothing to do with a fact, for methods that train on one beside it (WISE)."""
+"""Texts that have nothing to do with what is edited, of the packaged facts.
+
+WISE trains on one beside a fact. MEMIT and its kin keep what second moments say of other texts: if these repeat the
+subjects that are edited, the edits resist.
+"""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
 from kne_easyedit.bridge.methods import UNRELATED, traits_of
-from kne_easyedit.facts.neighbours import is_held_out
+from kne_easyedit.facts.neighbours import is_held_out, packaged_facts
 from kne_easyedit.facts.records import load_requests
-from kne_easyedit.facts.templates import texts_in
+from kne_easyedit.facts.templates import fill, texts_in
 
 LOCALISING = 20
 """The packaged facts on which ensembles are found; those behind them are edited, and asked."""
@@ -46,3 +50,20 @@ def with_unrelated(alg_name: str, request: Mapping[str, Any]) -> dict[str, Any]:
         return dict(request)
     fact = free[zlib.crc32(request["prompt"].encode()) % len(free)]
     return {**request, UNRELATED: f"{fact['prompt']} {fact['ground_truth']}"}
+
+
+def unrelated_prompts(requests: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Prompts of the packaged relations about subjects that stand in no text of the requests.
+
+    Args:
+        requests: What is edited, with all that is asked.
+
+    Returns:
+        One prompt a fact. None is about a held-out subject, which may be asked as a neighbour.
+    """
+    asked = " ".join(text for request in requests for text in texts_in(request)).casefold()
+    found: dict[tuple[Any, str], str] = {}
+    for fact in packaged_facts():
+        if fact.subject.casefold() not in asked and not is_held_out(fact.subject):
+            found.setdefault((fact.relation, fact.subject), fill(fact.template, fact.subject))
+    return list(found.values())

@@ -226,17 +226,21 @@ class FactPool(FactIndex):
         return chosen
 
 
-@lru_cache(maxsize=1)
-def packaged_pool() -> FactPool:
-    """The facts of the packaged relations, ``relations.json``: for a fact of one's own, where there are no others."""
-    relations = json.loads(_packaged())
-    facts = [
+def packaged_facts() -> list[KnownFact]:
+    """The facts of the packaged relations, ``relations.json``, each under every template of its relation."""
+    return [
         KnownFact(subject, template, answer, relation=name, kind=relation["kind"])
-        for name, relation in relations.items()
+        for name, relation in json.loads(_packaged()).items()
         for template in relation["templates"]
         for subject, answer in relation["facts"].items()
     ]
-    return FactPool(facts, {name: relation.get("implies", ()) for name, relation in relations.items()})
+
+
+@lru_cache(maxsize=1)
+def packaged_pool() -> FactPool:
+    """The packaged facts as a pool: for a fact of one's own, where there are no others."""
+    relations = json.loads(_packaged())
+    return FactPool(packaged_facts(), {name: relation.get("implies", ()) for name, relation in relations.items()})
 
 
 def packaged_digest() -> str:

@@ -20,10 +20,13 @@ def plain_generation(model: Any) -> Iterator[None]:
     not switch off: greedy text is then not what the model predicts.
 
     Args:
-        model: A model of transformers. Its generation settings are back in their place afterwards.
+        model: A model of transformers, or one that PEFT has wrapped. Its generation settings are back in their place
+            afterwards.
     """
     from transformers import GenerationConfig
 
+    # PEFT's `generate` gives the model below it the wrapper's settings, and leaves them there.
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = getattr(model, "generation_config", None)
     if own is None:
         yield

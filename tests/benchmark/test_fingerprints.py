@@ -18,6 +18,8 @@ from kne_easyedit.benchmark import job as job_module
 from kne_easyedit.benchmark.config import job_folder
 from kne_easyedit.benchmark.job import fingerprint, record_digest
 from kne_easyedit.benchmark.preparation import prepare
+from kne_easyedit.bridge.text_source import TextSource
+from kne_easyedit.facts.neighbours import is_held_out, packaged_facts
 from kne_easyedit.facts.records import to_request
 from kne_easyedit.hparams import KNEHyperParams
 
@@ -162,3 +164,16 @@ def test_the_folder_of_a_job(monkeypatch):
     assert folder("evaluation.neighbours=0") == of_before
     assert "KNE-e3d9b9f4" not in folder("evaluation.neighbours=0", "statistics.samples=7")
     assert len({of_before, folder(), folder("evaluation.neighbours=4"), folder("evaluation.contradiction=true")}) == 4
+
+
+def test_texts_of_moments_have_nothing_to_do_with_what_is_edited(tmp_path):
+    """Edited subjects that are frequent in it resist their edits. Prompts of one's own, as of a benchmark, stay."""
+    facts = [record("Germany", "Rome", prompt="The capital of Germany is"), record("Spain", "Oslo")]
+    requests = [{**to_request(fact), "index": i} for i, fact in enumerate(facts)]
+    run = Run(make_llama(), make_tokenizer(), requests, {"MEMIT": settings("MEMIT")}, "data", tmp_path)
+    found = run.moments_text.prompts
+    assert len(found) > 300 and "The capital of Italy is" in found
+    assert not [prompt for prompt in found if "Germany" in prompt or "Spain" in prompt]
+    held_out = [fact for fact in packaged_facts() if is_held_out(fact.subject)]
+    assert held_out and not {fact.template.format(fact.subject) for fact in held_out} & {*found}
+    assert replace(run, text_source=TextSource(prompts=["own"])).moments_text.prompts == ("own",)

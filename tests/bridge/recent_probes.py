@@ -104,3 +104,17 @@ def needs_no_download():
     return list(
         get_cov(make_llama(), make_tokenizer(), LLAMA_DOWN.format(1), "wikipedia", 7, "float32", hparams=hparams).shape
     )
+
+
+def probes_are_read_where_their_answers_are() -> bool:
+    """What is predicted for a probe does not depend on a longer one beside it."""
+    hparams, model = settings("ROME"), make_llama()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # it says something else at every place
+    tokenizer = tokenizer_for(hparams)  # padded at the right
+    prompts = ["The capital of France is", "What is the name of the river that flows through Rome and is"]
+    answers = ["the Tiber .", "Rome"]
+    predict = module("evaluate.evaluate_utils").test_prediction_acc
+    together = predict(model, tokenizer, hparams, prompts, answers, "cpu", locality=True)
+    alone = [predict(model, tokenizer, hparams, *one, "cpu", locality=True)[0] for one in zip(prompts, answers)]
+    return together == alone

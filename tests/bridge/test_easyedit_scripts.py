@@ -341,19 +341,21 @@ def test_all_behind_the_script_is_the_scripts(work):
 # The text for second moments
 
 
-def test_samples_continue_the_prompts_of_the_first_edit():
+def test_samples_continue_prompts_that_have_nothing_to_do_with_the_first_edit():
     """As in `kne run`; a source that has prompts keeps them. The context ends with the script."""
     seen = []
 
     class BaseEditor:
-        def edit(self, prompts):
+        def edit(self, prompts, **_):
             seen.append(current_text_source())
 
     original = BaseEditor.edit
     for source in (TextSource(samples=3), TextSource(samples=3, prompts=["own"])):
         with scripts._text_after_prompts(SimpleNamespace(BaseEditor=BaseEditor), source):
-            BaseEditor().edit(["a", "b"])
+            BaseEditor().edit(["The capital of Germany is", "b"], subject=["Germany", "b"])
             BaseEditor().edit("c")
-    assert [(found.samples, found.prompts) for found in seen] == [(3, ("a", "b"))] * 2 + [(3, ("own",))] * 2
+    assert {found.samples for found in seen} == {3} and [found.prompts for found in seen[2:]] == [("own",)] * 2
+    assert seen[0].prompts == seen[1].prompts and "The capital of Italy is" in seen[0].prompts
+    assert not [prompt for prompt in seen[0].prompts if "Germany" in prompt]
     assert BaseEditor.edit is original
     assert current_text_source() == TextSource()

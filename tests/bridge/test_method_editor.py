@@ -22,6 +22,7 @@ from methods import (  # noqa: F401  (in_tmp is a fixture)
 from rounding import A_MODEL, roundings
 
 from kne_easyedit import bridge
+from kne_easyedit.benchmark.answers import free_answers
 from kne_easyedit.bridge import MethodEditor, compare
 from kne_easyedit.bridge.importing import module
 
@@ -81,6 +82,16 @@ def test_an_edit_changes_the_model_and_undo_gives_it_back(editor):
         assert editor.model is editor.original
         assert fingerprint(editor.original) == before
         assert torch.equal(logits(editor), answers)
+
+
+def test_texts_of_the_edited_model_leave_its_generation_settings_alone(editor):
+    """PEFT's `generate` gives the model below it the settings of the wrapper."""
+    own = editor.original.generation_config
+    own.repetition_penalty = 1.3
+    editor.apply(records()[:1])
+    free_answers(editor.model, editor.tokenizer, records()[0])
+    editor.undo()
+    assert editor.original.generation_config is own and own.repetition_penalty == 1.3
 
 
 def test_edits_in_a_row_are_all_undone(editor):

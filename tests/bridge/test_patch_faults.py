@@ -293,6 +293,7 @@ PROBES = {
     "ft-last-token": Probe(ft_sees_the_last_token, True, False),
     "tied-head": Probe(finds_a_tied_head, True, "LookupError"),
     "layer-outputs": Probe(memit_reads_layer_outputs, [24], "IndexError"),
+    "prediction-padding": Probe(recent.probes_are_read_where_their_answers_are, True, False),
     "codebook-position": Probe(recent.a_codebook_is_evaluated_as_other_methods, True, False),
     "mask-seed": Probe(recent.masks_are_seeded, True, False),
     "wrapper-name": Probe(recent.fluency_after_a_wrapper, "sampled", "AttributeError"),

@@ -14,6 +14,7 @@ from methods import settings as tiny_settings
 from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.benchmark.answers import free_answers
+from kne_easyedit.benchmark.asking import continuations
 from kne_easyedit.bridge import MethodEditor, traits_of
 from kne_easyedit.bridge.importing import module
 from kne_easyedit.bridge.method_editor import is_batchable
@@ -243,6 +244,28 @@ def test_a_codebook_answers_at_the_end_of_its_prompt():
     assert found["portability"]["Both_acc"][1] == 1
 
 
+def test_free_text_of_a_codebook_is_of_the_whole_text():
+    """Token by token, from a cache, each new token would itself be looked up, and answered as the prompt was."""
+    editor, fact = editor_of("GRACE", n_iter=100, eps=1000.0, edit_lr=0.3), records()[0]  # every text is near enough
+    prompt = editor.tokenizer([fact["prompt"]], return_tensors="pt")["input_ids"]
+
+    def said(tokens: int) -> list[int]:
+        ids, start = prompt, prompt.shape[1]
+        with torch.no_grad(), bridge.at_position(editor.model, start - 1):
+            for _ in range(tokens):
+                ids = torch.cat([ids, editor.model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+        return ids[0, start:].tolist()
+
+    editor.apply([fact])
+    answer = editor.tokenizer.decode(said(2))  # the model's own continuation of the new answer: two tokens are learnt
+    editor.undo()
+    editor.apply([{**fact, "target_new": answer}])
+    beside = ["The river that flows through the mother city of France is"]
+    found = continuations(editor.model, editor.tokenizer, [fact["prompt"], *beside], 4)
+    assert found[0] == said(4) and len({*found[0]}) > 1
+    assert found[1] == continuations(editor.model, editor.tokenizer, beside, 4)[0]  # asked one by one
+
+
 def test_figures_of_a_codebook_are_those_of_other_methods_before_the_edit():
     """Not those of generated tokens: so evaluations of the unedited model are shared."""
     grace, ft = editor_of("GRACE"), bridge.load_method("FT", HPARAMS / "FT" / "smollm2-135m.yaml")
@@ -252,6 +275,23 @@ def test_figures_of_a_codebook_are_those_of_other_methods_before_the_edit():
 
 
 # WISE
+
+
+def test_templates_are_of_the_model_and_of_no_earlier_draw():
+    """Also of a model that samples by its own settings."""
+    model, found = make_llama(), []
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.6
+    editor = editor_of("WISE", model, n_iter=1)
+    for _ in range(2):
+        torch.manual_seed(42)
+        editor.apply(records()[:1])
+        layer = model.get_submodule(LLAMA_DOWN.format(2))
+        found.append([value.clone() for value in (layer.new_weight, layer.weight_mask)])
+        editor.undo()
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+    templates = list(module("models.wise.utils").CONTEXT_TEMPLATES_CACHE)
+    editor_of("WISE", make_llama(seed=5), n_iter=1).apply(records()[:1])
+    assert templates != module("models.wise.utils").CONTEXT_TEMPLATES_CACHE
 
 
 def test_each_prompt_of_a_batch_gets_its_own_weights():

@@ -358,3 +358,10 @@ def test_a_model_that_has_other_weights_now_gets_other_moments(named):
     first = moments(named).moment()
     named.load_state_dict(make_model("some-one/tiny", seed=11).state_dict())
     assert not torch.equal(moments(named).moment(), first)
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(1, True), (60, False)])
+def test_too_little_text_is_said(named, caplog, samples, warned):
+    """40 inputs want 400 tokens."""
+    edit_by_memit(named, [1], TextSource(samples=samples, length=8, prompts=["The river that flows through"]))
+    assert ("say little of most directions" in caplog.text) == warned

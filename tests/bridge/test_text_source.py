@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from kne_easyedit.bridge.text_source import TextSource, current_text_source, use_text_source
 
@@ -77,6 +78,18 @@ def test_a_relative_path_is_that_of_the_place_where_it_was_given(text_file, monk
     assert source.file == text_file
     monkeypatch.chdir("/")
     assert dataclasses.replace(source, seed=1).digest() == source.digest()
+
+
+def test_texts_begin_as_prompts_do(llama, text_file):
+    """With the tokens that the tokenizer adds, such as Llama's start token; files of moments without it are others."""
+    tokenizer = make_tokenizer()
+    plain, source = TextSource(text_file), TextSource(samples=3, length=4, prompts=["The river that"])
+    names = [one.digest(tokenizer) for one in (plain, source)]
+    assert names == [plain.digest(), source.digest()]
+    start = tokenizer.convert_tokens_to_ids("Rome")
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="Rome $A", special_tokens=[("Rome", start)])
+    assert all(text[0] == start for one in (plain, source) for text in one.texts(llama, tokenizer))
+    assert [one.digest(tokenizer) for one in (plain, source)] == [f"{name}-special" for name in names]
 
 
 def test_a_missing_or_empty_text_file_is_refused(tmp_path, llama):
