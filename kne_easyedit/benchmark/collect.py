@@ -21,6 +21,8 @@ from kne_easyedit.benchmark.store import read_lines
 
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\n]+/)+([^/\n]+)")
 _NONE = MethodLines()
+_UNASKED = {f"{name}_before": None for name in NOTHING}
+"""Put over the lines of a sequence that nobody has asked again: without a figure after, none before is compared."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def collect(paths: Iterable[str | Path]) -> Collection:
     Raises:
         FileNotFoundError: If a path does not exist.
         ValueError: If there are no lines, for a file that is not what it should be (with its line), or if a method's
-            lines of one data set were made under different settings, the seed apart.
+            lines of one data set were made under different settings, the seed apart, or if two different records have
+            the same number of one data set.
     """
     paths = list(paths)
     files = list(dict.fromkeys(file for path in paths for file in _results_of(Path(path))))
@@ -100,15 +103,18 @@ def collect(paths: Iterable[str | Path]) -> Collection:
     merged: dict[tuple, ResultLine] = {}
     texts = Texts()
     known: dict[tuple, tuple[object, Path]] = {}
+    records: dict[tuple, tuple[str, Path]] = {}
     for file in files:
         at_end = _at_end(file.with_name("retention.jsonl"))
         for number, raw in read_lines(file):
             try:
-                whole = parse_result({**raw, **at_end.get((raw.get("method"), raw.get("index")), {})})
+                unasked = _UNASKED if raw.get("mode") == "sequential" else {}
+                whole = parse_result({**raw, **at_end.get((raw.get("method"), raw.get("index")), unasked)})
             except ValueError as error:
                 raise ValueError(f"{file}: line {number}: {error}") from error
             label = points.get(file, {}).get(whole["method"], whole["method"])
             line = report_line(whole, texts, data=data_name(whole["data"] or ""), method=label)
+            _require_same_record(records, line, file)
             group, seed = (line["data"], line["method"]), line["seed"]
             _require_same(known, (*group, "mode"), line["mode"], file)
             _require_same(known, (*group, "fingerprint", seed), line["fingerprint"], file)
@@ -135,14 +141,25 @@ def seeds_of(lines: Iterable[Mapping]) -> int:
 
 
 def _at_end(file: Path) -> dict[tuple, dict]:
-    """Method and number of a record -> what the model could do beside its facts, after the last edit of a sequence."""
+    """Method and number of a record -> what the model could do beside its facts, after the last edit of a sequence:
+    None what was not finite then, whatever it was before.
+    """
     found: dict[tuple, tuple[int, dict]] = {}
     for _, line in read_lines(file):
         key, after = (line.get("method"), line.get("index")), line.get("after")
-        general = {name: line[name] for name in NOTHING if line.get(name) is not None}
-        if general and isinstance(after, int) and after >= found.get(key, (0, {}))[0]:
-            found[key] = after, general
+        if isinstance(after, int) and after >= found.get(key, (0, {}))[0]:
+            found[key] = after, {name: line[name] for name in NOTHING if name in line}
     return {key: general for key, (_, general) in found.items()}
+
+
+def _require_same_record(known: dict, line: ResultLine, file: Path) -> None:
+    """A number of a data set is one record: data sets go by the names of their files, and two may share a name."""
+    first, where = known.setdefault((line["data"], line["index"]), (line["record"], file))
+    if first != line["record"] and line["data"]:  # lines of early versions name no data set
+        raise ValueError(
+            f"{where} and {file}: record {line['index']} of {line['data']} is another in each: they are of two data "
+            f"files of one name, or of two versions of one; report them apart, or give the files names of their own"
+        )
 
 
 def _require_same(known: dict, what: tuple, value: object, file: Path) -> None:

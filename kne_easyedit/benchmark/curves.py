@@ -6,17 +6,17 @@ each other by how far they go: two points say little about two methods, two curv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit._util.plotting import name_above, new_figure
 from kne_easyedit.benchmark.collect import Collection
-from kne_easyedit.benchmark.intervals import Interval, paired
+from kne_easyedit.benchmark.intervals import FEW, Interval
 from kne_easyedit.benchmark.labels import POINT, curve_of
 from kne_easyedit.benchmark.summary import summarize
-from kne_easyedit.benchmark.tables import compared, per_record
+from kne_easyedit.benchmark.tables import compared, lead
 from kne_easyedit.metrics import Metric
 
 TRADED = ("exact_match", "portability", "locality", "neighbourhood", "bleed", "alias_beyond_bleed")
@@ -53,7 +53,7 @@ def dominations(found: Collection) -> list[Domination]:
     """Every pair of points of two curves of which one dominates the other.
 
     A point dominates another if its mean is at least as good in every metric of `TRADED`, over the records that both
-    have, and the 95 % interval of the difference leaves out 0 in at least one.
+    have, and the 95 % interval of the difference leaves out 0 in at least one, over records that are not too few.
 
     Args:
         found: The result lines.
@@ -62,9 +62,6 @@ def dominations(found: Collection) -> list[Domination]:
     points = [(name, label) for name, labels in curves(found.methods).items() for label in labels]
     result = []
     for data in found.data_sets:
-        values = {
-            label: {metric.key: per_record(found.of(data, label), metric) for metric in metrics} for _, label in points
-        }
         for name, better in points:
             for other, worse in points:
                 if name == other:
@@ -72,13 +69,13 @@ def dominations(found: Collection) -> list[Domination]:
                 differences = {
                     metric.key: difference
                     for metric in metrics
-                    if (difference := paired(values[better][metric.key], values[worse][metric.key], lambda key: key[0]))
+                    if (difference := lead(found, data, better, worse, metric))
                 }
                 signs = {metric.key: -1 if metric.better == "down" else 1 for metric in metrics}
                 if (
                     differences
                     and all(signs[key] * its.mean >= 0 for key, its in differences.items())
-                    and any(min(signs[key] * its.low, signs[key] * its.high) > 0 for key, its in differences.items())
+                    and any(its.leaves_out_zero for its in differences.values())
                 ):
                     result.append(Domination(data, better, worse, differences))
     return result
@@ -110,7 +107,8 @@ def curve_parts(found: Collection, picture: Sequence[str]) -> list[str]:
         *picture,
         table_of_rows(rows),
         "A point **dominates** one of another method if its mean is at least as good in all of these metrics, over"
-        " the records that both have, and the 95 % interval of the paired difference leaves out 0 in at least one.",
+        " the records that both have, and the 95 % interval of the paired difference leaves out 0 in at least one,"
+        f" over {FEW} records or more.",
     ]
     dominated = [
         [literal(its.data), literal(its.better), literal(its.worse), *_differences(its, metrics)]
@@ -120,12 +118,12 @@ def curve_parts(found: Collection, picture: Sequence[str]) -> list[str]:
     return [*parts, table_of_rows([head, *dominated]) if dominated else "No point dominates one of another method."]
 
 
-def draw_curves(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
+def draw_curves(found: Collection, styles: Mapping[str, tuple[str, str]]) -> Any:
     """Data sets by `PAIRS`; one line a curve, its points in the order of their values. None without curves.
 
     Args:
         found: The result lines.
-        styles: Label -> colour and marker.
+        styles: Name of a curve -> colour and marker.
     """
     swept = curves(found.methods)
     labels = {metric.key: metric.label for metric in compared(found)}
@@ -138,7 +136,7 @@ def draw_curves(found: Collection, styles: dict[str, tuple[str, str]]) -> Any:
     for data, row in zip(found.data_sets, axes):
         for axis, (x, y) in zip(row, pairs):
             for name, points in swept.items():
-                colour, marker = styles[points[0]]
+                colour, marker = styles[name]
                 means = [(label, summarize(found.of(data, label))) for label in points]
                 known = [(label, its[x], its[y]) for label, its in means if None not in (its[x], its[y])]
                 if known:

@@ -1,4 +1,7 @@
-"""The figures of a report and of a run. A method has one colour and one marker in all figures of a report."""
+"""The figures of a report and of a run. A method has one colour and one marker in all figures of a report.
+
+A curve has them in the figure of curves.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 from kne_easyedit._util.plotting import GRID, name_above, new_figure, write_figure
 from kne_easyedit.benchmark.collect import Collection
-from kne_easyedit.benchmark.curves import draw_curves
+from kne_easyedit.benchmark.curves import curves, draw_curves
 from kne_easyedit.benchmark.labels import is_kne, suffix
 from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.benchmark.tables import compared, mean
@@ -16,11 +19,9 @@ from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.localization.figures import draw_ensemble
 from kne_easyedit.metrics import PERCENT, Metric, retention_metrics
 
-_BASELINES = list(
-    zip(("#7a7a7a", "#b5532a", "#c99a2e", "#6b8e23", "#8c6bb1", "#d16ba5", "#4a7ebb", "#2e8b57"), "osv^<>ph")
-)
-_VARIANTS = list(zip(("#0b3c4d", "#1f9fc4", "#5bc0de", "#14708a"), "DX*P"))
-"""KNE and its variants: shades of one colour."""
+_BASELINES = ("#7a7a7a", "#b5532a", "#c99a2e", "#6b8e23", "#8c6bb1", "#d16ba5", "#4a7ebb", "#2e8b57"), "osv^<>ph"
+_VARIANTS = ("#0b3c4d", "#1f9fc4", "#5bc0de", "#14708a"), "DX*PdH"
+"""KNE and its variants: shades of one colour, and markers of their own."""
 _TRADEOFFS = (("edit_success", "locality"), ("edit_success", "portability"), ("portability", "locality"))
 _NEIGHBOUR_TRADEOFFS = (("exact_match", "bleed"), ("locality", "neighbourhood"), ("portability", "alias_beyond_bleed"))
 """Pairs of metrics that are drawn against each other."""
@@ -70,7 +71,7 @@ def draw_all(found: Collection, folder: Path) -> dict[str, str]:
         (
             "curves.png",
             "Methods with one setting swept, its first and last value beside the points.",
-            draw_curves,
+            lambda found, _: draw_curves(found, _styles(list(curves(found.methods)))),
         ),
         (
             "time.png",
@@ -92,10 +93,16 @@ def draw_all(found: Collection, folder: Path) -> dict[str, str]:
     return drawn
 
 
-def _styles(methods: list[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of every method."""
-    groups = ([m for m in methods if not is_kne(m)], _BASELINES), ([m for m in methods if is_kne(m)], _VARIANTS)
-    return {m: styles[i % len(styles)] for group, styles in groups for i, m in enumerate(group)}
+def _styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every method, or of every curve.
+
+    Where there are more than colours, colours come again with other markers: all pairs are used before one is repeated.
+    """
+    styles: dict[str, tuple[str, str]] = {}
+    for own, (colours, markers) in ((False, _BASELINES), (True, _VARIANTS)):
+        for i, name in enumerate(its for its in names if is_kne(its) == own):
+            styles[name] = colours[i % len(colours)], markers[(i + i // len(colours)) % len(markers)]
+    return {name: styles[name] for name in names}
 
 
 def _is_added(metric: Metric) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from statistics import fmean
 from types import SimpleNamespace
@@ -17,6 +17,8 @@ interval is narrow there, and its ends are known to a twentieth of it all the sa
 AT_ONCE = 300_000
 """Values that are taken at once: they fit a processor's cache. The interval does not depend on it."""
 LEVEL = 0.95
+FEW = 20
+"""Of fewer records nothing is concluded: the percentiles of so few are too narrow, of one or of equal ones a point."""
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -28,6 +30,31 @@ class Interval:
     low: float
     high: float
     records: int
+    """How many were drawn: records, or edited models where the facts of one share a figure (`tables.drawn`)."""
+
+    def shown(self, form: str = "{:.1f}") -> str:
+        """The mean with its interval, if that is known."""
+        ends = f" [{form.format(self.low)}, {form.format(self.high)}]" if self.is_known else ""
+        return form.format(self.mean) + ends
+
+    def plain(self) -> dict[str, float | int | None]:
+        """As JSON has it: an interval that is not known has no ends."""
+        return {**asdict(self), **({} if self.is_known else {"low": None, "high": None})}
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is an interval: one record says nothing about others."""
+        return self.records > 1
+
+    @property
+    def is_few(self) -> bool:
+        """Whether the records are too few to conclude anything."""
+        return self.records < FEW
+
+    @property
+    def leaves_out_zero(self) -> bool:
+        """Whether a difference is told apart from 0."""
+        return not self.is_few and (self.low > 0 or self.high < 0)
 
 
 def interval(values: Sequence[float], records: Sequence[Hashable] | None = None, seed: int = 0) -> Interval | None:

@@ -10,7 +10,7 @@ from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.curves import curve_parts
 from kne_easyedit.benchmark.general_report import general_parts
-from kne_easyedit.benchmark.intervals import Interval
+from kne_easyedit.benchmark.intervals import FEW, Interval
 from kne_easyedit.benchmark.labels import data_name, is_kne
 from kne_easyedit.benchmark.neighbour_report import neighbour_parts
 from kne_easyedit.benchmark.published import quoted_results
@@ -23,6 +23,8 @@ from kne_easyedit.benchmark.tables import (
     compared,
     lead,
     mean,
+    not_finite_of,
+    of_model,
     unedited,
     with_categories,
 )
@@ -48,7 +50,8 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
         "## Results in the paper's layout",
         "Means over records, in percent; fluency is n-gram entropy x 100. Best **bold**, second <u>underlined</u>."
         " *No edit* is the model before, *baselines* the mean of the methods that are not KNE; both stand apart."
-        " A row *records* stands where methods have different numbers of them.",
+        " A row *records* stands where methods have different ones: how many, and how many all of them share."
+        + _of_sequences(found),
     ]
     parts.append(_layout(found))
     parts += [
@@ -59,7 +62,8 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
     parts += [
         "## How sure the means are",
         "Mean and 95 % bootstrap interval over records (10,000 resamples);"
-        " a record under several seeds is drawn with all of them.",
+        " a record under several seeds is drawn with all of them. Behind the number of records stand the metrics that"
+        " others have." + _of_models(found),
         *shown("intervals.png", "neighbourhood-intervals.png"),
         _table_of_intervals(found),
     ]
@@ -76,7 +80,7 @@ def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> s
             parts += [
                 f"## {label} against each method",
                 f"{label} minus the method over the same records, with the 95 % interval;"
-                " **bold** where the interval leaves out 0.",
+                f" **bold** where the interval leaves out 0, over {FEW} records or more.",
             ]
             parts.append(table_of_rows(rows))
     parts += curve_parts(found, shown("curves.png"))
@@ -130,49 +134,81 @@ def _layout(found: Collection) -> str:
         for i, metric in enumerate(compared(found)):
             apart = [_number(value, "{:.2f}") for value in (before[metric.key], baselines_mean(found, data, metric))]
             values = [summaries[m][metric.key] if m in summaries else None for m in found.methods]
-            rows.append([literal(data) if i == 0 else "", metric.short, *apart, *_ranked(values, metric)])
-        records = {
-            method: _times(records_of(lines), seeds_of(lines))
-            for method in summaries
-            if (lines := found.of(data, method))
-        }
-        if len(set(records.values())) > 1:  # means over different records: the reader must see it beside them
-            rows.append(["", "records", "-", "-", *(str(records.get(method, "-")) for method in found.methods)])
+            notes = [not_finite_of(found.of(data, method), metric) for method in found.methods]
+            rows.append([literal(data) if i == 0 else "", metric.short, *apart, *_ranked(values, metric, notes)])
+        records = {method: {line["record"] for line in found.of(data, method)} for method in summaries}
+        seeds = {method: seeds_of(found.of(data, method)) for method in summaries}
+        shared = len(set.intersection(*records.values()))
+        if any(len(its) != shared for its in records.values()) or len(set(seeds.values())) > 1:
+            # Means over different records: the reader must see it beside them.
+            counts = [_times(len(records[m]), seeds[m]) if m in records else "-" for m in found.methods]
+            rows.append(["", f"records ({shared} shared)", "-", "-", *counts])
     return table_of_rows(rows)
 
 
-def _ranked(values: Sequence[float | None], metric: Metric) -> list[str]:
-    """Best bold, second underlined; equal values (as printed) rank alike."""
+def _of_sequences(found: Collection) -> str:
+    """Of which moment the figures of sequences are; nothing without sequences."""
+    if all(line["mode"] != "sequential" for line in found.lines):
+        return ""
+    return (
+        " Edits in a row: the figures of a fact and its neighbours are of the moment directly after its own edit,"
+        " perplexity and tasks of that after the last one."
+    )
+
+
+def _of_models(found: Collection) -> str:
+    """What is drawn where facts share an edited model; nothing where that makes no difference."""
+    named = ", ".join(metric.short for metric in compared(found) if of_model(metric))
+    if not named or all(line["mode"] not in ("batch", "sequential") for line in found.lines):
+        return ""
+    return (
+        f" {named} is one figure of each edited model, that of a batch or a sequence: these are drawn and counted, and"
+        " one alone has no interval."
+    )
+
+
+def _ranked(values: Sequence[float | None], metric: Metric, notes: Sequence[str] | None = None) -> list[str]:
+    """Best bold, second underlined; equal values (as printed) rank alike, and none with a note does."""
     printed = [None if value is None else round(value, 2) for value in values]
-    order = sorted({value for value in printed if value is not None}, reverse=metric.better != "down")
+    notes = notes or [""] * len(values)
+    ranking = {value for value, note in zip(printed, notes) if value is not None and not note}
+    order = sorted(ranking, reverse=metric.better != "down")
     marks = {order[0]: "**{}**"} if order else {}
     if len(order) > 1:
         marks[order[1]] = "<u>{}</u>"
-    return ["-" if value is None else marks.get(value, "{}").format(f"{value:.2f}") for value in printed]
+    return [
+        _noted(None if value is None else f"{value:.2f}", note)
+        if note or value is None
+        else marks.get(value, "{}").format(f"{value:.2f}")
+        for value, note in zip(printed, notes)
+    ]
+
+
+def _noted(text: str | None, note: str) -> str:
+    """A cell with a note, which stands alone where there is no value."""
+    if text is None:
+        return note or "-"
+    return f"{text} ({note})" if note else text
 
 
 def _table_of_intervals(found: Collection) -> str:
     metrics = compared(found)
-    rows = [["data", "method", *(metric.short for metric in metrics), _counts_head(metrics)]]
+    rows = [["data", "method", *(metric.short for metric in metrics), "records"]]
     for data in found.data_sets:
         for method in found.methods:
             if lines := found.of(data, method):
                 means = [mean(lines, metric) for metric in metrics]
-                counts = _counts(metrics, means, seeds_of(lines))
-                rows.append([literal(data), literal(method), *map(_with_interval, means), counts])
+                shown = [_with_interval(its, not_finite_of(lines, metric)) for its, metric in zip(means, metrics)]
+                rows.append([literal(data), literal(method), *shown, _counts(metrics, means, seeds_of(lines))])
     return table_of_rows(rows)
 
 
-def _counts_head(metrics: Sequence[Metric]) -> str:
-    """Not every record has probes of what follows from the edit, or of what must stay."""
-    return f"records ({', '.join(metric.short for metric in with_categories(metrics))})"
-
-
 def _counts(metrics: Sequence[Metric], values: Sequence[Interval | None], seeds: int) -> str:
-    """How many records have the first metric, and in parentheses those with categories."""
-    of = {metric.key: value.records if value else 0 for metric, value in zip(metrics, values)}
-    apart = ", ".join(str(of[metric.key]) for metric in with_categories(metrics))
-    return _times(f"{of[metrics[0].key]} ({apart})", seeds)
+    """How many records there are, and in parentheses the metrics that not as many have."""
+    of = {metric.short: value.records for metric, value in zip(metrics, values) if value}
+    most = max((of.get(metric.short, 0) for metric in metrics if not of_model(metric)), default=0)
+    others = ", ".join(f"{name} {number}" for name, number in of.items() if number != most)
+    return _times(most, seeds) + (f" ({others})" if others else "")
 
 
 def _times(records: object, seeds: int) -> str:
@@ -198,7 +234,7 @@ def _by_category(found: Collection) -> str:
 
 def _table_of_leads(found: Collection, ours: str) -> list[list[str]]:
     metrics = compared(found)
-    rows = [["data", f"{literal(ours)} minus", *(metric.short for metric in metrics), _counts_head(metrics)]]
+    rows = [["data", f"{literal(ours)} minus", *(metric.short for metric in metrics), "records"]]
     for data in found.data_sets:
         mine = found.of(data, ours)
         for method in found.methods:
@@ -206,20 +242,18 @@ def _table_of_leads(found: Collection, ours: str) -> list[list[str]]:
             if method != ours and theirs and mine:
                 leads = [lead(found, data, ours, method, metric) for metric in metrics]
                 seeds = len({line["seed"] for line in theirs} & {line["seed"] for line in mine})
-                shown = [_with_interval(value, sign=True) for value in leads]
+                notes = [not_finite_of(theirs, metric) or not_finite_of(mine, metric) for metric in metrics]
+                shown = [_with_interval(value, note, sign=True) for value, note in zip(leads, notes)]
                 rows.append([literal(data), literal(method), *shown, _counts(metrics, leads, seeds)])
     return rows
 
 
-def _with_interval(value: Interval | None, sign: bool = False) -> str:
+def _with_interval(value: Interval | None, note: str = "", sign: bool = False) -> str:
+    """A mean with its interval, if there is one; a difference (``sign``) that is told apart from 0 is bold."""
     if value is None:
-        return "-"
-    text = (
-        f"{value.mean:+.1f} [{value.low:+.1f}, {value.high:+.1f}]"
-        if sign
-        else f"{value.mean:.1f} [{value.low:.1f}, {value.high:.1f}]"
-    )
-    return f"**{text}**" if sign and (value.low > 0 or value.high < 0) else text
+        return _noted(None, note)
+    text = value.shown("{:+.1f}" if sign else "{:.1f}")
+    return f"**{text}**" if sign and value.leaves_out_zero and not note else _noted(text, note)
 
 
 def _costs(found: Collection) -> str:

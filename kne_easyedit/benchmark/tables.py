@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import cast
 
 from kne_easyedit.benchmark.answers import begins_with, is_whole
 from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
+from kne_easyedit.benchmark.general import NOTHING
 from kne_easyedit.benchmark.intervals import Interval, interval, paired
 from kne_easyedit.benchmark.labels import is_kne
 from kne_easyedit.benchmark.remembered import MethodLines, of_lines
@@ -53,6 +53,7 @@ def figures(found: Collection) -> dict:
                         for metric in with_categories(metrics)
                     },
                     "intervals": {metric.key: _plain(mean(lines, metric)) for metric in metrics},
+                    **({"not_finite": broken} if (broken := _all_not_finite(lines, metrics)) else {}),
                     "lead_of": {
                         ours: {metric.key: _plain(lead(found, data, ours, method, metric)) for metric in metrics}
                         for ours in rivals(found, data, method)
@@ -107,9 +108,10 @@ def _before_edit(line: ResultLine) -> dict:
 
 
 def baselines_mean(found: Collection, data: str, metric: Metric) -> float | None:
-    """The mean of a metric over the methods that are not KNE; None for fewer than two."""
+    """The mean of a metric over the methods that are not KNE; None for fewer than two. Broken ones have none."""
     baselines = [lines for method in found.methods if not is_kne(method) and (lines := found.of(data, method))]
-    means = [value for lines in baselines if (value := summarize(lines)[metric.key]) is not None]
+    sound = [lines for lines in baselines if not not_finite_of(lines, metric)]
+    means = [value for lines in sound if (value := summarize(lines)[metric.key]) is not None]
     return sum(means) / len(means) if len(means) > 1 else None
 
 
@@ -125,11 +127,94 @@ def _keys(lines: Sequence[Mapping]) -> list[tuple]:
     return [(line["record"], line["index"], line["seed"]) for line in lines]
 
 
+def of_model(metric: Metric) -> bool:
+    """Whether it is a figure of the edited model beside its facts: lines of one batch, or one sequence, share one."""
+    return metric.key in NOTHING
+
+
+def edited_models(lines: Mapping[tuple, Mapping]) -> dict[tuple, tuple]:
+    """Which edited model a line is of, where several facts are in one: of a batch, or of a sequence at its end.
+
+    Args:
+        lines: (record, its number, what tells runs apart: seed, draw) -> result line, with its ``mode``.
+
+    Returns:
+        The key of each line whose model has other facts, too -> number of the model, and its run.
+    """
+    runs: dict[tuple, list[tuple]] = {}
+    for key, line in lines.items():
+        if line["mode"] in ("batch", "sequential"):
+            runs.setdefault(key[2:], []).append(key)
+    found: dict[tuple, tuple] = {}
+    for run, keys in runs.items():
+        keys.sort(key=lambda key: key[1])  # a run edits its records by number, batch after batch
+        first = lines[keys[0]]
+        size = first["batch_size"] if first["mode"] == "batch" else None
+        if size != 1:
+            found |= {key: (place // (size or len(keys)), *run) for place, key in enumerate(keys)}
+    return found
+
+
+def drawn(keys: Iterable[tuple], *models: Mapping[tuple, tuple]) -> list[Hashable]:
+    """What is drawn with replacement for each value: its record, or the edited model that it is of (`edited_models`).
+
+    Args:
+        keys: As those of `edited_models`.
+        models: What `edited_models` returns for both sides of a comparison: the side with larger batches decides.
+    """
+    keys = list(keys)
+    choices: list[list[Hashable]] = [[its.get(key, key[0]) for key in keys] for its in models]
+    return min(choices, key=lambda its: len(set(its)))
+
+
+@of_lines
+def _by_key(lines: Sequence[Mapping]) -> dict[tuple, Mapping]:
+    return dict(zip(_keys(lines), lines))
+
+
+@of_lines
+def _models(lines: Sequence[Mapping], metric: Metric) -> dict[tuple, tuple]:
+    return edited_models(_by_key(lines)) if of_model(metric) else {}
+
+
+def is_not_finite(line: Mapping, metric: Metric) -> bool:
+    """Whether a figure of the edited model was measured and is no finite number: the edit has broken the model."""
+    return metric.read(line) is None and line.get(f"{metric.key}_before") is not None
+
+
+def not_finite(lines: Mapping[tuple, Mapping], metric: Metric) -> str:
+    """How many of the edited models have no finite value, in words; empty if all that were measured have one.
+
+    Args:
+        lines: As for `edited_models`.
+        metric: Of other figures than those of the edited model nothing is said.
+    """
+    if not of_model(metric) or not any(is_not_finite(line, metric) for line in lines.values()):
+        return ""
+    models = edited_models(lines)
+    broken = {models.get(key, key) for key, line in lines.items() if is_not_finite(line, metric)}
+    sound = {models.get(key, key) for key, line in lines.items() if metric.read(line) is not None}
+    return f"{len(broken)} of {len(broken | sound)} not finite"
+
+
+@of_lines
+def not_finite_of(lines: Sequence[Mapping], metric: Metric) -> str:
+    """`not_finite` of one method's lines."""
+    return not_finite(_by_key(lines), metric) if of_model(metric) else ""
+
+
+def _all_not_finite(lines: Sequence[Mapping], metrics: Sequence[Metric]) -> dict[str, str]:
+    return {metric.key: text for metric in metrics if (text := not_finite_of(lines, metric))}
+
+
 @of_lines
 def mean(lines: Sequence[Mapping], metric: Metric) -> Interval | None:
-    """The mean of a metric over the records that have it, with its interval; None if there are none."""
+    """The mean of a metric over the records that have it, with its interval; None if there are none.
+
+    Of a metric of the edited model (`of_model`) edited models are drawn, not records.
+    """
     found = per_record(lines, metric)
-    return interval(list(found.values()), [record for record, *_ in found])
+    return interval(list(found.values()), drawn(found, _models(lines, metric)))
 
 
 def rivals(found: Collection, data: str, method: str) -> list[str]:
@@ -138,10 +223,16 @@ def rivals(found: Collection, data: str, method: str) -> list[str]:
 
 
 def lead(found: Collection, data: str, ours: str, method: str, metric: Metric) -> Interval | None:
-    """The metric of ``ours`` minus that of ``method``, over the records that both have; None if there are none."""
-    mine, theirs = (per_record(found.of(data, label), metric) for label in (ours, method))
-    return paired(mine, theirs, lambda key: key[0])
+    """The metric of ``ours`` minus that of ``method``, over the records that both have; None if there are none.
+
+    What is drawn is as in `mean`.
+    """
+    sides = [found.of(data, label) for label in (ours, method)]
+    mine, theirs = (per_record(lines, metric) for lines in sides)
+    both = [key for key in mine if key in theirs]
+    of = dict(zip(both, drawn(both, *(_models(lines, metric) for lines in sides))))
+    return paired(mine, theirs, of.__getitem__)
 
 
 def _plain(value: Interval | None) -> dict | None:
-    return None if value is None else asdict(value)
+    return None if value is None else value.plain()

@@ -1,9 +1,10 @@
-"""The list of a store: ``store.json``, checked when it is read."""
+"""The list of a store: ``store.json``, checked when it is read, and what lies in the store without being listed."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from kne_easyedit._util.files import atomic_write, parse_versioned
 from kne_easyedit._util.messages import shorten
 from kne_easyedit.editing.edit_files import base_from_json
-from kne_easyedit.editing.kne_edit import Base
+from kne_easyedit.editing.kne_edit import Base, KNEEdit
 
 FORMAT = "kne-edit-store"
 SCHEMA_VERSION = 1
@@ -98,3 +99,28 @@ def _listed(one: Any) -> Listed:
     if not sound:
         raise ValueError(f"edits: {shorten(one)} is no entry (id, on, digest, facts, trained_on)")
     return Listed(checked_id(one.get("id")), one["on"], one["digest"], tuple(one["facts"]), tuple(one["trained_on"]))
+
+
+def lies_at(place: Path, edit: KNEEdit) -> bool:
+    """Whether an edit's folder, which is not in the list, holds it: of a killed process, or of a list that was lost.
+
+    Raises:
+        ValueError: It holds something else, which may be the only copy.
+    """
+    if not place.exists():
+        return False
+    try:
+        found = KNEEdit.load(place)
+    except FileNotFoundError:  # what a killed process has left of an edit that was removed
+        shutil.rmtree(place)
+        return False
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"store: {place} is not in the list, and cannot be read ({error}); move it away, or choose another name"
+        ) from error
+    if found.digest != edit.digest:
+        raise ValueError(
+            f"store: {place} holds another edit, which is not in the list; add it (kne edits add STORE {place}), move "
+            f"it away, or choose another name"
+        )
+    return True

@@ -21,7 +21,7 @@ from kne_easyedit._util.messages import require_one_of, shorten
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.row_edit import Answer
 from kne_easyedit.editing.row_training import measured_answers
-from kne_easyedit.edits.listing import LIST_FILE, Content, Listed, checked_id, read_list, write_list
+from kne_easyedit.edits.listing import LIST_FILE, Content, Listed, checked_id, lies_at, read_list, write_list
 from kne_easyedit.edits.stack import EditStack
 from kne_easyedit.models.base import Base, base_of
 from kne_easyedit.models.targets import is_linear
@@ -136,7 +136,7 @@ class EditStore:
                     ", ".join(strange),
                 )
             place = self._place(new)
-            if not _lies_at(place, edit):
+            if not lies_at(place, edit):
                 edit.save(place)
             listed = Listed(new, True, edit.digest, edit.facts, edit.trained_on)
             write_list(self.folder, Content((*content.edits, listed), base))
@@ -374,31 +374,6 @@ class EditStore:
 
 def _switched(edits: Sequence[Listed], id: str, on: bool) -> tuple[Listed, ...]:
     return tuple(replace(one, on=on) if one.id == id else one for one in edits)
-
-
-def _lies_at(place: Path, edit: KNEEdit) -> bool:
-    """Whether an edit's folder, which is not in the list, holds it: of a killed process, or of a list that was lost.
-
-    Raises:
-        ValueError: It holds something else, which may be the only copy.
-    """
-    if not place.exists():
-        return False
-    try:
-        found = KNEEdit.load(place)
-    except FileNotFoundError:  # what a killed process has left of an edit that was removed
-        shutil.rmtree(place)
-        return False
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"store: {place} is not in the list, and cannot be read ({error}); move it away, or choose another name"
-        ) from error
-    if found.digest != edit.digest:
-        raise ValueError(
-            f"store: {place} holds another edit, which is not in the list; add it (kne edits add STORE {place}), move "
-            f"it away, or choose another name"
-        )
-    return True
 
 
 def _missing(edits: Sequence[Listed]) -> dict[str, set[str]]:

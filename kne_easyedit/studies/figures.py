@@ -57,12 +57,12 @@ def _style(curves: Curves, series: str) -> tuple[str, str]:
 
 
 def _draw_points(axis: Any, places: Sequence[float], cells: Sequence[Cell], key: str, style: tuple[str, str]) -> None:
-    """Means with their intervals; hollow where there are too few records."""
+    """Means with their intervals; hollow where there are too few records, or some of a point's figures not finite."""
     colour, marker = style
     for x, cell in zip(places, cells):
         if value := cell.mean(key):
             axis.plot((x, x), (value.low, value.high), color=colour, linewidth=1.3)
-            face = "white" if cell.few else colour
+            face = "white" if cell.few or cell.not_finite(key) else colour
             axis.plot(x, value.mean, marker, color=colour, markerfacecolor=face, markersize=6.5, zorder=3)
 
 
@@ -115,11 +115,12 @@ def _finish(axis: Any, curves: Curves, key: str) -> None:
         low, high = (low + high - NARROW) / 2, (low + high + NARROW) / 2
     if metric.unit == PERCENT:  # points that are all at 100 would stand in the middle of an axis that goes on beyond
         high = min(high, 100 + 0.05 * (high - low))
-        axis.set_ylim(low, high)
     if (value := curves.before.get(key)) is not None:
         near = 1.5 * low - 0.5 * high < value < 1.5 * high - 0.5 * low
         if near:  # else the line would press all points together
             axis.axhline(value, color="#777777", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+            room = 0.05 * (high - low)
+            low, high = min(low, value - room), max(high, value + room)
         place = (0.01, value) if near else (0.01, 0.01)
         axis.annotate(
             "no edit" if near else f"no edit: {value:.1f}",
@@ -129,6 +130,7 @@ def _finish(axis: Any, curves: Curves, key: str) -> None:
             color="#555555",
             va="bottom",
         )
+    axis.set_ylim(low, high)
     axis.tick_params(axis="y", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_axisbelow(True)

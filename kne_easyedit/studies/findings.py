@@ -13,19 +13,19 @@ from itertools import pairwise
 from statistics import fmean
 
 from kne_easyedit.benchmark.intervals import Interval
+from kne_easyedit.benchmark.tables import of_model
 from kne_easyedit.studies.definitions import STUDIES
 from kne_easyedit.studies.numbers import (
     BY_KEY,
-    FEW,
     OVERALL,
     Cell,
     Curves,
     combine,
+    contrast,
     difference,
     differences,
     enough,
     mean_difference,
-    over,
     slope,
 )
 
@@ -52,8 +52,8 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """`HOLDS`, `NOT` or `UNKNOWN`. Fewer than `FEW` records tell nothing."""
-        if self.interval is None or self.interval.records < FEW:
+        """`HOLDS`, `NOT` or `UNKNOWN`. Fewer than `intervals.FEW` records tell nothing."""
+        if self.interval is None or self.interval.is_few:
             return UNKNOWN
         low, high = sorted(self.sign * (its - self.border) for its in (self.interval.low, self.interval.high))
         return HOLDS if low > 0 else NOT if high < 0 else UNKNOWN
@@ -63,7 +63,7 @@ class Check:
         """The part with its figures and its verdict."""
         if self.interval is None:
             return f"{self.text}: was not measured; {self.verdict}"
-        few = f" ({self.interval.records} records are too few)" if self.interval.records < FEW else ""
+        few = f" ({self.interval.records} records are too few)" if self.interval.is_few else ""
         return f"{self.text}: {shown(self.interval)}; {self.verdict}{few}"
 
 
@@ -101,19 +101,19 @@ def short(key: str) -> str:
 
 def shown(value: Interval) -> str:
     """A difference with its interval."""
-    return f"{value.mean:+.1f} [{value.low:+.1f}, {value.high:+.1f}]"
+    return value.shown("{:+.1f}")
 
 
 def lead(one: str, other: str, key: str, value: Interval | None) -> str | None:
     """Which of two points leads in a metric, from the first minus the second; None if no record has both."""
     if value is None:
         return None
-    if value.records < FEW:
-        return f"{one} minus {other} in {short(key)}: {shown(value)}, over {value.records} records too few to tell"
+    if value.is_few:
+        return f"{one} minus {other} in {short(key)}: {shown(value)}, over {_counted(value, key)} too few to tell"
     if value.low == value.high == 0:
         return f"{one} and {other} are equal in {short(key)}"
     less = key in BY_KEY and BY_KEY[key].better == "down"
-    if value.low > 0 or value.high < 0:
+    if value.leaves_out_zero:
         if (value.low > 0) == less:
             one, other = other, one
         by, *ends = abs(value.mean), *sorted((abs(value.low), abs(value.high)))
@@ -122,6 +122,11 @@ def lead(one: str, other: str, key: str, value: Interval | None) -> str | None:
             " (less is better)" if less else ""
         )
     return f"{one} and {other} cannot be told apart in {short(key)}: {shown(value)}"
+
+
+def _counted(value: Interval, key: str) -> str:
+    """How many were drawn, and what they are."""
+    return f"{value.records} {'edited models' if key in BY_KEY and of_model(BY_KEY[key]) else 'records'}"
 
 
 def _compared(curves: Curves) -> list[str]:
@@ -136,7 +141,8 @@ def _of_names(curves: Curves) -> Iterator[str]:
     """For each series and metric: which is first, which it surely leads, and which not."""
     for series in curves.series:
         for key in _compared(curves):
-            means = [(cell, its.mean) for cell in curves.of(series) if (its := cell.mean(key))]
+            sound = [cell for cell in curves.of(series) if not cell.not_finite(key)]
+            means = [(cell, its.mean) for cell in sound if (its := cell.mean(key))]
             if len(means) < 2:
                 continue
             sign = -1 if BY_KEY[key].better == "down" else 1
@@ -150,7 +156,7 @@ def _of_names(curves: Curves) -> Iterator[str]:
                     continue
                 low, high = sorted((sign * found.low, sign * found.high))
                 text = f"{named(cell)} by {sign * found.mean:.1f} [{low:.1f}, {high:.1f}]"
-                (led if low > 0 and found.records >= FEW else not_led).append(text)
+                (led if low > 0 and not found.is_few else not_led).append(text)
             parts = [f"it leads {', '.join(led)}"] if led else []
             parts += [f"it is not surely ahead of {', '.join(not_led)}"] if not_led else []
             names = " and ".join(map(named, firsts))
@@ -180,7 +186,7 @@ def _of_facts(curves: Curves) -> Iterator[str]:
             if its.low > 0 or its.high < 0:
                 break
             alike.append(cell)
-        if alike and all(its.records >= FEW for _, its in found):
+        if alike and not any(its.is_few for _, its in found):
             yield f"{short(key)}: from {named(alike[-1])} on it cannot be told from that of {named(most)}"
         chosen = next((its for its in found if int(its[0].value) == ENOUGH), found[-1] if found else None)
         if chosen and (sentence := lead(named(chosen[0]), named(most), key, chosen[1])):
@@ -214,15 +220,12 @@ def _against(curves: Curves, other: str, key: str) -> Iterator[str]:
     ]
     tables = [differences(one.values(key), two.values(key)) for one, two in pairs]
     shared = [its for its in tables[0] if all(its in table for table in tables)] if tables else []
-    found = over({its: fmean(table[its] for table in tables) for its in shared})
+    means = {its: fmean(table[its] for table in tables) for its in shared}
+    found = contrast(means, [cell for pair in pairs for cell in pair], key)
     ends = [named(pairs[place][0]) for place in (0, -1)] if pairs else ["", ""]
     where = ends[0] if len(pairs) < 2 else f"mean over {len(pairs)} shares, {ends[0]} to {ends[1]}"
     if sentence := lead("localised rows", _CONTROLS[other], key, found):
-        sure = [
-            named(one)
-            for one, two in pairs
-            if (its := difference(one, two, key)) and its.records >= FEW and (its.low > 0 or its.high < 0)
-        ]
+        sure = [named(one) for one, two in pairs if (its := difference(one, two, key)) and its.leaves_out_zero]
         alone = (
             f"; told apart at {'each' if len(sure) == len(pairs) else ', '.join(sure)}" if sure and pairs[1:] else ""
         )
@@ -237,12 +240,12 @@ def _of_batches(curves: Curves) -> Iterator[str]:
         for key in _compared(curves):
             for one, other in steps:
                 if found := difference(other, one, key):
-                    few = f" ({found.records} records are too few to tell)" if found.records < FEW else ""
+                    few = f" ({_counted(found, key)} are too few to tell)" if found.is_few else ""
                     yield f"{short(key)} changes from {named(one)} to {named(other)} by {shown(found)}{few}"
 
 
 def _sloping(key: str, what: str, found: Interval) -> str:
-    few = f" ({found.records} records are too few to tell)" if found.records < FEW else ""
+    few = f" ({_counted(found, key)} are too few to tell)" if found.is_few else ""
     return f"with every doubling of {what}, {short(key)} changes by {shown(found)}{few}"
 
 
@@ -301,16 +304,19 @@ def _batch(curves: Curves) -> Iterator[Check]:
     one, two, three = _three(cells)
     for key in ("edit_success", "portability"):
         yield Check(f"{short(key)} falls from {named(one)} to {named(two)}", difference(two, one, key), -1)
-        steps = [math.log2(float(b.value) / float(a.value)) for a, b in ((one, two), (two, three))]
-        bend = combine(
-            [one, two, three],
-            key,
-            lambda its, steps=steps: (its[2] - its[1]) / steps[1] - (its[1] - its[0]) / steps[0],  # type: ignore[misc]
-        )
-        yield Check(f"{short(key)} falls less from {named(two)} to {named(three)} with every doubling", bend, 1)
+        # Levelling off: the second step lies between the first one, a fall, and a rise of the same size.
+        steps = f"from {named(two)} to {named(three)} with every doubling"
+        yield Check(f"{short(key)} falls less {steps}", _second_step([one, two, three], key, -1), 1)
+        yield Check(f"{short(key)} rises less {steps} than it fell", _second_step([one, two, three], key, 1), -1)
     yield Check(f"LOC rises from {named(one)} to {named(two)}", difference(two, one, "locality"), 1)
     yield Check(f"LOC falls from {named(two)} to {named(three)}", difference(three, two, "locality"), -1)
     yield Check("FLU up with every doubling", slope(cells, "fluency"), 1)
+
+
+def _second_step(cells: Sequence[Cell], key: str, sign: int) -> Interval | None:
+    """The change with every doubling from the second of three points to the third, plus ``sign`` times that before."""
+    first, second = (math.log2(float(b.value) / float(a.value)) for a, b in pairwise(cells))
+    return combine(cells, key, lambda its: (its[2] - its[1]) / second + sign * (its[1] - its[0]) / first)
 
 
 def _three(cells: Sequence[Cell]) -> list[Cell]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
@@ -12,7 +12,8 @@ from typing import Any
 import numpy
 
 from kne_easyedit.benchmark.collect import Collection
-from kne_easyedit.benchmark.intervals import Interval, crossed
+from kne_easyedit.benchmark.intervals import FEW, Interval, crossed, interval
+from kne_easyedit.benchmark.tables import drawn, edited_models, not_finite, of_model
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.metrics import METRICS, Metric
 from kne_easyedit.studies.definitions import Place, Study
@@ -32,8 +33,6 @@ KEYS = (
 OVERALL = "overall"
 """Key of what the paper's claims call overall: a record's mean of edit success, portability and locality."""
 _OVERALL = ("edit_success", "portability", "locality")
-FEW = 20
-"""A point of fewer records is drawn hollow, and named."""
 Key = tuple[str, int, object, int]
 """Record, its number, seed, draw."""
 
@@ -65,7 +64,7 @@ class Cell:
 
     @property
     def few(self) -> bool:
-        """Whether these are too few."""
+        """Whether these are too few: the point is drawn hollow, and named."""
         return self.records < FEW
 
     def values(self, key: str) -> dict[Key, float]:
@@ -82,10 +81,23 @@ class Cell:
         return dict(sorted(self._by_name(BY_KEY[key].categories).items()))
 
     @cached_property
+    def scores(self) -> dict[str, dict[Key, float]]:
+        """Task of general ability (`general_report`) -> its scores on the edited models, in the task's own unit."""
+        return self._by_name(lambda line: {task: its["value"] for task, its in (line.get("ability") or {}).items()})
+
+    @cached_property
     def ability(self) -> dict[str, Interval]:
-        """Task of general ability (`general_report`) -> its score on the edited model, in the task's own unit."""
-        found = self._by_name(lambda line: {task: its["value"] for task, its in (line.get("ability") or {}).items()})
-        return {task: mean for task, values in found.items() if (mean := over(values))}
+        """Task -> the mean of its scores."""
+        return {task: mean for task, values in self.scores.items() if (mean := over(values, self.models))}
+
+    @cached_property
+    def models(self) -> dict[tuple, tuple]:
+        """The edited models that several lines are of (`tables.edited_models`)."""
+        return edited_models(self.lines)
+
+    def not_finite(self, key: str) -> str:
+        """How many edited models have no finite value of the metric, in words; empty if all have one."""
+        return not_finite(self.lines, BY_KEY[key]) if key in BY_KEY else ""
 
     def _by_name(self, named: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> dict[str, dict[Key, float]]:
         """Name -> the value of each line that has one under this name."""
@@ -103,7 +115,7 @@ class Cell:
                 middle = median(values.values())
                 self._means[key] = Interval(middle, middle, middle, self.records)
             else:
-                self._means[key] = over(values)
+                self._means[key] = over(values, *_models([self], key))
         return self._means[key]
 
     @cached_property
@@ -154,27 +166,53 @@ class StudyResults:
     """Data set and label -> the file of the ensemble."""
 
 
-def over(values: Mapping[Any, float]) -> Interval | None:
-    """The mean of values over records and draws, with its interval; a key is record, number, and what is drawn."""
+def over(values: Mapping[Any, float], *models: Mapping[tuple, tuple]) -> Interval | None:
+    """The mean of values over records and draws, with its interval; a key is record, number, and what is drawn.
+
+    Args:
+        values: Key -> value.
+        models: Of a figure of the edited model, whose facts share it: the points' `Cell.models`. They are drawn then.
+    """
+    if any(models):
+        return interval(list(values.values()), drawn(values, *models))
     return crossed(list(values.values()), [key[:2] for key in values], [key[2:] for key in values])
 
 
-def differences(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> dict[tuple, float]:
+def _models(cells: Iterable[Cell], key: str) -> list[dict[tuple, tuple]]:
+    """What `over` needs of the points of a metric."""
+    return [cell.models for cell in cells] if key in BY_KEY and of_model(BY_KEY[key]) else []
+
+
+def contrast(values: Mapping[Any, float], cells: Sequence[Cell], key: str) -> Interval | None:
+    """`over` values that compare points in a metric; None where nothing is to be said.
+
+    That is where a model is broken, for the others alone would be compared, or where there is but one edited model.
+    """
+    if any(cell.not_finite(key) for cell in cells):
+        return None
+    models = _models(cells, key)
+    found = over(values, *models)
+    return found if found is None or found.is_known or not any(models) else None
+
+
+def differences(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> dict[Key, float]:
     """What the first has more than the second, over the records and seeds that both have.
 
-    Draws are paired where both have the same ones; else each draw of the one is compared with each of the other.
+    Draws are nested, and paired as far as both have them. Where one side has a single draw, each of the other is
+    compared with it, and gives the key its draw: a difference belongs to one draw, whatever it was compared with.
     """
-    if {key[3] for key in ours} == {key[3] for key in theirs}:
+    one, other = ({key[3] for key in its} for its in (ours, theirs))
+    if one == other or min(len(one), len(other)) > 1:
         return {key: value - theirs[key] for key, value in ours.items() if key in theirs}
-    by_record: dict[tuple, list[tuple[int, float]]] = {}
-    for key, value in theirs.items():
-        by_record.setdefault(key[:3], []).append((key[3], value))
-    return {(*key, draw): value - other for key, value in ours.items() for draw, other in by_record.get(key[:3], ())}
+    if len(other) > 1:
+        return {key: -value for key, value in differences(theirs, ours).items()}
+    single = {key[:3]: value for key, value in theirs.items()}
+    return {key: value - single[key[:3]] for key, value in ours.items() if key[:3] in single}
 
 
 def difference(ours: Cell, theirs: Cell, key: str) -> Interval | None:
     """The first point's metric minus the second's, paired, with its interval; None if no record has both."""
-    return over(differences(ours.values(key), theirs.values(key)))
+    return contrast(differences(ours.values(key), theirs.values(key)), [ours, theirs], key)
 
 
 def mean_difference(ours: Sequence[Cell], theirs: Sequence[Cell], key: str) -> Interval | None:
@@ -186,7 +224,7 @@ def combine(cells: Sequence[Cell], key: str, function: Callable[[Sequence[float]
     """A function of a record's values at some points, averaged over the records that all of them have."""
     tables = [cell.values(key) for cell in cells]
     shared = [its for its in tables[0] if all(its in table for table in tables)] if tables else []
-    return over({its: function([table[its] for table in tables]) for its in shared})
+    return contrast({its: function([table[its] for table in tables]) for its in shared}, cells, key)
 
 
 def enough(cells: Sequence[Cell]) -> list[Cell]:
@@ -229,10 +267,11 @@ def as_rows(results: StudyResults) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for curves in results.curves:
         for cell in curves.cells.values():
-            means = {key: cell.mean(key) for key in curves.keys}
+            tables = {key: (cell.values(key), cell.mean(key)) for key in curves.keys}
             for key in curves.keys:
-                means |= {f"{key}/{name}": over(values) for name, values in cell.by_category(key).items()}
-            means |= {f"ability/{task}": its for task, its in cell.ability.items()}
+                named = cell.by_category(key)
+                tables |= {f"{key}/{name}": (values, over(values)) for name, values in named.items()}
+            tables |= {f"ability/{task}": (values, cell.ability[task]) for task, values in cell.scores.items()}
             rows += (
                 {
                     "study": curves.study.name,
@@ -244,9 +283,9 @@ def as_rows(results: StudyResults) -> list[dict[str, Any]]:
                     "rows": cell.rows,
                     "parameter_share": cell.share,
                     "metric": name,
-                    **(asdict(found) if found else dict.fromkeys(("mean", "low", "high"))),
-                    "records": found.records if found else 0,
+                    **(found.plain() if found else dict.fromkeys(("mean", "low", "high"))),
+                    "records": len({key[:2] for key in values}),
                 }
-                for name, found in means.items()
+                for name, (values, found) in tables.items()
             )
     return rows

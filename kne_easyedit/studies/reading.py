@@ -169,7 +169,8 @@ def _cell(
                 if again := at_end.get((its["seed"], its["index"])):
                     lines[its["record"], its["index"], its["seed"], place.draw] = {
                         **again,
-                        "seconds": its["seconds"],
+                        **{name: its[name] for name in ("seconds", "perplexity_before")},
+                        "mode": "sequential",
                     }
         else:
             lines |= {(its["record"], its["index"], its["seed"], place.draw): its for its in own}

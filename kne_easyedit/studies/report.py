@@ -6,19 +6,18 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.markdown import literal, table_of_rows
-from kne_easyedit.benchmark.intervals import Interval
+from kne_easyedit.benchmark.intervals import FEW, Interval
 from kne_easyedit.benchmark.markdown_report import setting, what_was_run
 from kne_easyedit.benchmark.publish import page
 from kne_easyedit.studies.ensembles import overlap_table, overlaps
 from kne_easyedit.studies.figures import draw_study, few_points
 from kne_easyedit.studies.findings import Check, checks, findings, named, verdict
-from kne_easyedit.studies.numbers import BY_KEY, FEW, Cell, Curves, StudyResults, as_rows, ensembles_of
+from kne_easyedit.studies.numbers import BY_KEY, Cell, Curves, StudyResults, as_rows, ensembles_of
 
 
 def publish_studies(results: StudyResults, folder: Path, title: str = "The paper's studies") -> Path:
@@ -144,18 +143,17 @@ def _ability(curves: Curves) -> str:
     rows = [["*no edit*", "", *("-" if value is None else f"{value:.3f}" for value in before)]]
     for cell in asked:
         means = (cell.ability.get(task) for task in tasks)
-        shown = ["-" if its is None else f"{its.mean:.3f} [{its.low:.3f}, {its.high:.3f}]" for its in means]
+        shown = ["-" if its is None else its.shown("{:.3f}") for its in means]
         rows.append([literal(curves.study.series[cell.series]), literal(cell.value), *shown])
     return table_of_rows([["series", "value", *map(literal, tasks)], *rows])
 
 
 def _shown(cell: Cell, key: str) -> str:
-    value = cell.mean(key)
+    value, note = cell.mean(key), cell.not_finite(key)
     if value is None:
-        return "-"
-    if key == "seconds_per_edit":
-        return f"{value.mean:.2f}"
-    return f"{value.mean:.1f} [{value.low:.1f}, {value.high:.1f}]"
+        return note or "-"
+    text = f"{value.mean:.2f}" if key == "seconds_per_edit" else value.shown()
+    return f"{text} ({note})" if note else text
 
 
 def _as_json(
@@ -178,7 +176,7 @@ def _as_json(
 
 
 def _plain(value: Interval | None) -> dict[str, Any]:
-    return dict.fromkeys(("mean", "low", "high", "records")) if value is None else asdict(value)
+    return dict.fromkeys(("mean", "low", "high", "records")) if value is None else value.plain()
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

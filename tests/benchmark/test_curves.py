@@ -8,6 +8,8 @@ import pytest
 
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.curves import curves, dominations
+from kne_easyedit.benchmark.figures import draw_all
+from kne_easyedit.benchmark.intervals import FEW
 from kne_easyedit.benchmark.labels import curve_of, is_kne, method_order
 from kne_easyedit.benchmark.publish import publish
 
@@ -29,10 +31,10 @@ def line(method: str, index: int, portability: float, locality: float, bleed: fl
     }
 
 
-def collected(tmp_path, points: dict[str, tuple[float, float, float]]):
+def collected(tmp_path, points: dict[str, tuple[float, float, float]], records: int = FEW):
     folder = tmp_path / "run"
     folder.mkdir()
-    lines = (line(method, i, *figures) for method, figures in points.items() for i in range(4))
+    lines = (line(method, i, *figures) for method, figures in points.items() for i in range(records))
     (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     return collect([folder])
 
@@ -64,7 +66,30 @@ def test_one_point_dominates_another(other, expected, tmp_path):
     assert ("FT@50", "KNE@2") in [(its.better, its.worse) for its in found]
     if expected:
         (one,) = (its for its in found if (its.better, its.worse) == ("KNE@1", "FT@25"))
-        assert one.data == "counterfact" and one.differences["bleed"].records == 4
+        assert one.data == "counterfact" and one.differences["bleed"].records == FEW
+
+
+def test_few_records_dominate_nothing(tmp_path):
+    points = {"KNE@1": (0.8, 0.9, 0.1), "KNE@2": (0.7, 0.9, 0.1), "FT@25": (0.5, 0.5, 0.5), "FT@50": (0.6, 0.4, 0.7)}
+    assert len(dominations(collected(tmp_path, points))) == 4
+    (tmp_path / "few").mkdir()
+    assert not dominations(collected(tmp_path / "few", points, records=FEW - 1))
+
+
+def test_curves_and_methods_look_different(tmp_path, monkeypatch):
+    """Six curves of KNE with two points each: in every panel and legend each has a colour and marker of its own."""
+    drawn = []
+    monkeypatch.setattr("kne_easyedit._util.plotting.entitle", lambda figure, _title: drawn.append(figure))
+    names = [f"KNE-{name}" for name in "abcdef"] + ["FT", "ROME"]
+    points = {f"{name}@{n}": (i / 10, n / 4, 0.1) for i, name in enumerate(names) for n in (1, 2)}
+    pictures = list(draw_all(collected(tmp_path, points, records=2), tmp_path))
+    for name, expected in (("curves.png", names), ("tradeoff.png", points)):
+        figure = drawn[pictures.index(name)]
+        (legend,) = figure.legends
+        assert sorted(its.get_text() for its in legend.get_texts()) == sorted(expected)
+        shown = [[(its.get_color(), its.get_marker()) for its in axis.get_lines()] for axis in figure.axes]
+        shown.append([(its.get_color(), its.get_marker()) for its in legend.legend_handles])
+        assert all(len(set(its)) == len(its) == len(expected) for its in shown), name
 
 
 def test_a_report_has_curves_only_where_something_is_swept(tmp_path):

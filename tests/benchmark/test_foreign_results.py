@@ -83,7 +83,7 @@ def test_text_of_others_stays_text(tmp_path, secret):
     for number, text in enumerate(EVIL):
         name = "".join(c for c in text if c.isprintable())[:100]
         shared = {"data": "<b>data | $x$</b>", "prompt": text, "target_new": text, "before": text, "after": text}
-        entries = [line(name, i, s, record=f"{number}-{i}", **shared) for i, s in enumerate([0.0, 1.0])]
+        entries = [line(name, i, s, record=f"r{i}", **shared) for i, s in enumerate([0.0, 1.0], 2 * number)]
         for entry in entries:
             for when in ("pre", "post"):
                 entry["metrics"] = {

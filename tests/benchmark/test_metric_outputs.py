@@ -62,7 +62,7 @@ def test_a_new_metric_is_one_entry(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, *new))
     report, numbers, printed, columns, again = outputs()
     assert "|  | TON | - | - | **50.00** |" in report and "|  | LEN | - | - | **4.00** |" in report
-    assert "records (PORT, LOC, TON)" in report and "| counterfact | TON | Formal | 1 | - | **50.00** |" in report
+    assert "| TON | LEN | records |" in report and "| counterfact | TON | Formal | 1 | - | **50.00** |" in report
     assert '"tone": {"Formal": 50.0}' in numbers and '"length": {"mean": 4.0' in numbers
     assert all("tone" in text and "length" in text for text in (printed, columns))
     assert "tone" in again and "length" not in again  # no answer is generated there

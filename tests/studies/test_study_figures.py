@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from study_lines import write_points
 
@@ -39,6 +41,28 @@ def test_an_axis_of_percent_ends_at_a_hundred(tmp_path, monkeypatch, share):
     (axis,) = (axis for axis in drawn[0].axes if axis.get_title().startswith("ES"))
     low, high = axis.get_ylim()
     assert low < 100 * share < high <= 100 + 0.05 * (high - low) + 1 and high - low >= 2
+
+
+@pytest.mark.parametrize("before", [0.4, 0.46, 0.5, 0.54, 0.6])
+def test_the_line_of_the_unedited_model_lies_within_the_axis(tmp_path, monkeypatch, before):
+    """Or, too far away, it is not drawn."""
+    drawn = []
+    monkeypatch.setattr("kne_easyedit._util.plotting.entitle", lambda figure, _title: drawn.append(figure))
+    monkeypatch.setattr("kne_easyedit.benchmark.intervals.RESAMPLES", 200)
+    points = {f"KNE-rows@{name}": {"ES": share} for name, share in (("down_proj", 0.48), ("k_proj", 0.52))}
+    pre = {"pre": {"rewrite_acc": [before]}}
+    folder = write_points(tmp_path / "run", points, noise=0)
+    for file in folder.rglob("results.jsonl"):
+        lines = [json.loads(its) for its in file.read_text().splitlines()]
+        lines = [{**its, "metrics": {**its["metrics"], **pre}} for its in lines]
+        file.write_text("".join(json.dumps(its) + "\n" for its in lines))
+    (curves,) = read_studies([folder]).curves
+    draw_study(curves, tmp_path / "location.png")
+    (axis,) = (axis for axis in drawn[0].axes if axis.get_title().startswith("ES"))
+    low, high = axis.get_ylim()
+    dashed = [its.get_ydata()[0] for its in axis.get_lines() if its.get_color() == "#777777"]
+    assert dashed == ([] if before in (0.4, 0.6) else [pytest.approx(100 * before)])
+    assert all(low < value < high for value in (*dashed, 48, 52))
 
 
 @pytest.mark.parametrize("draw", [draw_location, draw_sequence, draw_overlaps])

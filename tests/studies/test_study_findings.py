@@ -7,9 +7,8 @@ import re
 import pytest
 from study_lines import write_points
 
-from kne_easyedit.benchmark.intervals import Interval
+from kne_easyedit.benchmark.intervals import FEW, Interval
 from kne_easyedit.studies.findings import HOLDS, NOT, UNKNOWN, Check, checks, findings, lead, verdict
-from kne_easyedit.studies.numbers import FEW
 from kne_easyedit.studies.reading import read_studies
 
 MODULES = {
@@ -214,6 +213,15 @@ def test_one_share_alone_is_named(study):
     assert text and all(its.endswith(" (p = 20 %)") for its in text)
 
 
+def test_further_draws_at_one_share_take_no_sentence_away(study):
+    points = {label: its for label, its in share_points().items() if "random.2" not in label}
+    curves = study({**points, **{f"KNE-random.{draw}@0.2": points["KNE-random@0.2"] for draw in (2, 3)}})
+    assert curves.cells["random", "0.2"].draws == 3
+    text = [its for its in findings(curves) if "random" in its]
+    assert [its.partition(" by ")[0].rpartition(" ")[2] for its in text] == ["ES", "PORT", "LOC"]
+    assert all("(mean over 3 shares, p = 10 % to p = 40 %; told apart at each)" in its for its in text)
+
+
 def test_rows_by_their_weights_alone_are_a_control_too(study):
     points = share_points()
     points |= {
@@ -259,6 +267,9 @@ def batch_points(success: list[float], locality: list[float], fluency: list[floa
     [
         (([1.0, 0.6, 0.5], [0.5, 0.7, 0.6], [5.0, 5.2, 5.4]), HOLDS),
         (([1.0, 0.9, 0.4], [0.5, 0.7, 0.6], [5.0, 5.2, 5.4]), NOT),  # falls more and more
+        (([0.9, 0.5, 0.9], [0.5, 0.7, 0.6], [5.0, 5.2, 5.4]), UNKNOWN),  # rises back
+        (([0.8, 0.5, 0.95], [0.5, 0.7, 0.6], [5.0, 5.2, 5.4]), NOT),  # and beyond
+        (([0.9, 0.5, 0.55], [0.5, 0.7, 0.6], [5.0, 5.2, 5.4]), HOLDS),
         (([1.0, 0.6, 0.5], [0.5, 0.5, 0.5], [5.0, 5.2, 5.4]), UNKNOWN),
         (([1.0, 0.6, 0.5], [0.5, 0.7, 0.6], [5.4, 5.2, 5.0]), NOT),
     ],

@@ -12,7 +12,7 @@ from pytest import approx
 from study_lines import line, write_points
 
 from kne_easyedit.benchmark.intervals import RESAMPLES, crossed, interval
-from kne_easyedit.studies.numbers import OVERALL, difference, differences, mean_difference, slope
+from kne_easyedit.studies.numbers import OVERALL, difference, differences, mean_difference, over, slope
 from kne_easyedit.studies.reading import read_studies
 from kne_easyedit.studies.report import publish_studies
 
@@ -79,14 +79,27 @@ def test_one_draw_is_the_bootstrap_over_records():
 # Differences
 
 
-def test_draws_are_paired_if_both_have_them_else_each_with_each():
+def test_draws_are_paired_as_far_as_both_have_them_and_a_single_one_is_compared_with_each():
     one = {("a", 0, 42, 1): 5.0, ("a", 0, 42, 2): 7.0, ("b", 1, 42, 1): 1.0}
-    two = {("a", 0, 42, 1): 1.0, ("a", 0, 42, 2): 2.0}
-    assert differences(one, two) == {("a", 0, 42, 1): 4.0, ("a", 0, 42, 2): 5.0}
+    two = {("a", 0, 42, 1): 1.0, ("a", 0, 42, 2): 2.0, ("a", 0, 42, 3): 9.0}
+    assert differences(one, two) == {("a", 0, 42, 1): 4.0, ("a", 0, 42, 2): 5.0}, "of a third one both know nothing"
     single = {("a", 0, 42, 1): 1.0}
-    assert differences(one, single) == {("a", 0, 42, 1, 1): 4.0, ("a", 0, 42, 2, 1): 6.0}
-    assert differences(single, one) == {("a", 0, 42, 1, 1): -4.0, ("a", 0, 42, 1, 2): -6.0}
+    assert differences(one, single) == {("a", 0, 42, 1): 4.0, ("a", 0, 42, 2): 6.0}
+    assert differences(single, one) == {("a", 0, 42, 1): -4.0, ("a", 0, 42, 2): -6.0}
     assert differences({("a", 0, 1, 1): 1.0}, {("a", 0, 2, 1): 1.0}) == {}, "another seed"
+    assert differences({}, one) == differences(one, {}) == {}
+
+
+def test_a_draw_more_on_one_side_does_not_narrow_a_difference():
+    """Ten draws and nine are nine pairs, not ninety."""
+
+    def drawn(draws: int, seed: int):
+        return {(f"r{i}", i, 42, j): value for (i, j), value in table(12, draws, 5.0, seed).items()}
+
+    ours = drawn(10, 1)
+    first = {key: value for key, value in ours.items() if key[3] < 9}
+    widths = [its.high - its.low for its in (over(differences(one, drawn(9, 2))) for one in (ours, first))]
+    assert widths[0] == approx(widths[1], rel=0.05)
 
 
 @pytest.fixture(name="curves")
@@ -206,7 +219,8 @@ def test_tasks_of_general_ability_stand_beside_the_points(tmp_path):
         return {"towns|x/acc": {"value": value, "stderr": None}}
 
     folder = write_points(tmp_path / "run", {"KNE-batch@1": {"ES": 1.0}}, records=2, ability_before=score(0.5))
-    write_points(folder, {"KNE-batch@2": {"ES": 1.0}}, records=2, ability_before=score(0.5), ability=score(0.25))
+    two = {"mode": "batch", "batch_size": 2, "ability_before": score(0.5), "ability": score(0.25)}
+    write_points(folder, {"KNE-batch@2": {"ES": 1.0}}, records=2, **two)
     last = [{**line("KNE-sequence@2", i, {"ES": 1.0}), "after": 2, "ability": score(i)} for i in range(2)]
     write_points(folder, {"KNE-sequence@2": {"ES": 1.0}}, records=2, ability_before=score(0.5))
     (folder / "KNE-sequence@2/retention.jsonl").write_text("".join(json.dumps(its) + "\n" for its in last))
@@ -214,8 +228,8 @@ def test_tasks_of_general_ability_stand_beside_the_points(tmp_path):
     text = (tmp_path / "report/studies.md").read_text()
     assert text.index("General ability") < text.index("| series | value | towns\\|x/acc |")
     assert "| *no edit* |  | 0.500 |" in text
-    assert "| in one edit | 2 | 0.250 [0.250, 0.250] |" in text
-    assert "| in a row, all asked at the end | 2 | 0.500 [0.000, 1.000] |" in text
+    assert "| in one edit | 2 | 0.250 |" in text, "one edited model"
+    assert "| in a row, all asked at the end | 2 | 0.500 |" in text
     rows = json.loads((tmp_path / "report/studies.json").read_text())["points"]
     assert [(its["series"], its["mean"]) for its in rows if its["metric"] == "ability/towns|x/acc"] == [
         ("batch", 0.25),
@@ -224,6 +238,78 @@ def test_tasks_of_general_ability_stand_beside_the_points(tmp_path):
     without = write_points(tmp_path / "without", {"KNE-batch@1": {"ES": 1.0}}, records=2)
     publish_studies(read_studies([without]), tmp_path / "none")
     assert "General ability" not in (tmp_path / "none/studies.md").read_text()
+
+
+def batches(folder, size: int, perplexities, seed: int = 42, records: int = 40):
+    """A point of ``records`` records in batches, each with its perplexity; None is not finite."""
+    label, folder = f"KNE-batch@{size}", folder / f"{size}-{seed}"
+    folder.mkdir(parents=True)
+    shared = {
+        "mode": "batch",
+        "batch_size": size,
+        "seed": seed,
+        "fingerprint": f"{size}-{seed}",
+        "perplexity_before": 13.5,
+    }
+    lines = [line(label, i, {"ES": 1.0}, perplexity=perplexities[i // size], **shared) for i in range(records)]
+    (folder / "results.jsonl").write_text("".join(json.dumps(its) + "\n" for its in lines))
+
+
+def perplexity_of(folder, size: int):
+    (curves,) = read_studies([folder]).curves
+    return curves.cells["batch", str(size)].mean("perplexity")
+
+
+def test_a_perplexity_counts_once_for_each_edited_model(tmp_path):
+    """Of one batch there is no interval, of several it is that over batches; seeds are other edited models."""
+    batches(tmp_path / "one", 40, [25.7])
+    assert perplexity_of(tmp_path / "one", 40).shown() == "25.7"
+    batches(tmp_path / "four", 10, [20.0, 30.0, 25.0, 21.0])
+    found, expected = perplexity_of(tmp_path / "four", 10), interval([20.0, 30.0, 25.0, 21.0])
+    assert (found.low, found.high, found.records) == approx((expected.low, expected.high, 4))
+    batches(tmp_path / "one", 40, [21.7], seed=7)
+    found = perplexity_of(tmp_path / "one", 40)
+    assert (found.mean, found.low, found.high, found.records) == approx((23.7, 21.7, 25.7, 2))
+
+
+def test_what_is_said_of_perplexities_of_batches(tmp_path):
+    values = [14.0 + i % 5 for i in range(40)]
+    batches(tmp_path, 1, values)
+    batches(tmp_path, 10, [20.0, 30.0, 25.0, 21.0])
+    batches(tmp_path, 40, [40.0])
+    publish_studies(read_studies([tmp_path]), tmp_path / "report")
+    text = (tmp_path / "report/studies.md").read_text()
+    (said,) = (its for its in text.splitlines() if its.startswith("- PPL"))
+    assert said.startswith("- PPL changes from 1 an edit to 10 an edit by +8.0 ")
+    assert said.endswith("(4 edited models are too few to tell).")
+    rows = json.loads((tmp_path / "report/studies.json").read_text())["points"]
+    ((mean, low, high, records),) = (
+        (its["mean"], its["low"], its["high"], its["records"])
+        for its in rows
+        if (its["metric"], its["value"]) == ("perplexity", "40")
+    )
+    assert (mean, low, high, records) == (approx(40.0), None, None, 40)
+
+
+def test_a_point_that_is_not_finite_says_so_and_is_compared_with_none(tmp_path):
+    batches(tmp_path, 1, [14.0 + i % 5 for i in range(40)])
+    batches(tmp_path, 2, [12.0] * 5 + [None] * 15)
+    publish_studies(read_studies([tmp_path]), tmp_path / "report")
+    text = (tmp_path / "report/studies.md").read_text()
+    assert "| 12.0 [12.0, 12.0] (15 of 20 not finite) |" in text and "- PPL" not in text
+
+
+def test_a_sequence_that_is_not_finite_at_its_end_says_so(tmp_path):
+    points = {"KNE-sequence@3": {"ES": 1.0}}
+    folder = write_points(tmp_path / "run", points, records=3, mode="sequential", perplexity_before=13.5)
+    again = [
+        {**line("KNE-sequence@3", i, {"ES": 1.0}), "after": after, "perplexity": value}
+        for after, value in ((2, 14.0), (3, None))
+        for i in range(after)
+    ]
+    (folder / "KNE-sequence@3/retention.jsonl").write_text("".join(json.dumps(its) + "\n" for its in again))
+    (cell,) = read_studies([folder]).curves[0].of("sequence")
+    assert cell.mean("perplexity") is None and cell.not_finite("perplexity") == "1 of 1 not finite"
 
 
 def test_seeds_are_draws(tmp_path):
