@@ -61,8 +61,10 @@ def print_report(summary: Mapping[str, Any], folder: Path, examples: int = 3, ne
     for method, figures in summary["methods"].items():
         for task, score in figures.get("ability", {}).items():
             print(f"{method}: {task} {figures['ability_before'][task]:.3f} before, {score:.3f} after")
-        if (before := figures.get("perplexity_before")) is not None and figures["perplexity"] is not None:
-            print(f"{method}: perplexity {before:.2f} before, {figures['perplexity']:.2f} after")
+        if (before := figures.get("perplexity_before")) is not None:
+            after, broken = figures["perplexity"], figures["perplexity_not_finite"]
+            said = f"not finite for {broken} of the records" if after is None else f"{after:.2f}"
+            print(f"{method}: perplexity {before:.2f} before, {said} after")
     for complaint in summary["skipped"]:
         print(f"skipped: {complaint}")
     ensembles = sorted(path.name for path in folder.glob("ensemble*"))

@@ -55,7 +55,8 @@ def general_summary(results: Sequence[Mapping], retained: Sequence[Mapping]) -> 
         retained: Its retention lines; none in other modes.
 
     Returns:
-        ``perplexity_before``, ``perplexity``, ``ability_before`` and ``ability`` (`scores`).
+        ``perplexity_before``, ``perplexity`` (None if it was not finite for one of them), ``perplexity_not_finite``
+        (how many), ``ability_before`` and ``ability`` (`scores`).
     """
     last = max((line["after"] for line in retained), default=None)
     after = [line for line in retained if line["after"] == last] if retained else results
@@ -64,9 +65,11 @@ def general_summary(results: Sequence[Mapping], retained: Sequence[Mapping]) -> 
         for lines, name in ((results, "perplexity_before"), (after, "perplexity"))
     ]
     before, now = (fmean(values) if values else None for values in found)
+    broken = 0 if before is None else len(after) - len(found[1])
     return {
         "perplexity_before": before,
-        "perplexity": now,
+        "perplexity": None if broken else now,
+        "perplexity_not_finite": broken,
         "ability_before": scores(results, "ability_before"),
         "ability": scores(after, "ability"),
     }

@@ -17,6 +17,7 @@ from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.general import Examination
 from kne_easyedit.benchmark.markdown_report import report_text
 from kne_easyedit.benchmark.perplexity import _windows, perplexity, read_text
+from kne_easyedit.benchmark.summary import general_summary
 
 TEXT = "The capital of France is Paris . The river that flows through Rome is the Tiber . Ada was spoken to in Lima ."
 
@@ -116,3 +117,15 @@ def test_a_run_that_does_not_ask_has_none(job, quick):
     assert [lines_of(job)[0][name] for name in fields] == [None] * 4
     assert "general" not in json.loads((job.folder / "manifest.json").read_text())
     assert not list(job.folder.rglob("general-*.json"))
+
+
+def test_the_summary_says_which_edits_have_broken_the_model():
+    """A mean over those that are left would make the worst method the best."""
+    lines = [{"perplexity": value, "perplexity_before": 13.5} for value in (14.0, None, 16.0, None)]
+    found = general_summary(lines, [])
+    assert (found["perplexity_before"], found["perplexity"], found["perplexity_not_finite"]) == (13.5, None, 2)
+    whole = general_summary([lines[0], lines[2]], [])
+    assert (whole["perplexity"], whole["perplexity_not_finite"]) == (15.0, 0)
+    at_end = [{"after": after, **line} for after, line in ((2, lines[0]), (4, lines[1]))]
+    assert general_summary(lines[:1], at_end)["perplexity"] is None  # of a sequence its end counts
+    assert general_summary([{}], [])["perplexity_not_finite"] == 0  # nobody asked
