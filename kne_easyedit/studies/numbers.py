@@ -243,7 +243,8 @@ def slope(cells: Sequence[Cell], key: str) -> Interval | None:
         return None
     x = numpy.log2([float(cell.value) for cell in cells])
     x = x - x.mean()
-    return combine(cells, key, lambda its: float((x * its).sum() / (x * x).sum()))
+    # From the first value on, or equal values would have a slope of rounding, which is told apart from 0.
+    return combine(cells, key, lambda its: float((x * numpy.subtract(its, its[0])).sum() / (x * x).sum()))
 
 
 def ensembles_of(results: StudyResults, curves: Curves) -> dict[int, list[NeuronEnsemble]]:

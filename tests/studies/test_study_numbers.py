@@ -127,6 +127,16 @@ def test_points_are_read_with_their_draws(curves):
     assert curves.keys == ["edit_success", "portability", "locality", "seconds_per_edit"]
 
 
+@pytest.mark.parametrize("shares", [("0.01", "0.16"), ("0.0025", "0.01", "0.04", "0.16", "0.64")])
+def test_equal_values_have_no_slope(tmp_path, shares):
+    """Not one of rounding: everything at 100 neither rises nor falls."""
+    points = {f"KNE-share@{p}": {"ES": 1.0, "LOC": 0.7} for p in shares}
+    (curves,) = read_studies([write_points(tmp_path / "run", points, records=40, noise=0)]).curves
+    for key in ("edit_success", "locality"):
+        found = slope(curves.of("share"), key)
+        assert (found.mean, found.low, found.high) == (0, 0, 0)
+
+
 def test_differences_slopes_and_means_of_known_points(curves):
     localised, random_rows = curves.cells["share", "0.1"], curves.cells["random", "0.1"]
     found = difference(localised, random_rows, "edit_success")
