@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +96,25 @@ def shared_rows(edit: KNEEdit, other: KNEEdit) -> Shared:
     scale = (ours * theirs) ** 0.5
     most = tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
     return Shared(sum(counts.values()), product / scale if scale else 0.0, most)
+
+
+def shared_counts(edits: Sequence[KNEEdit]) -> list[list[int]]:
+    """How many rows each edit changes that each other does, all pairs at once: a store may hold a thousand edits.
+
+    Args:
+        edits: The edits, ``n``.
+
+    Returns:
+        ``(n, n)``, symmetric; each edit's own number of rows on the diagonal.
+    """
+    counts = torch.zeros(len(edits), len(edits), dtype=torch.float32)  # exact: far below 2 ** 24
+    for name in dict.fromkeys(name for edit in edits for name in edit.rows):
+        chosen = [edit.rows.get(name, ()) for edit in edits]
+        member = torch.zeros(len(edits), 1 + max(max(its, default=0) for its in chosen), dtype=torch.float32)
+        for i, its in enumerate(chosen):
+            member[i, list(its)] = 1
+        counts += member @ member.T
+    return counts.long().tolist()
 
 
 def ensemble_of(edit: KNEEdit) -> NeuronEnsemble:

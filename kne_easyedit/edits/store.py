@@ -22,6 +22,7 @@ from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.row_edit import Answer
 from kne_easyedit.editing.row_training import measured_answers
 from kne_easyedit.edits.listing import LIST_FILE, Content, Listed, checked_id, lies_at, read_list, write_list
+from kne_easyedit.edits.sizes import shared_counts
 from kne_easyedit.edits.stack import EditStack
 from kne_easyedit.models.base import Base, base_of
 from kne_easyedit.models.targets import is_linear
@@ -287,9 +288,9 @@ class EditStore:
         with EditStack(tuple(edits)).applied(model, force=force):
             now = [measured_answers(model, [answer.fact for answer in edit.answers]) for edit in edits]
         found = []
-        for entry, edit, answers in zip(entries, edits, now):
-            pairs = [(other.id, edit.shared_rows(one)) for other, one in zip(entries, edits) if other.id != entry.id]
-            found.append(Checked(entry, edit.answers, answers, {id: count for id, count in pairs if count}))
+        for entry, edit, answers, counts in zip(entries, edits, now, shared_counts(edits)):
+            shared = {other.id: count for other, count in zip(entries, counts) if count and other.id != entry.id}
+            found.append(Checked(entry, edit.answers, answers, shared))
         return tuple(found)
 
     def require_base(self, model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.edits import EditStore, listing
 from kne_easyedit.edits import store as store_module
 from kne_easyedit.edits.listing import LIST_FILE
+from kne_easyedit.edits.sizes import shared_counts
 
 
 @pytest.fixture
@@ -30,6 +31,14 @@ def store(tmp_path, edits):
 
 def ids(store):
     return [entry.id for entry in store.list()]
+
+
+def test_shared_rows_of_all_pairs_are_those_of_each_pair(llama):
+    kinds = [((0, 2), (2, 3, 11)), ((2, 3), (3, 4)), ((1,), (0,)), ((0, 1, 2, 3), tuple(range(24)))]
+    edits = [thing_of(llama, seed, layers=layers, rows=rows) for seed, (layers, rows) in enumerate(kinds)]
+    counts = shared_counts(edits)
+    assert counts == [[one.shared_rows(other) for other in edits] for one in edits]
+    assert counts[0][1] == 1 and counts[1][2] == 0 and shared_counts([]) == []
 
 
 class TestList:
