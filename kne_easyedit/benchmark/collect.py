@@ -154,7 +154,8 @@ def _at_end(file: Path) -> dict[tuple, dict]:
 
 def _require_same_record(known: dict, line: ResultLine, file: Path) -> None:
     """A number of a data set is one record: data sets go by the names of their files, and two may share a name."""
-    first, where = known.setdefault((line["data"], line["index"]), (line["record"], file))
+    # In a chat template, which is the model's, prompts are others, and so are digests.
+    first, where = known.setdefault((line["data"], line["index"], line["chat_template"]), (line["record"], file))
     if first != line["record"] and line["data"]:  # lines of early versions name no data set
         raise ValueError(
             f"{where} and {file}: record {line['index']} of {line['data']} is another in each: they are of two data "

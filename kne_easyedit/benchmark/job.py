@@ -125,7 +125,8 @@ class Run:
     @property
     def moments_text(self) -> TextSource:
         """`text_source`; if it has no prompts, with such as have nothing to do with the records."""
-        return replace(self.text_source, prompts=self.text_source.prompts or unrelated_prompts(self.requests))
+        own = self.text_source
+        return own if own.file or own.prompts else replace(own, prompts=unrelated_prompts(self.requests))
 
     def validate(self) -> None:
         """Checks the settings, and changes nothing.

@@ -160,10 +160,14 @@ def drawn(keys: Iterable[tuple], *models: Mapping[tuple, tuple]) -> list[Hashabl
 
     Args:
         keys: As those of `edited_models`.
-        models: What `edited_models` returns for both sides of a comparison: the side with larger batches decides.
+        models: What `edited_models` returns for both sides of a comparison: the side with larger batches decides. A
+            side of a single draw is compared with each draw of the other, whose keys it has not.
     """
     keys = list(keys)
-    choices: list[list[Hashable]] = [[its.get(key, key[0]) for key in keys] for its in models]
+    choices: list[list[Hashable]] = []
+    for its in models:
+        single = {key[:3]: model for key, model in its.items()}
+        choices.append([its.get(key, single.get(key[:3], key[0])) for key in keys])
     return min(choices, key=lambda its: len(set(its)))
 
 

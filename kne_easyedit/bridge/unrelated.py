@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from kne_easyedit.bridge.methods import UNRELATED, traits_of
@@ -61,9 +61,15 @@ def unrelated_prompts(requests: Iterable[Mapping[str, Any]]) -> list[str]:
     Returns:
         One prompt a fact. None is about a held-out subject, which may be asked as a neighbour.
     """
-    asked = " ".join(text for request in requests for text in texts_in(request)).casefold()
+    return list(_about_others(" ".join(text for request in requests for text in texts_in(request)).casefold()))
+
+
+@lru_cache(maxsize=1)  # a run asks for each of its methods
+def _about_others(asked: str) -> tuple[str, ...]:
+    facts = packaged_facts()
+    others = {its for its in {fact.subject for fact in facts} if its.casefold() not in asked and not is_held_out(its)}
     found: dict[tuple[Any, str], str] = {}
-    for fact in packaged_facts():
-        if fact.subject.casefold() not in asked and not is_held_out(fact.subject):
+    for fact in facts:
+        if fact.subject in others:
             found.setdefault((fact.relation, fact.subject), fill(fact.template, fact.subject))
-    return list(found.values())
+    return tuple(found.values())

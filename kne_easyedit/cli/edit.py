@@ -144,7 +144,7 @@ def _edit(arguments: argparse.Namespace) -> int:
 def _store(arguments: argparse.Namespace) -> EditStore | None:
     """The store to add to; None for a folder of its own. Raises ValueError if there can be neither."""
     from kne_easyedit.edits.listing import checked_id
-    from kne_easyedit.edits.store import EditStore
+    from kne_easyedit.edits.store import EDITS_FOLDER, EditStore
 
     if arguments.store is None:
         if arguments.name is not None:
@@ -154,9 +154,15 @@ def _store(arguments: argparse.Namespace) -> EditStore | None:
     require_folder(arguments.store, "--store")
     store = EditStore(arguments.store)
     if arguments.name is not None:
-        taken = {entry.id.casefold() for entry in store.list()}
-        if checked_id(arguments.name).casefold() in taken:
+        name = checked_id(arguments.name).casefold()
+        if name in {entry.id.casefold() for entry in store.list()}:
             raise ValueError(f"--name: {arguments.name!r} is taken in {arguments.store}; choose another name")
+        places = arguments.store / EDITS_FOLDER
+        if unlisted := [p for p in (places.iterdir() if places.is_dir() else ()) if p.name.casefold() == name]:
+            raise ValueError(
+                f"--name: {unlisted[0]} is there, and not in the store's list; add it (kne edits add {arguments.store} "
+                f"{unlisted[0]} --name {unlisted[0].name}), move it away, or choose another name"
+            )
     return store
 
 

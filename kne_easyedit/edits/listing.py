@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,20 +109,24 @@ def lies_at(place: Path, edit: KNEEdit) -> bool:
     Raises:
         ValueError: It holds something else, which may be the only copy.
     """
-    if not place.exists():
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return False
     try:
         found = KNEEdit.load(place)
-    except FileNotFoundError:  # what a killed process has left of an edit that was removed
-        shutil.rmtree(place)
-        return False
     except (OSError, ValueError) as error:
         raise ValueError(
             f"store: {place} is not in the list, and cannot be read ({error}); move it away, or choose another name"
         ) from error
     if found.digest != edit.digest:
         raise ValueError(
-            f"store: {place} holds another edit, which is not in the list; add it (kne edits add STORE {place}), move "
-            f"it away, or choose another name"
+            f"store: {place} holds another edit, which is not in the list; add it (kne edits add "
+            f"{place.parent.parent} {place} --name {place.name}), move it away, or choose another name"
         )
     return True
+
+
+def discard(place: Path) -> None:
+    """Removes an edit's folder, which is not in the list any more. What a kill leaves of it is under no edit's name."""
+    with suppress(OSError):
+        place = place.rename(place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.tmp"))
+    shutil.rmtree(place, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from kne_easyedit._util.messages import require_one_of, shorten
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.row_edit import Answer
 from kne_easyedit.editing.row_training import measured_answers
-from kne_easyedit.edits.listing import LIST_FILE, Content, Listed, checked_id, lies_at, read_list, write_list
+from kne_easyedit.edits.listing import LIST_FILE, Content, Listed, checked_id, discard, lies_at, read_list, write_list
 from kne_easyedit.edits.sizes import shared_counts
 from kne_easyedit.edits.stack import EditStack
 from kne_easyedit.models.base import Base, base_of
@@ -218,7 +217,7 @@ class EditStore:
             require_one_of("id", id, [one.id for one in content.edits])
             place = self._place(id)
             worse = self._replace(content, tuple(one for one in content.edits if one.id != id))
-            shutil.rmtree(place, ignore_errors=True)  # what is left is not listed
+            discard(place)
             for key in [key for key in self._loaded if key[0] == id]:
                 del self._loaded[key]
         return worse
@@ -303,8 +302,8 @@ class EditStore:
     def _require_base(self, content: Content, base: Base) -> None:
         if content.edits and content.base is not None and (reason := base.conflict(content.base)):
             raise ValueError(
-                f"store: the edit was trained on {base.label}, those of {self.folder} on {content.base.label}: "
-                f"{reason}. Keep edits of another base in another store"
+                f"store: the edit's base is {base.label}, that of {self.folder} is {content.base.label}: {reason}. "
+                f"Keep edits of another base in another store"
             )
 
     def _stack(self, wanted: Callable[[Listed], bool]) -> EditStack:

@@ -176,4 +176,5 @@ def test_texts_of_moments_have_nothing_to_do_with_what_is_edited(tmp_path):
     assert not [prompt for prompt in found if "Germany" in prompt or "Spain" in prompt]
     held_out = [fact for fact in packaged_facts() if is_held_out(fact.subject)]
     assert held_out and not {fact.template.format(fact.subject) for fact in held_out} & {*found}
-    assert replace(run, text_source=TextSource(prompts=["own"])).moments_text.prompts == ("own",)
+    for own in (TextSource(prompts=["own"]), TextSource(file=Path(__file__))):
+        assert replace(run, text_source=own).moments_text == own

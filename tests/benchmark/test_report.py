@@ -98,6 +98,9 @@ def test_a_number_of_a_data_set_is_one_record(tmp_path):
         tmp_path / "c/results.jsonl", [line("FT", 5, 0.0, "test", record="a5"), line("FT", 4, 0.0, "test", record="a4")]
     )
     assert len(collect([tmp_path / "a", tmp_path / "c"]).lines) == 7
+    chat = [line("FT-chat", i, 1.0, "test", record=f"chat-a{i}", chat_template=True) for i in range(5)]
+    write(tmp_path / "d/results.jsonl", chat)  # the same records, in the model's chat template
+    assert len(collect([tmp_path / "a", tmp_path / "d"]).lines) == 10
     for name in "ab":  # lines of early versions name no data set
         lines = [line("KNE", 0, 1.0, record=name, data=None)]
         write(tmp_path / f"early/{name}/results.jsonl", lines)

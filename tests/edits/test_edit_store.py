@@ -9,7 +9,6 @@ from conftest import LLAMA_DOWN, fingerprint, make_llama, tiny_hparams, weights
 from edits import MANY, REQUESTS, ensemble_of, thing_of
 
 from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
-from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.edits import EditStore, listing
 from kne_easyedit.edits import store as store_module
 from kne_easyedit.edits.listing import LIST_FILE
@@ -72,27 +71,6 @@ class TestList:
     def test_an_edit_that_is_off_is_on_when_it_is_added_again(self, store, edits):
         store.off("b")
         assert store.add(edits[1]) == "b" and [(entry.id, entry.on) for entry in store.list()][1] == ("b", True)
-
-    @pytest.mark.parametrize("name", ["a", "other", None])
-    def test_a_lost_list_is_made_again_from_the_edits_that_lie_there(self, store, edits, name):
-        """What is added is read from the very folder where it is to lie."""
-        (store.folder / LIST_FILE).unlink()
-        again = EditStore(store.folder)
-        found = again.add(KNEEdit.load(store.folder / "edits" / "a"), name)
-        assert found == (name or edits[0].digest[:12])
-        again.add(KNEEdit.load(store.folder / "edits" / "b"), "b")
-        assert [again.edit(id) for id in (found, "b")] == edits[:2]
-        assert all(dict(again.edit(id).deltas) for id in (found, "b"))  # the rows, too, can be read
-
-    def test_an_edit_that_is_not_in_the_list_is_not_overwritten(self, store, edits):
-        (store.folder / LIST_FILE).unlink()
-        again = EditStore(store.folder)
-        with pytest.raises(ValueError, match=r"edits.b holds another edit, which is not in the list; add it"):
-            again.add(edits[0], "b")
-        (store.folder / "edits" / "c" / "edit.json").write_text("{")
-        with pytest.raises(ValueError, match=r"edits.c is not in the list, and cannot be read .*choose another name"):
-            again.add(edits[0], "c")
-        assert KNEEdit.load(store.folder / "edits" / "b") == edits[1] and again.list() == ()
 
     def test_a_model_is_refused_before_anything_is_trained(self, store, llama):
         for id in "abc":

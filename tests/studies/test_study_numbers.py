@@ -12,6 +12,7 @@ from pytest import approx
 from study_lines import line, write_points
 
 from kne_easyedit.benchmark.intervals import RESAMPLES, crossed, interval
+from kne_easyedit.benchmark.tables import drawn
 from kne_easyedit.studies.numbers import OVERALL, difference, differences, mean_difference, over, slope
 from kne_easyedit.studies.reading import read_studies
 from kne_easyedit.studies.report import publish_studies
@@ -280,6 +281,16 @@ def test_a_perplexity_counts_once_for_each_edited_model(tmp_path):
     batches(tmp_path / "one", 40, [21.7], seed=7)
     found = perplexity_of(tmp_path / "one", 40)
     assert (found.mean, found.low, found.high, found.records) == approx((23.7, 21.7, 25.7, 2))
+
+
+def test_one_model_against_several_draws_is_one():
+    """A single draw has not the keys of the other side's; its facts share a model all the same."""
+    keys = [(f"r{i}", i, 42, draw) for i in range(4) for draw in (1, 2, 3)]
+    one_batch = {key: (0, *key[2:]) for key in keys if key[3] == 1}
+    assert len({*drawn(keys, {}, one_batch)}) == 1
+    pairs = {key: (key[1] // 2, *key[2:]) for key in keys}
+    assert len({*drawn(keys, pairs)}) == 6 and len({*drawn(keys, pairs, one_batch)}) == 1
+    assert drawn(keys, {}) == [key[0] for key in keys]
 
 
 def test_what_is_said_of_perplexities_of_batches(tmp_path):
