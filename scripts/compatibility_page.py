@@ -43,6 +43,8 @@ SmolLM2-135M-Instruct, the first 3 records of {data}, the settings shipped at th
 facts at once (`kne run`'s modes), on 2 CPU cores that had other work. Three records say that a method runs, not how good
 it is (MEMIT's weight of the second moments, 15000 as EasyEdit has it for Llama-2-7B, was too large for this model, and
 the shipped file has had 1000 since). Methods of which a version has no row were not run there, or it does not have them.
+Portability and locality of ROME and MEMIT under the release of 2023 are of before `prediction-padding`, at wrong tokens, and MEMIT's moments
+were of text after the edited prompts.
 """  # noqa: E501  (lines of the page)
 
 
