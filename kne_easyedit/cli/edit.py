@@ -143,7 +143,7 @@ def _edit(arguments: argparse.Namespace) -> int:
 
 def _store(arguments: argparse.Namespace) -> EditStore | None:
     """The store to add to; None for a folder of its own. Raises ValueError if there can be neither."""
-    from kne_easyedit.edits.listing import checked_id
+    from kne_easyedit.edits.listing import checked_id, way_out_of_unlisted
     from kne_easyedit.edits.store import EDITS_FOLDER, EditStore
 
     if arguments.store is None:
@@ -160,8 +160,7 @@ def _store(arguments: argparse.Namespace) -> EditStore | None:
         places = arguments.store / EDITS_FOLDER
         if unlisted := [p for p in (places.iterdir() if places.is_dir() else ()) if p.name.casefold() == name]:
             raise ValueError(
-                f"--name: {unlisted[0]} is there, and not in the store's list; add it (kne edits add {arguments.store} "
-                f"{unlisted[0]} --name {unlisted[0].name}), move it away, or choose another name"
+                f"--name: {unlisted[0]} is there, and not in the store's list; {way_out_of_unlisted(unlisted[0])}"
             )
     return store
 

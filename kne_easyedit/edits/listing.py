@@ -118,11 +118,14 @@ def lies_at(place: Path, edit: KNEEdit) -> bool:
             f"store: {place} is not in the list, and cannot be read ({error}); move it away, or choose another name"
         ) from error
     if found.digest != edit.digest:
-        raise ValueError(
-            f"store: {place} holds another edit, which is not in the list; add it (kne edits add "
-            f"{place.parent.parent} {place} --name {place.name}), move it away, or choose another name"
-        )
+        raise ValueError(f"store: {place} holds another edit, which is not in the list; {way_out_of_unlisted(place)}")
     return True
+
+
+def way_out_of_unlisted(place: Path) -> str:
+    """What to do about an edit's folder that is not in the list, for messages."""
+    store = place.parent.parent
+    return f"add it (kne edits add {store} {place} --name {place.name}), move it away, or choose another name"
 
 
 def discard(place: Path) -> None:

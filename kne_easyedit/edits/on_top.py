@@ -37,7 +37,6 @@ def localized_and_applied(
     """
     with EditStack(()).applied(model):
         store.require_base(model)  # before anything is localised or trained
-    if hparams.localization_data is not None:
-        with EditStack(()).applied(model):
+        if hparams.localization_data is not None:
             find_ensemble(model, tokenizer, requests, hparams)
     store.apply(model)
