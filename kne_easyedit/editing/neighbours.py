@@ -17,11 +17,12 @@ from kne_easyedit.facts.encoding import Tokenizer, chat_prompt
 from kne_easyedit.facts.neighbours import FactPool, Neighbour, packaged_digest, packaged_pool, run_exclusions
 from kne_easyedit.facts.readers import EMBEDDED, data_digest
 from kne_easyedit.facts.records import load_requests, without_chat_template
+from kne_easyedit.facts.templates import subject_key
 
 logger = logging.getLogger(__name__)
 
-CHOICE = 2
-"""Version of how neighbours are chosen from the same facts: results under another one are other results."""
+CHOICE = 3
+"""Version of how neighbours, and variants of a subject, are chosen from the same facts: results under another one are other results."""
 
 
 def neighbour_prompts(
@@ -72,14 +73,20 @@ def neighbours_by_request(
     Other questions about the subject are filled up, as other subjects are (`_of_relation`): of many subjects data know
     one fact.
     """
-    if hparams.use_chat_template and tokenizer is not None:  # a pool knows prompts as they are said
-        requests = [without_chat_template(request, tokenizer) for request in requests]
-    pool, exclude = _pool(hparams), run_exclusions(requests)
+    requests = as_said(requests, hparams, tokenizer)  # a pool knows prompts as they are said
+    pool = _pool(hparams)
+    names = [subject_key(place[0]) if (place := pool.locate(request)) else None for request in requests]
+    exclude = run_exclusions(requests) | {name for name in names if name is not None}
     found = []
-    for request in requests:
+    for request, name in zip(requests, names):
         relation = _of_relation(pool, request, hparams, exclude, model, tokenizer)
         subject = pool.subject_prompts(
-            request, hparams.neighbour_subject_size, seed=hparams.seed, exclude=exclude, strangers=True
+            request,
+            hparams.neighbour_subject_size,
+            seed=hparams.seed,
+            exclude=exclude,
+            together=[other for other, its in zip(requests, names) if its == name],
+            strangers=True,
         )
         found.append([one.prompt for pair in zip_longest(relation, subject) for one in pair if one is not None])
     return found
@@ -110,6 +117,15 @@ def _of_relation(
     if len(found) == size:
         return found
     return list({one.prompt: one for one in [*found, *of(pool, strangers=True)]}.values())[:size]
+
+
+def as_said(
+    requests: Sequence[Mapping[str, Any]], hparams: EditSettings, tokenizer: Tokenizer
+) -> Sequence[Mapping[str, Any]]:
+    """The requests with prompts as the user says them, out of the chat template under ``use_chat_template``."""
+    if hparams.use_chat_template and tokenizer is not None:
+        return [without_chat_template(request, tokenizer) for request in requests]
+    return requests
 
 
 def templated(tokenizer: Tokenizer, prompts: Sequence[str], hparams: EditSettings) -> list[str]:
@@ -149,6 +165,11 @@ def neighbour_digest(hparams: EditSettings) -> str | None:
     """SHA-256 of what neighbours are made of; None if there is no such file."""
     path, *_ = neighbour_source(hparams)
     return packaged_digest() if path == EMBEDDED else data_digest(path)
+
+
+def known_facts(hparams: EditSettings) -> list[FactPool]:
+    """What is known of subjects: the packaged facts, and those that neighbours come from."""
+    return [packaged_pool(), *([_pool(hparams)] if uses_neighbours(hparams) else [])]
 
 
 def _pool(hparams: EditSettings) -> FactPool:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kne_easyedit.editing.earlier import earlier_requests
 from kne_easyedit.editing.endings import endings
 from kne_easyedit.editing.losses import answer_loss, cross_entropy
+from kne_easyedit.editing.neighbours import as_said, known_facts
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Fact, Tokenizer, collate, with_ending
 from kne_easyedit.facts.name_variants import variant_prompts
+from kne_easyedit.facts.neighbours import run_exclusions
 from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.models.devices import device_of
 
@@ -73,11 +76,13 @@ def variant_facts(
 ) -> list[Fact]:
     """The requests with ``subject_variants`` other names of their subjects each, encoded as the requests are.
 
-    Variants that cannot be encoded are left out.
+    Variants that cannot be encoded are left out, and names of what other facts are about: the other requests, those
+    that ``model`` was edited with before, and what is known of subjects (`known_facts`).
     """
+    exclude, known = run_exclusions([*requests, *earlier_requests(model, requests)]), known_facts(hparams)
     found: list[Fact] = []
-    for request in requests:
-        for prompt in variant_prompts(request, hparams.subject_variants):
+    for request in as_said(requests, hparams, tokenizer):
+        for prompt in variant_prompts(request, hparams.subject_variants, exclude, known):
             varied = {"prompt": prompt, "target_new": request["target_new"]}
             with suppress(ValueError):
                 found += encode_facts(model, tokenizer, [varied], hparams)

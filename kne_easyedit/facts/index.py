@@ -52,9 +52,20 @@ def prompts_of(request: Mapping) -> list[str]:
     """Every prompt that stands in a request: its own, the rephrased one, all probes."""
     found = [request["prompt"], *texts_in(request.get("rephrase_prompt"))]
     for section in ("portability", "locality"):
-        for probes in (request.get(section) or {}).values():
-            found += texts_in(probes.get("prompt"))
+        found += _probes_in(request.get(section))
     return found
+
+
+def _probes_in(value: object) -> Iterator[str]:
+    """All prompts of a section of probes: by category as EasyEdit has them, or lists of records as data files do."""
+    if isinstance(value, Mapping):
+        yield from texts_in(value.get("prompt"))
+        for name, its in value.items():
+            if name != "prompt":
+                yield from _probes_in(its)
+    elif isinstance(value, (list, tuple)):
+        for its in value:
+            yield from _probes_in(its)
 
 
 class FactIndex:
@@ -111,6 +122,10 @@ class FactIndex:
         if fact.truth is not None:
             self._truths[name, relation].add(fact.truth)
         self._claims[name, relation].update(fact.claims)
+
+    def knows(self, subject: str) -> bool:
+        """Whether a fact is about the subject, whatever its case, blanks and leading "the"."""
+        return subject_key(subject) in self._spellings
 
     def _answers(self, name: str, relation: Hashable) -> set[str]:
         return self._truths.get((name, relation), set()) | self._claims.get((name, relation), set())

@@ -169,7 +169,14 @@ class FactPool(FactIndex):
         return chosen
 
     def subject_prompts(
-        self, request: Mapping, n: int, *, seed: int = 0, exclude: Iterable[str] = (), strangers: bool = False
+        self,
+        request: Mapping,
+        n: int,
+        *,
+        seed: int = 0,
+        exclude: Iterable[str] = (),
+        together: Iterable[Mapping] = (),
+        strangers: bool = False,
     ) -> list[Neighbour]:
         """The request's subject in templates of other relations that are asked about subjects of its kind.
 
@@ -181,6 +188,7 @@ class FactPool(FactIndex):
             n: How many at most.
             seed: Other seeds choose others.
             exclude: Prompts that are not to be used. Subjects in it do not matter: the request's own is used.
+            together: Requests about the same subject that are edited in the same step: what they ask is left out, too.
             strangers: Where those are fewer than ``n``, fill up with other relations in statements, whatever they are
                 asked about; but not with those that the data name another kind for. A question words a relation
                 freely: it may ask for the edited fact in other words.
@@ -194,7 +202,12 @@ class FactPool(FactIndex):
         subject, template = place
         name, relation = subject_key(subject), self._relation(template, subject)
         barred = _Barred(request, subject, template, exclude)
-        asked = [content_words(without(prompt, subject) or prompt) for prompt in prompts_of(request)]
+        others = [one for one in together if one is not request]
+        asked = [
+            content_words(without(prompt, subject) or prompt) for one in (request, *others) for prompt in prompts_of(one)
+        ]
+        edited = {relation, *(self._relation(place[1], subject) for place in map(self.locate, others) if place)}
+        edited = edited.union(*(self._follows.get(one, ()) for one in edited))
         evidence, counts = self._evidence(self._features_of(request, subject, relation))
         enough = max(2, RARE * max(counts.values(), default=0))
         own = self._features.get(name, set())
@@ -210,7 +223,7 @@ class FactPool(FactIndex):
         ):
             if len(chosen) == n:
                 break
-            if other == relation or other in self._follows.get(relation, ()):
+            if other in edited:
                 continue
             answers = self._answers(name, other)
             if barred.answer(answers, old=True):
@@ -218,7 +231,7 @@ class FactPool(FactIndex):
             patterns = [text for text in self._templates[other] if typical(other) or not text.endswith(QUESTION_MARKS)]
             for pattern in sorted(patterns, key=lambda text: _shuffled(seed, name, text)):
                 words, prompt = content_words(pattern), fill(pattern, subject)
-                alike = (self._ask_the_same(words, others) for others in asked)
+                alike = (self._ask_the_same(words, its) for its in asked)
                 if words and not any(alike) and not barred.prompt(prompt) and not barred.names_answer(prompt):
                     truth = min(self._truths.get((name, other), ()), default=None)
                     chosen.append(Neighbour(prompt, subject, SUBJECT, pattern, truth))

@@ -233,13 +233,19 @@ def without_chat_template(request: Mapping, tokenizer: Tokenizer) -> dict:
 def _with_prompts(request: Mapping, change: Callable[[str], str]) -> dict:
     changed = {**request, "prompt": change(request["prompt"])}
     if "rephrase_prompt" in request:
-        changed["rephrase_prompt"] = change(request["rephrase_prompt"])
+        changed["rephrase_prompt"] = _with_probes(request["rephrase_prompt"], change, prompt=True)
     for section in CATEGORIES:
-        changed[section] = {
-            name: {**probes, "prompt": [change(prompt) for prompt in probes["prompt"]]}
-            for name, probes in request.get(section, {}).items()
-        }
+        changed[section] = _with_probes(request.get(section) or {}, change)
     return changed
+
+
+def _with_probes(value: Any, change: Callable[[str], str], prompt: bool = False) -> Any:
+    """A section of probes (`index.prompts_of`) with every prompt changed."""
+    if isinstance(value, Mapping):
+        return {name: _with_probes(its, change, prompt or name == "prompt") for name, its in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_probes(its, change, prompt) for its in value]
+    return change(value) if prompt and isinstance(value, str) else value
 
 
 def _probes(items: Any, field: str, unused: Counter) -> dict[str, list[str]]:

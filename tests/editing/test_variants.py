@@ -7,7 +7,7 @@ import torch
 from conftest import LLAMA_DOWN, tiny_hparams
 from edits import MANY, ensemble_of
 
-from kne_easyedit import compute_edit, restore, write_rows
+from kne_easyedit import apply_kne_to_model, compute_edit, restore, write_rows
 from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.editing.objectives import SharedObjective, objectives_for
 from kne_easyedit.editing.variants import Variants
@@ -80,8 +80,28 @@ def test_they_end_as_the_fact_does_and_what_cannot_be_encoded_is_left_out(llama,
 
     assert [fact.prompt for fact in built()] == PROMPTS
     assert {fact.ids[-1] for fact in built(append_eos=True)} == {tokenizer.eos_token_id}
-    monkeypatch.setattr("kne_easyedit.editing.variants.variant_prompts", lambda request, n: ["~", PROMPTS[0]])
+    monkeypatch.setattr("kne_easyedit.editing.variants.variant_prompts", lambda request, n, *others: ["~", PROMPTS[0]])
     assert [fact.prompt for fact in built()] == PROMPTS[:1]
     alone = {"prompt": "What is that ?", "target_new": "Rome"}
     monkeypatch.undo()
     assert objectives_for(llama, tokenizer, [alone], tiny_hparams(subject_variants=2)) == []
+
+
+def variants_of(model, tokenizer, requests):
+    """What the term trains, all at once."""
+    built = objectives_for(model, tokenizer, requests, tiny_hparams(subject_variants=9))
+    return {fact.prompt for term in built for fact in term._facts}
+
+
+def test_no_variant_is_what_another_fact_of_the_batch_or_an_earlier_edit_is_about(llama, tokenizer):
+    other = {"prompt": "The mother of Marie is", "target_new": "Lima", "subject": "Marie"}
+    assert PROMPTS[0] in variants_of(llama, tokenizer, [REQUEST])
+    assert PROMPTS[0] not in variants_of(llama, tokenizer, [other, REQUEST])
+    unnamed = {"prompt": PROMPTS[0], "target_new": "Lima"}
+    assert PROMPTS[0] not in variants_of(llama, tokenizer, [REQUEST, unnamed])
+    _, originals = apply_kne_to_model(
+        llama, tokenizer, [other], tiny_hparams(spare_edited=True), ensemble=ENSEMBLE, return_orig_weights=True
+    )
+    assert PROMPTS[0] not in variants_of(llama, tokenizer, [REQUEST])
+    restore(llama, originals)
+    assert PROMPTS[0] in variants_of(llama, tokenizer, [REQUEST]), "what was taken back counts no more"

@@ -3,6 +3,7 @@
 import pytest
 
 from kne_easyedit.facts.name_variants import name_variants, variant_prompts
+from kne_easyedit.facts.neighbours import FactPool, KnownFact
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,25 @@ def test_what_stands_in_the_request_is_left_out():
     assert "The mother of A. Lovelace is" in every
     assert "The mother of A. Lovelace is" not in variant_prompts({**request, "locality": elsewhere}, 99)
     assert variant_prompts({**request, "subject": None}, 99) == []
+
+
+@pytest.mark.parametrize("name", ["New Mexico", "West Virginia", "Equatorial Guinea", "North Korea"])
+def test_a_first_word_that_names_something_else_stays(name):
+    assert name.split()[1] not in name_variants(name)
+
+
+def test_what_another_fact_is_about_is_no_variant():
+    """Of the same run, of the facts that are known, or named by the request itself."""
+    request = {"prompt": "The mother of Ada Lovelace is", "subject": "Ada Lovelace", "target_new": "Marie"}
+    last, every = "The mother of Lovelace is", variant_prompts(request, 99)
+    assert last in every
+    pool = FactPool([KnownFact("the Lovelace", "The river {} flows to", "Rome")])
+    for more in (
+        {"exclude": ["lovelace"]},
+        {"exclude": ["the mother of  Lovelace is"]},
+        {"known": [pool]},
+    ):
+        assert variant_prompts(request, 99, **more) == [prompt for prompt in every if prompt != last]
+    assert last not in variant_prompts({**request, "neighbours": ["Lovelace", "Marie"]}, 99)
+    own = FactPool([KnownFact("Ada Lovelace", "{} was born in", "London")])
+    assert variant_prompts(request, 99, ["Ada Lovelace"], [own]) == every, "the subject itself is no other one"
