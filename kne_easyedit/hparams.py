@@ -285,6 +285,8 @@ class KNEHyperParams:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         stop = self.neighbour_stop
         _require(stop is None or 0 < stop < math.inf, "neighbour_stop", stop, "must be positive and finite, or null")
+        rule = "is read with a neighbour_weight above 0 only; set that, or leave it null"
+        _require(stop is None or self.neighbour_weight > 0, "neighbour_stop", stop, rule)
         for name in ("lr", "alpha"):
             value = getattr(self, name)
             _require(0 < value < math.inf, name, value, "must be positive and finite")

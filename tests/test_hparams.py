@@ -164,7 +164,7 @@ ACCEPTED = {
     "neighbour_relation_size": [0],
     "neighbour_subject_size": [0],
     "neighbours_per_step": [0, 3],
-    "neighbour_stop": [None, 0.1],
+    "neighbour_stop": [None],
     "localization_offset": [0, 200],
     "model_parallel": [True],
     "localization_data": [None, "embedded", "some/file.json"],
@@ -253,6 +253,9 @@ class TestValidation:
         ):
             build(input_projection=True, initialization="kaiming")
         assert build(neighbour_weight=1.0, neighbour_relation_size=0).neighbour_subject_size == 6
+        with pytest.raises(ValueError, match=r"neighbour_stop: 0\.1 is read with a neighbour_weight above 0 only"):
+            build(neighbour_stop=0.1, input_projection=True)
+        assert build(neighbour_stop=0.1, neighbour_weight=1.0).neighbour_stop == 0.1
         with pytest.raises(ValueError, match=r"weight_decay: 0\.1 belongs to adamw; leave it 0 with optimizer: polyak"):
             build(optimizer="polyak", weight_decay=0.1)
         with pytest.raises(ValueError, match="kl_data: None must name a file of prompts"):

@@ -208,29 +208,44 @@ def _probe(replay: Replay, clean: Clean, i: int, modules: Mapping[str, nn.Module
 
     Also finds the modules whose output the layer only adds to its own: ``down_proj`` of Llama or ``fc_out`` of GPT-J,
     but not those before a norm, an attention or an activation. This is tried out, with the output at 0 and at half its
-    value; what the layer gives at 0 is the module's base.
+    value: what the layer gives must differ by that, and a gradient must pass through unchanged. The values alone do not
+    tell: in half precision a few large dimensions of the states hide what the others do. What the layer gives at 0 is
+    the module's base.
     """
     own = clean.inputs[i]
     s = own.shape[1]
-    trials = [name for name in modules if clean.neurons[name].shape[-1] == own.shape[-1]]
+    width = own.shape[-1]
+    trials = {
+        name: torch.cat([0 * clean.neurons[name], clean.neurons[name] / 2], 1).requires_grad_()
+        for name in modules
+        if clean.neurons[name].shape[-1] == width
+    }
     outputs: dict[str, Tensor] = {}
     leaf = own.detach().requires_grad_()
     kept = _Kept(replay.model)
     with ExitStack() as hooks, kept, torch.enable_grad():
         for name, module in modules.items():
             hooks.callback(module.register_forward_hook(capture_neurons(outputs, name)).remove)
-        for k, name in enumerate(trials):
-            trial = torch.cat([0 * clean.neurons[name], clean.neurons[name] / 2], 1)
+        for k, (name, trial) in enumerate(trials.items()):
             hooks.enter_context(replaced_output(name, modules[name], trial, (2 * k + 1) * s, (2 * len(trials) + 1) * s))
         traced = run_layer(replay, i, leaf.repeat(1, 2 * len(trials) + 1, 1), clean.positions)
     out = traced.detach()
     replay.require_equal(out[:, :s], clean.inputs[i + 1], f"layer {i}")
     bases = {}
-    for name, (zero, half) in zip(trials, (pair.chunk(2, 1) for pair in out[:, s:].split(2 * s, 1))):
+    for (name, trial), given in zip(trials.items(), traced[:, s:].split(2 * s, 1)):
+        zero, half = given.detach().chunk(2, 1)
         rounding = 4 * torch.finfo(out.dtype).eps * half.abs().max()
-        if (zero + clean.neurons[name] / 2 - half).abs().max() <= rounding:
+        if (zero + clean.neurons[name] / 2 - half).abs().max() <= rounding and _passes_unchanged(trial, given):
             bases[name] = zero
     return _Probe(bases, kept.bytes / (out.shape[0] * out.shape[1]), _Trace(leaf, outputs, traced[:, :s]))
+
+
+def _passes_unchanged(rows: Tensor, given: Tensor) -> bool:
+    """Whether a gradient at ``given`` arrives at ``rows`` bit for bit, as through a sum. Both ``(facts, n, hidden)``."""
+    # Signs are exact in every type, so that a layer may add in another one.
+    signs = torch.randint(0, 2, given.shape, generator=torch.Generator().manual_seed(0)).to(given) * 2 - 1
+    (found,) = torch.autograd.grad(given, rows, signs, retain_graph=True)
+    return torch.equal(found.to(signs), signs)
 
 
 def _end_gradients(traces: list[_Trace], gradient: Tensor, clean: Clean) -> dict[str, Tensor]:

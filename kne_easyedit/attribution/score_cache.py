@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "kne-scores-2"
 """Part of every key. Its number changes when the same inputs would give other scores."""
+HALF = "kne-scores-3"
+"""`FORMAT` of models with weights in half precision: before, scores of modules within a layer could be wrong there."""
 LARGEST = 2**30
 """Bytes of an entry at most: ten times as many as the largest models need."""
 
@@ -71,7 +73,9 @@ class ScoreCache:
         self.model_digest = model_digest(model)
         self.model_name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
         self.steps, self.quadrature = steps, quadrature
-        self.score_bytes = 8 if any(p.dtype is torch.float64 for p in model.parameters()) else 4
+        types = {p.dtype for p in model.parameters()}
+        self.score_bytes = 8 if torch.float64 in types else 4
+        self.format = HALF if types & {torch.float16, torch.bfloat16} else FORMAT
         self.folder = scores_folder(folder) / self.model_digest[:16]
 
     def path(self, target: Target, fact: Fact) -> Path:
@@ -188,7 +192,7 @@ class ScoreCache:
             raise _unusable(self.folder, failed) from failed
 
     def _key(self, target: Target, fact: Fact) -> list:
-        return [FORMAT, target.template, self.quadrature, self.steps, list(fact.ids), fact.prompt_length]
+        return [self.format, target.template, self.quadrature, self.steps, list(fact.ids), fact.prompt_length]
 
 
 class DamagedEntry(ValueError):
@@ -263,7 +267,7 @@ def read_entry(path: Path) -> Entry:
         _require(scores.dtype in (torch.float32, torch.float64), f"its scores are of type {scores.dtype}")
         key = json.loads(metadata["key"])
         _require(isinstance(key, list) and len(key) == 6, "its key is no key")
-        _require(key[0] == FORMAT, f"it was written by another version ({shorten(key[0])})")
+        _require(key[0] in (FORMAT, HALF), f"it was written by another version ({shorten(key[0])})")
         _require(metadata.pop("sha256", None) == scores_digest(scores, metadata), "its digest does not match")
         layers, seconds = json.loads(metadata["layers"]), float(metadata["seconds"])
         _require(

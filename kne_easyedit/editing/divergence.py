@@ -46,7 +46,7 @@ class Divergence:
         per_step: int = 0,
         bound: float = math.inf,
     ):
-        self.name, self.weight, self.bound = name, weight, bound
+        self.name, self.weight, self.bound, self.binding = name, weight, bound, not math.isinf(bound)
         self._per_step = min(per_step or len(prompts), len(prompts))
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         at_once = max(self._per_step, AT_ONCE)
@@ -71,7 +71,7 @@ class Divergence:
 
     def may_stop(self, logits: Tensor, step: int) -> bool:
         """Whether the term of a step is below the bound."""
-        return math.isinf(self.bound) or self.loss_of(logits, step).item() < self.bound
+        return not self.binding or self.loss_of(logits, step).item() < self.bound
 
     def loss(self, model: nn.Module) -> Tensor:
         """The divergence of ``model`` from what it was, in all texts: a scalar, 0 for an unchanged model."""

@@ -14,7 +14,7 @@ from kne_easyedit.editing.earlier import inherit_notes, noting
 from kne_easyedit.editing.endings import endings
 from kne_easyedit.editing.kne_edit import KNEEdit, kne_edit
 from kne_easyedit.editing.lineage import inherit_edits
-from kne_easyedit.editing.objectives import objectives_for
+from kne_easyedit.editing.objectives import objectives_for, require_sources
 from kne_easyedit.editing.optimizers import OPTIMIZERS
 from kne_easyedit.editing.projection import projections_for
 from kne_easyedit.editing.row_edit import RowEdit, write_rows
@@ -90,6 +90,7 @@ def _train(
     if not requests:
         raise ValueError("requests: there are none to edit")
     facts = encode_facts(model, tok, requests, hparams)
+    require_sources(requests, hparams, tok)
     if written:
         if ensemble is None:
             require_editable_by(model, hparams)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import zip_longest
@@ -17,7 +18,7 @@ from kne_easyedit.facts.encoding import Tokenizer, chat_prompt
 from kne_easyedit.facts.neighbours import FactPool, Neighbour, packaged_digest, packaged_pool, run_exclusions
 from kne_easyedit.facts.readers import EMBEDDED, data_digest
 from kne_easyedit.facts.records import load_requests, without_chat_template
-from kne_easyedit.facts.templates import subject_key
+from kne_easyedit.facts.templates import SLOT, subject_key, template_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +57,22 @@ def neighbour_prompts(
         if not own:
             logger.warning(
                 "neighbour_data: no neighbours of %s are known, it is trained without; name a data file with facts of "
-                "its relation or its kind of subject, and give the request a subject",
+                "its relation or its kind of subject%s",
                 shorten(request["prompt"]),
+                _without_template(request),
             )
     return list(dict.fromkeys(prompt for turn in zip_longest(*found) for prompt in turn if prompt is not None))
+
+
+def _without_template(request: Mapping[str, Any]) -> str:
+    """What to change in a request whose subject cannot be exchanged; empty if it can."""
+    if request.get("subject") is None:
+        return ", and give the request a subject"
+    if template_of(request) is not None:
+        return ""
+    if SLOT in request["prompt"]:
+        return f"; the prompt itself has a {SLOT}"
+    return f"; the subject {shorten(request['subject'])} does not stand in the prompt as whole words"
 
 
 def neighbours_by_request(
@@ -128,9 +141,19 @@ def as_said(
     return requests
 
 
-def templated(tokenizer: Tokenizer, prompts: Sequence[str], hparams: EditSettings) -> list[str]:
-    """The prompts as the model reads them: in the chat template under ``use_chat_template``."""
-    return [chat_prompt(tokenizer, prompt) if hparams.use_chat_template else prompt for prompt in prompts]
+def readable(
+    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], hparams: EditSettings, tokens: int
+) -> list[str]:
+    """The prompts as the model reads them: in the chat template under ``use_chat_template``.
+
+    Left out are those that, with ``tokens`` more, are longer than the model takes (``config.max_position_embeddings``).
+    """
+    texts = [chat_prompt(tokenizer, prompt) if hparams.use_chat_template else prompt for prompt in prompts]
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    short = [text for text in texts if len(tokenizer(text)["input_ids"]) + tokens <= limit]
+    if len(short) < len(texts):
+        logger.info("%s of %s prompts are too long for the model and left out", len(texts) - len(short), len(texts))
+    return short
 
 
 def uses_neighbours(hparams: EditSettings) -> bool:

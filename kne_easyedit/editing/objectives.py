@@ -16,12 +16,21 @@ from torch import Tensor, nn
 
 from kne_easyedit.editing.divergence import Divergence
 from kne_easyedit.editing.earlier import earlier_requests
-from kne_easyedit.editing.neighbours import neighbour_prompts, neighbours_wanted, templated
+from kne_easyedit.editing.neighbours import (
+    as_said,
+    known_facts,
+    neighbour_prompts,
+    neighbours_wanted,
+    readable,
+    uses_neighbours,
+)
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.editing.variants import Variants, variant_facts
-from kne_easyedit.facts.encoding import Fact, Tokenizer
+from kne_easyedit.facts.encoding import Fact, Tokenizer, end_token
+from kne_easyedit.facts.neighbours import run_exclusions
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.facts.records import load_requests
+from kne_easyedit.facts.templates import normalised
 from kne_easyedit.models.state import preserve_state
 
 
@@ -47,6 +56,10 @@ class SharedObjective(Objective, Protocol):
     They are read in the forward pass of the answers: one pass of all costs less than two. ``loss(model)`` is the term
     of all texts in a pass of its own.
     """
+
+    @property
+    def binding(self) -> bool:
+        """Whether `may_stop` must hold after ``edit_gain``, too; else training alone waits for it."""
 
     def texts(self, step: int) -> Sequence[Fact]:
         """The texts of step number ``step``, from 0. The term looks at what is predicted for their answers' tokens."""
@@ -79,14 +92,18 @@ class Alone:
         return self._objective.loss(model)
 
 
-def unrelated_prompts(hparams: EditSettings, edited: Sequence[str]) -> list[str]:
-    """The first ``kl_size`` prompts of ``kl_data`` that are not among the ``edited`` ones.
+def unrelated_prompts(
+    requests: Sequence[Mapping[str, Any]], hparams: EditSettings, tokenizer: Tokenizer = None
+) -> list[str]:
+    """The first ``kl_size`` prompts of ``kl_data`` that do not stand in a request, as its own or as a probe.
 
     Raises:
         ValueError: The file has none.
+        FileNotFoundError: It does not exist.
     """
     known = _prompts(str(hparams.kl_data), data_digest(str(hparams.kl_data)))
-    chosen = [prompt for prompt in known if prompt not in edited][: hparams.kl_size]
+    edited = {normalised(text) for text in run_exclusions(as_said(requests, hparams, tokenizer))}
+    chosen = [prompt for prompt in known if normalised(prompt) not in edited][: hparams.kl_size]
     if not chosen:
         raise ValueError(f"kl_data: {hparams.kl_data!r} holds no prompt beside those that are edited")
     return chosen
@@ -100,9 +117,9 @@ def _prompts(path: str, content: str | None) -> tuple[str, ...]:
 
 def _unrelated(
     model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
-) -> Objective:
-    prompts = unrelated_prompts(hparams, [request["prompt"] for request in requests])
-    return Alone(Divergence(model, tokenizer, templated(tokenizer, prompts, hparams), hparams.kl_weight))
+) -> Objective | None:
+    prompts = readable(model, tokenizer, unrelated_prompts(requests, hparams, tokenizer), hparams, 1)
+    return Alone(Divergence(model, tokenizer, prompts, hparams.kl_weight)) if prompts else None
 
 
 def _neighbours(
@@ -112,12 +129,13 @@ def _neighbours(
     if hparams.spare_edited:  # what the model says there are the answers; no more of them than neighbours
         earlier = earlier_requests(model, requests)[: neighbours_wanted(hparams)]
         prompts = list(dict.fromkeys([*(one["prompt"] for one in earlier), *prompts]))
+    prompts = readable(model, tokenizer, prompts, hparams, hparams.neighbour_tokens)
     if not prompts:
         return None
     return Divergence(
         model,
         tokenizer,
-        templated(tokenizer, prompts, hparams),
+        prompts,
         hparams.neighbour_weight,
         name="neighbours",
         tokens=hparams.neighbour_tokens,
@@ -143,6 +161,21 @@ OBJECTIVES: dict[str, ObjectiveBuilder] = {
 }
 """Setting that is an objective's weight, or number of texts -> what builds the objective. It is used where that is not
 0."""
+
+
+def require_sources(requests: Sequence[Mapping[str, Any]], hparams: EditSettings, tokenizer: Tokenizer) -> None:
+    """Reads what training will read beside the requests, so that what is missing is said before localisation.
+
+    Raises:
+        ValueError: ``neighbour_data`` or ``kl_data`` cannot be used, or the tokenizer has no end token (``append_eos``).
+        FileNotFoundError: A file does not exist.
+    """
+    if uses_neighbours(hparams):
+        known_facts(hparams)
+    if hparams.kl_weight:
+        unrelated_prompts(requests, hparams, tokenizer)
+    if hparams.append_eos:
+        end_token(tokenizer)
 
 
 def objectives_for(

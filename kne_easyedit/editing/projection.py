@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.editing.divergence import AT_ONCE, continuations
 from kne_easyedit.editing.earlier import earlier_requests
-from kne_easyedit.editing.neighbours import neighbour_prompts, templated
+from kne_easyedit.editing.neighbours import neighbour_prompts, readable
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Fact, Tokenizer, pad
 from kne_easyedit.localization.data import encode_facts
@@ -159,7 +159,8 @@ def projections_for(
     """
     if not hparams.input_projection:
         return {}
-    prompts = templated(tokenizer, neighbour_prompts(requests, hparams, model, tokenizer), hparams)
+    found = neighbour_prompts(requests, hparams, model, tokenizer)
+    prompts = readable(model, tokenizer, found, hparams, hparams.neighbour_tokens)
     earlier = earlier_requests(model, requests) if hparams.spare_edited else []
     facts = encode_facts(model, tokenizer, earlier, hparams)
     with preserve_state(model), fast_linear(model):

@@ -51,7 +51,7 @@ def train_rows(
     cross-entropy is below ``hparams.stop_loss`` and every shared objective lets it (`SharedObjective.may_stop`), after
     ``hparams.num_steps`` steps at the latest; under ``hparams.until_given`` not before each token of the answers is the
     most probable one. Then the rows are multiplied by ``hparams.edit_gain``, or by a smaller gain under which all that
-    still holds of every answer. The texts of shared objectives are in one
+    still holds of every answer, and of objectives that are ``binding``. The texts of shared objectives are in one
     batch with the facts. Layers below the first edited one run once for each batch (`TrainingPass`).
 
     Args:
@@ -123,8 +123,10 @@ def train_rows(
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 progress.update()
         answers = _answers(facts, logits.detach(), labels)
-        if hparams.edit_gain > 1 and len(losses) > 1 and (gained := _gained(training, device, facts, rows, hparams)):
-            answers, losses[-1] = gained
+        if hparams.edit_gain > 1 and len(losses) > 1:
+            binding = [(one, one.texts(step)) for one in shared if one.binding]
+            if gained := _gained(training, device, facts, rows, hparams, binding, step):
+                answers, losses[-1] = gained
         deltas = {one.module: (chosen[one.module], (one.values * one.scale).detach()) for one in rows}
     return RowEdit(deltas, tuple(losses), answers)
 
@@ -149,21 +151,31 @@ def _gained(
     facts: Sequence[Fact],
     rows: Sequence[TrainedRows],
     hparams: EditSettings,
+    binding: Sequence[tuple[SharedObjective, Sequence[Fact]]],
+    step: int,
 ) -> tuple[tuple[Answer, ...], float] | None:
     """Multiplies trained rows by the largest gain under which every answer keeps a loss below ``stop_loss``.
+
+    The ``binding`` objectives, with their texts of the last step, must let training stop under it, too.
 
     Returns:
         The answers with these rows, and their mean cross-entropy; None if no gain above 1 keeps them: the rows stay.
     """
-    batch, trained = collate(facts).to(device), [one.values.detach().clone() for one in rows]
+    texts = [its for _, its in binding]
+    batch = collate([*facts, *chain.from_iterable(texts)]).to(device)
+    trained = [one.values.detach().clone() for one in rows]
     with torch.no_grad():
         for part in range(GAINS, 0, -1):
             safe_point()
             for one, before in zip(rows, trained):
                 one.values.copy_(before * (1 + (hparams.edit_gain - 1) * part / GAINS))
-            logits, labels = training.answer_logits(batch)
+            predicted, labels = training.answer_logits(batch)
+            logits, *others = predicted.split([_tokens(facts), *map(_tokens, texts)])
+            labels = labels[: len(logits)]
             answers = _answers(facts, logits, labels)
-            if all(a.loss < hparams.stop_loss and (a.greedy or not hparams.until_given) for a in answers):
+            if all(a.loss < hparams.stop_loss and (a.greedy or not hparams.until_given) for a in answers) and all(
+                objective.may_stop(part, step) for (objective, _), part in zip(binding, others)
+            ):
                 return answers, cross_entropy(logits, labels).item()
         for one, before in zip(rows, trained):
             one.values.copy_(before)

@@ -35,7 +35,7 @@ class Variants:
         per_step: How many of them one step trains.
     """
 
-    name, weight = "variants", 1.0
+    name, weight, binding = "variants", 1.0, False
 
     def __init__(self, facts: Sequence[Fact], stop_loss: float, per_step: int = 1):
         self._facts, self._stop_loss, self._per_step = list(facts), stop_loss, per_step

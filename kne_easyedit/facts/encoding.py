@@ -257,6 +257,14 @@ def require_length(fact: Fact, config: Any) -> None:
 
 def check_request(request: Mapping) -> None:
     """Raises ValueError, naming field and value, for a request that cannot be edited."""
+    if not isinstance(request, Mapping):
+        raise ValueError(
+            f"request: {shorten(request)} is a {type(request).__name__}; a request is a mapping with 'prompt' and "
+            f"'target_new'"
+        )
+    for name in request:
+        if not isinstance(name, str):
+            raise ValueError(f"request: {shorten(name)} is a {type(name).__name__}; fields are named by texts")
     for field in ("prompt", "target_new"):
         require_text(request.get(field), f"request.{field}")
     subject = request.get("subject")

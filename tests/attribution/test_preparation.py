@@ -8,12 +8,14 @@ import weakref
 
 import pytest
 import torch
-from conftest import SIZE, resolve_target
+from conftest import FACTS, SIZE, resolve_target
+from families import make
 
 from kne_easyedit.attribution import gauss_legendre, preparation, riemann
 from kne_easyedit.attribution.preparation import prepare
 from kne_easyedit.attribution.replay import Replay
 from kne_easyedit.attribution.sweep import add_points, scores, start_integrals
+from kne_easyedit.facts.encoding import encode
 from kne_easyedit.models.state import preserve_state
 
 
@@ -117,3 +119,28 @@ def test_end_points_need_their_gradients(replay, targets, facts):
     prepared = prepare(replay, targets, facts, end_gradients=False)
     with pytest.raises(ValueError, match="prepared without end gradients"):
         start_integrals(prepared, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "added"),
+    [
+        ("llama", "model.layers.{}.mlp.down_proj", True),
+        ("llama", "model.layers.{}.self_attn.o_proj", False),
+        ("llama", "model.layers.{}.self_attn.q_proj", False),
+        ("gemma2", "model.layers.{}.mlp.down_proj", False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_what_a_layer_adds_to_its_output_starts_behind_it(name, template, added, dtype, tokenizer):
+    """Also where one dimension of the states is so large that, in half precision, all others are within its rounding,
+    as in real models. Before a norm (Gemma 2) or the MLP a module is not only added.
+    """
+    model = make(name, torch.float32)
+    model.get_input_embeddings().weight.data[:, 5] = 400.0
+    model.get_submodule("model.norm").weight.data[5] = -1.0 if name == "gemma2" else 0.0
+    model = model.to(dtype)
+    target = resolve_target(model, template)
+    fact = encode(tokenizer, *FACTS[0])
+    with preserve_state(model), Replay(model, target.layers_path) as replay:
+        prepared = prepare(replay, [target], [fact])
+    assert len(prepared.bases) == (len(target.layers) if added else 0)

@@ -79,7 +79,9 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
     }
     counts = ("neighbour_relation_size", "neighbour_subject_size", "neighbour_tokens", "neighbours_per_step")
     for name, value in {**others, **dict.fromkeys(counts, 2), "neighbour_data": "embedded"}.items():
-        assert fingerprint(job("single", **{name: value}), "KNE", ["base"], None) != plain
+        needs = {"neighbour_weight": 1.0} if name == "neighbour_stop" else {}
+        without = fingerprint(job("single", **needs), "KNE", ["base"], None)
+        assert fingerprint(job("single", **needs, **{name: value}), "KNE", ["base"], None) != without
 
 
 def test_sparing_earlier_edits_counts_where_edits_stay():

@@ -10,7 +10,7 @@ import torch
 from conftest import LLAMA_DOWN, make_tokenizer, tiny_hparams
 from edits import REQUEST, REQUESTS, edited
 
-from kne_easyedit.editing.edit import apply_kne_to_model
+from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
 from kne_easyedit.localization import localizer as localization
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.localizer import find_ensemble, forget, localize
@@ -211,9 +211,54 @@ class TestKeptEnsemble:
         from kne_easyedit.editing.objectives import unrelated_prompts
 
         hparams = tiny_hparams(kl_weight=0.1, kl_data=data_file, kl_size=1)
-        assert unrelated_prompts(hparams, []) == ["The capital of Spain is"]
+        assert unrelated_prompts([], hparams) == ["The capital of Spain is"]
         was = os.stat(data_file)
         content = Path(data_file).read_text().replace("The capital of Spain is", "The language Spain is")
         Path(data_file).write_text(content)
         os.utime(data_file, ns=(was.st_atime_ns, was.st_mtime_ns))
-        assert unrelated_prompts(hparams, []) == ["The language Spain is"]
+        assert unrelated_prompts([], hparams) == ["The language Spain is"]
+
+
+class TestBeforeLocalisation:
+    """What training needs is looked for first: localisation of 200 facts takes long."""
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"kl_weight": 1.0, "kl_data": "nowhere.json"}, "nowhere.json"),
+            ({"input_projection": True, "neighbour_data": "nowhere.json"}, "nowhere.json"),
+            ({"append_eos": True}, "append_eos"),
+        ],
+        ids=str,
+    )
+    def test_what_is_missing_is_said(self, llama, tokenizer, data_file, computed, settings, message):
+        if "append_eos" in settings:
+            tokenizer.eos_token = None
+        hparams = tiny_hparams(localization_data=data_file, localization_size=3, **settings)
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            apply_kne_to_model(llama, tokenizer, [REQUEST], hparams)
+        assert computed == []
+
+    @pytest.mark.parametrize("request_", ["The capital of France is", {**REQUEST, 3: "x"}], ids=str)
+    def test_what_is_no_request_is_refused(self, llama, tokenizer, data_file, computed, request_):
+        with pytest.raises(ValueError, match="^request: "):
+            apply_kne_to_model(
+                llama, tokenizer, [request_], tiny_hparams(localization_data=data_file, localization_size=3)
+            )
+        assert computed == []
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_probes_as_data_files_have_them_are_read_like_those_of_requests(llama, tokenizer, chat):
+    """Lists of records, as KnowEdit has them, beside EasyEdit's lists by category."""
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}Say : {{ m['content'] }}{% endfor %} !"
+    probes = {"Reasoning": [{"prompt": "The mother of Marie is", "ground_truth": [["Rome"]]}]}
+    loaded = {"Reasoning": {"prompt": ["The mother of Marie is"], "ground_truth": ["Rome"]}}
+    request = {"prompt": "The mother of Ada Marie is", "target_new": "Rome", "subject": "Ada Marie"}
+    hparams = tiny_hparams(subject_variants=3, input_projection=True, num_steps=1, use_chat_template=chat)
+    found = [
+        compute_edit(llama, tokenizer, {**request, "portability": its}, hparams).losses for its in (probes, loaded)
+    ]
+    assert found[0] == found[1]
+    assert found[0] != compute_edit(llama, tokenizer, request, hparams).losses, "the alias is no variant"

@@ -18,7 +18,7 @@ from kne_easyedit import compute_edit, restore, write_rows
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
 from kne_easyedit.editing.divergence import Divergence, continuations
-from kne_easyedit.editing.neighbours import neighbour_prompts, neighbour_source
+from kne_easyedit.editing.neighbours import neighbour_prompts, neighbour_source, neighbours_by_request
 from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.neighbours import FactPool, KnownFact, is_held_out
@@ -160,6 +160,21 @@ def test_training_goes_on_until_both_hold(llama, tokenizer, facts):
     assert trained(1e-9, plain.steps + 2)[0].steps == plain.steps + 2
 
 
+def test_the_gain_keeps_the_bound_that_training_waited_for(llama, tokenizer, facts):
+    def left(bound, gain):
+        penalty = Divergence(llama, tokenizer, PROMPTS, 3.0, tokens=TOKENS, bound=bound)
+        hparams = tiny_hparams(num_steps=60, stop_loss=0.5, lr=0.02, edit_gain=gain)
+        edit = train_rows(llama, facts[:1], ensemble_of(LLAMA_DOWN, rows=MANY), hparams, [penalty])
+        originals = write_rows(llama, edit)
+        found = penalty.loss(llama).item()
+        restore(llama, originals)
+        return found
+
+    bound = 0.9 * left(math.inf, 1.0)
+    assert left(math.inf, 1.5) > 1.2 * bound, "else this says nothing"
+    assert left(bound, 1.5) < 1.001 * bound  # in a pass of its own
+
+
 @pytest.fixture
 def records(tmp_path):
     """A file of facts of three relations about many subjects."""
@@ -193,6 +208,24 @@ class TestChoice:
         both = neighbour_prompts([REQUEST, other], hparams)
         assert one[0] not in both and REQUEST["prompt"] not in both and len(set(both)) == len(both)
         assert {p.split()[-2] for p in both[:2]} != {other["subject"]}, "each request has its turn"
+
+    def test_of_a_batch_asks_nothing_that_another_request_edits(self):
+        """Two facts of one subject, each in other words, and a fact whose subject is not given."""
+        of = {"neighbour_relation_size": 32, "neighbour_subject_size": 16, "input_projection": True}
+        hparams = tiny_hparams(**of, neighbour_data="embedded")
+        capital = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
+        language = {"prompt": "The official language of France is", "target_new": "Spanish", "subject": "France"}
+
+        def asked(requests, word, subject="France"):
+            found = neighbours_by_request(requests, hparams)
+            return [[one for one in own if word in one and subject in one] for own in found]
+
+        (alone,) = asked([capital], "language")
+        assert alone, "else this says nothing"
+        assert asked([capital, language], "language") == [[], []] == asked([capital, language], "capital")
+        unnamed = {"prompt": "What is the capital of Germany?", "target_new": "Lima"}
+        assert asked([capital], "capital", "Germany") != [[]]
+        assert asked([capital, unnamed], "capital", "Germany") == [[], []]
 
     def test_is_the_same_in_a_chat_template(self, records, tokenizer):
         """The benchmark's requests are in it already: the pool knows prompts as they are said."""

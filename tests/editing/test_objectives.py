@@ -25,6 +25,7 @@ from kne_easyedit.editing.objectives import (
 )
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import collate
+from kne_easyedit.facts.records import with_chat_template
 from kne_easyedit.models.state import preserve_state
 
 PROMPTS = [prompt for prompt, _ in FACTS]
@@ -80,11 +81,23 @@ def test_a_weight_of_zero_changes_nothing(prompts_file):
 
 def test_unrelated_prompts_are_not_those_that_are_edited(prompts_file):
     hparams = tiny_hparams(kl_weight=1.0, kl_data=prompts_file, kl_size=8)
-    assert unrelated_prompts(hparams, [REQUEST["prompt"]]) == PROMPTS
+    assert unrelated_prompts([REQUEST], hparams) == PROMPTS
     hparams.kl_size = 2
-    assert unrelated_prompts(hparams, [PROMPTS[0]]) == [PROMPTS[1], PROMPTS[2]]
+    first = {**REQUEST, "prompt": PROMPTS[0], "subject": None}
+    assert unrelated_prompts([first], hparams) == [PROMPTS[1], PROMPTS[2]]
+    assert unrelated_prompts([{**first, "prompt": f" {PROMPTS[0]}  "}], hparams) == [PROMPTS[1], PROMPTS[2]]
+    probes = {"Reasoning": {"prompt": [PROMPTS[0]], "ground_truth": ["Lima"]}}
+    assert unrelated_prompts([{**REQUEST, "portability": probes}], hparams) == [PROMPTS[1], PROMPTS[2]]
     with pytest.raises(ValueError, match=r"kl_data: .* holds no prompt beside"):
-        unrelated_prompts(hparams, [*PROMPTS, REQUEST["prompt"]])
+        unrelated_prompts([REQUEST, *({**first, "prompt": prompt} for prompt in PROMPTS)], hparams)
+
+
+def test_unrelated_prompts_are_told_as_they_are_said(prompts_file):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}Say : {{ m['content'] }}{% endfor %} !"
+    hparams = tiny_hparams(kl_weight=1.0, kl_data=prompts_file, kl_size=8, use_chat_template=True)
+    edited = with_chat_template({**REQUEST, "prompt": PROMPTS[0], "subject": None}, tokenizer)
+    assert unrelated_prompts([edited], hparams, tokenizer) == [*PROMPTS[1:], REQUEST["prompt"]]
 
 
 def literal(model, tokenizer, facts, hparams, kl_weight):
