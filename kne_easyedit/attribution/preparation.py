@@ -241,7 +241,7 @@ def _probe(replay: Replay, clean: Clean, i: int, modules: Mapping[str, nn.Module
 
 
 def _passes_unchanged(rows: Tensor, given: Tensor) -> bool:
-    """Whether a gradient at ``given`` arrives at ``rows`` bit for bit, as through a sum. Both ``(facts, n, hidden)``."""
+    """Whether a gradient at ``given`` arrives at ``rows`` bit for bit, in a sum; both ``(facts, n, hidden)``."""
     # Signs are exact in every type, so that a layer may add in another one.
     signs = torch.randint(0, 2, given.shape, generator=torch.Generator().manual_seed(0)).to(given) * 2 - 1
     (found,) = torch.autograd.grad(given, rows, signs, retain_graph=True)

@@ -23,7 +23,8 @@ from kne_easyedit.facts.templates import SLOT, subject_key, template_of
 logger = logging.getLogger(__name__)
 
 CHOICE = 3
-"""Version of how neighbours, and variants of a subject, are chosen from the same facts: results under another one are other results."""
+"""Version of how neighbours, and variants of a subject, are chosen from the same facts: under another one results are
+others."""
 
 
 def neighbour_prompts(

@@ -167,7 +167,7 @@ def require_sources(requests: Sequence[Mapping[str, Any]], hparams: EditSettings
     """Reads what training will read beside the requests, so that what is missing is said before localisation.
 
     Raises:
-        ValueError: ``neighbour_data`` or ``kl_data`` cannot be used, or the tokenizer has no end token (``append_eos``).
+        ValueError: ``neighbour_data`` or ``kl_data`` cannot be used, or there is no end token for ``append_eos``.
         FileNotFoundError: A file does not exist.
     """
     if uses_neighbours(hparams):

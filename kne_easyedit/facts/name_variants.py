@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -10,8 +11,11 @@ from kne_easyedit.facts.index import FactIndex, prompts_of
 from kne_easyedit.facts.templates import content_words, fill, normalised, stands_in, subject_key, template_of, without
 
 _OTHERS = frozenset(
-    """new old north south east west northern southern eastern western central upper lower inner outer great greater
-    little equatorial anti non pre post not""".split()
+    re.findall(
+        r"\w+",
+        """new old north south east west northern southern eastern western central upper lower inner outer great greater
+        little equatorial anti non pre post not""",
+    )
 )
 """First words that name something else than what follows them: New Mexico is not Mexico."""
 _HYPHENS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014", "-"))
@@ -20,9 +24,10 @@ _HYPHENS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014", "-"))
 def name_variants(name: str) -> list[str]:
     """Variants of a name, each once, the name itself left out.
 
-    In this order: without the first word (but New Mexico is not called Mexico), the first word as an initial, without the last word, first and last word of
-    three or more, with "the", without diacritics, with plain hyphens, with a middle initial. None begins or ends with a
-    function word that stood inside the name ("of England"), or has one letter.
+    In this order: without the first word (but New Mexico is not called Mexico), the first word as an initial, without
+    the last word, first and last word of three or more, with "the", without diacritics, with plain hyphens, with a
+    middle initial. None begins or ends with a function word that stood inside the name ("of England"), or has one
+    letter.
 
     Args:
         name: A subject's name.

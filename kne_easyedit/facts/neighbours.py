@@ -188,7 +188,7 @@ class FactPool(FactIndex):
             n: How many at most.
             seed: Other seeds choose others.
             exclude: Prompts that are not to be used. Subjects in it do not matter: the request's own is used.
-            together: Requests about the same subject that are edited in the same step: what they ask is left out, too.
+            together: Requests about the same subject that are edited together: what they ask is left out, too.
             strangers: Where those are fewer than ``n``, fill up with other relations in statements, whatever they are
                 asked about; but not with those that the data name another kind for. A question words a relation
                 freely: it may ask for the edited fact in other words.
@@ -203,9 +203,8 @@ class FactPool(FactIndex):
         name, relation = subject_key(subject), self._relation(template, subject)
         barred = _Barred(request, subject, template, exclude)
         others = [one for one in together if one is not request]
-        asked = [
-            content_words(without(prompt, subject) or prompt) for one in (request, *others) for prompt in prompts_of(one)
-        ]
+        prompts = [prompt for one in (request, *others) for prompt in prompts_of(one)]
+        asked = [content_words(without(prompt, subject) or prompt) for prompt in prompts]
         edited = {relation, *(self._relation(place[1], subject) for place in map(self.locate, others) if place)}
         edited = edited.union(*(self._follows.get(one, ()) for one in edited))
         evidence, counts = self._evidence(self._features_of(request, subject, relation))

@@ -62,7 +62,6 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
     assert known.keys() - set(FIRST_SETTINGS.split()) == job_module._ADDED.keys(), "name it in `_ADDED`"
     for name, value in job_module._ADDED.items():
         assert known[name] == value and type(known[name]) is type(value)
-    plain = fingerprint(job("single"), "KNE", ["base"], None)
     others = {
         "optimizer": "polyak",
         "polyak_fraction": 0.5,

@@ -225,8 +225,8 @@ class TestBeforeLocalisation:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"kl_weight": 1.0, "kl_data": "nowhere.json"}, "nowhere.json"),
-            ({"input_projection": True, "neighbour_data": "nowhere.json"}, "nowhere.json"),
+            ({"kl_weight": 1.0, "kl_data": "nowhere.json"}, r"nowhere\.json"),
+            ({"input_projection": True, "neighbour_data": "nowhere.json"}, r"nowhere\.json"),
             ({"append_eos": True}, "append_eos"),
         ],
         ids=str,
@@ -241,10 +241,9 @@ class TestBeforeLocalisation:
 
     @pytest.mark.parametrize("request_", ["The capital of France is", {**REQUEST, 3: "x"}], ids=str)
     def test_what_is_no_request_is_refused(self, llama, tokenizer, data_file, computed, request_):
-        with pytest.raises(ValueError, match="^request: "):
-            apply_kne_to_model(
-                llama, tokenizer, [request_], tiny_hparams(localization_data=data_file, localization_size=3)
-            )
+        hparams = tiny_hparams(localization_data=data_file, localization_size=3)
+        with pytest.raises(ValueError, match=r"^request: "):
+            apply_kne_to_model(llama, tokenizer, [request_], hparams)
         assert computed == []
 
 
