@@ -16,7 +16,7 @@ from kne_easyedit.attribution.preparation import HEAD_ROWS, PreparedSweep, prepa
 from kne_easyedit.attribution.quadrature import Quadrature, riemann
 from kne_easyedit.attribution.replay import Replay, ReplayMismatch, UnsupportedModel
 from kne_easyedit.attribution.sweep import add_points, probability_changes, scores, start_integrals
-from kne_easyedit.facts.encoding import Fact, Tokenizer, encode
+from kne_easyedit.facts.encoding import Fact, Tokenizer, encode, require_length
 from kne_easyedit.models.fast_linear import fast_linear
 from kne_easyedit.models.state import preserve_state
 from kne_easyedit.models.targets import Target, resolve_target
@@ -103,6 +103,7 @@ def attribute(
     """
     chosen = resolve_target(model, target_module, layers)
     facts = [encode(tokenizer, prompt, target)]
+    require_length(facts[0], model.config)
     found, gaps = _attribute(model, [chosen], facts, steps, chunk_rows, quadrature, engine, return_completeness)
     return (found[0][0], gaps[0][0]) if return_completeness else found[0][0]
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from kne_easyedit._util.claims import claimed
 from kne_easyedit._util.digest import digest
-from kne_easyedit._util.files import atomic_write, cache_home
+from kne_easyedit._util.files import atomic_write, cache_home, expand_path
 from kne_easyedit._util.messages import shorten
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.models.fingerprint import model_digest
@@ -45,12 +45,12 @@ def scores_folder(folder: str | Path | None = None) -> Path:
     """The folder with the scores of all models.
 
     Args:
-        folder: The cache; None: the user's.
+        folder: The cache, with ``~`` and variables; None: the user's.
 
     Returns:
         Its folder ``scores``, which need not exist.
     """
-    return (Path(folder).expanduser() if folder else cache_home()) / "scores"
+    return (expand_path(folder) if folder else cache_home()) / "scores"
 
 
 class ScoreCache:
@@ -329,9 +329,17 @@ def entry_files(folder: str | Path | None = None) -> Iterator[Path]:
 
 def leftover_files(folder: str | Path | None = None) -> Iterator[Path]:
     """Temporary files of processes that were killed while writing: hidden, and older than an hour."""
-    yield from (
-        path for path in sorted(scores_folder(folder).glob("*/.*.tmp")) if time.time() - path.stat().st_mtime > 3600
-    )
+    for path in sorted(scores_folder(folder).glob("*/.*.tmp")):
+        if (found := stat_of(path)) and time.time() - found.st_mtime > 3600:
+            yield path
+
+
+def stat_of(path: Path) -> os.stat_result | None:
+    """What is known of a file of the cache; None if another process has removed it."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
 def entry_metadata(path: Path) -> dict[str, str]:

@@ -122,6 +122,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         read_entry,
         remove_damaged,
         scores_folder,
+        stat_of,
     )
 
     oldest = time.time() - 86400 * (arguments.older_than or 0)
@@ -144,15 +145,16 @@ def _prune(arguments: argparse.Namespace) -> int:
                 unreadable += 1
                 print(f"kept: {error.strerror}")
             continue
-        young = arguments.older_than and path.stat().st_mtime > oldest
+        found = stat_of(path)
+        young = arguments.older_than and found and found.st_mtime > oldest
         other = arguments.model and not path.parent.name.startswith(arguments.model)
-        if young or other:
+        if found is None or young or other:
             continue
         removed, freed = removed + 1, freed + size
         if not arguments.dry_run:
             path.unlink(missing_ok=True)
     for path in leftover_files(arguments.cache_dir) if arguments.damaged or arguments.all else ():
-        removed, freed = removed + 1, freed + path.stat().st_size
+        removed, freed = removed + 1, freed + (found.st_size if (found := stat_of(path)) else 0)
         if not arguments.dry_run:
             path.unlink(missing_ok=True)
     if not arguments.dry_run:
@@ -195,14 +197,19 @@ def _merged(path: Path, folder: Path | None) -> str:
     except DamagedEntry as error:
         print(f"left out: {error}")
         return "damaged"
+    except FileNotFoundError:
+        if path.exists():  # another file is missing
+            raise
+        return "gone"
 
 
 def _sizes(folder: Path | None) -> Iterator[tuple[Path, int]]:
     """The files of all entries with their sizes in bytes."""
-    from kne_easyedit.attribution.score_cache import entry_files
+    from kne_easyedit.attribution.score_cache import entry_files, stat_of
 
     for path in entry_files(folder):
-        yield path, path.stat().st_size
+        if found := stat_of(path):
+            yield path, found.st_size
 
 
 def _digest(text: str) -> str:

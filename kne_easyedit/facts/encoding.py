@@ -248,7 +248,8 @@ def _adds_start(tokenizer: Tokenizer) -> bool:
 
 def require_length(fact: Fact, config: Any) -> None:
     """Raises ValueError for a fact that is longer than the model takes (``config.max_position_embeddings``)."""
-    limit = getattr(config, "max_position_embeddings", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
     if limit and len(fact.ids) > limit:
         raise ValueError(
             f"prompt: {shorten(fact.prompt)} has {len(fact.ids)} tokens with its target, the model takes {limit}"

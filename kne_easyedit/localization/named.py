@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from kne_easyedit._util.files import expand_path
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.settings import LocalizationSettings
 from kne_easyedit.models.targets import Target, resolve_target
@@ -32,7 +33,10 @@ def named_ensemble(model: nn.Module, hparams: LocalizationSettings) -> NeuronEns
     if hparams.ensemble is None:
         raise ValueError("ensemble: the settings name none")
     if hparams.ensemble != MAGNITUDE:
-        return NeuronEnsemble.load(hparams.ensemble)
+        path = expand_path(hparams.ensemble)
+        if not path.exists():
+            raise FileNotFoundError(f"ensemble: {path} does not exist; name a file of kne localize, or {MAGNITUDE}")
+        return NeuronEnsemble.load(path)
     targets = magnitude_targets(model, hparams)
     selection = replace(hparams.selection, layers=targets[0].layers)
     return select_ensemble({target.template: _norms(model, target) for target in targets}, selection)

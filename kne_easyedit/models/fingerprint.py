@@ -73,4 +73,16 @@ def model_digest(model: nn.Module) -> str:
         digests = list(pool.map(of_tensor, tensors))
     settings: Any = model.config
     config = {k: v for k, v in settings.to_dict().items() if k not in _NOT_IN_CONFIG}
-    return digest([type(model).__name__, sorted(digests), config])
+    parts = [type(model).__name__, sorted(digests), config]
+    adapters = _adapters(model)
+    return digest([*parts, adapters] if adapters else parts)
+
+
+def _adapters(model: nn.Module) -> list[list[Any]]:
+    """How PEFT's layers use their weights: switched off, or with another scaling, the model is another one."""
+    return [
+        [name, list(module.active_adapters), module.disable_adapters, scaling, sorted(module.merged_adapters)]
+        for name, module in model.named_modules()
+        if hasattr(type(module), "merged_adapters")
+        for scaling in [{key: str(value) for key, value in sorted(getattr(module, "scaling", {}).items())}]
+    ]

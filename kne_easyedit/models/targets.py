@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from kne_easyedit._util.messages import shorten
-from kne_easyedit.models.layer_kinds import known_kind
+from kne_easyedit.models.layer_kinds import is_bitsandbytes, known_kind
 
 LONGEST_TEMPLATE = 500
 """In characters."""
@@ -147,8 +147,13 @@ def rows(module: Any, weight: Tensor | None = None) -> Tensor:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of scalar parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of scalar parameters; tied ones count once, packed ones (4 bit) as those that they stand for."""
+    packed = {
+        id(module.weight): out_features(module) * in_features(module)
+        for module in model.modules()
+        if is_bitsandbytes(module) and is_linear(module)
+    }
+    return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -259,3 +259,10 @@ class TestTemplates:
         assert llama.config._attn_implementation == "sdpa"
         with pytest.raises(LookupError):
             attention.PREFIX.get()
+
+
+@pytest.mark.parametrize("engine", ["auto", "sweep", "whole"])
+def test_a_fact_that_is_longer_than_the_model_takes_is_named(engine, tokenizer):
+    model = make_gpt2()
+    with pytest.raises(ValueError, match="the model takes"):
+        attribute(model, tokenizer, "the " * 80, "Rome", GPT2_DOWN, 2, engine=engine)

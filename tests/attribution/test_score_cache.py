@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FACTS, LLAMA_DOWN, all_layers, failing, make_llama
 from localizing import files
+from peft import LoraConfig, get_peft_model
 from stored_scores import STEPS
 
 from kne_easyedit._util import files as paths
@@ -239,3 +240,16 @@ class TestWriting:
         cache.require_space(1, replace(wide, n_neurons=500_000))
         with pytest.raises(OSError, match="MiB free"):
             cache.require_space(1, wide)
+
+
+def test_an_adapter_that_is_switched_off_makes_another_model(llama):
+    """No weight changes, and yet the scores of one are not those of the other."""
+    bare = model_digest(llama)
+    adapted = get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"]))
+    on = model_digest(adapted)
+    with adapted.disable_adapter():
+        off = model_digest(adapted)
+    assert len({bare, on, off}) == 3 and model_digest(adapted) == on
+    layer = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    layer.scaling["default"] *= 2
+    assert model_digest(adapted) != on

@@ -225,3 +225,8 @@ def test_neighbours_are_spared_over_packed_weights_too(tokenizer):
         shares.append(ensemble.parameter_share(model) * count_parameters(model))
     assert found[0] == found[1] and set(found[0]) == set(names) and min(found[0].values()) > 4
     assert shares[0] == pytest.approx(shares[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_count_as_the_numbers_that_they_stand_for(kind):
+    assert count_parameters(quantised(kind)) == count_parameters(plain())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import GPT2_DOWN, LLAMA_DOWN, make_gpt2, make_llama, make_tokenizer, tiny_hparams
+from edits import ensemble_of
 
 from kne_easyedit._util.settings import replace_settings, resolve_paths
+from kne_easyedit.attribution.score_cache import scores_folder
 from kne_easyedit.doctor.modules import modules
 from kne_easyedit.editing.edit import apply_kne_to_model
 from kne_easyedit.localization.localizer import find_ensemble, forget
@@ -67,3 +69,13 @@ def test_weights_that_have_no_norms_are_refused_and_structures_are_planned_on():
     assert [finding.status for finding in modules({"KNE": hparams}, structure)] == ["ok"]
     wrong = replace_settings(hparams, target_modules=["model.layers.{}.mlp.x"])
     assert [finding.status for finding in modules({"KNE": wrong}, structure)] != ["ok"]
+
+
+def test_paths_are_expanded_and_a_missing_file_is_named(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    ensemble_of(LLAMA_DOWN).save(tmp_path / "e.json")
+    assert named_ensemble(llama, tiny_hparams(ensemble="~/e.json")).neurons == ensemble_of(LLAMA_DOWN).neurons
+    with pytest.raises(FileNotFoundError, match=r"ensemble: .*/scratch/e\.json does not exist"):
+        named_ensemble(llama, tiny_hparams(ensemble="$SCRATCH/e.json"))
+    assert scores_folder("$SCRATCH/kne") == tmp_path / "scratch" / "kne" / "scores"

@@ -312,6 +312,15 @@ class TestCacheCommand:
         assert "no such model" in capsys.readouterr().err
         assert list(entry_files("cache")) == filled
 
+    @pytest.mark.parametrize(
+        "command", ["info", "verify", "prune --older-than 1", "prune --damaged", "prune --all", "merge"]
+    )
+    def test_an_entry_that_another_process_removes_meanwhile(self, filled, monkeypatch, command):
+        gone = [filled[0].with_name("gone.safetensors"), *filled]
+        monkeypatch.setattr("kne_easyedit.attribution.score_cache.entry_files", lambda folder=None: iter(gone))
+        into = ["cache", "--cache-dir", "others"] if command == "merge" else ["--cache-dir", "cache"]
+        assert kne("cache", *command.split(), *into) == 0
+
     def damage(self, path):
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
