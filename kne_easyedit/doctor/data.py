@@ -89,8 +89,6 @@ def localization_facts(
         facts = localization_requests(hparams)
         for fact in facts if tokenizer is not None else ():
             token_count(fact, tokenizer, model, hparams.use_chat_template, hparams.separator)
-        if not facts:
-            raise ValueError(f"{data}: holds no usable fact")
     except (ValueError, OSError) as error:
         yield failure(name, error)
         return

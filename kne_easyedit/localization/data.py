@@ -19,13 +19,20 @@ def localization_requests(hparams: LocalizationSettings) -> list[dict]:
     The file is parsed again only if its content has changed.
 
     Raises:
-        ValueError: No file is set, it is no data file, or the offset is not below its number of records.
+        ValueError: No file is set, it is no data file, the offset is not below its number of records, or no record is
+            usable.
         FileNotFoundError: The file does not exist.
     """
     data = hparams.localization_data
     if data is None:
         raise ValueError("localization_data: none; name a KnowEdit file (--data), or 'embedded' for the packaged facts")
-    return list(_requests(data, data_digest(data), hparams.localization_size, hparams.localization_offset))
+    found = list(_requests(data, data_digest(data), hparams.localization_size, hparams.localization_offset))
+    if not found:
+        raise ValueError(
+            f"localization_data: {data} holds no usable fact among the {hparams.localization_size} from number "
+            f"{hparams.localization_offset} on; what is wrong with them: kne doctor --data {data}"
+        )
+    return found
 
 
 @lru_cache(maxsize=4)

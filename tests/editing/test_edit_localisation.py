@@ -129,6 +129,13 @@ class TestLocalisation:
         find_ensemble(llama, tokenizer, [], tiny_hparams(localization_data=str(path), localization_size=3))
         assert computed == [DATA[0]["prompt"], DATA[2]["prompt"]]
 
+    def test_data_without_a_usable_record_are_named(self, llama, tokenizer, tmp_path, computed):
+        path = tmp_path / "bad.json"
+        path.write_text(json.dumps([{"prompt": "", "target_new": "Rome"}, {"prompt": "The capital of Spain is"}]))
+        with pytest.raises(ValueError, match=r"localization_data: .*bad\.json holds no usable fact"):
+            find_ensemble(llama, tokenizer, [], tiny_hparams(localization_data=str(path)))
+        assert computed == []
+
     def test_an_ensemble_from_a_file(self, llama, tokenizer, tmp_path, computed):
         path = tmp_path / "ensemble.json"
         NeuronEnsemble({LLAMA_DOWN: {1: (0, 5), 3: (7,)}}, {LLAMA_DOWN: 24}).save(path)
