@@ -6,6 +6,7 @@ Of the standard library alone, so that every other module may import it at no co
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -169,7 +170,7 @@ def exclusive_lock(folder: Path, wait: bool = False) -> Iterator[None]:
         wait: For another process that holds it.
 
     Raises:
-        ValueError: Another process holds it, and ``wait`` is false.
+        ValueError: Another process holds it, and ``wait`` is false; or the lock is a symbolic link.
         OSError: The folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +179,14 @@ def exclusive_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with (folder / ".lock").open("w") as lock:
+    path = folder / ".lock"
+    try:  # A folder from elsewhere may hold a link: it is not followed, and nothing is emptied.
+        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path} is a symbolic link, and a folder's lock is its own file; delete the link") from error
+    with os.fdopen(held, "r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:  # any other error is not about another process

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import deepcopy
@@ -49,6 +50,10 @@ from kne_easyedit.bridge.output import easyedit_output
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fingerprint import model_digest
 
+logger = logging.getLogger(__name__)
+
+NO_DISTRIBUTION = "probability tensor contains"
+"""How torch begins to refuse to sample where probabilities are not finite."""
 OUTPUT = "easyedit"
 """The folder in a job's own that EasyEdit works in."""
 Event = tuple[str, str, Any]
@@ -341,9 +346,27 @@ class _Runner:
             return self.prepared.examination.of(editor.model, self.job.tokenizer)
 
     def _post(self, editor: bridge.MethodEditor, request: dict, was: Unedited, *, fluency: bool) -> dict:
-        """EasyEdit's metrics of the model as it is, compared with those before the edit."""
-        with self.quiet():
-            post = plain(editor.evaluate(request, generation=fluency, seed=self.job.seed))
+        """EasyEdit's metrics of the model as it is, compared with those before the edit.
+
+        From a model that an edit has broken, whose probabilities are not finite, no text can be sampled: it has no
+        fluency, and all else counts. Such an edit has failed; it is no bad record.
+        """
+
+        def evaluated(generation: bool) -> dict:
+            with self.quiet():
+                return plain(editor.evaluate(request, generation=generation, seed=self.job.seed))
+
+        try:
+            post = evaluated(fluency)
+        except RuntimeError as error:
+            if not fluency or NO_DISTRIBUTION not in str(error):
+                raise
+            logger.warning(
+                "%s: record %s has no fluency: the edited model's probabilities are not finite",
+                editor.hparams.alg_name,
+                request["index"],
+            )
+            post = evaluated(False)
         return bridge.compare(was["metrics"], post)
 
     def _figures(

@@ -121,14 +121,20 @@ def _csv(text: str) -> list | None:
 
 
 def _rows(rows: Any, names: list[str]) -> Iterator[dict | Unreadable]:
-    try:
-        for cells in rows:
-            if len(cells) == len(names):
-                yield {name: cell for name, cell in zip(names, cells) if name and cell.strip()}
-            elif cells:
-                yield Unreadable(
-                    f"line {rows.line_num}: {len(cells)} cells, the header has {len(names)}; quote cells that hold the "
-                    f"delimiter"
-                )
-    except csv.Error as error:  # an open quote extends to the end of the file
-        yield Unreadable(f"line {rows.line_num}: no CSV ({error})")
+    while True:
+        begin = rows.line_num + 1
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the reader goes on with the next line; an open quote has taken all of them
+            more = f" to {rows.line_num}" if rows.line_num > begin else ""
+            yield Unreadable(f"line {begin}{more}: no CSV ({error})")
+            continue
+        if len(cells) == len(names):
+            yield {name: cell for name, cell in zip(names, cells) if name and cell.strip()}
+        elif cells:
+            yield Unreadable(
+                f"line {rows.line_num}: {len(cells)} cells, the header has {len(names)}; quote cells that hold the "
+                f"delimiter"
+            )

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from kne_easyedit._util import files as paths
-from kne_easyedit._util.files import atomic_directory, atomic_write, cache_home, new_directory
+from kne_easyedit._util.files import atomic_directory, atomic_write, cache_home, exclusive_lock, new_directory
 
 
 class TestCacheHome:
@@ -195,3 +195,20 @@ class TestNewDirectory:
             (unfinished / "a.json").write_text("ours")
             (tmp_path / "theirs").write_text("theirs")
         assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("content", [b"precious", None], ids=["there", "dangling"])
+def test_a_lock_that_is_a_link_is_refused_and_nothing_is_written_through_it(tmp_path, content):
+    """A folder from elsewhere may hold one."""
+    folder, victim = tmp_path / "store", tmp_path / "victim"
+    folder.mkdir()
+    if content is not None:
+        victim.write_bytes(content)
+    (folder / ".lock").symlink_to(victim)
+    with pytest.raises(ValueError, match=r"\.lock is a symbolic link"), exclusive_lock(folder):
+        pass
+    assert victim.exists() is (content is not None) and (content is None or victim.read_bytes() == content)
+    (folder / ".lock").unlink()
+    for _ in range(2):
+        with exclusive_lock(folder):
+            pass

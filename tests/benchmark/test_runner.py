@@ -239,3 +239,22 @@ def test_several_module_types_are_drawn(job):
     summary = run(job)
     assert len(summary["localization"]["KNE"]["neurons_per_layer"]) == 2
     assert (job.folder / "ensemble.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("mode", ["single", "sequential"])
+def test_an_edit_that_breaks_the_model_has_failed_and_is_no_bad_record(job, monkeypatch, caplog, mode):
+    """Its probabilities are not finite, so that no text can be sampled for fluency; all else counts."""
+    hparams, apply = ft(), MethodEditor.apply
+
+    def breaking(self, requests):
+        self.hparams.lr = 1e36 if requests[0]["subject"] == "Spain" else 5e-4
+        return apply(self, requests)
+
+    monkeypatch.setattr(MethodEditor, "apply", breaking)
+    job.hparams, job.mode, job.skip_bad, job.neighbours = {"FT": hparams}, mode, True, 0
+    summary = run(job)
+    assert summary["skipped"] == [] and summary["records"] == 2
+    whole, broken = lines_of(job)
+    assert whole["metrics"]["post"]["fluency"]["ngram_entropy"] > 0
+    assert "fluency" not in broken["metrics"]["post"] and broken["metrics"]["post"]["rewrite_acc"] == [0.0]
+    assert "record 1 has no fluency" in caplog.text

@@ -50,6 +50,14 @@ class TestFormats:
         requests, (complaint,) = load_records(file(f"prompt,target_new\n{rows}"), on_bad="skip")
         assert len(requests) == 1 and message in complaint
 
+    def test_rows_after_a_badly_quoted_one_are_read(self, file):
+        rows = ["The capital of Peru is,Rome", 'The capital of Chile is,"Oslo" ,x', "The capital of Spain is,Lima"]
+        requests, complaints = load_records(file("\n".join(["prompt,target_new", *rows])), on_bad="skip")
+        assert [(one["index"], one["target_new"]) for one in requests] == [(0, "Rome"), (2, "Lima")]
+        assert len(complaints) == 1 and "record 1: line 3: no CSV" in complaints[0]
+        _, (open_quote,) = load_records(file('prompt,target_new\nA b,c\n"A b,c\nA,c\nB,c'), on_bad="skip")
+        assert "line 3 to 5: no CSV" in open_quote, "it has taken all that follows"
+
     @pytest.mark.parametrize(
         "content",
         ["[" * 100_000, '[{"prompt": ' + "9" * 5000 + "}]", "name,age\nx,3\n", "prompt\nx\n", "{\n", "\x00"],
