@@ -14,8 +14,9 @@ from kne_easyedit._util.interrupts import Stopped, stoppable
 from kne_easyedit.benchmark.answers import in_full, one_line
 from kne_easyedit.benchmark.asking import probabilities
 from kne_easyedit.benchmark.before_after import Question, Questions, Said, kept, without_and_with_edits
-from kne_easyedit.editing.edit import compute_edit
+from kne_easyedit.editing.edit import compute_edit, require_reached
 from kne_easyedit.editing.kne_edit import KNEEdit
+from kne_easyedit.edits.beside import kept_beside
 from kne_easyedit.edits.on_top import localized_and_applied
 from kne_easyedit.edits.stack import EditStack
 from kne_easyedit.edits.store import EditStore, Entry
@@ -92,7 +93,7 @@ class LabSession:
         store: Where edits go.
 
     Raises:
-        ValueError: The store is of another base, or damaged.
+        ValueError: The store is of another base, or damaged; or the model is quantised.
         OSError: It cannot be read.
     """
 
@@ -101,6 +102,11 @@ class LabSession:
         self._model = model
         self._lock = threading.Lock()
         self._stop: threading.Event | None = None
+        if kept_beside(model, hparams):
+            raise ValueError(
+                "load_in: nothing can be added to a quantised base, and the page adds each edit to its store; load the "
+                "model without load_in, or use kne edit --out and kne ask"
+            )
         store.apply(model)
 
     def entries(self) -> tuple[Entry, ...]:
@@ -252,6 +258,7 @@ class LabSession:
             edit = compute_edit(model, self.tokenizer, [request], hparams, on_step=on_step)
             if stop.is_set():
                 raise Stopped("stopped")
+        require_reached(edit, hparams)
         # From here on it is not stopped: what is in the store is in the weights.
         id = self.store.add(edit)
         self.store.apply(model)

@@ -10,7 +10,7 @@ from conftest import fingerprint, make_llama, make_tokenizer, weights
 from conftest import tiny_hparams as conftest_hparams
 
 from kne_easyedit._util.interrupts import Stopped, safe_point, stoppable
-from kne_easyedit.editing.edit import compute_edit
+from kne_easyedit.editing.edit import EditFailed, compute_edit
 from kne_easyedit.edits.store import EditStore
 from kne_easyedit.lab.session import LONGEST, Finished, LabSession, Training
 
@@ -271,3 +271,18 @@ def test_two_who_train_at_once_wait_for_each_other(session, model):
     other = make_llama()
     session.store.apply(other)
     assert weights(other) == weights(model)
+
+
+def test_what_is_not_reached_is_not_kept_where_the_settings_say_so(model, tmp_path):
+    hparams = tiny_hparams(num_steps=1, lr=1e-5, on_failure="raise")
+    session = LabSession(model, make_tokenizer(), hparams, EditStore(tmp_path / "store"))
+    before = fingerprint(model)
+    with pytest.raises(EditFailed, match="Nothing was written"):
+        trained(session, FRANCE)
+    assert session.entries() == () and fingerprint(model) == before
+
+
+def test_a_quantised_base_is_refused_before_an_edit_is_trained(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("kne_easyedit.lab.session.kept_beside", lambda model, hparams: True)
+    with pytest.raises(ValueError, match="load_in: nothing can be added to a quantised base"):
+        LabSession(model, make_tokenizer(), tiny_hparams(), EditStore(tmp_path / "store"))
