@@ -238,7 +238,8 @@ class TestBeforeLocalisation:
         ],
         ids=str,
     )
-    def test_what_is_missing_is_said(self, llama, tokenizer, data_file, computed, settings, message):
+    def test_what_is_missing_is_said(self, llama, data_file, computed, settings, message):
+        tokenizer = make_tokenizer()  # one of its own: it is changed
         if "append_eos" in settings:
             tokenizer.eos_token = None
         hparams = tiny_hparams(localization_data=data_file, localization_size=3, **settings)
@@ -255,8 +256,9 @@ class TestBeforeLocalisation:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_probes_as_data_files_have_them_are_read_like_those_of_requests(llama, tokenizer, chat):
+def test_probes_as_data_files_have_them_are_read_like_those_of_requests(llama, chat):
     """Lists of records, as KnowEdit has them, beside EasyEdit's lists by category."""
+    tokenizer = make_tokenizer()
     if chat:
         tokenizer.chat_template = "{% for m in messages %}Say : {{ m['content'] }}{% endfor %} !"
     probes = {"Reasoning": [{"prompt": "The mother of Marie is", "ground_truth": [["Rome"]]}]}
