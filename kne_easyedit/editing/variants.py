@@ -79,9 +79,10 @@ def variant_facts(
     Variants that cannot be encoded are left out, and names of what other facts are about: the other requests, those
     that ``model`` was edited with before, and what is known of subjects (`known_facts`).
     """
-    exclude, known = run_exclusions([*requests, *earlier_requests(model, requests)]), known_facts(hparams)
+    said = as_said([*requests, *earlier_requests(model, requests)], hparams, tokenizer)
+    exclude, known = run_exclusions(said), known_facts(hparams)
     found: list[Fact] = []
-    for request in as_said(requests, hparams, tokenizer):
+    for request in said[: len(requests)]:
         for prompt in variant_prompts(request, hparams.subject_variants, exclude, known):
             varied = {"prompt": prompt, "target_new": request["target_new"]}
             with suppress(ValueError):

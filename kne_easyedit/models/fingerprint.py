@@ -80,9 +80,9 @@ def model_digest(model: nn.Module) -> str:
 
 def _adapters(model: nn.Module) -> list[list[Any]]:
     """How PEFT's layers use their weights: switched off, or with another scaling, the model is another one."""
-    return [
-        [name, list(module.active_adapters), module.disable_adapters, scaling, sorted(module.merged_adapters)]
-        for name, module in model.named_modules()
-        if hasattr(type(module), "merged_adapters")
-        for scaling in [{key: str(value) for key, value in sorted(getattr(module, "scaling", {}).items())}]
-    ]
+    found = []
+    for name, module in model.named_modules():
+        if hasattr(type(module), "merged_adapters"):
+            scaling = [[key, str(value)] for key, value in sorted(getattr(module, "scaling", {}).items())]
+            found.append([name, list(module.active_adapters), module.disable_adapters, scaling, module.merged_adapters])
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import LLAMA_DOWN, tiny_hparams
+from conftest import LLAMA_DOWN, make_tokenizer, tiny_hparams
 from edits import MANY, ensemble_of
 
 from kne_easyedit import apply_kne_to_model, compute_edit, restore, write_rows
@@ -12,6 +12,7 @@ from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.editing.objectives import SharedObjective, objectives_for
 from kne_easyedit.editing.variants import Variants
 from kne_easyedit.facts.encoding import collate, encode
+from kne_easyedit.facts.records import with_chat_template
 
 ENSEMBLE = ensemble_of(LLAMA_DOWN, rows=MANY)
 REQUEST = {"prompt": "The mother of Ada Marie is", "target_new": "Rome", "subject": "Ada Marie"}
@@ -87,9 +88,9 @@ def test_they_end_as_the_fact_does_and_what_cannot_be_encoded_is_left_out(llama,
     assert objectives_for(llama, tokenizer, [alone], tiny_hparams(subject_variants=2)) == []
 
 
-def variants_of(model, tokenizer, requests):
+def variants_of(model, tokenizer, requests, **settings):
     """What the term trains, all at once."""
-    built = objectives_for(model, tokenizer, requests, tiny_hparams(subject_variants=9))
+    built = objectives_for(model, tokenizer, requests, tiny_hparams(subject_variants=9, **settings))
     return {fact.prompt for term in built for fact in term._facts}
 
 
@@ -99,6 +100,12 @@ def test_no_variant_is_what_another_fact_of_the_batch_or_an_earlier_edit_is_abou
     assert PROMPTS[0] not in variants_of(llama, tokenizer, [other, REQUEST])
     unnamed = {"prompt": PROMPTS[0], "target_new": "Lima"}
     assert PROMPTS[0] not in variants_of(llama, tokenizer, [REQUEST, unnamed])
+    chat = make_tokenizer()  # requests may be in its template already, as the benchmark's are
+    chat.chat_template = "{% for m in messages %}Say : {{ m['content'] }}{% endfor %} !"
+    in_template = [with_chat_template(request, chat) for request in (REQUEST, unnamed)]
+    wrapped = in_template[1]["prompt"]
+    assert wrapped in variants_of(llama, chat, in_template[:1], use_chat_template=True)
+    assert wrapped not in variants_of(llama, chat, in_template, use_chat_template=True)
     _, originals = apply_kne_to_model(
         llama, tokenizer, [other], tiny_hparams(spare_edited=True), ensemble=ENSEMBLE, return_orig_weights=True
     )
