@@ -30,7 +30,8 @@ def localization_requests(hparams: LocalizationSettings) -> list[dict]:
     if not found:
         raise ValueError(
             f"localization_data: {data} holds no usable fact among the {hparams.localization_size} from number "
-            f"{hparams.localization_offset} on; what is wrong with them: kne doctor --data {data}"
+            f"{hparams.localization_offset} on; localise on at least one fact (what is wrong with these: kne doctor "
+            f"--data {data})"
         )
     return found
 
