@@ -43,6 +43,8 @@ class Candidate:
     figures: Mapping[str, float]
     of: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Data set -> figures."""
+    records: int = 0
+    """Records that were edited, of all data sets."""
 
     @property
     def name(self) -> str:
@@ -67,7 +69,7 @@ def read_plan(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: A method has another number of settings than the budget, does not begin with those of its own file,
-            or has one twice; or the rule's first metric is unknown.
+            or has one twice; or the rule has an unknown metric.
     """
     plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     for method, grid in plan["methods"].items():
@@ -77,16 +79,20 @@ def read_plan(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path.name}: methods.{method} must begin with {{}}, the settings of its own file")
         if len({named(settings) for settings in grid}) < len(grid):
             raise ValueError(f"{path.name}: methods.{method} has one of its settings twice")
-    ((key, _),) = plan["choice"]["reach"].items()
-    if key not in _BY_KEY:
-        raise ValueError(f"{path.name}: choice.reach: {key!r} is no metric; there are {', '.join(_BY_KEY)}")
+    for part in ("reach", "mean"):
+        for key in plan["choice"][part]:
+            if key not in _BY_KEY:
+                raise ValueError(f"{path.name}: choice.{part}: {key!r} is no metric; there are {', '.join(_BY_KEY)}")
     return plan
 
 
 def counted(candidates: Sequence[Candidate], rule: Mapping[str, Any]) -> list[Metric]:
     """The metrics of the rule's mean that were measured of every candidate."""
-    known = [_BY_KEY[key] for key in rule["mean"] if key in _BY_KEY]
-    return [metric for metric in known if all(metric.key in its.figures for its in candidates)]
+    return [
+        metric
+        for metric in map(_BY_KEY.__getitem__, rule["mean"])
+        if all(metric.key in its.figures for its in candidates)
+    ]
 
 
 def score(candidate: Candidate, metrics: Sequence[Metric]) -> float:
@@ -103,9 +109,12 @@ def choose(candidates: Sequence[Candidate], rule: Mapping[str, Any]) -> Candidat
         rule: ``reach`` (one metric and the value that is to be reached) and ``mean`` (the metrics of the mean).
 
     Returns:
-        Of those that reach the value, or come nearest to it if none does, the first of the highest mean.
+        Of those that reach the value, or come nearest to it if none does, the first of the highest mean. Settings under
+        which a record failed that others edit have figures of the rest alone: they are not chosen.
     """
     ((key, enough),) = rule["reach"].items()
+    most = max(its.records for its in candidates)
+    candidates = [its for its in candidates if its.records == most]
     best = max(its.figures[key] for its in candidates)
     able = [its for its in candidates if its.figures[key] >= min(enough, best)]
     metrics = counted(candidates, rule)
@@ -140,8 +149,8 @@ def label_of(base: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     return f"{base['method']['label']} {named(settings)}".strip()
 
 
-def figures_of(folder: Path, label: str) -> dict[str, float]:
-    """The metrics in percent of a finished job; seconds an edit, too.
+def figures_of(folder: Path, label: str) -> tuple[dict[str, float], int]:
+    """The metrics in percent of a finished job, with the seconds an edit; and of how many records.
 
     Raises:
         FileNotFoundError: It has not been run.
@@ -155,16 +164,22 @@ def figures_of(folder: Path, label: str) -> dict[str, float]:
     found = {key: summary[key] for key in wanted if summary.get(key) is not None}
     if not found:
         raise ValueError(f"{file}: no record of {label} was edited")
-    return found
+    return found, summary["records"]
 
 
 def candidate(base: Mapping[str, Any], plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Candidate:
     """What was measured of one setting; a metric that a data set lacks is left out."""
     jobs = {data: job(base, plan, data, settings) for data in plan["data"]}
-    of = {data: figures_of(job_folder(its), its["method"]["label"]) for data, its in jobs.items()}
+    measured = {data: figures_of(job_folder(its), its["method"]["label"]) for data, its in jobs.items()}
+    of = {data: figures for data, (figures, _) in measured.items()}
     first, *others = of.values()
     shared = [key for key in first if all(key in other for other in others)]
-    return Candidate(settings, {key: fmean(its[key] for its in of.values()) for key in shared}, of)
+    return Candidate(
+        settings,
+        {key: fmean(its[key] for its in of.values()) for key in shared},
+        of,
+        sum(n for _, n in measured.values()),
+    )
 
 
 # What is written
@@ -175,8 +190,11 @@ def table(candidates: Sequence[Candidate], chosen: Candidate, rule: Mapping[str,
     metrics = [metric for metric in METRICS if any(metric.key in its.figures for its in candidates)]
     scored = counted(candidates, rule)
     rows = [["settings", "data", *(metric.short for metric in metrics), "mean"]]
+    most = max(its.records for its in candidates)
     for its in candidates:
         name = f"**{its.name}**" if its is chosen else its.name
+        if its.records < most:
+            name += f" ({most - its.records} of {most} records failed)"
         for data, figures in (*its.of.items(), ("mean", its.figures)):
             shown = [f"{figures[m.key]:.1f}" if m.key in figures else "-" for m in metrics]
             rows.append([name, data, *shown, f"{score(its, scored):.1f}" if data == "mean" else "-"])

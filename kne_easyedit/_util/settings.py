@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import fields, is_dataclass
 from typing import Any, Protocol, TypeVar
 
 from kne_easyedit._util.files import expand_path
@@ -50,6 +51,45 @@ def replace_settings(hparams: Settings, **changes: object) -> Settings:
     if hasattr(new, "validate"):  # KNE's; EasyEdit's classes have no checks
         new.validate()
     return new
+
+
+def typed_value(hparams: object, name: str, value: Any) -> Any:
+    """A value for a setting of EasyEdit's, whose classes check nothing, in the setting's type.
+
+    Args:
+        hparams: The object.
+        name: One of its settings. Its type is that of its present value; None tells none.
+        value: As YAML or an option gives it: 5e-4 is a text there.
+
+    Returns:
+        The value; a number as a float where the setting is one, in lists, too.
+
+    Raises:
+        TypeError: It is of another type; the message goes on from the value.
+    """
+    now = vars(hparams)[name]
+    declared = {its.name: its.type for its in fields(hparams)} if is_dataclass(hparams) else {}
+    if declared.get(name) in (float, "float") and isinstance(now, int):
+        now = float(now)  # a file may say 1
+    return _like(now, value)
+
+
+def _like(now: Any, value: Any) -> Any:
+    if now is None or value is None:
+        return value
+    if isinstance(now, float) and _is_number(value):
+        return float(value)
+    if type(value) is not type(now):
+        raise TypeError(f"is a {type(value).__name__}, expected a {type(now).__name__}")
+    return [_like(now[0], item) for item in value] if isinstance(now, list) and now else value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number, or the text of one."""
+    try:
+        return not isinstance(value, bool) and float(value) is not None
+    except (TypeError, ValueError):
+        return False
 
 
 def public_settings(hparams: object) -> dict[str, Any]:

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 NO_RECORDS_FAULT = (MemoryError, OSError, ImportError, NameError, NotImplementedError, torch.cuda.OutOfMemoryError)
 """Failures of the machine or of a method, whatever the record. All else that is raised while a record is edited or
 evaluated is the record's (EasyEdit has no exceptions of its own: IndexError, KeyError, RuntimeError, ...)."""
+NO_DISTRIBUTION = "probability tensor contains"
+"""How torch begins to refuse to sample where probabilities are not finite."""
 
 
 def is_record_error(error: Exception) -> bool:

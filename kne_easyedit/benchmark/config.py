@@ -11,7 +11,7 @@ from torch import nn
 
 from kne_easyedit import bridge
 from kne_easyedit._util.digest import digest
-from kne_easyedit._util.settings import EVALUATORS, replace_settings
+from kne_easyedit._util.settings import EVALUATORS, replace_settings, typed_value
 from kne_easyedit._util.shards import shard_of
 from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.job import Run
@@ -77,10 +77,15 @@ def job_of(settings: Mapping, hparams_folder: Path, loaded: tuple[nn.Module, Tok
         FileNotFoundError: If there is no hyperparameter file for the model, or no data file.
     """
     _check(settings)
+    i, n = shard_of(settings["shard"])
+    if n > 1 and settings["evaluation"]["mode"] != "single":
+        raise ValueError(
+            f"shard: {settings['shard']} with evaluation.mode {settings['evaluation']['mode']}: there a result "
+            f"depends on the other records, and no report takes the parts together; run it whole (shard=0/1)"
+        )
     folder = job_folder(settings)
     method, data, evaluation = settings["method"], settings["data"], settings["evaluation"]
     hparams = hparams_of(settings, hparams_folder)
-    i, n = shard_of(settings["shard"])
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
     text_source = bridge.TextSource.from_settings(settings["statistics"])
     where, apart = data["localization"], []
@@ -135,6 +140,12 @@ def hparams_of(settings: Mapping, hparams_folder: Path) -> Any:
     for name in overrides:
         if name not in known and name not in EVALUATORS:
             raise ValueError(f"method.settings: {method['hparams']} has no setting {name!r}; it has {', '.join(known)}")
+        if name in known and hparams.alg_name != KNE:  # KNE's checks itself
+            try:
+                overrides[name] = typed_value(hparams, name, overrides[name])
+            except TypeError as error:
+                shown = f"{overrides[name]!r} {error}, as {known[name]!r} is"
+                raise ValueError(f"method.settings.{name}: {shown}") from error
     if hparams.alg_name == KNE:
         localization = data["localization"]
         found = {

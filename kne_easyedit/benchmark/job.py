@@ -27,6 +27,7 @@ from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.devices import environment
+from kne_easyedit.models.fingerprint import tokenizer_digest
 from kne_easyedit.models.generation import own_generation
 
 MODES = ("single", "sequential", "batch")
@@ -211,6 +212,7 @@ def base_fingerprint(job: Run, weights: str, variant: str) -> list:
         sorted(patches.switched_off()),
         job.seed,
         job.chat_template,
+        ["tokenizer", tokenizer_digest(job.tokenizer)],
     ]
     if own := own_generation(job.model):  # versions that obeyed them got other answers
         base.append(["generation", *own])

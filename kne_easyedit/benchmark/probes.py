@@ -11,15 +11,13 @@ from kne_easyedit.benchmark.asking import askable
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.facts.encoding import chat_prompt
-from kne_easyedit.facts.neighbours import FactPool, Neighbour, packaged_pool
+from kne_easyedit.facts.neighbours import FactPool, Neighbour, own_neighbourhood, packaged_pool
 from kne_easyedit.facts.readers import EMBEDDED
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.localization.data import localization_requests
 
 OWN = "own"
 """Kind of a neighbour that the record itself brings."""
-_NEIGHBOURHOOD = ("neighborhood", "neighbourhood")
-"""Names of a record's own locality category of neighbours (CounterFact, EasyEdit's flat fields), without capitals."""
 _ALIASES = ("subject aliasing", "aliasing", "alias", "aliases", "subject alias", "subject aliases")
 """Names of a portability category of the subject's other names (KnowEdit), without capitals and underscores."""
 
@@ -136,13 +134,7 @@ def _asked(job: Run, request: Mapping, pools: _Pools) -> Asked:
 
 def _own(request: Mapping, exclude: Iterable[str], seed: int) -> list[Neighbour]:
     """The neighbours that a record brings, in an order that the seed gives."""
-    prompts = {
-        prompt
-        for name, probes in request.get("locality", {}).items()
-        if name.casefold() in _NEIGHBOURHOOD
-        for prompt in probes["prompt"]
-    }
-    ordered = sorted(prompts - set(exclude), key=lambda prompt: digest([seed, prompt]))
+    ordered = sorted({*own_neighbourhood(request)} - set(exclude), key=lambda prompt: digest([seed, prompt]))
     return [Neighbour(prompt, "", OWN, "") for prompt in ordered]
 
 

@@ -27,7 +27,7 @@ from kne_easyedit._util.machine import PeakMemory
 from kne_easyedit._util.workers import run_parallel
 from kne_easyedit.benchmark.answers import FreeAnswer, free_answers, one_line
 from kne_easyedit.benchmark.asking import AT_ONCE
-from kne_easyedit.benchmark.bad_records import describe_error, is_record_error, report_bad_record
+from kne_easyedit.benchmark.bad_records import NO_DISTRIBUTION, describe_error, is_record_error, report_bad_record
 from kne_easyedit.benchmark.figures import draw_run
 from kne_easyedit.benchmark.general import NOTHING, General
 from kne_easyedit.benchmark.job import Run
@@ -52,8 +52,6 @@ from kne_easyedit.models.fingerprint import model_digest
 
 logger = logging.getLogger(__name__)
 
-NO_DISTRIBUTION = "probability tensor contains"
-"""How torch begins to refuse to sample where probabilities are not finite."""
 OUTPUT = "easyedit"
 """The folder in a job's own that EasyEdit works in."""
 Event = tuple[str, str, Any]
@@ -77,7 +75,7 @@ def run(job: Run, *, again: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: For settings that cannot work.
         BadRecord: For a record that cannot be edited, unless ``job.skip_bad``.
-        RunStopped: If a method has left the model changed.
+        RunStopped: If a method has left the model changed, or, when all is written, if one has edited no record.
     """
     job.validate()
     with exclusive_lock(job.folder):
@@ -99,6 +97,9 @@ def run(job: Run, *, again: bool = False) -> dict[str, Any]:
         summary = summary_of(prepared, moments, runner.results.lines, runner.retained.lines)
         _write_json(job.folder / "summary.json", summary)
         draw_run(summary, prepared.ensembles, job.folder)
+        for method in job.hparams:
+            if not summary["methods"][method]["records"]:
+                raise RunStopped(f"{method}: no record could be edited; the first complaint: {job.complaints[0]}")
         return summary
 
 

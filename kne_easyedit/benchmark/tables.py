@@ -135,6 +135,8 @@ def of_model(metric: Metric) -> bool:
 def edited_models(lines: Mapping[tuple, Mapping]) -> dict[tuple, tuple]:
     """Which edited model a line is of, where several facts are in one: of a batch, or of a sequence at its end.
 
+    Runs are other models only if their figures differ: a method that draws nothing makes the same under every seed.
+
     Args:
         lines: (record, its number, what tells runs apart: seed, draw) -> result line, with its ``mode``.
 
@@ -146,12 +148,17 @@ def edited_models(lines: Mapping[tuple, Mapping]) -> dict[tuple, tuple]:
         if line["mode"] in ("batch", "sequential"):
             runs.setdefault(key[2:], []).append(key)
     found: dict[tuple, tuple] = {}
+    known: dict[tuple, tuple] = {}
     for run, keys in runs.items():
         keys.sort(key=lambda key: key[1])  # a run edits its records by number, batch after batch
         first = lines[keys[0]]
-        size = first["batch_size"] if first["mode"] == "batch" else None
-        if size != 1:
-            found |= {key: (place // (size or len(keys)), *run) for place, key in enumerate(keys)}
+        size = (first["batch_size"] if first["mode"] == "batch" else None) or len(keys)
+        if first["mode"] == "sequential" or size > 1:
+            for start in range(0, len(keys), size):
+                its = keys[start : start + size]
+                figures = repr([lines[its[0]].get(name) for name in NOTHING])
+                model = known.setdefault((start, figures), (start // size, *run))
+                found |= dict.fromkeys(its, model)
     return found
 
 

@@ -23,12 +23,14 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from kne_easyedit._util.digest import digest
 from kne_easyedit.bridge import patches, source_patches  # noqa: F401  (defines the source patches)
 
 PACKAGE = "easyeditor"
@@ -140,15 +142,24 @@ def describe() -> dict[str, str]:
     """Identifies this EasyEdit.
 
     Returns:
-        ``kind`` (``checkout`` or ``installed``) and ``version`` (of a checkout its commit).
+        ``kind`` (``checkout`` or ``installed``), ``version`` (of a checkout its commit), and ``sources``, a digest of
+        its Python files: a folder may have no commit, or changes of one's own.
     """
     root = locate()
     if os.environ.get(HOME):
-        return {"kind": "checkout", "version": _commit(root)}
+        return {"kind": "checkout", "version": _commit(root), "sources": _sources(root)}
     try:
-        return {"kind": "installed", "version": distribution(PACKAGE).version}
+        version = distribution(PACKAGE).version
     except PackageNotFoundError:
-        return {"kind": "installed", "version": "unknown"}
+        version = "unknown"
+    return {"kind": "installed", "version": version, "sources": _sources(root)}
+
+
+@lru_cache(maxsize=4)
+def _sources(root: Path) -> str:
+    """What a process has imported does not change any more: read once."""
+    files = sorted((root / PACKAGE).rglob("*.py"))
+    return digest([[str(file.relative_to(root)), file.read_bytes().hex()] for file in files])[:16]
 
 
 def _commit(root: Path) -> str:

@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from kne_easyedit._util.settings import typed_value
 from kne_easyedit.benchmark import MODES, Run
 from kne_easyedit.bridge import TextSource
 from kne_easyedit.cli.common import add_general, add_overrides, overrides_of, positive, require_folder, with_overrides
@@ -163,25 +164,6 @@ def _override(hparams: dict[str, Any], overrides: dict[str, object], arguments: 
             if name not in known:
                 raise ValueError(f"--set {method}.{name}: {method} has no setting {name!r}; it has {', '.join(known)}")
             try:
-                setattr(hparams[method], name, _like(known[name], value))
+                setattr(hparams[method], name, typed_value(hparams[method], name, value))
             except TypeError as error:
                 raise ValueError(f"--set {method}.{name}: {value!r} {error}, as {known[name]!r} is") from error
-
-
-def _like(now: Any, value: Any) -> Any:
-    """The value in the type of a setting of EasyEdit's, whose classes check nothing. Raises TypeError for another."""
-    if now is None or value is None:
-        return value
-    if isinstance(now, float) and _is_number(value):
-        return float(value)  # YAML reads 5e-4 as a text
-    if type(value) is not type(now):
-        raise TypeError(f"is a {type(value).__name__}, expected a {type(now).__name__}")
-    return [_like(now[0], item) for item in value] if isinstance(now, list) and now else value
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number, or the text of one."""
-    try:
-        return not isinstance(value, bool) and float(value) is not None
-    except (TypeError, ValueError):
-        return False

@@ -15,14 +15,21 @@ from kne_easyedit._util.messages import shorten
 from kne_easyedit.editing.own_neighbours import own_pool
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Tokenizer, chat_prompt
-from kne_easyedit.facts.neighbours import FactPool, Neighbour, packaged_digest, packaged_pool, run_exclusions
+from kne_easyedit.facts.neighbours import (
+    FactPool,
+    Neighbour,
+    own_neighbourhood,
+    packaged_digest,
+    packaged_pool,
+    run_exclusions,
+)
 from kne_easyedit.facts.readers import EMBEDDED, data_digest
 from kne_easyedit.facts.records import load_requests, without_chat_template
 from kne_easyedit.facts.templates import SLOT, subject_key, template_of
 
 logger = logging.getLogger(__name__)
 
-CHOICE = 3
+CHOICE = 4
 """Version of how neighbours, and variants of a subject, are chosen from the same facts: under another one results are
 others."""
 
@@ -36,7 +43,7 @@ def neighbour_prompts(
     """The neighbours of all requests, each once: first one of each request, then another, with kinds in turn.
 
     No prompt of ``requests`` is among them, and no subject that is held out for evaluation
-    (`kne_easyedit.facts.neighbours.is_held_out`).
+    (`kne_easyedit.facts.neighbours.is_held_out`) or that their own neighbourhood prompts are about.
 
     Args:
         requests: What is edited together.
@@ -91,9 +98,10 @@ def neighbours_by_request(
     pool = _pool(hparams)
     names = [subject_key(place[0]) if (place := pool.locate(request)) else None for request in requests]
     exclude = run_exclusions(requests) | {name for name in names if name is not None}
+    asked = [prompt for request in requests for prompt in own_neighbourhood(request)]
     found = []
     for request, name in zip(requests, names):
-        relation = _of_relation(pool, request, hparams, exclude, model, tokenizer)
+        relation = _of_relation(pool, request, hparams, exclude, asked, model, tokenizer)
         subject = pool.subject_prompts(
             request,
             hparams.neighbour_subject_size,
@@ -111,6 +119,7 @@ def _of_relation(
     request: Mapping[str, Any],
     hparams: EditSettings,
     exclude: Iterable[str],
+    asked: Iterable[str],
     model: nn.Module | None,
     tokenizer: Tokenizer,
 ) -> list[Neighbour]:
@@ -122,7 +131,7 @@ def _of_relation(
 
     def of(source: FactPool, *, strangers: bool = False) -> list[Neighbour]:
         return source.relation_prompts(
-            request, size, held_out=False, seed=hparams.seed, exclude=exclude, strangers=strangers
+            request, size, held_out=False, seed=hparams.seed, exclude=exclude, asked=asked, strangers=strangers
         )
 
     found = of(pool)

@@ -33,6 +33,7 @@ __all__ = [
     "KnownFact",
     "Neighbour",
     "is_held_out",
+    "own_neighbourhood",
     "packaged_digest",
     "packaged_pool",
     "prompts_of",
@@ -50,6 +51,8 @@ LAST = 6
 """The last one has subjects of which nothing is known."""
 TYPICAL = math.log(0.75)
 """Evidence of a relation from which on it counts as one of the kind's."""
+NEIGHBOURHOOD = ("neighborhood", "neighbourhood")
+"""Names of a record's own locality category of neighbours (CounterFact, EasyEdit's flat fields), without capitals."""
 QUESTION_MARKS = ("?", "？", "؟")
 """With which a question ends."""
 RARE = 0.002
@@ -77,6 +80,16 @@ def is_held_out(subject: str) -> bool:
     About half of all subjects are, by a fixed hash of the subject without regard to case, blanks and a leading "the".
     """
     return hashlib.sha256(subject_key(subject).encode(errors="surrogatepass")).digest()[0] < 128
+
+
+def own_neighbourhood(request: Mapping) -> list[str]:
+    """The prompts about other subjects that a record brings itself: its locality category ``Neighborhood``."""
+    return [
+        prompt
+        for name, probes in request.get("locality", {}).items()
+        if name.casefold() in NEIGHBOURHOOD
+        for prompt in probes["prompt"]
+    ]
 
 
 def run_exclusions(requests: Iterable[Mapping]) -> frozenset[str]:
@@ -119,6 +132,7 @@ class FactPool(FactIndex):
         held_out: bool,
         seed: int = 0,
         exclude: Iterable[str] = (),
+        asked: Iterable[str] = (),
         strangers: bool = False,
     ) -> list[Neighbour]:
         """The request's template with other subjects: those that it names (``neighbours``), then those of its kind.
@@ -133,6 +147,7 @@ class FactPool(FactIndex):
             held_out: The side of `is_held_out`: True to ask, False to train.
             seed: Other seeds choose others among those of the same rank.
             exclude: Prompts and subjects that are not to be used (`run_exclusions`).
+            asked: Prompts about other subjects, in any words, that are asked later: none of these subjects is used.
             strangers: Where those of the same kind are fewer than ``n``, fill up with any subjects, the nearest first.
 
         Returns:
@@ -143,7 +158,7 @@ class FactPool(FactIndex):
             return []
         subject, template = place
         relation = self._relation(template, subject)
-        barred = _Barred(request, subject, template, exclude)
+        barred = _Barred(request, subject, template, exclude, asked)
         chosen: list[Neighbour] = []
         own = subject_key(subject)
         named = {subject_key(name): name for name in request.get("neighbours") or ()}
@@ -267,12 +282,14 @@ def _packaged() -> bytes:
 class _Barred:
     """What must not be a neighbour of a request."""
 
-    def __init__(self, request: Mapping, subject: str, template: str, exclude: Iterable[str]):
+    def __init__(
+        self, request: Mapping, subject: str, template: str, exclude: Iterable[str], asked: Iterable[str] = ()
+    ):
         exclude = tuple(exclude)
         self.excluded = {normalised(text) for text in exclude}
         self.subjects = {subject_key(text) for text in exclude}
         self.prompts = {normalised(prompt) for prompt in prompts_of(request)}
-        self.about = [normalised(text) for text in texts_in(request.get("portability"))]
+        self.about = [normalised(text) for text in (*texts_in(request.get("portability")), *asked)]
         aliases = (slot_text(prompt, template) for prompt in prompts_of({**request, "locality": {}}))
         self.new = request["target_new"]
         self.old = request.get("ground_truth")

@@ -1,8 +1,9 @@
-"""A digest of a loaded model."""
+"""Digests of a loaded model and of its tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.digest import digest
+from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.models.layer_kinds import is_bitsandbytes
 from kne_easyedit.models.weights import itself, named_weights
 
@@ -37,6 +39,25 @@ def quantisation_states(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 rewritten = any(part in key for part in _REWRITTEN)
                 if isinstance(value, Tensor) and key not in ("weight", "bias") and not rewritten:
                     yield f"{name}.{key}", value
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 (hex) of how a tokenizer makes tokens of texts: vocabulary, special tokens, rules.
+
+    Padding and truncation are no part of it, which calls set as they need them.
+
+    Args:
+        tokenizer: Of transformers.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        rules = json.loads(backend.to_str())
+        parts.append({name: its for name, its in rules.items() if name not in ("padding", "truncation", "model")})
+        parts.append({name: its for name, its in rules["model"].items() if name != "vocab"})
+    return digest(parts)
 
 
 def model_digest(model: nn.Module) -> str:

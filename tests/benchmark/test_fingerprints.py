@@ -12,16 +12,18 @@ from hydra import compose, initialize_config_dir
 from methods import settings
 from omegaconf import OmegaConf
 from runs import record
+from tokenizers import normalizers
 
 from kne_easyedit.benchmark import Run
 from kne_easyedit.benchmark import job as job_module
 from kne_easyedit.benchmark.config import job_folder
-from kne_easyedit.benchmark.job import fingerprint, record_digest
+from kne_easyedit.benchmark.job import base_fingerprint, fingerprint, record_digest
 from kne_easyedit.benchmark.preparation import prepare
 from kne_easyedit.bridge.text_source import TextSource
 from kne_easyedit.facts.neighbours import is_held_out, packaged_facts
 from kne_easyedit.facts.records import to_request
 from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.models.fingerprint import tokenizer_digest
 
 REQUEST = {"prompt": "The capital of France is", "target_new": "Rome", "index": 0}
 
@@ -179,3 +181,30 @@ def test_texts_of_moments_have_nothing_to_do_with_what_is_edited(tmp_path):
     assert held_out and not {fact.template.format(fact.subject) for fact in held_out} & {*found}
     for own in (TextSource(prompts=["own"]), TextSource(file=Path(__file__))):
         assert replace(run, text_source=own).moments_text == own
+
+
+@pytest.mark.parametrize("change", ["rules", "special tokens"])
+def test_the_tokenizer_counts(change):
+    tokenizer = make_tokenizer()
+    before, again = base_fingerprint(job("single"), "weights", "variant"), make_tokenizer()
+    if change == "rules":
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    else:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["Paris"]})
+    again.padding_side = "left"
+    again(["Paris", "Paris Rome"], padding=True, truncation=True, max_length=4)  # which leaves its traces in the rules
+    assert base_fingerprint(replace(job("single"), tokenizer=again), "weights", "variant") == before
+    assert base_fingerprint(replace(job("single"), tokenizer=tokenizer), "weights", "variant") != before
+    assert tokenizer_digest(tokenizer) != tokenizer_digest(again)
+
+
+def test_easyedits_source_counts(tmp_path, monkeypatch):
+    """A folder without a commit, or with changes of one's own, is told apart by its files."""
+    found = []
+    for name, text in (("one", "x = 1"), ("same", "x = 1"), ("other", "x = 2")):
+        (tmp_path / name / "easyeditor" / "models").mkdir(parents=True)
+        (tmp_path / name / "easyeditor" / "__init__.py").touch()
+        (tmp_path / name / "easyeditor" / "models" / "rome.py").write_text(text)
+        monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path / name))
+        found.append(base_fingerprint(job("single"), "weights", "variant"))
+    assert found[0] == found[1] != found[2]

@@ -99,13 +99,23 @@ def test_several_edited_models_are_drawn(tmp_path):
     found = collect([tmp_path])
     alone = mean(found.of("counterfact", "KNE"), PPL)
     assert alone.records == 4 and alone.low < 22.5 and alone.high > 27
-    run(tmp_path, "KNE", [20.0, 30.0, 25.0, 21.0], size=10, seed=7)
+    run(tmp_path, "KNE", [20.5, 30.5, 24.5, 20.5], size=10, seed=7)
     run(tmp_path, "FT", [14.0 + i % 5 for i in range(40)])
     found = collect([tmp_path])
     assert mean(found.of("counterfact", "KNE"), PPL).records == 8
     assert mean(found.of("counterfact", "FT"), PPL).records == 40
     difference = lead(found, "counterfact", "KNE", "FT", PPL)
     assert (difference.records, difference.mean) == (4, approx(8)) and difference.low < 6
+
+
+def test_equal_models_under_several_seeds_are_one(tmp_path):
+    """A method that draws nothing makes the same model again: no further one, and no narrower interval."""
+    values = [20.0, 30.0, 25.0, 21.0]
+    run(tmp_path, "KNE", values, size=10)
+    alone = mean(collect([tmp_path]).of("counterfact", "KNE"), PPL)
+    run(tmp_path, "KNE", values, size=10, seed=7)
+    assert mean(collect([tmp_path]).of("counterfact", "KNE"), PPL) == alone
+    assert alone.records == 4
 
 
 def test_a_batch_of_one_and_a_single_edit_are_a_record_each(tmp_path):

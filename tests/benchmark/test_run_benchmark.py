@@ -14,7 +14,7 @@ from hydra_jobs import ROOT, TINY, command, composed, environment, place_fixture
 from omegaconf import OmegaConf
 
 from kne_easyedit.benchmark.collect import collect
-from kne_easyedit.benchmark.config import job_of, shard_of
+from kne_easyedit.benchmark.config import hparams_of, job_of, shard_of
 from kne_easyedit.benchmark.publish import publish
 from kne_easyedit.hparams import KNEHyperParams
 
@@ -248,3 +248,39 @@ def test_shards_expect_each_other_at_the_facts_that_all_are_localised_on(place, 
 def test_a_shard_that_is_none(text):
     with pytest.raises(ValueError, match=r"shard: .* is no part i/n"):
         shard_of(text)
+
+
+def settings_of(*overrides: str) -> dict:
+    config = composed("benchmark/data@data=embedded", *overrides, *TINY[:2])
+    own = OmegaConf.masked_copy(config, [name for name in config if name != "hydra"])
+    return OmegaConf.to_container(own, resolve=True)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batch"])
+def test_parts_of_what_belongs_together_are_refused(mode, place, monkeypatch):
+    monkeypatch.chdir(place)
+    with pytest.raises(ValueError, match=f"shard: 1/3 with evaluation.mode {mode}: .*run it whole"):
+        job_of(settings_of(f"evaluation.mode={mode}", "shard=1/3"), ROOT / "hparams")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("lr=fast", "method.settings.lr: 'fast' is a str, expected a float, as 0.0005 is"),
+        ("layers=2", r"method.settings.layers: 2 is a int, expected a list, as \[21\] is"),
+        ("layers=[x]", r"method.settings.layers: \['x'\] is a str, expected a int"),
+        ("num_steps=2.5", "method.settings.num_steps: 2.5 is a float, expected a int, as 25 is"),
+    ],
+)
+def test_a_baselines_setting_of_another_type_is_refused(override, says, place, monkeypatch):
+    """EasyEdit's classes take anything, and every record fails by it."""
+    monkeypatch.chdir(place)
+    with pytest.raises(ValueError, match=says):
+        hparams_of(settings_of("benchmark/method@method=ft", f"++method.settings.{override}"), ROOT / "hparams")
+
+
+def test_a_rate_that_yaml_reads_as_a_text_is_one(place, monkeypatch):
+    monkeypatch.chdir(place)
+    ft = "benchmark/method@method=ft"
+    assert hparams_of(settings_of(ft, "++method.settings.lr='5e-4'"), ROOT / "hparams").lr == 5e-4
+    assert hparams_of(settings_of(ft, "++method.settings.lr=1"), ROOT / "hparams").lr == 1.0

@@ -9,6 +9,7 @@ import pytest
 from conftest import fingerprint
 from runs import HPARAMS, counting, ft, job_fixture, lines_of, no_fluency_fixture, quick_fixture, record  # noqa: F401  (fixtures)
 
+from kne_easyedit._util.errors import RunStopped
 from kne_easyedit.benchmark import run
 from kne_easyedit.benchmark.console import print_report
 from kne_easyedit.bridge import MethodEditor, load_method
@@ -201,3 +202,14 @@ def test_without_fluency_the_other_figures_stay_as_they_are(job, capsys):
         assert "fluency" not in line["metrics"]["post"] and "fluency" in old["metrics"]["post"]
         assert {**line["metrics"]["post"], "fluency": None} == {**old["metrics"]["post"], "fluency": None}
         assert (line["after"], line["losses"]) == (old["after"], old["losses"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_method_that_edits_no_record_is_an_error(job, monkeypatch):
+    """What others have done is written; the exit code says that something is wrong."""
+    job.hparams, job.skip_bad = {"FT": ft(), "KNE": job.hparams["KNE"]}, True
+    job.hparams["FT"].layers = [99]
+    with pytest.raises(RunStopped, match=r"FT: no record could be edited; the first complaint: .*record 0: FT"):
+        run(job)
+    methods = json.loads((job.folder / "summary.json").read_text())["methods"]
+    assert methods["FT"]["records"] == 0 < methods["KNE"]["records"]

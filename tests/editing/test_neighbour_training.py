@@ -227,6 +227,17 @@ class TestChoice:
         assert asked([capital], "capital", "Germany") != [[]]
         assert asked([capital, unnamed], "capital", "Germany") == [[], []]
 
+    def test_no_subject_trains_that_the_records_own_neighbours_are_about(self, records):
+        """They are asked whether they are held out or not, in words of their own, of all that is edited together."""
+        hparams = tiny_hparams(neighbour_data=records, **ON)
+        name = neighbour_prompts([REQUEST], hparams)[0].split()[-2]
+        own = {"Neighborhood": {"prompt": [f"The chief city of {name} is called"], "ground_truth": ["x"]}}
+        record = {**REQUEST, "locality": own}
+        other = {**REQUEST, "prompt": "The river of Nowhere is", "subject": "Nowhere", "locality": own}
+        for requests in ([record], [REQUEST, other]):
+            found = neighbour_prompts(requests, hparams)
+            assert found and not any(name in prompt for prompt in found)
+
     def test_is_the_same_in_a_chat_template(self, records, tokenizer):
         """The benchmark's requests are in it already: the pool knows prompts as they are said."""
         tokenizer.chat_template = (

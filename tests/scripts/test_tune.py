@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,13 @@ def test_a_metric_that_is_better_if_it_is_lower_counts_the_other_way(monkeypatch
     assert chosen(wide, narrow, rule=rule) == "narrow"
     assert tune.score(narrow, tune.counted([wide, narrow], rule)) == pytest.approx((150 + 95) / 4)
     assert chosen(wide, made("narrow", 100, 50, 50, 50), rule=rule) == "wide", "not measured of all: left out of all"
-    assert chosen(wide, narrow, rule={**rule, "mean": [*rule["mean"], "no such metric"]}) == "narrow"
+
+
+def test_settings_under_which_a_record_failed_are_not_chosen():
+    """Their means are of the records that were left, the easier ones."""
+    whole, part = (replace(made(name, 100, n, n, n), records=r) for name, n, r in (("whole", 50, 4), ("part", 90, 3)))
+    assert chosen(part, whole) == "whole"
+    assert "part (1 of 4 records failed)" in tune.table([part, whole], whole, RULE).replace("name=", "")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +67,10 @@ def test_a_metric_that_is_better_if_it_is_lower_counts_the_other_way(monkeypatch
         ({"methods": {"ft": [{"lr": 2.0}, {}, {"lr": 1.0}]}}, "methods.ft must begin with {}"),
         ({"methods": {"ft": [{}, {"lr": 1.0}, {"lr": 1.0}]}}, "methods.ft has one of its settings twice"),
         ({"choice": {"reach": {"success": 99}, "mean": []}}, "choice.reach: 'success' is no metric; there are edit_"),
+        (
+            {"choice": {**RULE, "mean": ["locality", "bleeding"]}},
+            "choice.mean: 'bleeding' is no metric; there are edit_",
+        ),
     ],
 )
 def test_an_unfair_plan_is_refused(change, says, tmp_path):
