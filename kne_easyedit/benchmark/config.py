@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,7 @@ def job_of(settings: Mapping, hparams_folder: Path, loaded: tuple[nn.Module, Tok
     folder = job_folder(settings)
     method, data, evaluation = settings["method"], settings["data"], settings["evaluation"]
     hparams = hparams_of(settings, hparams_folder)
+    _require_apart(hparams, data)
     requests, complaints = load_records(data["file"], data["records"], data["offset"], on_bad=settings["on_bad_record"])
     text_source = bridge.TextSource.from_settings(settings["statistics"])
     where, apart = data["localization"], []
@@ -113,6 +115,25 @@ def job_of(settings: Mapping, hparams_folder: Path, loaded: tuple[nn.Module, Tok
         jobs=n,
         **evaluation,
     )
+
+
+def _require_apart(hparams: Any, data: Mapping) -> None:
+    """Raises ValueError if facts are edited that the method was localised on, or that its text for moments follows."""
+    where = data["localization"]
+    file, offset, size = where["file"], where["offset"], where["size"]
+    if hparams.alg_name == KNE:
+        if hparams.ensemble is not None or hparams.localization_data is None:
+            return
+        file, offset, size = hparams.localization_data, hparams.localization_offset, hparams.localization_size
+    elif not needs_second_moments(hparams):
+        return
+    start, stop = data["offset"], sys.maxsize if data["records"] is None else data["offset"] + data["records"]
+    first, last = max(start, offset), min(stop, offset + size) - 1
+    if first <= last and same_data(file, data["file"]):
+        raise ValueError(
+            f"data.localization: records {first} to {last} of {file} are both localised on and edited, which flatters "
+            f"the method; choose others (data.offset, data.records, data.localization.offset, data.localization.size)"
+        )
 
 
 def hparams_of(settings: Mapping, hparams_folder: Path) -> Any:

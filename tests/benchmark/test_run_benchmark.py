@@ -226,7 +226,9 @@ def test_neighbours_are_made_of_the_whole_file_localised_on_unless_its_records_a
         "benchmark/data@data=embedded",
         "data.file=records.json",
         "data.offset=0",
+        "data.records=1",
         f"data.localization.file={localized}",
+        "data.localization.offset=1",
         *(f"++method.settings.{name}={str(value).lower()}" for name, value in settings.items()),
         *TINY[:2],
     )
@@ -284,3 +286,19 @@ def test_a_rate_that_yaml_reads_as_a_text_is_one(place, monkeypatch):
     ft = "benchmark/method@method=ft"
     assert hparams_of(settings_of(ft, "++method.settings.lr='5e-4'"), ROOT / "hparams").lr == 5e-4
     assert hparams_of(settings_of(ft, "++method.settings.lr=1"), ROOT / "hparams").lr == 1.0
+
+
+@pytest.mark.parametrize(("method", "refused"), [("kne", True), ("memit", True), ("ft", False)])
+def test_facts_that_are_localised_on_are_not_edited(method, refused, place, monkeypatch):
+    """Wherever the ranges come from, and however the file is written; FT learns of no other facts."""
+    monkeypatch.chdir(place)
+    ranges = ["data.localization.offset=0", "data.localization.size=2", "data.offset=1", "data.records=1"]
+    files = ["data.file=records.json", f"data.localization.file={place}/records.json"]
+    settings = settings_of(f"benchmark/method@method={method}", *files, *ranges)
+    if refused:
+        with pytest.raises(ValueError, match=r"data.localization: records 1 to 1 of .*records.json are both localised"):
+            job_of(settings, ROOT / "hparams")
+    else:
+        assert len(job_of(settings, ROOT / "hparams").requests) == 1
+    settings["data"]["localization"]["size"] = 1
+    assert len(job_of(settings, ROOT / "hparams").requests) == 1
