@@ -21,6 +21,7 @@ from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.second_moments import needs_second_moments, own_files
 from kne_easyedit.bridge.text_source import TextSource
+from kne_easyedit.bridge.together import require_together, separator_of
 from kne_easyedit.bridge.unrelated import unrelated_prompts
 from kne_easyedit.editing.neighbours import CHOICE, neighbour_digest, uses_neighbours
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
@@ -116,7 +117,7 @@ class Run:
     @property
     def separator(self) -> str:
         """Joins prompt and answer: KNE's setting, a blank without KNE."""
-        return next((hparams.separator for hparams in self.hparams.values() if hparams.alg_name == KNE), SEPARATOR)
+        return separator_of(self.hparams)
 
     @property
     def examination(self) -> Examination:
@@ -164,30 +165,7 @@ class Run:
             raise ValueError(f"seed: {self.seed} must be in [0, 2**32)")
         for method in self.hparams:
             require_name("method.label", method)
-        for method, hparams in self.hparams.items():
-            if getattr(hparams, "use_chat_template", False) and not self.chat_template:
-                raise ValueError(
-                    f"use_chat_template: {method}'s hparams ask for it, the run does not; "
-                    f"ask for it there (--chat-template): all methods share it"
-                )
-        for method, hparams in self.hparams.items():
-            found = getattr(hparams, "separator", SEPARATOR)
-            if found != self.separator:
-                why = (
-                    "all variants of KNE in a run share it"
-                    if hparams.alg_name == KNE
-                    else "EasyEdit's own methods join by a blank; run KNE alone"
-                )
-                raise ValueError(
-                    f"separator: {method} joins prompt and answer by {found!r}, KNE by {self.separator!r}; {why}"
-                )
-        if self.mode != "batch":
-            for method, hparams in self.hparams.items():
-                if hparams.alg_name == KNE and hparams.batch_size != 1:
-                    raise ValueError(
-                        f"batch_size: {method}'s hparams say {hparams.batch_size}; "
-                        f"mode {self.mode} edits one fact at a time, set it to 1"
-                    )
+        require_together(self.hparams, self.mode, self.chat_template)
 
 
 def record_digest(request: Mapping) -> str:

@@ -13,6 +13,7 @@ from kne_easyedit import bridge
 from kne_easyedit._util.workers import workers_for
 from kne_easyedit.benchmark import Run, run
 from kne_easyedit.benchmark.console import print_report
+from kne_easyedit.bridge.together import require_together
 from kne_easyedit.cli.common import SHIPPED, method_of, positive, shipped
 from kne_easyedit.doctor.findings import OK
 from kne_easyedit.doctor.modules import modules
@@ -112,6 +113,7 @@ def execute(
     Returns:
         The exit code.
     """
+    require_together(hparams, settings.get("mode", "single"), settings.get("chat_template", False))
     loads = hparams.get("KNE") or next(iter(hparams.values()))  # other methods' settings say nothing of half precision
     for step in _steps(hparams, len(requests), data, out):
         print(step, flush=True)

@@ -15,6 +15,7 @@ from kne_easyedit.doctor.memory import memory
 from kne_easyedit.doctor.model import architecture, devices, model_folder, tokenizers
 from kne_easyedit.doctor.modules import modules
 from kne_easyedit.doctor.surroundings import easyedit, packages
+from kne_easyedit.doctor.together import together
 from kne_easyedit.doctor.trial import try_out
 from kne_easyedit.hparams import KNEHyperParams
 
@@ -45,6 +46,7 @@ def examine(
 def _examine(
     plan: Mapping[str, Any], data: str, records: int | None, offset: int, trial: bool, failed: Sequence[str]
 ) -> Iterator[Finding]:
+    yield from together(plan)
     yield from packages()
     yield from easyedit()
     device = folder = model = tokenizer = None

@@ -52,6 +52,13 @@ FAULTS = {
         "localization_data: data file none.json does not exist",
         "KnowEdit",
     ),
+    "separators": (
+        "KNE",
+        "separator",
+        "",
+        "separator: FT-L joins prompt and answer by ' ', KNE by ''",
+        "run KNE alone",
+    ),
     "ensemble": ("KNE", "ensemble", "none.json", "ensemble: ", "none.json"),
 }
 
@@ -101,6 +108,26 @@ def test_one_run_has_one_device_by_any_name(monkeypatch):
     assert said("cpu", "cpu:0") == [(OK, "cpu, model in float32")]
     monkeypatch.setattr(model, "resolve_device", torch.device)
     assert said("cpu", "cuda:1") == [(FAILURE, "device: the files name different ones: cpu for KNE; cuda:1 for FT")]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "way_out"), [("batch_size", 3, "set it to 1"), ("use_chat_template", True, "ask for it there")]
+)
+def test_what_only_a_certain_run_obeys_is_a_warning(plan, capsys, setting, value, way_out):
+    """`kne run` refuses it before the model is loaded, unless it is asked for such a run."""
+    plan.settings["KNE"][setting] = value
+    plan.check("--no-trial")
+    out = capsys.readouterr().out
+    assert any(
+        f"settings: a run of single edits in plain prompts refuses these: {setting}" in its
+        for its in lines(out, "warning")
+    )
+    assert way_out in out
+    files = [str(plan.folder / method / "tiny.yaml") for method in ("KNE", "FT-L")]
+    data = str(plan.folder / "records.json")
+    plan.model.rename(plan.folder / "gone")
+    assert cli.main(["run", "--methods", "KNE,FT-L", "--hparams", *files, "--data", data, "--out", "out"]) == 1
+    assert f"{setting}: KNE's hparams" in capsys.readouterr().err
 
 
 def test_types_that_differ_are_a_warning(plan, capsys):
