@@ -23,6 +23,11 @@ def printable(value: object) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
 
 
+def without_effects(text: str) -> str:
+    """A text of several lines without effect on a terminal: what is not printed is a blank each, line feeds stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
 def percent(share: float | None) -> str:
     """A share in [0, 1] as a percentage with two digits; "-" for None."""
     return "-" if share is None else f"{share:.2%}"

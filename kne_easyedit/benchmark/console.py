@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kne_easyedit._util.markdown import markdown_table
+from kne_easyedit._util.messages import printable
 from kne_easyedit.benchmark.answers import one_line, up_to_stop
 from kne_easyedit.benchmark.result_line import ResultLine, parse_result
 from kne_easyedit.benchmark.store import read_lines
@@ -66,7 +67,7 @@ def print_report(summary: Mapping[str, Any], folder: Path, examples: int = 3, ne
             said = f"not finite for {broken} of the records" if after is None else f"{after:.2f}"
             print(f"{method}: perplexity {before:.2f} before, {said} after")
     for complaint in summary["skipped"]:
-        print(f"skipped: {complaint}")
+        print(f"skipped: {printable(complaint)}")
     ensembles = sorted(path.name for path in folder.glob("ensemble*"))
     print(f"\nWritten to {folder}: {', '.join(['summary.json', 'results.jsonl', *ensembles])}")
 

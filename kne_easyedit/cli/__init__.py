@@ -11,6 +11,7 @@ import sys
 
 from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.machine import keep_large_blocks
+from kne_easyedit._util.messages import without_effects
 from kne_easyedit.cli import (
     adapter,
     ask,
@@ -43,15 +44,15 @@ def main(argv: list[str] | None = None) -> int:
         if not _is_text(given):
             parser.error(f"{given.encode('utf-8', 'backslashreplace').decode()!r} is no UTF-8 text")
     keep_large_blocks()
-    logging.basicConfig(
-        level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, handlers=[handler])
     try:
         return arguments.command(arguments)
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError, RunStopped) as error:
         if arguments.verbose:
             raise
-        print(f"kne: {_without_effects(str(error))}", file=sys.stderr)
+        print(f"kne: {without_effects(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         what = getattr(arguments, "interrupted", "the same command resumes")
@@ -59,9 +60,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _without_effects(text: str) -> str:
-    """A message may quote files of others: no escape sequences; its own lines stay."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+class _Plain(logging.Formatter):
+    """Messages may quote files of others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_effects(super().format(record))
 
 
 def _is_text(argument: str) -> bool:

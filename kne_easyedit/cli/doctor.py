@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kne_easyedit._util.messages import without_effects
 from kne_easyedit.cli.common import SHIPPED, method_of, positive, shipped
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def _load(paths: list[Path], plan: dict[str, Any]) -> Iterator[Finding]:
 def _print(finding: Finding, failed: list[str]) -> None:
     first, *others = finding.text.splitlines() or [""]
     lines = [f"{MARKS[finding.status]:<8} {finding.name}: {first}", *(f"{'':<11}{line}" for line in others)]
-    print("\n".join(lines + [f"{'':<9}-> {finding.way_out}"] * bool(finding.way_out)), flush=True)
+    lines += [f"{'':<9}-> {finding.way_out}"] * bool(finding.way_out)
+    print(without_effects("\n".join(lines)), flush=True)
     if finding.status == "failure":
         failed.append(finding.name)

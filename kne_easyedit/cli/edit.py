@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kne_easyedit._util.messages import printable
 from kne_easyedit.cli.common import (
     BEGINS_AGAIN,
     add_general,
@@ -20,6 +21,8 @@ from kne_easyedit.cli.common import (
 
 if TYPE_CHECKING:
     from kne_easyedit.edits.store import EditStore
+    from kne_easyedit.facts.encoding import Tokenizer
+    from kne_easyedit.hparams import KNEHyperParams
 
 
 def add_commands(commands: Any) -> None:
@@ -84,6 +87,7 @@ def _edit(arguments: argparse.Namespace) -> int:
     quantised = {} if arguments.load_in is None else {"load_in": arguments.load_in}
     hparams = load_settings(arguments, {**(of_the_paper() if arguments.paper else {}), **quantised})
     model, tokenizer = load_model(hparams)
+    requests = _taken(requests, model, tokenizer, hparams, arguments)
     beside = kept_beside(model, hparams)
     if beside and store is not None:
         raise ValueError(
@@ -181,7 +185,7 @@ def _requests(arguments: argparse.Namespace) -> list[dict]:
             raise ValueError("--requests: a file of facts takes the place of --prompt, --target, --subject and --old")
         found, complaints = load_records(arguments.requests, arguments.records, on_bad=arguments.on_bad_record)
         for complaint in complaints:
-            print(f"skipped: {complaint}")
+            print(f"skipped: {printable(complaint)}")
         if not found:
             raise ValueError(f"--requests: no fact of {arguments.requests} can be used")
         return found
@@ -193,3 +197,29 @@ def _requests(arguments: argparse.Namespace) -> list[dict]:
         return [to_request(given)]
     except ValueError as error:
         raise ValueError(f"--prompt, --target, --subject: {error}") from error
+
+
+def _taken(
+    requests: list[dict], model: Any, tokenizer: Tokenizer, hparams: KNEHyperParams, arguments: argparse.Namespace
+) -> list[dict]:
+    """The requests that tokenizer and model can take. Raises ValueError, naming option or record, for others."""
+    from kne_easyedit.facts.encoding import chat_prompt, natural
+    from kne_easyedit.facts.records import require_taken
+
+    found = []
+    for request in requests:
+        prompt = request["prompt"]
+        asked = chat_prompt(tokenizer, prompt) if hparams.use_chat_template else natural(prompt)
+        try:
+            require_taken(asked, request["target_new"], tokenizer, model, hparams.separator)
+            found.append(request)
+        except ValueError as error:
+            if arguments.requests is None:
+                raise ValueError(f"--prompt, --target: {error}") from error
+            complaint = f"{arguments.requests}: record {request['index']}: {error}"
+            if arguments.on_bad_record == "fail":
+                raise ValueError(f"{complaint} (--on-bad-record skip leaves such records out)") from error
+            print(f"skipped: {printable(complaint)}")
+    if not found:
+        raise ValueError(f"--requests: no fact of {arguments.requests} can be used")
+    return found

@@ -18,6 +18,7 @@ import yaml
 from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.markdown import markdown_table
+from kne_easyedit._util.messages import printable
 from kne_easyedit._util.settings import EVALUATORS
 from kne_easyedit.cli.common import (
     add_general,
@@ -330,7 +331,7 @@ def _run_all(jobs: Sequence[Mapping[str, Any]], folder: Path, out: Path) -> int:
             _note(out / TIMES, label, _done(settings) - done, time.perf_counter() - start)
         found |= {name: {**its, **(its.get("retention") or [{}])[-1]} for name, its in summary["methods"].items()}
         for complaint in summary["skipped"]:
-            print(f"skipped: {complaint}")
+            print(f"skipped: {printable(complaint)}")
     if found:
         print(f"\n{markdown_table(found, [metric.key for metric in run_columns(*found.values())])}")
     print(f"\nWritten to {out}; curves and what was found: kne report --study {out}")

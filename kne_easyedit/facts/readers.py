@@ -19,13 +19,27 @@ EMBEDDED = "embedded"
 """Names the packaged facts where a data file is asked for."""
 DELIMITERS = ",\t;"
 """Of CSV files; the first that gives the header a known name is used."""
-COLUMNS = {"prompt", "text", "src"}
+COLUMNS = {"prompt", "template", "text", "src"}
 """Names of the prompt in a header: a CSV file is recognised by one of them."""
 REWRITE = "requested_rewrite"
 """The field of CounterFact's and MQuAKE's records that holds the prompt."""
 FORMATS = (
     "a JSON list of records, JSON Lines (one record a line), or a CSV file whose header names prompt and target_new"
 )
+
+
+class _AsWritten(float):
+    """A number of JSON that keeps its digits: an answer 3.10 is not 3.1."""
+
+    def __new__(cls, text: str) -> _AsWritten:
+        new = super().__new__(cls, text)
+        new._text = text
+        return new
+
+    _text: str
+
+    def __str__(self) -> str:
+        return self._text
 
 
 class Unreadable(str):
@@ -57,11 +71,14 @@ def read_records(path: str | Path) -> list[Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{real}: not a JSON file: {error}; save it as UTF-8") from error
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_float=_AsWritten)
     except RecursionError as error:
         raise ValueError(f"{real}: not a JSON file of records: it is nested too deeply") from error
     except ValueError as error:  # JSONDecodeError, and numbers of thousands of digits
-        records = _json_lines(text) if text.lstrip().startswith("{") else _csv(text)
+        try:
+            records = _json_lines(text) if text.lstrip().startswith("{") else _csv(text)
+        except ValueError as fault:
+            raise ValueError(f"{real}: {fault}") from fault
         if records is None:
             raise ValueError(f"{real}: not a JSON file: {error}; expected {FORMATS}") from error
         return records
@@ -100,14 +117,17 @@ def _json_lines(text: str) -> list | None:
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
+            records.append(json.loads(line, parse_float=_AsWritten))
         except (ValueError, RecursionError) as error:
             records.append(Unreadable(f"line {number}: no JSON ({error})"))
     return records if any(isinstance(record, dict) for record in records) else None
 
 
 def _csv(text: str) -> list | None:
-    """The records, keyed by the header's names; empty cells are left out. None if there is no such header."""
+    """The records, keyed by the header's names; empty cells are left out. None if there is no such header.
+
+    Raises ValueError for a name that stands twice in it.
+    """
     text = text.lstrip("\r\n")
     for delimiter in DELIMITERS:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -116,6 +136,8 @@ def _csv(text: str) -> list | None:
         except csv.Error:
             continue
         if len(names) > 1 and COLUMNS & set(names):
+            if twice := [name for name in names if name and names.count(name) > 1]:
+                raise ValueError(f"{twice[0]!r} stands twice in the header; rename one, or leave it out")
             return list(_rows(rows, names))
     return None
 

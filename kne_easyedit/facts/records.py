@@ -193,17 +193,31 @@ def require_evaluable(
         raise ValueError(
             f"subject: missing, {', '.join(by_subject)} cannot edit without one; add it, or leave out the method"
         )
-    known = model.get_input_embeddings().weight.shape[0]
     for field, prompt, answer in _questions(request):
         try:
-            fact = encode(tokenizer, prompt, answer, separator)
-            require_length(fact, model.config)
-            if max(fact.ids) >= known:
-                raise ValueError(
-                    f"tokenizer: token {max(fact.ids)} of {shorten(prompt)}, the model knows those below {known}"
-                )
+            require_taken(prompt, answer, tokenizer, model, separator)
         except ValueError as error:  # noqa: PERF203  (the field is named)
             raise ValueError(f"{field}: {error}") from error
+
+
+def require_taken(prompt: str, answer: str, tokenizer: Tokenizer, model: Any, separator: str = SEPARATOR) -> None:
+    """Checks one prompt with its answer.
+
+    Args:
+        prompt: As the model is asked: in the chat template, if it is.
+        answer: The answer.
+        tokenizer: A tokenizer of transformers.
+        model: A model of transformers; its longest text and its embeddings are the limits.
+        separator: See `encode`.
+
+    Raises:
+        ValueError: Tokenizer or model cannot take it; the message says why.
+    """
+    fact = encode(tokenizer, prompt, answer, separator)
+    require_length(fact, model.config)
+    known = model.get_input_embeddings().weight.shape[0]
+    if max(fact.ids) >= known:
+        raise ValueError(f"tokenizer: token {max(fact.ids)} of {shorten(prompt)}, the model knows those below {known}")
 
 
 def _questions(request: Mapping) -> Iterator[tuple[str, str, str]]:
@@ -280,7 +294,7 @@ def _answer(value: Any, field: str) -> str | None:
 
 def _number_as_text(value: Any) -> Any:
     """A number as a text (other tools may drop the quotes of a year); anything else unchanged."""
-    is_number = type(value) is int or (type(value) is float and math.isfinite(value))  # True is no answer
+    is_number = type(value) is int or (isinstance(value, float) and math.isfinite(value))  # True is no answer
     return str(value) if is_number else value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -354,3 +355,45 @@ def test_the_old_answer_is_given_or_what_the_model_says(tokenizer):
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)
     assert found.ask(model)[found.facts[0]].new != said[found.facts[0]].new
+
+
+LONG = " ".join(["river"] * 200)
+
+
+def test_a_prompt_that_the_model_cannot_take(tiny, capsys):
+    """It is named before anything is asked; of a file by its number, and the others are edited if they are to be."""
+    settings = ("--hparams", "kne.yaml", "--neighbours", "0", "--out", "long")
+    assert kne("edit", "--prompt", LONG, "--target", "Rome", *settings) == 1
+    assert "kne: --prompt, --target: prompt: " in capsys.readouterr().err
+    records = [{"prompt": LONG, "target_new": "Rome"}, {"prompt": FACT[1], "target_new": FACT[3]}]
+    Path("long.json").write_text(json.dumps(records))
+    assert kne("edit", "--requests", "long.json", *settings) == 1
+    assert "kne: long.json: record 0: prompt: " in capsys.readouterr().err and not Path("long").exists()
+    assert kne("edit", "--requests", "long.json", "--on-bad-record", "skip", *settings) == 0
+    assert "skipped: long.json: record 0: prompt: " in capsys.readouterr().out
+    assert KNEEdit.load("long").facts == (f"{FACT[1]} -> {FACT[3]}",)
+    Path("only.json").write_text(json.dumps(records[:1]))
+    assert kne("edit", "--requests", "only.json", "--on-bad-record", "skip", *settings[:-1], "none") == 1
+    assert "no fact of only.json can be used" in capsys.readouterr().err
+
+
+def test_a_data_file_has_no_effect_on_the_terminal(tiny, tmp_path, capsys):
+    """Names of categories reach complaints and warnings."""
+    evil = "x\x1b]0;pwned\x07\x1b[31mred"
+    own = {"portability": {evil: [{"ground_truth": "u"}]}}
+    facts = [{"prompt": FACT[1], "target_new": FACT[3], **own}, {"prompt": FACT[1], "target_new": FACT[3]}]
+    (tmp_path / "evil.json").write_text(json.dumps(facts))
+    data = str(tmp_path / "evil.json")
+    out = ("--neighbours", "0", "--out", str(tmp_path / "edit"))
+    kne("edit", "--requests", data, "--on-bad-record", "skip", "--hparams", "kne.yaml", *out)
+    kne("doctor", "--hparams", "kne.yaml", "--data", data, "--no-trial")
+    handler = logging.StreamHandler(stream := io.StringIO())
+    handler.setFormatter(cli._Plain("%(message)s"))
+    handler.emit(logging.makeLogRecord({"msg": evil}))
+    found = capsys.readouterr()
+    shown = found.out + found.err + stream.getvalue()
+    assert (
+        "pwned" in found.out
+        and "pwned" in stream.getvalue()
+        and not {c for c in shown if not c.isprintable()} - set("\n\r")
+    )

@@ -50,6 +50,23 @@ class TestFormats:
         requests, (complaint,) = load_records(file(f"prompt,target_new\n{rows}"), on_bad="skip")
         assert len(requests) == 1 and message in complaint
 
+    @pytest.mark.parametrize("lines", [False, True])
+    def test_a_number_keeps_its_digits(self, file, lines):
+        found = [f'{{"prompt": "Python is at version", "target_new": {text}}}' for text in ("3.10", "1e3", "-0.50")]
+        text = "\n".join(found) if lines else f"[{', '.join(found)}]"
+        assert [one["target_new"] for one in load_records(file(text))[0]] == ["3.10", "1e3", "-0.50"]
+
+    def test_a_template_in_place_of_a_prompt_in_every_format(self, file):
+        wanted = to_request({"template": "The capital of {} is", "subject": "Peru", "target_new": "Oslo"})
+        line = '{"template": "The capital of {} is", "subject": "Peru", "target_new": "Oslo"}'
+        table = "template,subject,target_new\nThe capital of {} is,Peru,Oslo"
+        for text in (line, f"{line}\n{line}", f"[{line}]", table):
+            assert load_records(file(text))[0][0] == {**wanted, "index": 0}
+
+    def test_a_name_twice_in_a_header(self, file):
+        with pytest.raises(ValueError, match=r"data.*: 'target_new' stands twice in the header"):
+            load_records(file("prompt,target_new,target_new\nThe capital of Peru is,Oslo,Rome"))
+
     def test_rows_after_a_badly_quoted_one_are_read(self, file):
         rows = ["The capital of Peru is,Rome", 'The capital of Chile is,"Oslo" ,x', "The capital of Spain is,Lima"]
         requests, complaints = load_records(file("\n".join(["prompt,target_new", *rows])), on_bad="skip")
