@@ -39,7 +39,12 @@ from kne_easyedit.cli import (
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 bad input, 130 interrupted."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, more = parser.parse_known_args(argv)
+    prompts = getattr(arguments, "prompts", None)
+    if more and (prompts is None or any(given.startswith("-") for given in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # argparse ends such a list at the first option
+        prompts += more
     for given in sys.argv[1:] if argv is None else argv:
         if not _is_text(given):
             parser.error(f"{given.encode('utf-8', 'backslashreplace').decode()!r} is no UTF-8 text")

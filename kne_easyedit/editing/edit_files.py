@@ -218,6 +218,7 @@ def _fields(content: dict[str, Any], rows_file: Path) -> dict[str, Any]:
     requests = _list(content, "requests")
     for one in requests:
         _need(isinstance(one, dict) and isinstance(one.get("prompt"), str), "requests", one, "a request with a prompt")
+        _need(isinstance(one.get("target_new", ""), str), "requests.target_new", one.get("target_new"), "a text")
     losses = _list(content, "losses")
     _need(bool(losses) and all(map(_finite, losses)), "losses", losses, "a list of finite numbers")
     trained_on = _list(content, "trained_on")

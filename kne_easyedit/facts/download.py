@@ -23,7 +23,7 @@ SUMS = "SHA256SUMS"
 
 
 def fetch(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Downloads the files that are missing in ``folder``.
+    """Downloads the files that are missing in ``folder``, or empty.
 
     Their digests are kept in ``SHA256SUMS`` (as ``sha256sum`` writes it); a file that exists must still match.
 
@@ -37,7 +37,7 @@ def fetch(folder: Path) -> Iterator[tuple[str, str, str]]:
     known = _read_sums(folder / SUMS)
     for name in FILES:
         file, state = folder / name, "there"
-        if not file.is_file():
+        if not file.is_file() or not file.stat().st_size:  # an interrupted copy by hand
             _download(name, file)
             state = "downloaded"
         digest = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -12,16 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_gpt2, make_llama, make_tokenizer, tiny_hparams, weights, with_same_threads
+from conftest import make_llama, make_tokenizer, tiny_hparams, weights, with_same_threads
 from safetensors.torch import load_file, save_file
 
 from kne_easyedit import cli
-from kne_easyedit.benchmark.before_after import Questions, answers_to
-from kne_easyedit.cli.side_by_side import print_rows
 from kne_easyedit.editing import applying
 from kne_easyedit.editing.edit import compute_edit
 from kne_easyedit.editing.kne_edit import KNEEdit
-from kne_easyedit.editing.row_training import measured_answers
 from kne_easyedit.edits.sizes import ensemble_of, shared_rows, sizes_of
 from kne_easyedit.models.loading import load_model
 
@@ -152,6 +149,17 @@ def test_ask_shows_both_answers(tiny, capsys):
     (before,) = answers_to(model, tokenizer, ["The capital of France is"], 4)
     assert re.search(rf"The capital of France is\n.*before.*after\n +\| {re.escape(before.strip())} *\| Rome", out)
     assert out.count("before") == 2
+
+
+def test_prompts_stand_before_and_after_options(tiny, capsys):
+    assert kne("ask", "rome", "The capital of France is", "--tokens", "1", "The river that") == 0
+    both = capsys.readouterr().out
+    assert "\nThe capital of France is\n" in both and "\nThe river that\n" in both
+    assert kne("ask", "rome", "--tokens", "1", "The capital of France is", "The river that") == 0
+    assert capsys.readouterr().out == both
+    with pytest.raises(SystemExit):
+        kne("ask", "rome", "--tokens", "1", "The river that", "--tokns", "2")
+    assert "unrecognized arguments" in capsys.readouterr().err
 
 
 def test_ask_reads_prompts_until_the_input_ends(tiny, capsys, monkeypatch):
@@ -329,32 +337,6 @@ def test_shared_rows_and_their_direction(tiny):
     assert shared_rows(alone, edit).modules == ((first, len(edit.deltas[first][0])),)
     drawn = ensemble_of(alone)
     assert drawn.size == len(edit.deltas[first][0]) and drawn.members() <= ensemble_of(edit).members()
-
-
-def test_columns_are_as_wide_as_the_terminal(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "60")
-    print_rows([("", "before", "after"), ("one", "word " * 20, "other " * 20)])
-    lines = capsys.readouterr().out.splitlines()
-    assert all(len(line) <= 60 for line in lines) and len(lines) > 4
-    assert sum(line.count("word") for line in lines) == 20 == sum(line.count("other") for line in lines)
-
-
-def test_the_old_answer_is_given_or_what_the_model_says(tokenizer):
-    model = make_gpt2()
-    request = {"prompt": "The capital of France is", "target_new": "the Tiber ."}
-    (fact,) = Questions(model, tokenizer, [request], neighbours=0).facts
-    (said,) = answers_to(model, tokenizer, [request["prompt"]], len(fact.new.answer))
-    assert fact.old is not None and fact.old.target == said.strip()
-    (fact,) = Questions(model, tokenizer, [{**request, "ground_truth": "Paris"}], neighbours=0).facts
-    assert fact.old.target == "Paris"
-    found = Questions(model, tokenizer, [{**request, "subject": "France"}], neighbours=3)
-    assert len(found.neighbours[0]) == 3 and "France" not in str(found.neighbours)
-    said = found.ask(model)
-    (measured,) = measured_answers(model, [found.facts[0].new])
-    assert said[found.facts[0]].new == pytest.approx(measured.probability, rel=1e-4)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(-1)
-    assert found.ask(model)[found.facts[0]].new != said[found.facts[0]].new
 
 
 LONG = " ".join(["river"] * 200)

@@ -251,6 +251,10 @@ BAD = {
     "no losses": (_changed("losses", value=[]), "losses"),
     "another loss": (_changed("losses", value=[1.0, 0.0]), "its content is not what was written"),
     "another fact": (_changed("requests", value=[{"prompt": "x", "target_new": "y"}]), "is not what was written"),
+    "an answer that is none": (
+        _changed("requests", value=[{"prompt": "x", "target_new": ["Rome"]}]),
+        r"requests.target_new: \['Rome'\] is not a text",
+    ),
     "a request without a prompt": (_changed("requests", value=[{}]), "requests: {} is not a request with a prompt"),
     "requests that are none": (_changed("requests", value="x"), "requests: 'x' is not a list"),
     "answers that are none": (_changed("answers", value=[{"fact": {}}]), "answers: prompt"),

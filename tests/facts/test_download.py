@@ -40,6 +40,8 @@ def test_all_files_come_with_digests_and_once(publisher, tmp_path, capsys):
     assert len(publisher) == len(FILES)
     (tmp_path / FILES[2]).unlink()
     assert [state for *_, state in fetch(tmp_path)].count("downloaded") == 1
+    (tmp_path / FILES[1]).write_bytes(b"")  # an interrupted copy by hand
+    assert [state for *_, state in fetch(tmp_path)] == ["there", "downloaded", *["there"] * (len(FILES) - 2)]
     assert f"KNOWEDIT={tmp_path}" in capsys.readouterr().out
 
 
