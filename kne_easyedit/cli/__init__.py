@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if more and (prompts is None or any(given.startswith("-") for given in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # argparse ends such a list at the first option
-        prompts += more
+        arguments.prompts += more
     for given in sys.argv[1:] if argv is None else argv:
         if not _is_text(given):
             parser.error(f"{given.encode('utf-8', 'backslashreplace').decode()!r} is no UTF-8 text")

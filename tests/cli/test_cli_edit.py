@@ -16,6 +16,7 @@ from conftest import make_llama, make_tokenizer, tiny_hparams, weights, with_sam
 from safetensors.torch import load_file, save_file
 
 from kne_easyedit import cli
+from kne_easyedit.benchmark.before_after import answers_to
 from kne_easyedit.editing import applying
 from kne_easyedit.editing.edit import compute_edit
 from kne_easyedit.editing.kne_edit import KNEEdit
