@@ -17,6 +17,7 @@ PROMISES = {
         r"sum of scores, m=80",
         r"\(30, 576\) layers and neurons; 2 facts",
         r"^The capital of France is +'Paris.*' +'Rome",
+        r"^The capital of Germany is +'Berlin.*' +'Berlin",
         r"^Water is made of hydrogen and +'(.*)' +'\1'",
         r"^all others as they were: True$",
         r"^loaded: +Rome",
