@@ -35,6 +35,14 @@ from kne_easyedit.models.fixed_layers import fixed_outputs
 from kne_easyedit.models.layer_kinds import is_bitsandbytes
 
 
+TYPICAL = 0.06
+"""Root mean square, over dimensions, of the relative difference that the self-check lets pass in half precision.
+
+In bfloat16 (one rounding is 0.008) it is 0.007 at most on SmolLM2, and 0.04 on tiny random models of twenty families; where
+SmolLM2's attention scores are doubled it is 0.13 in half of the layers, and 0.34 at most.
+"""
+
+
 class UnsupportedModel(NotImplementedError):
     """The layers of this model cannot be replayed; the message says why."""
 
@@ -184,7 +192,9 @@ class Replay:
                 f"{model}: {where} gives values that are not finite; load the model in float32 or bfloat16"
             )
         difference = (replayed - own).abs().max().float()
-        if not difference <= min(200 * epsilon, 0.05) * scale:  # 200 roundings of bfloat16 would let anything pass
+        # 200 roundings of bfloat16 would let anything pass.
+        alike = difference <= min(200 * epsilon, 0.05) * scale
+        if not (alike and _typical_difference(replayed, own) <= min(2000 * epsilon, TYPICAL)):
             raise ReplayMismatch(
                 f"{model}: replaying {where} gives another result than the model itself (difference {difference:.2e}, "
                 f"largest value {scale:.2e}); scores would be wrong, so none are computed. attribution_engine: whole "
@@ -278,6 +288,17 @@ def capture_neurons(into: dict[Any, Any], name: str) -> Callable[..., object]:
         return out.clone() if isinstance(out, Tensor) else out
 
     return hook
+
+
+def _typical_difference(found: Tensor, own: Tensor) -> float:
+    """The root mean square, over dimensions, of the largest difference in each, relative to the largest value there.
+
+    A few dimensions of hidden states are hundreds of times as large as the others, and would hide an error in these.
+    """
+    found, own = (values.flatten(0, -2).float() for values in (found, own))
+    scale = own.abs().amax(0)
+    scale = scale.clamp(min=scale.median().clamp(min=torch.finfo(scale.dtype).tiny))
+    return ((found - own).abs().amax(0) / scale).square().mean().sqrt().item()
 
 
 def _first(out: Tensor | tuple) -> Tensor:

@@ -131,6 +131,23 @@ class TestSelfCheck:
             attribute(model, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
         assert fingerprint(model) == before
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_one_large_dimension_hides_no_error(self, tokenizer, monkeypatch, dtype):
+        """As in trained models: hundreds of times the others, and of no weight behind the norms."""
+        model = make_llama(dtype)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:, 0] = 500
+            for name, weight in model.named_parameters():
+                if "norm" in name:
+                    weight *= 50 / len(weight) ** 0.5
+                    weight[0] = 0
+        attribute(model, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)  # as it is, it is sound
+        mlp = model.model.layers[2].mlp
+        own = mlp.forward
+        monkeypatch.setattr(mlp, "forward", lambda hidden: own(self.shift(self.shift(hidden))))
+        with pytest.raises(ReplayMismatch, match="replaying layer 2"):
+            attribute(model, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
+
     @pytest.mark.parametrize("layer", range(SIZE["layers"]))
     def test_an_attention_of_its_own_is_refused(self, llama, tokenizer, monkeypatch, layer):
         class Averaging(torch.nn.Module):
