@@ -34,12 +34,11 @@ from kne_easyedit.models.devices import device_of, input_embeddings
 from kne_easyedit.models.fixed_layers import fixed_outputs
 from kne_easyedit.models.layer_kinds import is_bitsandbytes
 
-
 TYPICAL = 0.06
 """Root mean square, over dimensions, of the relative difference that the self-check lets pass in half precision.
 
-In bfloat16 (one rounding is 0.008) it is 0.007 at most on SmolLM2, and 0.04 on tiny random models of twenty families; where
-SmolLM2's attention scores are doubled it is 0.13 in half of the layers, and 0.34 at most.
+In bfloat16 (one rounding is 0.008) it is 0.007 at most on SmolLM2, and 0.04 on tiny random models of twenty families;
+where SmolLM2's attention scores are doubled it is 0.13 in half of the layers, and 0.34 at most.
 """
 
 
