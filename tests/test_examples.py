@@ -93,7 +93,13 @@ def test_a_promise_that_is_not_kept_is_found():
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("name", PROMISES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "edit_without_easyedit",
+        pytest.param("edit_with_easyedit", marks=pytest.mark.slow),  # the blocks of docs/easyedit.md do the same
+    ],
+)
 def test_it_runs(name, real_folder, tmp_path):
     """In a folder of its own, beside the settings."""
     (tmp_path / "hparams").symlink_to(ROOT / "hparams")

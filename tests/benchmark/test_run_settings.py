@@ -191,6 +191,8 @@ def test_kn_gets_the_models_own_answer_where_a_record_has_none(job, monkeypatch)
 
 
 def test_without_fluency_the_other_figures_stay_as_they_are(job, capsys):
+    job.requests = job.requests[:1]
+    job.hparams["KNE"].num_steps = 3
     print_report(run(job), job.folder)
     first = lines_of(job)
     job.fluency = False

@@ -65,11 +65,18 @@ def spared(found: dict) -> bool:
 
 
 @pytest.mark.parametrize("request_", FACTS, ids=lambda request: request["subject"])
-def test_neighbours_are_spared_by_the_shipped_settings_and_not_by_the_tuned_ones(request_, smollm2, shipped, tuned):
-    """The tuned ones, measured: bleed 4, 6, 2 of 6; the same first word 1, 0, 2."""
-    asked = packaged(request_)
-    assert spared(figures(smollm2, shipped, request_, asked))
-    assert not spared(figures(smollm2, tuned, request_, asked))
+def test_neighbours_are_spared_by_the_shipped_settings(request_, smollm2, shipped):
+    assert spared(figures(smollm2, shipped, request_, packaged(request_)))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [FACTS[0], *(pytest.param(fact, marks=pytest.mark.slow) for fact in FACTS[1:])],
+    ids=lambda request: request["subject"],
+)
+def test_they_are_not_by_the_tuned_ones(request_, smollm2, tuned):
+    """Measured: bleed 4, 6, 2 of 6; the same first word 1, 0, 2."""
+    assert not spared(figures(smollm2, tuned, request_, packaged(request_)))
 
 
 @pytest.mark.slow
