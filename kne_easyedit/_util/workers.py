@@ -31,6 +31,14 @@ _NEED = 1.5
 """Memory of a process of its own, in sizes of the model: edited weights, their originals, activations."""
 
 
+_SIDE_BY_SIDE = 1
+
+
+def side_by_side() -> int:
+    """How many processes of one `run_parallel` work at a time; 1 outside of its processes. They share the memory."""
+    return _SIDE_BY_SIDE
+
+
 class WorkerDied(RunStopped):
     """A process ended without a result: out of memory, or killed."""
 
@@ -66,14 +74,17 @@ def run_parallel(function: Callable[[Item], Iterator], items: Sequence[Item], wo
             yield from function(item)
         return
     context = multiprocessing.get_context("fork")
+    number_of = min(workers, len(items))
     threads = max(1, available_cores() // workers)
     processes: dict[Any, multiprocessing.process.BaseProcess] = {}  # connection -> process
     waiting = iter(range(len(items)))
     try:
-        for _ in range(min(workers, len(items))):
+        for _ in range(number_of):
             ours, theirs = context.Pipe()
             process: multiprocessing.process.BaseProcess = context.Process(
-                target=_serve, args=(function, items, theirs, [ours, *processes], threads, os.getpid()), daemon=True
+                target=_serve,
+                args=(function, items, theirs, [ours, *processes], threads, number_of, os.getpid()),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -114,9 +125,12 @@ def _serve(
     connection: Connection,
     others: list[Connection],
     threads: int,
+    processes: int,
     parent: int,
 ) -> None:
     """The main loop of a process: receives numbers of items, until there are no more."""
+    global _SIDE_BY_SIDE
+    _SIDE_BY_SIDE = processes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this process
     # A parent that is killed must not leave processes behind.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.machine import free_memory
+from kne_easyedit._util.workers import side_by_side
 from kne_easyedit.attribution.full_passes import attribute_by_full_passes, changes_by_full_passes
 from kne_easyedit.attribution.preparation import HEAD_ROWS, PreparedSweep, prepare
 from kne_easyedit.attribution.quadrature import Quadrature, riemann
@@ -27,6 +28,8 @@ ENGINES = ("auto", "sweep", "whole")
 
 FREE_SHARE = 0.25
 """Share of the free memory that rows in flight may take if their number is not given."""
+TOGETHER = 0.75
+"""That of all processes that work side by side: each sees the same memory as free."""
 MOST_ROWS = {"cpu": 2400}
 """Device -> rows in flight at most. On a CPU, activations of more outgrow its caches; elsewhere memory is the limit."""
 
@@ -185,7 +188,8 @@ def rows_in_flight(model: nn.Module, targets: Sequence[Target], fact: Fact) -> i
 def _rows_in_flight(prepared: PreparedSweep) -> int:
     logits = prepared.clean.logits
     head = 3 * HEAD_ROWS * logits.shape[-1] * 4  # with their softmax, in float32
-    rows = int((FREE_SHARE * free_memory(logits.device) - head) / prepared.row_bytes)
+    share = min(FREE_SHARE, TOGETHER / side_by_side())
+    rows = int((share * free_memory(logits.device) - head) / prepared.row_bytes)
     return max(1, min(rows, MOST_ROWS.get(logits.device.type, rows)))
 
 

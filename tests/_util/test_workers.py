@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from methods import records, settings
 
 from kne_easyedit import cli
 from kne_easyedit._util.workers import WorkerDied, run_parallel, workers_for
+from kne_easyedit.attribution import engine
 from kne_easyedit.benchmark import Run, run
 from kne_easyedit.benchmark.store import read_lines
 from kne_easyedit.localization.localizer import Localization
@@ -52,6 +54,22 @@ def test_gradients_and_products_of_several_threads_work_after_a_fork():
     found = list(run_parallel(gradient, [1, 2], 2))
     assert sorted(value for value, _ in found) == [2.0 * 300**3, 4.0 * 300**3]
     assert {threads for _, threads in found} == {max(1, len(os.sched_getaffinity(0)) // 2)}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_processes_do_not_plan_for_the_same_memory(workers, monkeypatch):
+    """Each sees all of it as free."""
+    free = 40_000_000
+    monkeypatch.setattr(engine, "free_memory", lambda device: free)
+    monkeypatch.setattr(engine, "MOST_ROWS", {})  # as where memory is the limit
+    prepared = SimpleNamespace(clean=SimpleNamespace(logits=torch.zeros(1, 1, 8)), row_bytes=1000)
+
+    def rows(_):
+        yield engine._rows_in_flight(prepared)
+
+    planned = sum(run_parallel(rows, range(workers), workers)) * prepared.row_bytes
+    assert min(0.25 * workers, 0.7) * free < planned + workers * 500_000
+    assert planned <= engine.TOGETHER * free
 
 
 class Unportable(ValueError):
