@@ -87,11 +87,15 @@ def localization_facts(
         return
     try:
         facts = localization_requests(hparams)
-        for fact in facts if tokenizer is not None else ():
-            token_count(fact, tokenizer, model, hparams.use_chat_template, hparams.separator)
     except (ValueError, OSError) as error:
         yield failure(name, error)
         return
+    for fact in facts if tokenizer is not None else ():
+        try:
+            token_count(fact, tokenizer, model, hparams.use_chat_template, hparams.separator)
+        except ValueError as error:  # noqa: PERF203  (the record is named)
+            yield failure(name, f"record {fact['index']} of {data}: {error}; take it out, or localise on others")
+            return
     yield Finding(
         name,
         OK if len(facts) == wanted else WARNING,

@@ -48,12 +48,18 @@ def encode_facts(
     """Requests as facts, under the settings ``use_chat_template`` and ``separator``; facts are passed on as they are.
 
     Raises:
-        ValueError: A request cannot be edited (`encode_request`), or is longer than the model can take.
+        ValueError: A request cannot be edited (`encode_request`), or is longer than the model can take. Its number in
+            its file is named, if it has one.
     """
-    facts = []
-    for request in requests:
-        if not isinstance(request, Fact):
-            request = encode_request(tokenizer, request, hparams.use_chat_template, hparams.separator)
-            require_length(request, model.config)
-        facts.append(request)
-    return facts
+    return [one if isinstance(one, Fact) else _encoded(model, tokenizer, one, hparams) for one in requests]
+
+
+def _encoded(model: nn.Module, tokenizer: Tokenizer, request: Mapping, hparams: LocalizationSettings) -> Fact:
+    try:
+        fact = encode_request(tokenizer, request, hparams.use_chat_template, hparams.separator)
+        require_length(fact, model.config)
+        return fact
+    except ValueError as error:
+        if isinstance(request, Mapping) and "index" in request:  # of a file
+            raise ValueError(f"record {request['index']}: {error}") from error
+        raise

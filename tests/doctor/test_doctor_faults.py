@@ -312,3 +312,17 @@ def test_the_facts_of_localisation_are_those_that_the_run_will_take():
     hparams.localization_offset = 100_000
     (found,) = data.localization_facts(hparams, None, None)
     assert (found.status, "offset" in found.text) == (FAILURE, True)
+
+
+def test_a_fact_to_localise_on_that_the_model_cannot_take(plan, capsys):
+    """It is named by its number, here and by the run."""
+    records = [*plan.records, {**plan.records[0], "prompt": plan.records[0]["prompt"] * 20}]
+    (plan.folder / "facts.json").write_text(json.dumps(records))
+    plan.settings["KNE"] |= {"localization_data": str(plan.folder / "facts.json"), "localization_size": 9}
+    assert plan.check("--no-trial", methods=("KNE",)) == 1
+    assert any(
+        "record 4 of " in line and "the model takes 64" in line for line in lines(capsys.readouterr().out, "FAILURE")
+    )
+    files = ("--hparams", str(plan.folder / "KNE/tiny.yaml"), "--data", str(plan.folder / "records.json"))
+    assert cli.main(["run", "--methods", "KNE", *files, "--out", "out"]) == 1
+    assert "record 4: prompt: " in capsys.readouterr().err
