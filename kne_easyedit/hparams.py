@@ -140,6 +140,9 @@ class KNEHyperParams:
     """Ridge of this projection: small ones leave neighbours as they are, in (0, 1]."""
     spare_edited: bool = False
     """Beyond the paper: facts that the model was edited with before, and still has, are spared as neighbours are."""
+    spare_continuation: int = 0
+    """Beyond the paper: with ``input_projection``, so many tokens that the unedited model may say after the new answer
+    are spared as neighbours are; 0: none."""
     seed: int = 42
     """Seed of the ``kaiming`` start and of the choice of neighbours; nothing else is random."""
 
@@ -283,6 +286,10 @@ class KNEHyperParams:
         _require(self.chunk_rows is None or self.chunk_rows >= 1, "chunk_rows", self.chunk_rows, "must be at least 1")
         for name in ("neighbour_relation_size", "neighbour_subject_size", "neighbours_per_step", "subject_variants"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+        spared = self.spare_continuation
+        _require(spared >= 0, "spare_continuation", spared, "must be 0 or more")
+        rule = "is read with input_projection: true only; set that, or leave it 0"
+        _require(not spared or self.input_projection, "spare_continuation", spared, rule)
         stop = self.neighbour_stop
         _require(stop is None or 0 < stop < math.inf, "neighbour_stop", stop, "must be positive and finite, or null")
         rule = "is read with a neighbour_weight above 0 only; set that, or leave it null"

@@ -52,6 +52,7 @@ _ADDED: Mapping[str, object] = {
     "input_projection": False,
     "projection_ridge": 1e-5,
     "spare_edited": False,
+    "spare_continuation": 0,
     "max_memory": None,
     "offload_folder": None,
     "load_in": None,

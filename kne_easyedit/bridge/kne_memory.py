@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from kne_easyedit.attribution.engine import FREE_SHARE, MOST_ROWS
 from kne_easyedit.attribution.preparation import HEAD_ROWS
 from kne_easyedit.bridge.edited_modules import depth, in_features, matrix_size, state_bytes, vocabulary
+from kne_easyedit.editing.after_answers import BRANCHES
 from kne_easyedit.editing.divergence import AT_ONCE
 from kne_easyedit.editing.neighbours import neighbours_in_step, neighbours_wanted, uses_neighbours
 from kne_easyedit.editing.optimizers import OPTIMIZERS
-from kne_easyedit.editing.projection import EARLIER_SHARE, LARGEST_SHARE
+from kne_easyedit.editing.projection import CONTINUED_SHARE, EARLIER_SHARE, LARGEST_SHARE
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.named import named_targets
 from kne_easyedit.models.devices import dtype_of
@@ -233,6 +234,8 @@ def _bases(hparams: KNEHyperParams, rows: list[tuple[Target, int]], facts: Facts
     # Texts are taken as long as they fit into the module with the fewest inputs.
     inputs = min((in_features(target.modules[0]) for target, _ in rows), default=0)
     closed = min(tokens, int(LARGEST_SHARE * inputs)) + min(earlier, int(EARLIER_SHARE * inputs))
+    continued = hparams.batch_size * BRANCHES * hparams.spare_continuation
+    closed += min(continued, int(CONTINUED_SHARE * inputs))
     return PRECISE * closed * sum(in_features(m) for target, _ in rows for m in target.modules)
 
 

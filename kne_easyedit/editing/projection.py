@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kne_easyedit._util.interrupts import safe_point
+from kne_easyedit.editing.after_answers import after_answers
 from kne_easyedit.editing.divergence import AT_ONCE, continuations
 from kne_easyedit.editing.earlier import earlier_requests
 from kne_easyedit.editing.neighbours import neighbour_prompts, readable
@@ -33,7 +34,9 @@ logger = logging.getLogger(__name__)
 LARGEST_SHARE = 0.5
 """Of a module's input dimensions, how many neighbours may close at most."""
 EARLIER_SHARE = 0.4
-"""The same for facts of earlier edits. What both leave is there for the edit."""
+"""The same for facts of earlier edits."""
+CONTINUED_SHARE = 0.05
+"""The same for what follows the answers. What all of them leave is there for the edit."""
 
 
 class InputProjection:
@@ -82,6 +85,8 @@ def input_projections(
     ridge: float,
     tokens: int = 1,
     earlier: Sequence[Fact] = (),
+    edited: Sequence[Fact] = (),
+    continued: int = 0,
 ) -> dict[str, InputProjection]:
     """The projections of modules, for prompts and the unedited model's own continuations of them.
 
@@ -97,6 +102,9 @@ def input_projections(
         ridge: See `InputProjection`.
         tokens: What the model says in place of so many tokens after each prompt is left as it is.
         earlier: Facts that are left as they are, too, with their answers; the most important one first.
+        edited: The facts of the edit.
+        continued: What the model says in place of so many tokens after their answers is left, too (`after_answers`),
+            up to `CONTINUED_SHARE`.
 
     Returns:
         Module name -> its projection; empty without any text.
@@ -110,18 +118,21 @@ def input_projections(
     ids = within(asked, most, tokens)
     if len(ids) < len(asked):
         logger.info("input_projection: %s of %s neighbours, for %s tokens at most", len(ids), len(asked), most)
-    chosen = latest(earlier, int(EARLIER_SHARE * inputs))
+    chosen: Mapping[tuple[int, ...], Sequence[int]] = latest(earlier, int(EARLIER_SHARE * inputs))
     facts = [fact.ids for fact in earlier if fact.ids in chosen]
+    if continued:
+        said = after_answers(model, edited, continued, tokenizer.eos_token_id, int(CONTINUED_SHARE * inputs))
+        chosen, facts = {**chosen, **said}, [*facts, *said]
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
     seen: set[tuple[int, ...]] = set()
     with torch.no_grad():
-        for texts, said, places in ((ids, tokens, None), (facts, 1, chosen)):
+        for texts, length, places in ((ids, tokens, None), (facts, 1, chosen)):
             texts = sorted(texts, key=len)
             for start in range(0, len(texts), AT_ONCE):
                 safe_point()
                 some = texts[start : start + AT_ONCE]
                 with _inputs_of(model, modules) as passes:
-                    read, first = _read(model, some, said, tokenizer.eos_token_id)
+                    read, first = _read(model, some, length, tokenizer.eos_token_id)
                 where = _unseen(read, first, seen, places)
                 for name in modules if where[0] else ():
                     found[name].append(_joined(passes[name], some, name)[where])
@@ -153,19 +164,29 @@ def projections_for(
     modules: Sequence[str],
 ) -> dict[str, InputProjection]:
     """The projections of the modules of an edit under ``input_projection``; none without it, or where there is nothing
-    to spare: no neighbour, and with ``spare_edited`` no earlier edit.
+    to spare: no neighbour, with ``spare_edited`` no earlier edit, and no ``spare_continuation``.
 
     Runs ``model``, which is left exactly as it was.
     """
     if not hparams.input_projection:
         return {}
     found = neighbour_prompts(requests, hparams, model, tokenizer)
+    edited = encode_facts(model, tokenizer, requests, hparams)
     prompts = readable(model, tokenizer, found, hparams, hparams.neighbour_tokens)
     earlier = earlier_requests(model, requests) if hparams.spare_edited else []
     facts = encode_facts(model, tokenizer, earlier, hparams)
     with preserve_state(model), fast_linear(model):
-        ridge, tokens = hparams.projection_ridge, hparams.neighbour_tokens
-        return input_projections(model, tokenizer, prompts, modules, ridge, tokens, facts)
+        return input_projections(
+            model,
+            tokenizer,
+            prompts,
+            modules,
+            hparams.projection_ridge,
+            hparams.neighbour_tokens,
+            facts,
+            edited,
+            hparams.spare_continuation,
+        )
 
 
 def within(texts: Sequence[Sequence[int]], most: int, tokens: int) -> list[Sequence[int]]:

@@ -37,6 +37,7 @@ class EditSettings(LocalizationSettings, Protocol):
     input_projection: bool
     projection_ridge: float
     spare_edited: bool
+    spare_continuation: int
     seed: int
     device: int | str
 
