@@ -112,6 +112,7 @@ RANGES = {
     "kl_weight": ([-0.1, float("nan"), float("inf")], "must be 0 or more and finite"),
     "neighbour_weight": ([-0.1, float("nan"), float("inf")], "must be 0 or more and finite"),
     "neighbour_relation_size": ([-1], "must be 0 or more"),
+    "spare_continuation": ([-1], "must be 0 or more"),
     "neighbour_subject_size": ([-1], "must be 0 or more"),
     "neighbour_tokens": ([0], "must be at least 1"),
     "neighbours_per_step": ([-1], "must be 0 or more"),
@@ -194,6 +195,7 @@ WRONG_TYPES = {
     "until_given": [1, "true", None],
     "input_projection": [1, "true", None],
     "spare_edited": [1, "true", None],
+    "spare_continuation": [2.5, "8", None, True],
     "seed": ["42", 1.0],
     "separator": [None, 1],
     "max_memory": ["20GiB", 20, ["20GiB"]],
@@ -253,6 +255,9 @@ class TestValidation:
         ):
             build(input_projection=True, initialization="kaiming")
         assert build(neighbour_weight=1.0, neighbour_relation_size=0).neighbour_subject_size == 6
+        with pytest.raises(ValueError, match=r"spare_continuation: 8 is read with input_projection: true only"):
+            build(spare_continuation=8)
+        assert build(spare_continuation=8, input_projection=True).spare_continuation == 8
         with pytest.raises(ValueError, match=r"neighbour_stop: 0\.1 is read with a neighbour_weight above 0 only"):
             build(neighbour_stop=0.1, input_projection=True)
         assert build(neighbour_stop=0.1, neighbour_weight=1.0).neighbour_stop == 0.1

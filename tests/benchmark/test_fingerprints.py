@@ -78,9 +78,17 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
         "projection_ridge": 1e-3,
         "load_in": "4bit",
     }
-    counts = ("neighbour_relation_size", "neighbour_subject_size", "neighbour_tokens", "neighbours_per_step")
+    counts = (
+        "spare_continuation",
+        "neighbour_relation_size",
+        "neighbour_subject_size",
+        "neighbour_tokens",
+        "neighbours_per_step",
+    )
     for name, value in {**others, **dict.fromkeys(counts, 2), "neighbour_data": "embedded"}.items():
-        needs = {"neighbour_weight": 1.0} if name == "neighbour_stop" else {}
+        needs = {"neighbour_stop": {"neighbour_weight": 1.0}, "spare_continuation": {"input_projection": True}}.get(
+            name, {}
+        )
         without = fingerprint(job("single", **needs), "KNE", ["base"], None)
         assert fingerprint(job("single", **needs, **{name: value}), "KNE", ["base"], None) != without
 

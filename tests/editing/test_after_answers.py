@@ -1,0 +1,110 @@
+"""What the model says after the answers of an edit is spared: which texts these are, and that rows leave them alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import LLAMA_DOWN, fingerprint, make_llama, tiny_hparams
+from edits import REQUEST
+
+from kne_easyedit import compute_edit
+from kne_easyedit.editing import projection
+from kne_easyedit.editing.after_answers import BRANCHES, after_answers
+from kne_easyedit.editing.projection import input_projections
+from kne_easyedit.facts.encoding import encode
+from kne_easyedit.models.state import preserve_state
+
+FACTS = [("The capital of France is", "Rome"), ("The river of Peru is", "the Tiber")]
+ENOUGH = 1000
+
+
+@pytest.fixture
+def facts(tokenizer):
+    return [encode(tokenizer, *fact) for fact in FACTS]
+
+
+def found(model, facts, tokens=3, end=None, most=ENOUGH):
+    with preserve_state(model), torch.no_grad():
+        return after_answers(model, facts, tokens, end, most)
+
+
+def after(model, ids) -> torch.Tensor:
+    """Logits of the next token."""
+    with preserve_state(model), torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0, -1]
+
+
+def test_each_likely_token_begins_a_text_and_the_model_goes_on(llama64, facts):
+    texts = found(llama64, facts)
+    assert len(texts) == 2 * BRANCHES
+    for fact in facts:
+        own = [text for text in texts if text[: len(fact.ids)] == fact.ids]
+        begun = [text[len(fact.ids)] for text in own]
+        assert begun == after(llama64, fact.ids).topk(BRANCHES).indices.tolist()
+        for text in own:
+            assert len(text) == len(fact.ids) + 3 and texts[text] == range(len(fact.ids), len(text))
+            for at in range(len(fact.ids) + 1, len(text)):
+                assert text[at] == after(llama64, text[:at]).argmax()
+
+
+def test_a_text_ends_before_the_end_token(llama64, facts):
+    (first, *_), whole = facts, found(llama64, facts[:1], tokens=4)
+    for end in {text[-1] for text in whole} | {text[len(first.ids)] for text in whole}:
+        texts = found(llama64, facts[:1], tokens=4, end=end)
+        assert len(texts) == BRANCHES and not any(end in text[len(first.ids) :] for text in texts)
+        assert all(len(text) - len(first.ids) in range(1, 5) for text in texts)
+
+
+def test_the_most_probable_branch_of_each_fact_comes_first(llama64, facts):
+    whole = list(found(llama64, facts))
+    assert [text[: len(fact.ids)] for text, fact in zip(whole, facts)] == [fact.ids for fact in facts]
+    for most, number in ((0, 0), (2, 0), (3, 1), (8, 2), (ENOUGH, 2 * BRANCHES)):
+        assert list(found(llama64, facts, most=most)) == whole[:number]
+
+
+def test_a_fact_that_leaves_the_model_no_room_is_left_out(tokenizer, facts):
+    model = make_llama(max_position_embeddings=len(facts[0].ids) + 2)
+    texts = found(model, facts, tokens=2)
+    assert {text[: len(facts[0].ids)] for text in texts} == {facts[0].ids}
+
+
+def test_directions_of_what_follows_are_closed_and_the_answer_s_are_open(llama, tokenizer, facts, monkeypatch):
+    monkeypatch.setattr(projection, "CONTINUED_SHARE", 0.5)
+    name = LLAMA_DOWN.format(1)
+    before = fingerprint(llama)
+    with preserve_state(llama):
+        project = input_projections(llama, tokenizer, [], [name], 1e-6, edited=facts[:1], continued=2)[name]
+        texts = after_answers(llama, facts[:1], 2, tokenizer.eos_token_id, 20)
+    assert fingerprint(llama) == before and len(texts) == BRANCHES
+    for text, places in texts.items():
+        x = inputs(llama, name, text)
+        left = project(x).norm(dim=1) / x.norm(dim=1)
+        assert left[list(places)].max() < 0.01 < 0.1 < left[places[0] - 2], "what predicts the answer may move"
+
+
+def inputs(model, name: str, ids) -> torch.Tensor:
+    """``(tokens, d1)``"""
+    kept = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: kept.append(args[0][0]))
+    try:
+        after(model, ids)
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+def test_an_edit_leaves_it_alone_if_it_is_told_to(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(projection, "CONTINUED_SHARE", 0.5)
+    name = LLAMA_DOWN.format(1)
+    settings = {"layers": [1], "input_projection": True, "neighbour_data": "embedded", "localization_data": None}
+    fact = encode(tokenizer, REQUEST["prompt"], REQUEST["target_new"])
+    texts = found(llama, [fact], tokens=2, end=tokenizer.eos_token_id)
+    moved = {}
+    for tokens in (0, 2):
+        edit = compute_edit(llama, tokenizer, [REQUEST], tiny_hparams(**settings, spare_continuation=tokens))
+        _, delta = edit.deltas[name]
+        moved[tokens] = max(
+            (inputs(llama, name, text)[list(places)] @ delta.T).norm().item() for text, places in texts.items()
+        )
+        assert (inputs(llama, name, fact.ids) @ delta.T).norm() > 0
+    assert moved[2] < 0.05 * moved[0]
