@@ -5,38 +5,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
+from unicodedata import category
 
 from torch import nn
 
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.editing.divergence import AT_ONCE, continuations
-from kne_easyedit.facts.encoding import Fact
+from kne_easyedit.facts.encoding import Fact, Tokenizer
 
-BRANCHES = 4
-"""So many tokens that may follow an answer, each with what the model says then: sampled text takes one of them."""
+MARKS = 4
+"""So many punctuation marks (line ends included) that may follow an answer: behind them it would be said again."""
+BRANCHES = 1 + MARKS
+"""Texts of a fact: the model's own continuation, and those that begin with such a mark."""
+CANDIDATES = 100
+"""The most probable tokens after an answer, among which marks are looked for."""
 
 
 def after_answers(
-    model: nn.Module, facts: Sequence[Fact], tokens: int, end: int | None, most: int
+    model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact], tokens: int, most: int
 ) -> dict[tuple[int, ...], range]:
     """Texts that begin with a fact and go on as the model would, with the places of what follows the answer.
 
-    Each of the `BRANCHES` tokens that are most probable after the answer begins one, the model's greedy continuation
-    follows.
+    The token that is most probable after the answer begins one, each of the `MARKS` most probable punctuation marks
+    another one; the model's greedy continuation follows, up to the end token.
 
     Args:
         model: The model before the edit, frozen and in evaluation mode (`preserve_state`).
+        tokenizer: Its tokenizer.
         facts: Prompts with their new answers.
         tokens: How many tokens follow the answer at most; ``config.max_position_embeddings`` may leave fewer.
-        end: The end token, with which a text ends; None: there is none.
         most: Places of all texts at most. The most probable branch of each fact comes first, then the next of each.
 
     Returns:
         Token ids of a text -> its places.
     """
+    end = tokenizer.eos_token_id
     limit = getattr(model.config, "max_position_embeddings", None)
     able = [fact for fact in facts if limit is None or len(fact.ids) + tokens <= limit]
-    branches = [_branches(model, able[start : start + AT_ONCE], end) for start in range(0, len(able), AT_ONCE)]
+    branches = [_branches(model, tokenizer, able[start : start + AT_ONCE]) for start in range(0, len(able), AT_ONCE)]
     texts = [text for some in branches for turn in zip_longest(*some) for text in turn if text is not None]
     found: dict[tuple[int, ...], range] = {}
     for start in range(0, len(texts), AT_ONCE):
@@ -51,12 +57,22 @@ def after_answers(
     return found
 
 
-def _branches(model: Any, facts: Sequence[Fact], end: int | None) -> list[list[tuple[tuple[int, ...], int]]]:
+def _branches(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[list[tuple[tuple[int, ...], int]]]:
     """Of each fact its ids with each token that may follow, and where that token stands."""
     safe_point()
     _, after = continuations(model, [fact.ids for fact in facts], 1, None)
+    special = set(tokenizer.all_special_ids)
     found = []
     for fact, (rows,) in zip(facts, after):
-        likely = [token for token in rows.topk(min(BRANCHES + 1, len(rows))).indices.tolist() if token != end]
-        found.append([((*fact.ids, token), len(fact.ids)) for token in likely[:BRANCHES]])
+        likely = [token for token in rows.topk(min(CANDIDATES, len(rows))).indices.tolist() if token not in special]
+        marks = [token for token in likely[1:] if is_mark(tokenizer, fact.answer, token)][:MARKS]
+        found.append([((*fact.ids, token), len(fact.ids)) for token in (*likely[:1], *marks)])
     return found
+
+
+def is_mark(tokenizer: Tokenizer, answer: Sequence[int], token: int) -> bool:
+    """Whether a token adds nothing to an answer but punctuation or a line end."""
+    before, after = tokenizer.decode(list(answer)), tokenizer.decode([*answer, token])
+    added = after.removeprefix(before)
+    marks = added.strip(" ")
+    return after.startswith(before) and bool(marks) and all(c == "\n" or category(c)[0] == "P" for c in marks)

@@ -121,7 +121,7 @@ def input_projections(
     chosen: Mapping[tuple[int, ...], Sequence[int]] = latest(earlier, int(EARLIER_SHARE * inputs))
     facts = [fact.ids for fact in earlier if fact.ids in chosen]
     if continued:
-        said = after_answers(model, edited, continued, tokenizer.eos_token_id, int(CONTINUED_SHARE * inputs))
+        said = after_answers(model, tokenizer, edited, continued, int(CONTINUED_SHARE * inputs))
         chosen, facts = {**chosen, **said}, [*facts, *said]
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
     seen: set[tuple[int, ...]] = set()
