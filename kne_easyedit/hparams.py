@@ -284,12 +284,9 @@ class KNEHyperParams:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(self.localization_offset >= 0, "localization_offset", self.localization_offset, "must be 0 or more")
         _require(self.chunk_rows is None or self.chunk_rows >= 1, "chunk_rows", self.chunk_rows, "must be at least 1")
-        for name in ("neighbour_relation_size", "neighbour_subject_size", "neighbours_per_step", "subject_variants"):
+        sizes = ("neighbour_relation_size", "neighbour_subject_size", "neighbours_per_step")
+        for name in (*sizes, "subject_variants", "spare_continuation"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
-        spared = self.spare_continuation
-        _require(spared >= 0, "spare_continuation", spared, "must be 0 or more")
-        rule = "is read with input_projection: true only; set that, or leave it 0"
-        _require(not spared or self.input_projection, "spare_continuation", spared, rule)
         stop = self.neighbour_stop
         _require(stop is None or 0 < stop < math.inf, "neighbour_stop", stop, "must be positive and finite, or null")
         rule = "is read with a neighbour_weight above 0 only; set that, or leave it null"

@@ -255,9 +255,6 @@ class TestValidation:
         ):
             build(input_projection=True, initialization="kaiming")
         assert build(neighbour_weight=1.0, neighbour_relation_size=0).neighbour_subject_size == 6
-        with pytest.raises(ValueError, match=r"spare_continuation: 8 is read with input_projection: true only"):
-            build(spare_continuation=8)
-        assert build(spare_continuation=8, input_projection=True).spare_continuation == 8
         with pytest.raises(ValueError, match=r"neighbour_stop: 0\.1 is read with a neighbour_weight above 0 only"):
             build(neighbour_stop=0.1, input_projection=True)
         assert build(neighbour_stop=0.1, neighbour_weight=1.0).neighbour_stop == 0.1

@@ -86,9 +86,7 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
         "neighbours_per_step",
     )
     for name, value in {**others, **dict.fromkeys(counts, 2), "neighbour_data": "embedded"}.items():
-        needs = {"neighbour_stop": {"neighbour_weight": 1.0}, "spare_continuation": {"input_projection": True}}.get(
-            name, {}
-        )
+        needs = {"neighbour_weight": 1.0} if name == "neighbour_stop" else {}
         without = fingerprint(job("single", **needs), "KNE", ["base"], None)
         assert fingerprint(job("single", **needs, **{name: value}), "KNE", ["base"], None) != without
 
