@@ -169,9 +169,9 @@ def test_the_folder_of_a_job(monkeypatch):
 
     # The name of a folder may change (it does when a file of settings names one more): lines are found by their
     # fingerprints, whatever their folder. It changes with nothing else.
-    of_before = "outputs/benchmark/smollm2-135m/counterfact/KNE-e3d9b9f4/seed-42/shard-0-of-1"
+    of_before = "outputs/benchmark/smollm2-135m/counterfact/KNE-27d125c1/seed-42/shard-0-of-1"
     assert folder("evaluation.neighbours=0") == of_before
-    assert "KNE-e3d9b9f4" not in folder("evaluation.neighbours=0", "statistics.samples=7")
+    assert "KNE-27d125c1" not in folder("evaluation.neighbours=0", "statistics.samples=7")
     assert len({of_before, folder(), folder("evaluation.neighbours=4"), folder("evaluation.contradiction=true")}) == 4
 
 
