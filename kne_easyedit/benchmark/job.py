@@ -253,8 +253,7 @@ def fingerprint(
 def settings_digest(
     job: Run,
     method: str,
-    weights: str,
-    variant: str,
+    base: list,
     ensemble: NeuronEnsemble | None,
     left_out: Sequence[int] = (),
 ) -> str:
@@ -263,14 +262,16 @@ def settings_digest(
     Args:
         job: The run.
         method: Its label.
-        weights: As for `base_fingerprint`.
-        variant: As for `base_fingerprint`.
+        base: `base_fingerprint` of the `seedless` run.
         ensemble: As for `fingerprint`.
         left_out: As for `fingerprint`.
     """
-    seedless = replace(job, seed=0)
-    base = base_fingerprint(seedless, weights, variant)
-    return fingerprint(seedless, method, base, ensemble, left_out=left_out)
+    return fingerprint(seedless(job), method, base, ensemble, left_out=left_out)
+
+
+def seedless(job: Run) -> Run:
+    """The run under the one seed that stands for any."""
+    return replace(job, seed=0)
 
 
 def _as_before(name: str, value: object, mode: str) -> bool:

@@ -12,7 +12,7 @@ from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings, resolve_paths
 from kne_easyedit.benchmark.bad_records import usable_records
 from kne_easyedit.benchmark.general import Examination
-from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, settings_digest
+from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, seedless, settings_digest
 from kne_easyedit.benchmark.probes import Asked, choose
 from kne_easyedit.benchmark.result_line import LineHead, is_readable, line_head
 from kne_easyedit.bridge import patches
@@ -96,7 +96,7 @@ def prepare(job: Run) -> PreparedRun:
         )
     in_template = [with_chat_template(request, job.tokenizer) for request in job.requests if job.chat_template]
     requests = usable_records(job, in_template or job.requests)
-    base = base_fingerprint(job, weights, variant)
+    base, of_any_seed = (base_fingerprint(its, weights, variant) for its in (job, seedless(job)))
     hparams = {method: _own_settings(job, its) for method, its in job.hparams.items()}
     ensembles, localization = _localize(job, hparams)
     asked = choose(job)
@@ -107,7 +107,7 @@ def prepare(job: Run) -> PreparedRun:
     for method in hparams:
         ensemble = ensembles.get(method)
         fingerprints[method] = fingerprint(job, method, base, ensemble, keys, left_out)
-        settings[method] = settings_digest(job, method, weights, variant, ensemble, left_out)
+        settings[method] = settings_digest(job, method, of_any_seed, ensemble, left_out)
     return PreparedRun(
         job,
         model_name=str(next(iter(job.hparams.values())).model_name),

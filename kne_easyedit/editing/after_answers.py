@@ -11,14 +11,13 @@ from torch import nn
 
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.editing.divergence import AT_ONCE, continuations
+from kne_easyedit.editing.endings import added_text, most_probable
 from kne_easyedit.facts.encoding import Fact, Tokenizer
 
 MARKS = 4
 """So many punctuation marks (line ends included) that may follow an answer: behind them it would be said again."""
 BRANCHES = 1 + MARKS
 """Texts of a fact: the model's own continuation, and those that begin with such a mark."""
-CANDIDATES = 100
-"""The most probable tokens after an answer, among which marks are looked for."""
 
 
 def after_answers(
@@ -59,12 +58,10 @@ def after_answers(
 
 def _branches(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[list[tuple[tuple[int, ...], int]]]:
     """Of each fact its ids with each token that may follow, and where that token stands."""
-    safe_point()
-    _, after = continuations(model, [fact.ids for fact in facts], 1, None)
     special = set(tokenizer.all_special_ids)
     found = []
-    for fact, (rows,) in zip(facts, after):
-        likely = [token for token in rows.topk(min(CANDIDATES, len(rows))).indices.tolist() if token not in special]
+    for fact, candidates in zip(facts, most_probable(model, facts)):
+        likely = [token for token in candidates if token not in special]
         marks = [token for token in likely[1:] if is_mark(tokenizer, fact.answer, token)][:MARKS]
         found.append([((*fact.ids, token), len(fact.ids)) for token in (*likely[:1], *marks)])
     return found
@@ -72,7 +69,5 @@ def _branches(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[l
 
 def is_mark(tokenizer: Tokenizer, answer: Sequence[int], token: int) -> bool:
     """Whether a token adds nothing to an answer but punctuation or a line end."""
-    before, after = tokenizer.decode(list(answer)), tokenizer.decode([*answer, token])
-    added = after.removeprefix(before)
-    marks = added.strip(" ")
-    return after.startswith(before) and bool(marks) and all(c == "\n" or category(c)[0] == "P" for c in marks)
+    marks = added_text(tokenizer, answer, token).strip(" ")
+    return bool(marks) and all(c == "\n" or category(c)[0] == "P" for c in marks)

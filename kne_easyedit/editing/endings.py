@@ -14,7 +14,7 @@ from kne_easyedit.facts.words import continues_word
 from kne_easyedit.models.state import preserve_state
 
 CANDIDATES = 100
-"""The most probable tokens after an answer, among which one that ends it is looked for."""
+"""The most probable tokens after an answer, among which one that ends it, or a mark, is looked for."""
 _PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -45,7 +45,7 @@ def breaks(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact]) -> lis
     end = tokenizer.eos_token_id
     for start in range(0, len(facts), AT_ONCE):
         some = facts[start : start + AT_ONCE]
-        for fact, candidates in zip(some, _most_probable(model, some)):
+        for fact, candidates in zip(some, most_probable(model, some)):
             ends = (token for token in candidates if token == end or ends_word(tokenizer, fact.answer, token))
             found.append(end if fact.ids[-1] == end else next(ends, end))
     return found
@@ -53,14 +53,21 @@ def breaks(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact]) -> lis
 
 def ends_word(tokenizer: Tokenizer, answer: Sequence[int], token: int) -> bool:
     """Whether the last word of an answer, token ids, has ended if ``token`` follows."""
+    following = added_text(tokenizer, answer, token)[:1]
+    return following not in ("", _PART_OF_A_CHARACTER) and not continues_word(following)
+
+
+def added_text(tokenizer: Tokenizer, answer: Sequence[int], token: int) -> str:
+    """What ``token`` adds to the text of an answer, token ids.
+
+    Empty where it makes another text of it, or adds nothing that can be seen: it may be a part of a character.
+    """
     before, after = tokenizer.decode(list(answer)), tokenizer.decode([*answer, token])
-    following = after.removeprefix(before)[:1]
-    # Another text, or no more of it: the token is a part of a character, or nothing that can be seen.
-    return after.startswith(before) and following not in ("", _PART_OF_A_CHARACTER) and not continues_word(following)
+    return after.removeprefix(before) if after.startswith(before) else ""
 
 
-def _most_probable(model: nn.Module, facts: Sequence[Fact]) -> list[list[int]]:
-    """For each fact the tokens that ``model`` finds most probable after it, best first."""
+def most_probable(model: nn.Module, facts: Sequence[Fact]) -> list[list[int]]:
+    """For each fact the `CANDIDATES` tokens that ``model`` finds most probable after it, best first."""
     safe_point()
     with preserve_state(model):
         _, after = continuations(model, [fact.ids for fact in facts], 1, None)

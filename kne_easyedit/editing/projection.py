@@ -171,7 +171,7 @@ def projections_for(
     if not hparams.input_projection:
         return {}
     found = neighbour_prompts(requests, hparams, model, tokenizer)
-    edited = encode_facts(model, tokenizer, requests, hparams)
+    edited = encode_facts(model, tokenizer, requests, hparams) if hparams.spare_continuation else []
     prompts = readable(model, tokenizer, found, hparams, hparams.neighbour_tokens)
     earlier = earlier_requests(model, requests) if hparams.spare_edited else []
     facts = encode_facts(model, tokenizer, earlier, hparams)

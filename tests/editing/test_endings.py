@@ -51,7 +51,7 @@ class Answers:
 @pytest.fixture
 def ranked(monkeypatch):
     def rank(ranking, size):
-        monkeypatch.setattr("kne_easyedit.editing.endings._most_probable", Answers(ranking, size))
+        monkeypatch.setattr("kne_easyedit.editing.endings.most_probable", Answers(ranking, size))
 
     return rank
 
