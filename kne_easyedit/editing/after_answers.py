@@ -41,8 +41,9 @@ def after_answers(
     end = tokenizer.eos_token_id
     limit = getattr(model.config, "max_position_embeddings", None)
     able = [fact for fact in facts if limit is None or len(fact.ids) + tokens <= limit]
-    branches = [_branches(model, tokenizer, able[start : start + AT_ONCE]) for start in range(0, len(able), AT_ONCE)]
-    texts = [text for some in branches for turn in zip_longest(*some) for text in turn if text is not None]
+    groups = [able[start : start + AT_ONCE] for start in range(0, len(able), AT_ONCE)]
+    branches = [of_fact for group in groups for of_fact in _branches(model, tokenizer, group)]
+    texts = [text for turn in zip_longest(*branches) for text in turn if text is not None]
     found: dict[tuple[int, ...], range] = {}
     for start in range(0, len(texts), AT_ONCE):
         safe_point()

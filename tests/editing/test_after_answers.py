@@ -10,6 +10,7 @@ from edits import REQUEST
 from kne_easyedit import compute_edit
 from kne_easyedit.editing import projection
 from kne_easyedit.editing.after_answers import BRANCHES, MARKS, after_answers, is_mark
+from kne_easyedit.editing.divergence import AT_ONCE
 from kne_easyedit.editing.projection import input_projections
 from kne_easyedit.facts.encoding import encode
 from kne_easyedit.models.state import preserve_state
@@ -49,6 +50,12 @@ def test_the_likeliest_token_and_marks_begin_texts_and_the_model_goes_on(llama64
             assert len(text) == len(fact.ids) + 3 and texts[text] == range(len(fact.ids), len(text))
             for at in range(len(fact.ids) + 1, len(text)):
                 assert text[at] == after(llama64, text[:at]).argmax()
+
+
+def test_each_fact_of_a_large_batch_has_its_first_text_before_any_has_a_second(llama64, tokenizer, found):
+    facts = [encode(tokenizer, f"The capital of France is {'so ' * i}", "Rome") for i in range(AT_ONCE + 4)]
+    texts = list(found(llama64, facts, tokens=1, most=len(facts)))
+    assert [text[:-1] for text in texts] == [fact.ids for fact in facts]
 
 
 def special(tokenizer) -> set[int]:
