@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,34 +43,54 @@ def row_adapter(model: nn.Module, ensemble: NeuronEnsemble, hparams: EditSetting
     originals = {name: model.get_submodule(name) for name in chosen}
     require_editable(model, originals, beside=True)
     places = {name: offloaded(model, f"{name}.weight") for name in chosen}
-    exact = {name: re.escape(name) for name in chosen}  # PEFT matches names as suffixes, but patterns in full
-    earlier_config = model.__dict__.get("peft_config")  # older PEFT leaves it when it unloads
     alpha: Any = hparams.alpha  # PEFT computes with a float as well
     config = LoraConfig(
         r=1,  # overridden for every module by rank_pattern
-        rank_pattern={f"^{exact[name]}": len(indices) for name, indices in chosen.items()},
+        rank_pattern={f"^{_child(i)}": len(indices) for i, indices in enumerate(chosen.values())},
         lora_alpha=alpha,
         use_rslora=True,
-        target_modules="|".join(exact.values()),
+        target_modules=_child(r"\d+"),
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in originals.values()),
     )
+    holder = _holder(model, originals.values())
+    with torch.random.fork_rng(devices=[]):  # PEFT draws initial weights that are overwritten below
+        LoraModel(holder, config, ADAPTER)
+    layers: dict[str, Any] = {name: holder.get_submodule(_child(i)) for i, name in enumerate(originals)}
+    generator = torch.Generator().manual_seed(hparams.seed)
+    for name, layer in layers.items():
+        place = places[name]
+        device = None if place is None else place.device
+        _prepare(layer, chosen[name], hparams.initialization, generator, device)
     try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws initial weights that are overwritten below
-            LoraModel(model, config, ADAPTER)
-        layers = {name: model.get_submodule(name) for name in chosen}
-        generator = torch.Generator().manual_seed(hparams.seed)
         for name, layer in layers.items():
-            place = places[name]
-            device = None if place is None else place.device
-            _prepare(layer, chosen[name], hparams.initialization, generator, device)
+            _put(model, name, layer)
         yield layers
     finally:
         for name, module in originals.items():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
-        model.__dict__.pop("peft_config", None)
-        if earlier_config is not None:
-            model.peft_config = earlier_config
+            _put(model, name, module)
+
+
+def _holder(model: nn.Module, modules: Iterable[nn.Module]) -> nn.Module:
+    """A module with ``modules`` alone, as children ``module0``, ``module1``, ..., and what PEFT asks of ``model``.
+
+    Of a whole model PEFT looks at the kind, too: of mixtures of experts it exchanges the names that it is given for
+    others (in 0.21), so that modules of other layers, and experts, would become LoRA layers.
+    """
+    holder = nn.Module()
+    for i, module in enumerate(modules):
+        holder.add_module(_child(i), module)
+    for bits in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+        setattr(holder, bits, getattr(model, bits, False))
+    return holder
+
+
+def _child(number: int | str) -> str:
+    return f"module{number}"
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _prepare(

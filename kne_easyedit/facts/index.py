@@ -22,7 +22,7 @@ from kne_easyedit.facts.templates import (
     without,
 )
 
-__all__ = ["FactIndex", "KnownFact", "facts_of", "plain", "prompts_of", "relation_key"]
+__all__ = ["FactIndex", "KnownFact", "facts_of", "plain", "probes_in", "prompts_of", "relation_key"]
 
 CLEAR = math.log(2)
 """Log odds of a subject's kind from which on it counts as told (`FactPool._evidence`)."""
@@ -52,20 +52,20 @@ def prompts_of(request: Mapping) -> list[str]:
     """Every prompt that stands in a request: its own, the rephrased one, all probes."""
     found = [request["prompt"], *texts_in(request.get("rephrase_prompt"))]
     for section in ("portability", "locality"):
-        found += _probes_in(request.get(section))
+        found += probes_in(request.get(section))
     return found
 
 
-def _probes_in(value: object) -> Iterator[str]:
+def probes_in(value: object) -> Iterator[str]:
     """All prompts of a section of probes: by category as EasyEdit has them, or lists of records as data files do."""
     if isinstance(value, Mapping):
         yield from texts_in(value.get("prompt"))
         for name, its in value.items():
             if name != "prompt":
-                yield from _probes_in(its)
+                yield from probes_in(its)
     elif isinstance(value, (list, tuple)):
         for its in value:
-            yield from _probes_in(its)
+            yield from probes_in(its)
 
 
 class FactIndex:

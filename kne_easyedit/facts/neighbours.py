@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 
-from kne_easyedit.facts.index import FactIndex, KnownFact, facts_of, plain, prompts_of, relation_key
+from kne_easyedit.facts.index import FactIndex, KnownFact, facts_of, plain, probes_in, prompts_of, relation_key
 from kne_easyedit.facts.templates import (
     SLOT,
     content_words,
@@ -86,9 +86,9 @@ def own_neighbourhood(request: Mapping) -> list[str]:
     """The prompts about other subjects that a record brings itself: its locality category ``Neighborhood``."""
     return [
         prompt
-        for name, probes in request.get("locality", {}).items()
+        for name, probes in (request.get("locality") or {}).items()
         if name.casefold() in NEIGHBOURHOOD
-        for prompt in probes["prompt"]
+        for prompt in probes_in(probes)
     ]
 
 

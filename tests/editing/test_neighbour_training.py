@@ -231,12 +231,18 @@ class TestChoice:
         """They are asked whether they are held out or not, in words of their own, of all that is edited together."""
         hparams = tiny_hparams(neighbour_data=records, **ON)
         name = neighbour_prompts([REQUEST], hparams)[0].split()[-2]
-        own = {"Neighborhood": {"prompt": [f"The chief city of {name} is called"], "ground_truth": ["x"]}}
+        text = f"The chief city of {name} is called"
+        own = {"Neighborhood": {"prompt": [text], "ground_truth": ["x"]}}
+        single = {"neighborhood": {"prompt": text, "ground_truth": "x"}}  # as EasyEdit's edit hands it over
+        listed = {"Neighborhood": [{"prompt": text, "ground_truth": "x"}], "Other": None}
         record = {**REQUEST, "locality": own}
         other = {**REQUEST, "prompt": "The river of Nowhere is", "subject": "Nowhere", "locality": own}
-        for requests in ([record], [REQUEST, other]):
+        forms = [[{**REQUEST, "locality": its}] for its in (single, listed)]
+        for requests in ([record], [REQUEST, other], *forms):
             found = neighbour_prompts(requests, hparams)
             assert found and not any(name in prompt for prompt in found)
+        for nothing in (None, {"Neighborhood": None}):
+            assert neighbour_prompts([{**REQUEST, "locality": nothing}], hparams) == neighbour_prompts([REQUEST], hparams)
 
     def test_is_the_same_in_a_chat_template(self, records, tokenizer):
         """The benchmark's requests are in it already: the pool knows prompts as they are said."""
