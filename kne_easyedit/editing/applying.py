@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import defer_interrupts
+from kne_easyedit.editing.earlier import Notes, kept_notes, put_notes_back, renew_notes, still_there
 from kne_easyedit.editing.edit_files import require_finite
 from kne_easyedit.editing.lineage import (
     Edited,
@@ -84,6 +85,7 @@ class _Held:
         self._model = model
         self._kept: dict[str, tuple[Tensor, Tensor]] | None = None
         self._noted: Any = None
+        self._notes: Notes = ()
 
     def keep(self, touched: Mapping[str, set[int]]) -> None:
         """Keeps rows as they are now: module name -> their numbers."""
@@ -91,7 +93,7 @@ class _Held:
         for name, chosen in touched.items():
             index = torch.tensor(sorted(chosen), dtype=torch.long)
             kept[name] = index, weight_of(self._model, name)[index]
-        self._noted, self._kept = kept_note(self._model), kept
+        self._noted, self._notes, self._kept = kept_note(self._model), kept_notes(self._model), kept
 
     def put_back(self) -> None:
         """Puts them back, and takes back what was written into other rows since; as often as it is called."""
@@ -103,6 +105,7 @@ class _Held:
                     weight_of(self._model, name)[index] = values
             torch.clear_autocast_cache()
         take_note_back(self._model, self._noted)
+        put_notes_back(self._model, self._notes)
 
 
 def _set(model: nn.Module, edits: Sequence[Appliable], force: bool, held: _Held | None = None) -> None:
@@ -125,7 +128,7 @@ def _set(model: nn.Module, edits: Sequence[Appliable], force: bool, held: _Held 
     require_editable(model, {name: linear_module(model, name) for name in touched})
     changed = {name: {row for edit in edits for row in edit.rows.get(name, ())} for name in touched}
     earlier = {name: set(index.tolist()) for name, (index, _) in state.originals.items()}
-    noted = kept_note(model)
+    noted, notes, there = kept_note(model), kept_notes(model), still_there(model)
     if held is not None:
         held.keep({name: changed[name] | earlier.get(name, set()) for name in touched})
     if state.lost:
@@ -140,6 +143,7 @@ def _set(model: nn.Module, edits: Sequence[Appliable], force: bool, held: _Held 
                 weight_of(model, name)[index] = values
             torch.clear_autocast_cache()
         take_note_back(model, noted)
+        put_notes_back(model, notes)
 
     with defer_interrupts(undo=put_back), default_modes(model):
         try:
@@ -159,6 +163,7 @@ def _set(model: nn.Module, edits: Sequence[Appliable], force: bool, held: _Held 
             torch.clear_autocast_cache()  # the caller's autocast keeps copies of the old weights
             known = tuple(Known(edit.digest, edit) for edit in edits)
             note_edits(model, known, {name: sorted(found) for name, found in changed.items()})
+            renew_notes(model, there, digests)
         except BaseException:
             put_back()
             raise

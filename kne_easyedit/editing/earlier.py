@@ -6,43 +6,63 @@ EasyEdit's editors write weights back by themselves, so what was noted is checke
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.tensor_files import bytes_of
-from kne_easyedit.editing.lineage import edited
+from kne_easyedit.editing.lineage import Known, edited
 from kne_easyedit.editing.row_edit import RowEdit
-from kne_easyedit.facts.encoding import natural
+from kne_easyedit.facts.encoding import SEPARATOR, Fact, Tokenizer, natural
+from kne_easyedit.localization.data import encode_facts
+from kne_easyedit.localization.settings import ReadSettings
 from kne_easyedit.models.weights import weight_of
+
+logger = logging.getLogger(__name__)
 
 Request = Mapping[str, Any]
 Rows = Mapping[str, tuple[int, ...]]
 """Module name -> row numbers."""
 
 
+class _Form(NamedTuple):
+    """How a fact was read when it was edited: the settings of `encode_facts`."""
+
+    use_chat_template: bool
+    separator: str
+
+
 @dataclass(frozen=True)
 class _Written:
     requests: tuple[Request, ...]
+    form: _Form
     rows: Rows
     digests: Mapping[str, Tensor]
-    """Module name -> of what each of these rows held when the edit was written."""
+    """Module name -> of what each of these rows held when the edit was written, or when others were last set."""
+    edit: str | None
+    """Digest of the edit, if it is one that can be taken back by itself (`KNEEdit`)."""
 
 
-_WRITTEN: WeakKeyDictionary[nn.Module, tuple[_Written, ...]] = WeakKeyDictionary()
+Notes = tuple[_Written, ...]
+
+_WRITTEN: WeakKeyDictionary[nn.Module, Notes] = WeakKeyDictionary()
 
 
-def noting(model: nn.Module, requests: Sequence[Request], edit: RowEdit) -> Callable[[], None]:
+def noting(model: nn.Module, requests: Sequence[Request], edit: RowEdit, hparams: ReadSettings) -> Callable[[], None]:
     """What is to be called as soon as ``edit`` of ``requests`` has been written: it notes that ``model`` has it.
 
     Called before it is written, for edits that were taken back until then can be told now, and are forgotten. An edit
-    that changes nothing is not noted: whether it was taken back could not be seen.
+    that changes nothing is not noted: whether it was taken back could not be seen. Edits that were applied by
+    themselves (`set_edits`) are noted, too: beneath one that was not they are not known any more.
     """
-    before = _still_there(model)
+    before = still_there(model)
+    noted = {note.edit for note in before}
+    applied = [known for known in edited(model).edits if known.digest not in noted and _requests_of(known)]
 
     def note() -> None:
         if not any(delta.any() for _, delta in edit.deltas.values()):
@@ -50,10 +70,29 @@ def noting(model: nn.Module, requests: Sequence[Request], edit: RowEdit) -> Call
         rows: Rows = {name: chosen for name, (chosen, _) in edit.deltas.items()}
         if before and before[-1].rows == rows:
             rows = before[-1].rows  # one ensemble for all edits: its numbers are kept once
-        kept = tuple({name: request.get(name) for name in ("prompt", "target_new", "subject")} for request in requests)
-        _WRITTEN[model] = (*before, _Written(kept, rows, _digests(model, rows)))
+        beneath = [
+            _Written(_kept(_requests_of(known)), _form_of(known), its, _digests(model, its), known.digest)
+            for known in applied
+            if (its := known.resolve().rows)
+        ]
+        form = _Form(hparams.use_chat_template, hparams.separator)
+        written = _Written(_kept(requests), form, rows, _digests(model, rows), getattr(edit, "digest", None))
+        _WRITTEN[model] = (*before, *beneath, written)
 
     return note
+
+
+def _kept(requests: Sequence[Request]) -> tuple[Request, ...]:
+    return tuple({name: request.get(name) for name in ("prompt", "target_new", "subject")} for request in requests)
+
+
+def _requests_of(known: Known) -> Sequence[Request]:
+    return getattr(known.resolve(), "requests", ())
+
+
+def _form_of(known: Known) -> _Form:
+    settings = getattr(known.resolve(), "hparams", {})
+    return _Form(settings.get("use_chat_template", False), settings.get("separator", SEPARATOR))
 
 
 def earlier_requests(model: nn.Module, requests: Sequence[Request] = ()) -> list[Request]:
@@ -64,14 +103,60 @@ def earlier_requests(model: nn.Module, requests: Sequence[Request] = ()) -> list
         requests: What is edited now; facts with one of their prompts are left out. Blanks at the end of a prompt make
             no other one, as the model does not read them.
     """
-    found = [request for note in _still_there(model) for request in note.requests]
-    # Edits of a store are added up and rounded anew, so that no note is true of them; they are known by themselves.
-    for known in edited(model).edits:
-        found += getattr(known.resolve(), "requests", ())
+    return [request for request, _ in _earlier(model, requests)]
+
+
+def earlier_facts(model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Request] = ()) -> list[Fact]:
+    """`earlier_requests` as facts, each with the separator and the template with which it was edited.
+
+    One that cannot be encoded is left out; the log says so.
+    """
+    found: list[Fact] = []
+    for request, form in _earlier(model, requests):
+        try:
+            found += encode_facts(model, tokenizer, [request], form)
+        except ValueError as error:  # noqa: PERF203  (one that fails must not take the others along)
+            logger.warning("spare_edited: an earlier fact is not spared: %s", error)
+    return found
+
+
+def _earlier(model: nn.Module, requests: Sequence[Request]) -> list[tuple[Request, _Form]]:
+    found = [(request, note.form) for note in still_there(model) for request in note.requests]
+    # Edits of a store are added up and rounded anew; they are known by themselves.
+    found += [(request, _form_of(known)) for known in edited(model).edits for request in _requests_of(known)]
     now = {natural(request["prompt"]) for request in requests}
-    last = {natural(request["prompt"]): request for request in found}
-    prompts = dict.fromkeys(natural(request["prompt"]) for request in reversed(found))
+    last = {natural(one[0]["prompt"]): one for one in found}
+    prompts = dict.fromkeys(natural(request["prompt"]) for request, _ in reversed(found))
     return [last[prompt] for prompt in prompts if prompt not in now]
+
+
+def renew_notes(model: nn.Module, there: Notes, applied: Container[str]) -> None:
+    """Notes anew what rows hold of edits that ``model`` still has, after `set_edits` has written other ones.
+
+    Args:
+        model: The model, as it is now.
+        there: What was `still_there` before.
+        applied: Digests of the edits that it has now: others that could be taken back by themselves have been.
+    """
+    put_notes_back(
+        model,
+        tuple(
+            replace(note, digests=_digests(model, note.rows))
+            for note in there
+            if note.edit is None or note.edit in applied
+        ),
+    )
+
+
+def kept_notes(model: nn.Module) -> Notes:
+    """What is noted, for `put_notes_back`."""
+    return _WRITTEN.get(model, ())
+
+
+def put_notes_back(model: nn.Module, notes: Notes) -> None:
+    """Notes what was noted before, when the weights are put back."""
+    if notes or model in _WRITTEN:
+        _WRITTEN[model] = notes
 
 
 def inherit_notes(copy: nn.Module, model: nn.Module) -> None:
@@ -80,7 +165,7 @@ def inherit_notes(copy: nn.Module, model: nn.Module) -> None:
         _WRITTEN[copy] = _WRITTEN[model]
 
 
-def _still_there(model: nn.Module) -> tuple[_Written, ...]:
+def still_there(model: nn.Module) -> Notes:
     """The notes that are true of the weights: each of an edit's rows holds what it wrote, or what one after it did."""
     found: list[_Written] = []
     covered: dict[str, set[int]] = {}

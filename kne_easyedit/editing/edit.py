@@ -226,7 +226,7 @@ def apply_kne_to_model(
             on_rows(edit)
         require_reached(edit, hparams)  # before it is written: Ctrl-C in a call after that would lose the originals
         model = _copied(model) if copy else model
-    note = noting(model, requests, edit) if hparams.spare_edited else None
+    note = noting(model, requests, edit, hparams) if hparams.spare_edited else None
     originals = write_rows(model, edit, on_written=note)
     wanted = return_orig_weights and (keep_original_weight or not legacy_contract)
     return model, originals if wanted else {}

@@ -154,11 +154,13 @@ def as_said(
 def readable(
     model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], hparams: EditSettings, tokens: int
 ) -> list[str]:
-    """The prompts as the model reads them: in the chat template under ``use_chat_template``.
-
-    Left out are those that, with ``tokens`` more, are longer than the model takes (``config.max_position_embeddings``).
-    """
+    """The prompts as the model reads them: in the chat template under ``use_chat_template``, `short_enough`."""
     texts = [chat_prompt(tokenizer, prompt) if hparams.use_chat_template else prompt for prompt in prompts]
+    return short_enough(model, tokenizer, texts, tokens)
+
+
+def short_enough(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> list[str]:
+    """The texts that, with ``tokens`` more, are no longer than the model takes (``config.max_position_embeddings``)."""
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     short = [text for text in texts if len(tokenizer(text)["input_ids"]) + tokens <= limit]
     if len(short) < len(texts):

@@ -15,13 +15,14 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from kne_easyedit.editing.divergence import Divergence
-from kne_easyedit.editing.earlier import earlier_requests
+from kne_easyedit.editing.earlier import earlier_facts
 from kne_easyedit.editing.neighbours import (
     as_said,
     known_facts,
     neighbour_prompts,
     neighbours_wanted,
     readable,
+    short_enough,
     uses_neighbours,
 )
 from kne_easyedit.editing.settings import EditSettings
@@ -125,11 +126,12 @@ def _unrelated(
 def _neighbours(
     model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
 ) -> Objective | None:
-    prompts = neighbour_prompts(requests, hparams, model, tokenizer)
+    found = neighbour_prompts(requests, hparams, model, tokenizer)
+    prompts = readable(model, tokenizer, found, hparams, hparams.neighbour_tokens)
     if hparams.spare_edited:  # what the model says there are the answers; no more of them than neighbours
-        earlier = earlier_requests(model, requests)[: neighbours_wanted(hparams)]
-        prompts = list(dict.fromkeys([*(one["prompt"] for one in earlier), *prompts]))
-    prompts = readable(model, tokenizer, prompts, hparams, hparams.neighbour_tokens)
+        earlier = earlier_facts(model, tokenizer, requests)[: neighbours_wanted(hparams)]
+        read = short_enough(model, tokenizer, [fact.prompt for fact in earlier], hparams.neighbour_tokens)
+        prompts = list(dict.fromkeys([*read, *prompts]))
     if not prompts:
         return None
     return Divergence(

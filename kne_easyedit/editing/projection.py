@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.editing.after_answers import after_answers
 from kne_easyedit.editing.divergence import AT_ONCE, continuations
-from kne_easyedit.editing.earlier import earlier_requests
+from kne_easyedit.editing.earlier import earlier_facts
 from kne_easyedit.editing.neighbours import neighbour_prompts, readable
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Fact, Tokenizer, pad
@@ -173,8 +173,7 @@ def projections_for(
     found = neighbour_prompts(requests, hparams, model, tokenizer)
     edited = encode_facts(model, tokenizer, requests, hparams) if hparams.spare_continuation else []
     prompts = readable(model, tokenizer, found, hparams, hparams.neighbour_tokens)
-    earlier = earlier_requests(model, requests) if hparams.spare_edited else []
-    facts = encode_facts(model, tokenizer, earlier, hparams)
+    facts = earlier_facts(model, tokenizer, requests) if hparams.spare_edited else []
     with preserve_state(model), fast_linear(model):
         return input_projections(
             model,

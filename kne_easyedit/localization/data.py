@@ -10,7 +10,7 @@ from torch import nn
 from kne_easyedit.facts.encoding import Fact, Tokenizer, encode_request, require_length
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.facts.records import load_requests
-from kne_easyedit.localization.settings import LocalizationSettings
+from kne_easyedit.localization.settings import LocalizationSettings, ReadSettings
 
 
 def localization_requests(hparams: LocalizationSettings) -> list[dict]:
@@ -43,7 +43,7 @@ def _requests(path: str, content: str | None, size: int, offset: int) -> tuple[d
 
 
 def encode_facts(
-    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping | Fact], hparams: LocalizationSettings
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping | Fact], hparams: ReadSettings
 ) -> list[Fact]:
     """Requests as facts, under the settings ``use_chat_template`` and ``separator``; facts are passed on as they are.
 
@@ -54,7 +54,7 @@ def encode_facts(
     return [one if isinstance(one, Fact) else _encoded(model, tokenizer, one, hparams) for one in requests]
 
 
-def _encoded(model: nn.Module, tokenizer: Tokenizer, request: Mapping, hparams: LocalizationSettings) -> Fact:
+def _encoded(model: nn.Module, tokenizer: Tokenizer, request: Mapping, hparams: ReadSettings) -> Fact:
     try:
         fact = encode_request(tokenizer, request, hparams.use_chat_template, hparams.separator)
         require_length(fact, model.config)

@@ -7,6 +7,18 @@ from typing import Protocol
 from kne_easyedit.localization.selection import Selection
 
 
+class ReadSettings(Protocol):
+    """How facts are read. `KNEHyperParams` explains them."""
+
+    @property
+    def use_chat_template(self) -> bool:
+        """Whether prompts are put into the tokenizer's chat template."""
+
+    @property
+    def separator(self) -> str:
+        """White space between prompt and answer."""
+
+
 class LocalizationSettings(Protocol):
     """Settings of Eq. 3-7, of the facts to localise on, and of the score cache. `KNEHyperParams` explains them."""
 

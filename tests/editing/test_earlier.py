@@ -8,15 +8,16 @@ from conftest import LLAMA_DOWN, failing, make_llama, tiny_hparams, weights
 from edits import MANY, REQUEST, REQUESTS, edited, ensemble_of
 
 from kne_easyedit import EditStore
-from kne_easyedit.editing import earlier
+from kne_easyedit.editing import applying, earlier
 from kne_easyedit.editing.applying import set_edits
-from kne_easyedit.editing.earlier import earlier_requests
+from kne_easyedit.editing.earlier import earlier_facts, earlier_requests
 from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
 from kne_easyedit.editing.neighbours import neighbour_prompts
 from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.projection import EARLIER_SHARE, input_projections, latest
 from kne_easyedit.editing.row_edit import restore
 from kne_easyedit.facts.encoding import encode
+from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.models.state import preserve_state
 
 ENSEMBLE = ensemble_of(LLAMA_DOWN, rows=MANY)
@@ -107,7 +108,62 @@ class TestWhatIsKnown:
         other = compute_edit(llama, tokenizer, REQUESTS[1], tiny_hparams(num_steps=2), ENSEMBLE)
         apply(llama, tokenizer, REQUEST)
         with other.applied(llama, force=True):
-            assert known(llama) == said(REQUESTS[1]), "its rows hold something else"
+            assert known(llama) == said(REQUESTS[1], REQUEST), "it stands on the first one's rows"
+        assert known(llama) == said(REQUEST)
+
+    def test_edits_of_both_ways_on_one_model(self, llama, tokenizer):
+        """One that was applied by itself, beneath and above one that was written as EasyEdit does it."""
+        trained = {"num_steps": 2}
+        first, last = (compute_edit(llama, tokenizer, one, tiny_hparams(**trained), ENSEMBLE) for one in REQUESTS[::2])
+        first.apply(llama)
+        originals = apply(llama, tokenizer, REQUESTS[1])
+        assert known(llama) == said(REQUESTS[1], REQUESTS[0])
+        restore(llama, originals)
+        assert known(llama) == said(REQUESTS[0])
+        first.take_back(llama)
+        assert known(llama) == []
+        apply(llama, tokenizer, REQUESTS[1])
+        for _ in range(2):
+            last.apply(llama, force=True)
+            assert known(llama) == said(REQUESTS[2], REQUESTS[1])
+            last.take_back(llama)
+            assert known(llama) == said(REQUESTS[1])
+
+    def test_an_edit_that_was_written_is_taken_back_by_itself(self, llama, tokenizer):
+        """Its note is not renewed: what the model has is what is left."""
+        kept = []
+        apply(llama, tokenizer, REQUESTS[1])
+        hparams = tiny_hparams(num_steps=2, spare_edited=True)
+        apply_kne_to_model(llama, tokenizer, [REQUEST], hparams, ensemble=ENSEMBLE, on_trained=kept.append)
+        assert known(llama) == said(REQUEST, REQUESTS[1])
+        kept[0].take_back(llama)
+        assert known(llama) == said(REQUESTS[1])
+
+    @pytest.mark.parametrize("second", [{"use_chat_template": True}, {"separator": ""}], ids=str)
+    def test_each_is_spared_as_it_was_edited(self, llama, tokenizer, second):
+        """Whatever the settings of the edit are that spares it; whether it is noted or known by itself."""
+        tokenizer.chat_template = "{% for m in messages %}Say : {{ m['content'] }} !{% endfor %}"
+        compute_edit(llama, tokenizer, REQUESTS[1], tiny_hparams(num_steps=2, **second), ENSEMBLE).apply(llama)
+        apply(llama, tokenizer, REQUEST)
+        apply(llama, tokenizer, REQUESTS[2], **second)
+        plain, other = (tiny_hparams(**settings) for settings in ({}, second))
+        wanted = [(REQUESTS[2], other), (REQUEST, plain), (REQUESTS[1], other)]
+        expected = [fact for one, hparams in wanted for fact in encode_facts(llama, tokenizer, [one], hparams)]
+        assert earlier_facts(llama, tokenizer) == expected
+        assert expected[0].ids != encode_facts(llama, tokenizer, [REQUESTS[2]], plain)[0].ids
+
+    def test_one_that_cannot_be_read_is_left_out(self, llama, tokenizer, caplog):
+        apply(llama, tokenizer, REQUEST)
+        apply(llama, tokenizer, REQUESTS[1])
+        llama.config.max_position_embeddings = 1
+        assert earlier_facts(llama, tokenizer) == [] and "an earlier fact is not spared" in caplog.text
+
+    def test_an_error_on_the_way_leaves_what_was_noted(self, llama, tokenizer, monkeypatch):
+        apply(llama, tokenizer, REQUEST)
+        other = compute_edit(llama, tokenizer, REQUESTS[1], tiny_hparams(num_steps=2), ENSEMBLE)
+        monkeypatch.setattr(applying, "renew_notes", failing(applying.renew_notes, 1, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            other.apply(llama, force=True)
         assert known(llama) == said(REQUEST)
 
     def test_a_copy_has_them_and_the_model_does_not(self, llama, tokenizer):

@@ -242,7 +242,9 @@ class TestChoice:
             found = neighbour_prompts(requests, hparams)
             assert found and not any(name in prompt for prompt in found)
         for nothing in (None, {"Neighborhood": None}):
-            assert neighbour_prompts([{**REQUEST, "locality": nothing}], hparams) == neighbour_prompts([REQUEST], hparams)
+            assert neighbour_prompts([{**REQUEST, "locality": nothing}], hparams) == neighbour_prompts(
+                [REQUEST], hparams
+            )
 
     def test_is_the_same_in_a_chat_template(self, records, tokenizer):
         """The benchmark's requests are in it already: the pool knows prompts as they are said."""
