@@ -70,7 +70,8 @@ def atomic_directory(final: str | os.PathLike[str], exclusive: bool = False) -> 
     try:
         # Not tempfile.mkdtemp: its folders are closed to everybody else, also after the rename.
         temporary.mkdir(parents=True)
-        yield temporary
+        with naming(final):
+            yield temporary
         try:
             temporary.rename(final)
         except OSError as error:
@@ -110,7 +111,8 @@ def new_directory(final: str | os.PathLike[str], last: str) -> Iterator[Path]:
     names: list[str] = []
     try:
         temporary.mkdir()
-        yield temporary
+        with naming(final):
+            yield temporary
         _require_empty(final, [temporary])
         names = sorted((path.name for path in temporary.iterdir()), key=lambda name: name == last)
         for name in names:
@@ -153,6 +155,16 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)  # renamed by now, unless something failed
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, errors of the system that name no file name ``path`` (`name_file`)."""
+    try:
+        yield
+    except OSError as error:
+        name_file(error, path)
+        raise
 
 
 def name_file(error: OSError, path: Path) -> None:

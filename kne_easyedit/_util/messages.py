@@ -39,3 +39,12 @@ def require_one_of(name: str, value: object, known: Collection[str]) -> None:
         near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name}: {value!r} must be one of {tuple(known)}{hint}")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8: half a surrogate pair, and bytes of another encoding, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -11,7 +11,7 @@ import sys
 
 from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.machine import keep_large_blocks
-from kne_easyedit._util.messages import without_effects
+from kne_easyedit._util.messages import is_utf8, without_effects
 from kne_easyedit.cli import (
     adapter,
     ask,
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if more:  # argparse ends such a list at the first option
         arguments.prompts += more
     for given in sys.argv[1:] if argv is None else argv:
-        if not _is_text(given):
+        if not is_utf8(given) or "\x00" in given:  # no file of results could hold it
             parser.error(f"{given.encode('utf-8', 'backslashreplace').decode()!r} is no UTF-8 text")
     keep_large_blocks()
     handler = logging.StreamHandler()
@@ -70,14 +70,6 @@ class _Plain(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return without_effects(super().format(record))
-
-
-def _is_text(argument: str) -> bool:
-    try:
-        argument.encode("utf-8")
-    except UnicodeEncodeError:  # bytes of another encoding: no file of results could hold them
-        return False
-    return "\x00" not in argument
 
 
 def _parser() -> argparse.ArgumentParser:

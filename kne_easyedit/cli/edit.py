@@ -147,7 +147,8 @@ def _edit(arguments: argparse.Namespace) -> int:
 
 def _store(arguments: argparse.Namespace) -> EditStore | None:
     """The store to add to; None for a folder of its own. Raises ValueError if there can be neither."""
-    from kne_easyedit.edits.listing import checked_id, way_out_of_unlisted
+    from kne_easyedit.edits.listing import checked_id
+    from kne_easyedit.edits.places import way_out_of_unlisted
     from kne_easyedit.edits.store import EDITS_FOLDER, EditStore
 
     if arguments.store is None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import new_directory, parse_json, parse_versioned
-from kne_easyedit._util.messages import shorten
+from kne_easyedit._util.messages import is_utf8, shorten
 from kne_easyedit._util.tensor_files import DTYPES, Place, places, read_tensor, texts, values_digest, write_tensors
 from kne_easyedit.editing.row_edit import Answer
 from kne_easyedit.facts.encoding import Fact
@@ -164,9 +164,11 @@ def write_edit(folder: str | os.PathLike[str], edit: Any, modules: Mapping[str, 
     with new_directory(folder, last=JSON_FILE) as temporary:
         fields = json.dumps({name: digest(value) for name, value in content.items()})
         write_tensors(temporary / ROWS_FILE, _Values(edit.deltas), {"kne_edit": edit.digest, FIELDS_TEXT: fields})
+        text = json.dumps(content, ensure_ascii=False)
+        if not is_utf8(text):  # half a surrogate pair, in a field that nobody tokenises, is written as an escape
+            text = json.dumps(content)
         with (temporary / JSON_FILE).open("x", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False)
-            file.write("\n")
+            file.write(f"{text}\n")
             file.flush()
             os.fsync(file.fileno())
 

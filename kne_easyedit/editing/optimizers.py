@@ -109,10 +109,18 @@ class Polyak:
         if not slope:
             return
         length = self._fraction * loss.item() / slope
+        factors = [length / (one.scale * norm) if norm else 0.0 for one, norm in zip(self._rows, norms)]
+        for one, factor in zip(self._rows, factors):
+            if not abs(factor) <= torch.finfo(one.values.dtype).max:
+                raise FloatingPointError(
+                    f"training: the step of {one.module} is {length:.3g} long: hardly a direction is left in which its "
+                    f"rows may move; take fewer neighbours (neighbour_relation_size, neighbour_subject_size) or a "
+                    f"larger projection_ridge"
+                )
         with torch.no_grad():
-            for one, direction, norm in zip(self._rows, directions, norms):
-                if norm:
-                    one.values.add_(direction, alpha=-length / (one.scale * norm))
+            for one, direction, factor in zip(self._rows, directions, factors):
+                if factor:
+                    one.values.add_(direction, alpha=-factor)
 
 
 def _numbers(scalars: Sequence[Tensor], device: torch.device) -> list[float]:

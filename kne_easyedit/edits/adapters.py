@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kne_easyedit._util.files import new_directory
 from kne_easyedit._util.messages import require_one_of, shorten
+from kne_easyedit._util.tensor_files import write_tensors
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.lacking import lacking_note
 from kne_easyedit.editing.lineage import edited
@@ -346,10 +347,8 @@ def _tensors(form: str, rank: int, factors: Mapping[str, Factors], places: Mappi
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> int:
     """Writes the files into a folder that appears when it is complete; returns their bytes."""
-    from safetensors.torch import save_file
-
     with new_directory(folder, last=CONFIG_FILE) as unfinished:
         (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(tensors), unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(unfinished / WEIGHTS_FILE, tensors, {})
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     return sum(path.stat().st_size for path in folder.iterdir())

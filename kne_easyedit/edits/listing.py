@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from typing import Any
 from kne_easyedit._util.files import atomic_write, parse_versioned
 from kne_easyedit._util.messages import shorten
 from kne_easyedit.editing.edit_files import base_from_json
-from kne_easyedit.editing.kne_edit import Base, KNEEdit
+from kne_easyedit.editing.kne_edit import Base
 
 FORMAT = "kne-edit-store"
 SCHEMA_VERSION = 1
@@ -101,35 +98,3 @@ def _listed(one: Any) -> Listed:
     if not sound:
         raise ValueError(f"edits: {shorten(one)} is no entry (id, on, digest, facts, trained_on)")
     return Listed(checked_id(one.get("id")), one["on"], one["digest"], tuple(one["facts"]), tuple(one["trained_on"]))
-
-
-def lies_at(place: Path, edit: KNEEdit) -> bool:
-    """Whether an edit's folder, which is not in the list, holds it: of a killed process, or of a list that was lost.
-
-    Raises:
-        ValueError: It holds something else, which may be the only copy.
-    """
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
-        return False
-    try:
-        found = KNEEdit.load(place)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"store: {place} is not in the list, and cannot be read ({error}); move it away, or choose another name"
-        ) from error
-    if found.digest != edit.digest:
-        raise ValueError(f"store: {place} holds another edit, which is not in the list; {way_out_of_unlisted(place)}")
-    return True
-
-
-def way_out_of_unlisted(place: Path) -> str:
-    """What to do about an edit's folder that is not in the list, for messages."""
-    store = place.parent.parent
-    return f"add it (kne edits add {store} {place} --name {place.name}), move it away, or choose another name"
-
-
-def discard(place: Path) -> None:
-    """Removes an edit's folder, which is not in the list any more. What a kill leaves of it is under no edit's name."""
-    with suppress(OSError):
-        place = place.rename(place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.tmp"))
-    shutil.rmtree(place, ignore_errors=True)

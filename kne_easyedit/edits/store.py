@@ -18,9 +18,11 @@ from torch import nn
 from kne_easyedit._util.files import exclusive_lock
 from kne_easyedit._util.messages import require_one_of, shorten
 from kne_easyedit.editing.kne_edit import KNEEdit
+from kne_easyedit.editing.lineage import edited
 from kne_easyedit.editing.row_edit import Answer
 from kne_easyedit.editing.row_training import measured_answers
-from kne_easyedit.edits.listing import LIST_FILE, Content, Listed, checked_id, discard, lies_at, read_list, write_list
+from kne_easyedit.edits.listing import LIST_FILE, Content, Listed, checked_id, read_list, write_list
+from kne_easyedit.edits.places import discard, keep_whole, lies_at
 from kne_easyedit.edits.sizes import shared_counts
 from kne_easyedit.edits.stack import EditStack
 from kne_easyedit.models.base import Base, base_of
@@ -105,23 +107,22 @@ class EditStore:
             name: Its id: letters, digits, ``_``, ``-`` and ``.``; None: the start of its digest.
 
         Returns:
-            Its id. An edit that the store has already stays where it is, and is switched on.
+            Its id. An edit that the store has stays where it is, is switched on, and is whole again if it was damaged.
 
         Raises:
             ValueError: The name cannot be used or is taken, also by a folder that is not in the list, or the edit is of
                 another base than the others. Nothing was changed.
             OSError: The store cannot be written.
         """
-        if name is not None:
-            checked_id(name)
+        new = checked_id(edit.digest[:12] if name is None else name)
         with self._changing(new=True) as content:
             for one in content.edits:
                 if one.digest == edit.digest:
                     if name not in (None, one.id):
                         raise ValueError(f"store: {self.folder} has this edit already, as {one.id!r}")
+                    keep_whole(self._place(one.id), edit)
                     self._replace(content, _switched(content.edits, one.id, True))
                     return one.id
-            new = checked_id(edit.digest[:12] if name is None else name)
             if taken := [one.id for one in content.edits if one.id.casefold() == new.casefold()]:
                 raise ValueError(f"store: name: {taken[0]!r} is taken in {self.folder}; choose another name")
             self._require_base(content, edit.base)
@@ -297,7 +298,7 @@ class EditStore:
         content = read_list(self.folder)
         known = {name for name, module in model.named_modules() if is_linear(module)}
         names = [name for name in (content.base.modules if content.base else ()) if name in known]
-        self._require_base(content, base_of(model, names))
+        self._require_base(content, base_of(model, names, edited(model).originals))
 
     def _require_base(self, content: Content, base: Base) -> None:
         if content.edits and content.base is not None and (reason := base.conflict(content.base)):

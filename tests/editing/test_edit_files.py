@@ -44,6 +44,13 @@ class TestRoundTrip:
         edit.take_back(other)
         assert weights(other) == weights(make(dtype))
 
+    def test_half_a_character_in_a_field_that_is_not_read(self, tmp_path, llama, tokenizer):
+        """A file of results of others may have it; the edit is trained by then."""
+        asked = {**REQUEST, "ground_truth": "Paris \ud83d", "note": "caf\u00e9"}
+        edit = compute_edit(llama, tokenizer, [asked], tiny_hparams(num_steps=1), ensemble_of(LLAMA_DOWN))
+        edit.save(tmp_path / "edit")
+        assert KNEEdit.load(tmp_path / "edit").requests == edit.requests == (asked,)
+
     def test_every_field_comes_back(self, tmp_path, llama, tokenizer):
         hparams = tiny_hparams(num_steps=2)
         asked = {**REQUEST, "locality": {"other": [{"prompt": "The", "ground_truth": ("a", 1.5)}]}}

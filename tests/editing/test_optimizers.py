@@ -56,6 +56,19 @@ def test_rows_without_a_gradient_stay():
     assert not alone.any()
 
 
+def test_a_step_that_no_number_holds_is_refused_before_anything_moves():
+    """Neighbours have closed all but a last bit of every direction, in which the loss all but stays."""
+    free, closed = (torch.zeros(1, 2, requires_grad=True) for _ in range(2))
+    rows = [
+        TrainedRows("model.free", free, 0.5, lambda directions: 0 * directions),
+        TrainedRows("model.closed", closed, 0.5, lambda directions: torch.tensor([[1.0, 0.0]])),
+    ]
+    gradients = [torch.ones(1, 2), torch.tensor([[1e-44, 1.0]])]
+    with pytest.raises(FloatingPointError, match=r"step of model.closed is .*fewer neighbours.*projection_ridge"):
+        Polyak(rows, tiny_hparams()).step(torch.tensor(1.0), gradients)
+    assert not free.any() and not closed.any()
+
+
 def test_training_is_the_literal_one(family, facts):
     """Losses and deltas equal those of steps on full weights, without an adapter, for several module types."""
     hparams = tiny_hparams(target_modules=[family.down, family.up], alpha=3.0, **POLYAK)

@@ -1,14 +1,16 @@
 """Adapters are read as PEFT scales them, and what is damaged or foreign is refused with its reason."""
 
+import errno
 import json
 
 import pytest
 import torch
 from conftest import make_llama
-from edits import edit_of
+from edits import edit_of, thing_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from kne_easyedit._util import tensor_files
 from kne_easyedit.edits import read_adapter, save_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -113,3 +115,20 @@ def test_refuses_foreign_tensors(folder):
     refused("not finite", {**tensors, name: tensors[name] * float("inf")})
     refused("the rank 8", {**tensors, name: tensors[name][:7].contiguous()})
     refused("no tensor", {})
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = make_llama()
+    edit, thing = edit_of(model), thing_of(model)
+    assert thing.digest  # kept, so that only writing meets the full disk
+    monkeypatch.setattr(tensor_files, "bytes_of", full)
+    for name, write in (
+        ("adapter", lambda place: save_adapter(edit, place, model=model)),
+        ("edit", thing.save),
+    ):
+        with pytest.raises(OSError, match=f"No space left on device.*{name}") as caught:
+            write(tmp_path / name)
+        assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

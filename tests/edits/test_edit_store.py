@@ -57,6 +57,35 @@ class TestList:
     def test_a_name_of_its_own(self, tmp_path, edits):
         assert EditStore(tmp_path / "s").add(edits[0]) == edits[0].digest[:12]
 
+    @pytest.mark.parametrize("damage", ["rows", "list of rows", "folder"])
+    def test_added_again_an_edit_is_whole_again(self, store, edits, llama, damage):
+        place = store.folder / "edits" / "b"
+        if damage == "folder":
+            shutil.rmtree(place)
+        elif damage == "rows":
+            (place / "rows.safetensors").unlink()
+        else:
+            (place / "edit.json").write_text("{")
+        store.off("b")
+        assert EditStore(store.folder).add(edits[1]) == "b" and ids(store) == ["a", "b", "c"]
+        assert EditStore(store.folder).active().edits == tuple(edits)
+        assert {path.name for path in place.parent.iterdir()} == {"a", "b", "c"}
+
+    def test_what_cannot_be_written_anew_is_left(self, store, edits):
+        """The edit is the store's own, and its rows are gone."""
+        own = store.edit("b")
+        (store.folder / "edits" / "b" / "rows.safetensors").unlink()
+        left = sorted(path.name for path in (store.folder / "edits").rglob("*"))
+        with pytest.raises(OSError):
+            EditStore(store.folder).add(own)
+        assert sorted(path.name for path in (store.folder / "edits").rglob("*")) == left
+
+    def test_the_base_of_an_edited_model_is_that_without_edits(self, store, llama):
+        store.apply(llama)
+        store.require_base(llama)
+        with pytest.raises(ValueError, match="base is"):
+            store.require_base(make_llama(seed=3))
+
     def test_another_object_sees_the_same(self, store):
         store.off("b")
         store.reorder(["c", "a", "b"])
