@@ -143,6 +143,8 @@ class KNEHyperParams:
     spare_continuation: int = 0
     """Beyond the paper: with ``input_projection``, so many tokens that the unedited model may say after the new answer
     are spared as neighbours are; 0: none."""
+    continuation_weight: float = 0.0
+    """Beyond the paper: weight of KL(before || now) at the first tokens of these, added to the loss; 0: none."""
     seed: int = 42
     """Seed of the ``kaiming`` start and of the choice of neighbours; nothing else is random."""
 
@@ -294,7 +296,7 @@ class KNEHyperParams:
         for name in ("lr", "alpha"):
             value = getattr(self, name)
             _require(0 < value < math.inf, name, value, "must be positive and finite")
-        for name in ("stop_loss", "weight_decay", "kl_weight", "neighbour_weight"):
+        for name in ("stop_loss", "weight_decay", "kl_weight", "neighbour_weight", "continuation_weight"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, value, "must be 0 or more and finite")
         _require(

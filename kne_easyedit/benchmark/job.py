@@ -53,6 +53,7 @@ _ADDED: Mapping[str, object] = {
     "projection_ridge": 1e-5,
     "spare_edited": False,
     "spare_continuation": 0,
+    "continuation_weight": 0.0,
     "max_memory": None,
     "offload_folder": None,
     "load_in": None,

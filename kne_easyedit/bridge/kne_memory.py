@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kne_easyedit.attribution.engine import FREE_SHARE, MOST_ROWS
 from kne_easyedit.attribution.preparation import HEAD_ROWS
 from kne_easyedit.bridge.edited_modules import depth, in_features, matrix_size, state_bytes, vocabulary
-from kne_easyedit.editing.after_answers import BRANCHES
+from kne_easyedit.editing.after_answers import BRANCHES, COMPARED
 from kne_easyedit.editing.divergence import AT_ONCE
 from kne_easyedit.editing.neighbours import neighbours_in_step, neighbours_wanted, uses_neighbours
 from kne_easyedit.editing.optimizers import OPTIMIZERS
@@ -99,11 +99,11 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int, facts: Facts) 
 
 
 def kne_texts_at_once(hparams: KNEHyperParams, earlier: Sequence[int] = ()) -> int:
-    """Texts in one step of KNE: the facts, a variant of each, their neighbours and those of ``earlier`` facts that are
-    spared, and the prompts of ``kl_data``.
+    """Texts in one step of KNE: the facts, a variant of each, a text of what follows each, their neighbours and those
+    of ``earlier`` facts that are spared, and the prompts of ``kl_data``.
     """
     kl = hparams.kl_size if hparams.kl_weight else 0
-    own = hparams.batch_size * (1 + bool(hparams.subject_variants))
+    own = hparams.batch_size * (1 + bool(hparams.subject_variants) + bool(hparams.continuation_weight))
     return own + _all_neighbours_in_step(hparams, earlier) + kl
 
 
@@ -193,10 +193,11 @@ def _training(
     copies = 2 + OPTIMIZERS[hparams.optimizer].moments + bool(bases)
     first = min((layer for target, _ in rows for layer in target.layers), default=0)
     own = neighbours_in_step(hparams)
-    longest = max(facts.tokens, _longest_neighbour(hparams, facts) if own else 0)
+    compared = COMPARED if hparams.continuation_weight else 0
+    longest = max(facts.tokens + compared, _longest_neighbour(hparams, facts) if own else 0)
     texts = kne_texts_at_once(hparams, facts.earlier)
     tokens = texts * longest
-    predicted = texts * max(facts.answer_tokens, hparams.neighbour_tokens if own else 0)
+    predicted = texts * max(facts.answer_tokens, hparams.neighbour_tokens if own else 0, compared)
     needed = {
         "trained rows": copies * precise * sum(n * in_features(target.modules[0]) for target, n in rows),
         # PEFT's B, dense: (neurons, rows) in every layer.
@@ -210,6 +211,8 @@ def _training(
         needed["inputs in float32"] = PRECISE * tokens * sum(in_features(m) for t, _ in rows for m in t.modules)
     if hparams.neighbour_weight:
         needed["neighbours"] = _distributions(model, hparams, facts)
+    if compared:  # log-probabilities of every token
+        needed["continuations"] = PRECISE * hparams.batch_size * BRANCHES * compared * vocabulary(model)
     if bases:
         needed["projections"] = bases
     return needed

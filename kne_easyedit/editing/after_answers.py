@@ -18,6 +18,8 @@ MARKS = 4
 """So many punctuation marks (line ends included) that may follow an answer: behind them it would be said again."""
 BRANCHES = 1 + MARKS
 """Texts of a fact: the model's own continuation, and those that begin with such a mark."""
+COMPARED = 4
+"""So many tokens behind the first one after an answer: where an edited model would begin to say the answer again."""
 
 
 def after_answers(
@@ -55,6 +57,17 @@ def after_answers(
                 return found
             found[text] = range(begin, len(text))
     return found
+
+
+def texts_after_answers(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[Fact]:
+    """The texts of `after_answers` whose answers are the `COMPARED` tokens after the first one that follows an answer.
+
+    The last of them is no more than a label: the end token where the model ends there. For arguments see
+    `after_answers`.
+    """
+    said = after_answers(model, tokenizer, facts, COMPARED, len(facts) * BRANCHES * COMPARED)
+    end = next(end for end in (tokenizer.eos_token_id, 0) if end is not None)
+    return [Fact("", "", (*ids, end), places.start + 1) for ids, places in said.items()]
 
 
 def _branches(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[list[tuple[tuple[int, ...], int]]]:

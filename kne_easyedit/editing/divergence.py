@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,47 +20,81 @@ AT_ONCE = 16
 class Divergence:
     """Mean ``KL(before || now)``, in nats, of the next token's distribution in some texts: a `SharedObjective`.
 
-    The texts are prompts, each with the tokens that the unedited model says after it: its greedy continuation. The
-    distributions that predict these tokens are compared; with ``tokens=1`` those after the prompts. ``before`` are
-    those of ``model`` when the objective is built, in float32 at least.
+    The distributions that predict the texts' answers are compared. Objectives are built by `after_prompts`, where the
+    answers are what the unedited model says, and by `in_texts`, where they are given.
 
     Args:
-        model: The model before the edit.
-        tokenizer: Its tokenizer.
-        prompts: Texts whose continuation an edit should leave as it is.
+        texts: Texts in which an edit should leave the model as it is; their answers say at which tokens.
+        before: Of each the log-probabilities that predict its answer before the edit, ``(tokens, vocabulary)``, in
+            float32 at least.
         weight: Factor in the training loss.
         name: For messages.
-        tokens: Length of the continuations; one that ends with the end token is shorter.
         per_step: Texts of one training step: the first so many, then the next, and again from the start; 0: all.
         bound: Training goes on while the term of a step is not below.
     """
 
     def __init__(
         self,
+        texts: Sequence[Fact],
+        before: Sequence[Tensor],
+        weight: float = 1.0,
+        *,
+        name: str = "kl",
+        per_step: int = 0,
+        bound: float = math.inf,
+    ):
+        self.name, self.weight, self.bound, self.binding = name, weight, bound, not math.isinf(bound)
+        self._texts, self._before = list(texts), list(before)
+        self._per_step = min(per_step or len(texts), len(texts))
+
+    @classmethod
+    def after_prompts(
+        cls,
         model: nn.Module,
         tokenizer: Tokenizer,
         prompts: Sequence[str],
         weight: float = 1.0,
         *,
-        name: str = "kl",
         tokens: int = 1,
         per_step: int = 0,
-        bound: float = math.inf,
-    ):
-        self.name, self.weight, self.bound, self.binding = name, weight, bound, not math.isinf(bound)
-        self._per_step = min(per_step or len(prompts), len(prompts))
+        **more: Any,
+    ) -> Divergence:
+        """The objective after prompts: with what the unedited model says after each, its greedy continuation.
+
+        Args:
+            model: The model before the edit.
+            tokenizer: Its tokenizer.
+            prompts: The prompts.
+            weight: Factor in the training loss.
+            tokens: Length of the continuations; one that ends with the end token is shorter. 1: the distributions
+                after the prompts are compared.
+            per_step: Texts of one training step.
+            more: As for the class.
+        """
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        at_once = max(self._per_step, AT_ONCE)
-        self._texts: list[Fact] = []
-        self._before: list[Tensor] = []
-        """Log-probabilities, ``(tokens, vocabulary)`` for each text."""
+        at_once = max(min(per_step or len(prompts), len(prompts)), AT_ONCE)
+        texts: list[Fact] = []
+        before: list[Tensor] = []
         for start in range(0, len(ids), at_once):
             safe_point()
             some = ids[start : start + at_once]
-            said, before = continuations(model, some, tokens, tokenizer.eos_token_id)
-            self._before += before
+            said, found = continuations(model, some, tokens, tokenizer.eos_token_id)
+            before += found
             for prompt, row, answer in zip(prompts[start:], some, said):
-                self._texts.append(Fact(prompt, tokenizer.decode(answer), (*row, *answer), len(row)))
+                texts.append(Fact(prompt, tokenizer.decode(answer), (*row, *answer), len(row)))
+        return cls(texts, before, weight, per_step=per_step, **more)
+
+    @classmethod
+    def in_texts(cls, model: nn.Module, texts: Sequence[Fact], weight: float = 1.0, **more: Any) -> Divergence:
+        """The objective at the answers of ``texts``, for ``model`` before the edit; ``more``: as for the class."""
+        before: list[Tensor] = []
+        with torch.no_grad():
+            for start in range(0, len(texts), AT_ONCE):
+                safe_point()
+                some = texts[start : start + AT_ONCE]
+                found = _log_probabilities(_predicted(model, some))
+                before += found.split([len(text.positions) for text in some])
+        return cls(texts, before, weight, **more)
 
     def texts(self, step: int) -> list[Fact]:
         """The texts of a training step; their answers are the continuations."""
@@ -75,16 +110,21 @@ class Divergence:
 
     def loss(self, model: nn.Module) -> Tensor:
         """The divergence of ``model`` from what it was, in all texts: a scalar, 0 for an unchanged model."""
-        input_ids, attention_mask = (tensor.to(device_of(model)) for tensor in pad([t.ids[:-1] for t in self._texts]))
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        rows = [i for i, text in enumerate(self._texts) for _ in text.positions]
-        positions = [position for text in self._texts for position in text.positions]
-        where = torch.tensor([rows, positions], device=logits.device)
-        return _divergence(logits[where[0], where[1]], torch.cat(self._before))
+        return _divergence(_predicted(model, self._texts), torch.cat(self._before))
 
     def _turn(self, step: int) -> list[int]:
         start = step * self._per_step
         return [i % len(self._texts) for i in range(start, start + self._per_step)]
+
+
+def _predicted(model: Any, texts: Sequence[Fact]) -> Tensor:
+    """The logits that predict the texts' answers, ``(tokens, vocabulary)``, text by text."""
+    input_ids, attention_mask = (tensor.to(device_of(model)) for tensor in pad([text.ids[:-1] for text in texts]))
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    rows = [i for i, text in enumerate(texts) for _ in text.positions]
+    positions = [position for text in texts for position in text.positions]
+    where = torch.tensor([rows, positions], device=logits.device)
+    return logits[where[0], where[1]]
 
 
 def _divergence(logits: Tensor, before: Tensor) -> Tensor:

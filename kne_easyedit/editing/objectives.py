@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from kne_easyedit.editing.after_answers import texts_after_answers
 from kne_easyedit.editing.divergence import Divergence
 from kne_easyedit.editing.earlier import earlier_facts
 from kne_easyedit.editing.neighbours import (
@@ -32,6 +33,7 @@ from kne_easyedit.facts.neighbours import run_exclusions
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.facts.templates import normalised
+from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.models.state import preserve_state
 
 
@@ -120,7 +122,7 @@ def _unrelated(
     model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
 ) -> Objective | None:
     prompts = readable(model, tokenizer, unrelated_prompts(requests, hparams, tokenizer), hparams, 1)
-    return Alone(Divergence(model, tokenizer, prompts, hparams.kl_weight)) if prompts else None
+    return Alone(Divergence.after_prompts(model, tokenizer, prompts, hparams.kl_weight)) if prompts else None
 
 
 def _neighbours(
@@ -134,7 +136,7 @@ def _neighbours(
         prompts = list(dict.fromkeys([*read, *prompts]))
     if not prompts:
         return None
-    return Divergence(
+    return Divergence.after_prompts(
         model,
         tokenizer,
         prompts,
@@ -153,6 +155,14 @@ def _variants(
     return Variants(facts, hparams.stop_loss, len(requests)) if facts else None
 
 
+def _continuations(
+    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
+) -> Objective | None:
+    texts = texts_after_answers(model, tokenizer, encode_facts(model, tokenizer, requests, hparams))
+    weight = hparams.continuation_weight
+    return Divergence.in_texts(model, texts, weight, name="continuation", per_step=len(requests)) if texts else None
+
+
 ObjectiveBuilder = Callable[[nn.Module, Tokenizer, Sequence[Mapping[str, Any]], EditSettings], Objective | None]
 """Builds an objective from model, tokenizer, requests and settings; None: these requests have nothing for it."""
 
@@ -160,6 +170,7 @@ OBJECTIVES: dict[str, ObjectiveBuilder] = {
     "kl_weight": _unrelated,
     "neighbour_weight": _neighbours,
     "subject_variants": _variants,
+    "continuation_weight": _continuations,
 }
 """Setting that is an objective's weight, or number of texts -> what builds the objective. It is used where that is not
 0."""

@@ -38,6 +38,7 @@ class EditSettings(LocalizationSettings, Protocol):
     projection_ridge: float
     spare_edited: bool
     spare_continuation: int
+    continuation_weight: float
     seed: int
     device: int | str
 

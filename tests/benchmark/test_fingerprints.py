@@ -75,6 +75,7 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
         "edit_gain": 1.5,
         "subject_variants": 3,
         "input_projection": True,
+        "continuation_weight": 2.0,
         "projection_ridge": 1e-3,
         "load_in": "4bit",
     }
@@ -169,9 +170,9 @@ def test_the_folder_of_a_job(monkeypatch):
 
     # The name of a folder may change (it does when a file of settings names one more): lines are found by their
     # fingerprints, whatever their folder. It changes with nothing else.
-    of_before = "outputs/benchmark/smollm2-135m/counterfact/KNE-27d125c1/seed-42/shard-0-of-1"
+    of_before = "outputs/benchmark/smollm2-135m/counterfact/KNE-8a000a63/seed-42/shard-0-of-1"
     assert folder("evaluation.neighbours=0") == of_before
-    assert "KNE-27d125c1" not in folder("evaluation.neighbours=0", "statistics.samples=7")
+    assert "KNE-8a000a63" not in folder("evaluation.neighbours=0", "statistics.samples=7")
     assert len({of_before, folder(), folder("evaluation.neighbours=4"), folder("evaluation.contradiction=true")}) == 4
 
 

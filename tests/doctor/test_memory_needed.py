@@ -78,7 +78,7 @@ def test_an_optimiser_without_moments_needs_half_for_the_rows(llama):
 def test_neighbours_are_counted(llama, tokenizer):
     """Their distributions as the objective keeps them, and their states in a step's pass; off, they need nothing."""
     prompts = ["The capital of Spain is", "The river of Peru", "Marie was"]
-    kept = Divergence(llama, tokenizer, prompts, tokens=4)._before
+    kept = Divergence.after_prompts(llama, tokenizer, prompts, tokens=4)._before
     settings = {"neighbour_relation_size": 2, "neighbour_subject_size": 1, "batch_size": 5}
     off = memory_needed(llama, tiny_hparams(**settings), TOKENS).phases
     on = memory_needed(llama, tiny_hparams(**settings, neighbour_weight=1.0), TOKENS).phases

@@ -9,8 +9,16 @@ from edits import REQUEST
 
 from kne_easyedit import compute_edit
 from kne_easyedit.editing import projection
-from kne_easyedit.editing.after_answers import BRANCHES, MARKS, after_answers, is_mark
-from kne_easyedit.editing.divergence import AT_ONCE
+from kne_easyedit.editing.after_answers import (
+    BRANCHES,
+    COMPARED,
+    MARKS,
+    after_answers,
+    is_mark,
+    texts_after_answers,
+)
+from kne_easyedit.editing.divergence import AT_ONCE, Divergence
+from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.projection import input_projections
 from kne_easyedit.facts.encoding import encode
 from kne_easyedit.models.state import preserve_state
@@ -56,6 +64,55 @@ def test_each_fact_of_a_large_batch_has_its_first_text_before_any_has_a_second(l
     facts = [encode(tokenizer, f"The capital of France is {'so ' * i}", "Rome") for i in range(AT_ONCE + 4)]
     texts = list(found(llama64, facts, tokens=1, most=len(facts)))
     assert [text[:-1] for text in texts] == [fact.ids for fact in facts]
+
+
+def test_texts_are_compared_behind_the_first_token_after_an_answer(llama64, tokenizer, facts):
+    """Up to where the model would end; the last token is a label alone."""
+    with preserve_state(llama64), torch.no_grad():
+        found = texts_after_answers(llama64, tokenizer, facts)
+        said = after_answers(llama64, tokenizer, facts, COMPARED, ENOUGH)
+    assert [text.ids[:-1] for text in found] == list(said)
+    for text, places in zip(found, said.values()):
+        assert list(text.positions) == list(places) and len(text.answer) == len(places)
+
+
+def test_their_divergence_is_the_literal_one(llama64, tokenizer, facts):
+    """0 with gradient 0 before the edit; else the mean of KL(before || now) over all places, text by text."""
+    with preserve_state(llama64), torch.no_grad():
+        texts = texts_after_answers(llama64, tokenizer, facts)
+        before = [llama64(input_ids=torch.tensor([text.ids])).logits[0].log_softmax(-1) for text in texts]
+    objective = Divergence.in_texts(llama64, texts, 2.0)
+    weight = llama64.get_submodule(LLAMA_DOWN.format(3)).weight
+    start = objective.loss(llama64)
+    assert start.item() == pytest.approx(0, abs=1e-12)
+    assert torch.autograd.grad(start, weight)[0].abs().max() < 1e-10
+    with torch.no_grad():
+        weight[1] += 0.3
+        terms = []
+        for text, was in zip(texts, before):
+            now = llama64(input_ids=torch.tensor([text.ids])).logits[0].log_softmax(-1)
+            terms += [(was[at].exp() * (was[at] - now[at])).sum().item() for at in text.positions]
+        assert objective.loss(llama64).item() == pytest.approx(sum(terms) / len(terms), rel=1e-9)
+        assert sum(terms) > 0.01
+
+
+def test_trained_with_them_the_model_goes_on_more_as_before(llama, tokenizer):
+    """Each fact's texts in turn, one a step; the answer is reached all the same."""
+    left = []
+    for weight in (0.0, 10.0):
+        hparams = tiny_hparams(optimizer="polyak", num_steps=60, stop_loss=0.3, continuation_weight=weight, p=0.5)
+        facts = [encode(tokenizer, REQUEST["prompt"], REQUEST["target_new"])]
+        with preserve_state(llama), torch.no_grad():
+            objective = Divergence.in_texts(llama, texts_after_answers(llama, tokenizer, facts))
+        before = fingerprint(llama)
+        edit = compute_edit(llama, tokenizer, [REQUEST], hparams)
+        assert fingerprint(llama) == before and edit.losses[-1] < 0.3
+        with edit.applied(llama), torch.no_grad():
+            left.append(objective.loss(llama).item())
+    assert left[1] < 0.5 * left[0]
+    built = objectives_for(llama, tokenizer, [REQUEST], hparams)
+    assert [(one.name, one.weight, len(one.texts(0))) for one in built] == [("continuation", 10.0, 1)]
+    assert built[0].texts(0) != built[0].texts(1)
 
 
 def special(tokenizer) -> set[int]:

@@ -59,7 +59,7 @@ class TestContinuations:
 
 class TestDivergence:
     def test_is_zero_at_the_start_and_that_of_its_definition_later(self, llama64, tokenizer):
-        divergence = Divergence(llama64, tokenizer, PROMPTS, tokens=TOKENS)
+        divergence = Divergence.after_prompts(llama64, tokenizer, PROMPTS, tokens=TOKENS)
         assert divergence.loss(llama64).item() == approx(0, abs=1e-12)
         texts = literal_texts(llama64)
         assert [(list(text.ids), text.prompt_length) for text in divergence.texts(0)] == texts
@@ -77,7 +77,7 @@ class TestDivergence:
         )
 
     def test_its_gradient_is_zero_at_the_start(self, llama64, tokenizer, facts):
-        penalty = Divergence(llama64, tokenizer, PROMPTS, tokens=TOKENS)
+        penalty = Divergence.after_prompts(llama64, tokenizer, PROMPTS, tokens=TOKENS)
         with preserve_state(llama64), row_adapter(llama64, ensemble_of(LLAMA_DOWN), tiny_hparams()) as layers:
             parameters = [layer.lora_A[ADAPTER].weight for layer in layers.values()]
 
@@ -90,16 +90,16 @@ class TestDivergence:
             assert gradient() > 1e-3
 
     def test_every_text_has_its_turn(self, llama, tokenizer):
-        divergence = Divergence(llama, tokenizer, PROMPTS, tokens=TOKENS, per_step=2)
+        divergence = Divergence.after_prompts(llama, tokenizer, PROMPTS, tokens=TOKENS, per_step=2)
         turns = [[text.prompt for text in divergence.texts(step)] for step in range(5)]
         assert turns[0] == PROMPTS[:2] and turns[2] == [PROMPTS[4], PROMPTS[0]]
         assert sorted(prompt for turn in turns for prompt in turn) == sorted(PROMPTS * 2)
-        assert len(Divergence(llama, tokenizer, PROMPTS, per_step=99).texts(3)) == len(PROMPTS)
+        assert len(Divergence.after_prompts(llama, tokenizer, PROMPTS, per_step=99).texts(3)) == len(PROMPTS)
 
     def test_few_at_once_or_many_are_the_same(self, llama64, tokenizer, monkeypatch):
-        whole = Divergence(llama64, tokenizer, PROMPTS, tokens=TOKENS, per_step=1)
+        whole = Divergence.after_prompts(llama64, tokenizer, PROMPTS, tokens=TOKENS, per_step=1)
         monkeypatch.setattr("kne_easyedit.editing.divergence.AT_ONCE", 2)
-        parts = Divergence(llama64, tokenizer, PROMPTS, tokens=TOKENS, per_step=1)
+        parts = Divergence.after_prompts(llama64, tokenizer, PROMPTS, tokens=TOKENS, per_step=1)
         for step, prompt in enumerate(PROMPTS):
             assert whole.texts(step) == parts.texts(step) and whole.texts(step)[0].prompt == prompt
         with torch.no_grad():
@@ -118,7 +118,7 @@ def test_training_is_the_literal_one(family, tokenizer, facts, optimizer, per_st
     another number of them in a step, they differ."""
     hparams = tiny_hparams(family.down, stop_loss=0, num_steps=6, optimizer=optimizer)
     ensemble = ensemble_of(family.down)
-    penalty = Divergence(family.model, tokenizer, PROMPTS, 3.0, tokens=TOKENS, per_step=per_step)
+    penalty = Divergence.after_prompts(family.model, tokenizer, PROMPTS, 3.0, tokens=TOKENS, per_step=per_step)
     edit = train_rows(family.model, facts[:2], ensemble, hparams, [penalty])
     ours = full_deltas(family.model, edit)
 
@@ -145,7 +145,7 @@ def test_training_goes_on_until_both_hold(llama, tokenizer, facts):
     """The bound delays the end, the losses of all steps are recorded, and num_steps ends it in any case."""
 
     def trained(bound, steps=60):
-        penalty = Divergence(llama, tokenizer, PROMPTS, 3.0, tokens=TOKENS, bound=bound)
+        penalty = Divergence.after_prompts(llama, tokenizer, PROMPTS, 3.0, tokens=TOKENS, bound=bound)
         hparams = tiny_hparams(num_steps=steps, stop_loss=0.5, lr=0.02)
         edit = train_rows(llama, facts[:1], ensemble_of(LLAMA_DOWN, rows=MANY), hparams, [penalty])
         originals = write_rows(llama, edit)
@@ -162,7 +162,7 @@ def test_training_goes_on_until_both_hold(llama, tokenizer, facts):
 
 def test_the_gain_keeps_the_bound_that_training_waited_for(llama, tokenizer, facts):
     def left(bound, gain):
-        penalty = Divergence(llama, tokenizer, PROMPTS, 3.0, tokens=TOKENS, bound=bound)
+        penalty = Divergence.after_prompts(llama, tokenizer, PROMPTS, 3.0, tokens=TOKENS, bound=bound)
         hparams = tiny_hparams(num_steps=60, stop_loss=0.5, lr=0.02, edit_gain=gain)
         edit = train_rows(llama, facts[:1], ensemble_of(LLAMA_DOWN, rows=MANY), hparams, [penalty])
         originals = write_rows(llama, edit)

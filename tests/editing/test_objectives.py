@@ -45,7 +45,7 @@ def prompts_file(tmp_path):
 
 def test_the_divergence_of_an_unchanged_model_is_zero_and_of_a_changed_one_is_that_of_its_definition(double_precision):
     model, tokenizer = make_llama(dtype=torch.float64), make_tokenizer()
-    divergence = Divergence(model, tokenizer, PROMPTS)
+    divergence = Divergence.after_prompts(model, tokenizer, PROMPTS)
     assert divergence.loss(model).item() == approx(0, abs=1e-12)
     with torch.no_grad():
         before = [model(torch.tensor([tokenizer(p)["input_ids"]])).logits[0, -1].softmax(-1) for p in PROMPTS]
@@ -60,7 +60,7 @@ def edited(prompts_file, **settings) -> tuple[float, dict]:
     """The divergence on unrelated prompts that an edit leaves, and its weights."""
     model, tokenizer = make_llama(), make_tokenizer()
     hparams = tiny_hparams(stop_loss=0.05, lr=0.02, **settings)
-    divergence = Divergence(model, tokenizer, PROMPTS)
+    divergence = Divergence.after_prompts(model, tokenizer, PROMPTS)
     before = fingerprint(model)
     _, originals = apply_kne_to_model(model, tokenizer, [REQUEST], hparams, return_orig_weights=True)
     found = divergence.loss(model).item(), weights(model)
@@ -124,7 +124,7 @@ def largest(ours: dict, theirs: dict) -> float:
 def test_training_with_the_penalty_is_the_literal_one(llama64, tokenizer, facts):
     """Losses and deltas equal full-matrix training that adds the divergence; without it they differ."""
     hparams = tiny_hparams(stop_loss=0, num_steps=6)
-    penalty = Divergence(llama64, tokenizer, PROMPTS, weight=3.0)
+    penalty = Divergence.after_prompts(llama64, tokenizer, PROMPTS, weight=3.0)
     edit = train_rows(llama64, facts[:1], ensemble_of(LLAMA_DOWN), hparams, [penalty])
     expected, losses = literal(llama64, tokenizer, facts[:1], hparams, 3.0)
     assert largest(full_deltas(llama64, edit), expected) < 1e-9
@@ -157,7 +157,7 @@ def test_without_objectives_training_is_the_papers_bit_by_bit(llama, tokenizer, 
     off = tiny_hparams(stop_loss=0, num_steps=4, kl_weight=0.0, kl_data=prompts_file)
     planned = objectives_for(llama, tokenizer, [REQUEST], off)
     assert planned == [] and bits_of(train_rows(llama, facts, ensemble_of(LLAMA_DOWN), off, planned)) == plain
-    penalty = Divergence(llama, tokenizer, PROMPTS)
+    penalty = Divergence.after_prompts(llama, tokenizer, PROMPTS)
     assert bits_of(train_rows(llama, facts, ensemble_of(LLAMA_DOWN), hparams, objectives=[penalty])) != plain
 
 
@@ -176,7 +176,7 @@ def test_terms_are_weighted_and_added(llama64, tokenizer, facts):
     hparams = tiny_hparams(stop_loss=0, num_steps=4)
 
     def trained(*objective_weights):
-        terms = [Divergence(llama64, tokenizer, PROMPTS, weight) for weight in objective_weights]
+        terms = [Divergence.after_prompts(llama64, tokenizer, PROMPTS, weight) for weight in objective_weights]
         return full_deltas(llama64, train_rows(llama64, facts[:1], ensemble_of(LLAMA_DOWN), hparams, terms))
 
     assert largest(trained(3.0), trained(1.0, 2.0)) < 1e-9
@@ -186,7 +186,7 @@ def test_terms_are_weighted_and_added(llama64, tokenizer, facts):
 def test_the_gradient_of_the_penalty_is_zero_at_the_start(llama64, tokenizer, facts):
     """The start is the identity, where a divergence has its minimum. Conversely, neither the answers' loss nor the
     penalty of a changed model has a gradient of zero."""
-    penalty = Divergence(llama64, tokenizer, PROMPTS)
+    penalty = Divergence.after_prompts(llama64, tokenizer, PROMPTS)
     hparams = tiny_hparams()
     with preserve_state(llama64), row_adapter(llama64, ensemble_of(LLAMA_DOWN), hparams) as layers:
         parameters = [layer.lora_A[ADAPTER].weight for layer in layers.values()]
@@ -206,7 +206,7 @@ def test_alone_the_answers_pass_keeps_its_bits(llama, tokenizer, facts):
     """The divergence's value is the same in either pass; alone, the answers' loss of the first step is bit for bit that
     of training without. In one pass with the texts it is so up to rounding only."""
     hparams = tiny_hparams(stop_loss=0, num_steps=3)
-    shared = Divergence(llama, tokenizer, PROMPTS, 3.0)
+    shared = Divergence.after_prompts(llama, tokenizer, PROMPTS, 3.0)
     assert isinstance(shared, SharedObjective) and not isinstance(Alone(shared), SharedObjective)
     edits = [
         train_rows(llama, facts[:1], ensemble_of(LLAMA_DOWN), hparams, objectives)

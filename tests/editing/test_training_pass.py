@@ -86,7 +86,7 @@ class TestSkipped:
         assert fingerprint(model) == before
 
     def test_every_batch_of_a_cycle_runs_them_once(self, llama, tokenizer, trained):
-        texts = Divergence(
+        texts = Divergence.after_prompts(
             llama, tokenizer, ["The river of Rome", "The capital of Peru", "Marie spoken in"], tokens=2, per_step=1
         )
         (edit, calls), (expected, whole) = trained(llama, LLAMA_DOWN, LAST, [texts], edit_gain=1.0, num_steps=8)
