@@ -120,10 +120,24 @@ def _require_config(source: Path, edits: Sequence[Appliable], force: bool) -> No
             f"model: {source} is quantised ({method or 'quantization_config'}): merging would round the edit to a few "
             f"bits; merge into the unquantised base, or save the edit as an adapter and keep it beside this model"
         )
-    text: dict = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    there = Base("", structure_of(SimpleNamespace(**{str(key): value for key, value in text.items()})), {})
+    there = Base("", structure_of(_configuration(source, config)), {})
     for edit in edits:
         _refuse(edit, source, Base("", edit.base.config, {}, edit.base.name).conflict(there), force)
+
+
+def _configuration(source: Path, config: dict) -> Any:
+    """The configuration of ``source`` as the library reads it, for it knows older forms of the file.
+
+    Of a model that the library does not know, what stands in the file.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  (whatever its code raises for what it does not know)
+        logger.info("%s is taken as it is written: %s", source / CONFIG, error)
+    text: dict = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    return SimpleNamespace(**{str(key): value for key, value in text.items()})
 
 
 def _refuse(edit: Appliable, source: Path, reason: str | None, force: bool) -> None:

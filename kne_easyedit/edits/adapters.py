@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,8 @@ def save_adapter(
 
     Raises:
         AnswersLost: The reduction loses an answer; nothing was written.
-        ValueError: An edit cannot be used, or needs a higher rank than is served; the message says the way out.
+        ValueError: An edit cannot be used, needs a higher rank than is served, or is of a module that PEFT would not
+            find (some of mixtures of experts); the message says the way out.
         FileExistsError: The folder holds something, or another process was faster.
     """
     edits = [edits] if isinstance(edits, RowEdit) else list(edits)
@@ -115,6 +116,7 @@ def save_adapter(
         raise FileExistsError(f"{folder}: holds something; give a folder that is to be made, or is empty")
     changed = summed(edits)
     _require_one_base(edits, model, force)
+    _require_read_by_peft(edits, changed, model)
     places = _places(edits, changed, model)
     rank, notes = _rank(form, max(len(rows) for rows, _ in changed.values()), max_rank)
     factors = {name: factorised(rows, rank if form == "portable" else max_rank) for name, rows in changed.items()}
@@ -343,6 +345,24 @@ def _tensors(form: str, rank: int, factors: Mapping[str, Factors], places: Mappi
         tensors[f"{PREFIX}{name}.lora_A.weight"] = one.a(own, factor)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = one.b(own, places[name].width)
     return tensors
+
+
+def _require_read_by_peft(edits: Sequence[RowEdit], names: Iterable[str], model: nn.Module | None) -> None:
+    """Raises ValueError for modules whose names PEFT exchanges for those of a mixture's experts when it loads."""
+    try:  # private tables: where they are not, nothing is known, and nothing is said
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:
+        return
+    kinds = [edit.base.config.get("model_type") for edit in edits if isinstance(edit, KNEEdit)]
+    kind = getattr(getattr(model, "config", None), "model_type", kinds[0] if kinds else None)
+    pattern = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind, kind)
+    exchanged = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(pattern, {})
+    if lost := [name for name in names if name.rpartition(".")[2] in exchanged]:
+        raise ValueError(
+            f"edit: {lost[0]} cannot be served as an adapter: PEFT takes the {lost[0].rpartition('.')[2]} of a {kind} "
+            f"for one of its experts, and the adapter would do nothing; merge the edit (kne merge), or edit the "
+            f"attention's output"
+        )
 
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> int:

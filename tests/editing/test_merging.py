@@ -11,7 +11,12 @@ from conftest import GPT2_DOWN, GPTJ_DOWN, LLAMA_DOWN, make_gpt2, make_gptj, mak
 from crashes import killed_at, killed_in_write
 from edits import edit_of, thing_of
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from kne_easyedit.editing import merging
 from kne_easyedit.editing.applying import set_edits
@@ -34,6 +39,35 @@ def contents(folder):
 @pytest.fixture
 def base(tmp_path, llama):
     return saved(llama, tmp_path / "base", max_shard_size="20KB")
+
+
+def test_a_configuration_in_an_older_form_is_of_the_same_base(tmp_path):
+    """As Qwen2.5-VL's was written first: the text model's settings are not in ``text_config``."""
+    text = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text |= {"num_key_value_heads": 2, "vocab_size": len(make_tokenizer()), "hidden_act": "silu"}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24}
+    written = {"model_type": "qwen2_5_vl", **text, "vision_config": vision, "tie_word_embeddings": False}
+    written["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 2, 2]}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(dict(written))).eval()
+    base = saved(model, tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(written))
+    edit = thing_of(model, template="model.language_model.layers.{}.mlp.down_proj", layers=(0, 1))
+    edit.merge_into(base, tmp_path / "out")
+    found = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out")
+    edit.apply(model)
+    assert weights(found) == weights(model)
+
+
+def test_a_model_that_the_library_does_not_know(tmp_path, base, llama):
+    """Its configuration is taken as it is written: other settings are another base, the same ones are not."""
+    config = json.loads((base / "config.json").read_text())
+    edit = thing_of(llama)
+    foreign = replace(edit, base=replace(edit.base, config={**edit.base.config, "model_type": "foreign"}))
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "foreign"}))
+    merge_edits([foreign], base, tmp_path / "out")
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "foreign", "hidden_size": 25}))
+    with pytest.raises(ValueError, match="its hidden_size is 24, here it is 25"):
+        merge_edits([foreign], base, tmp_path / "other")
 
 
 class TestMerged:

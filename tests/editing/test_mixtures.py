@@ -7,10 +7,13 @@ import torch
 import transformers
 from conftest import SIZE, failing, fingerprint, make_tokenizer, sharpened, tiny_hparams
 from edits import REQUEST
+from peft import PeftModel
 
 from kne_easyedit import apply_kne_to_model, compute_edit, restore
 from kne_easyedit.editing import row_training
 from kne_easyedit.editing.adapter import ADAPTER
+from kne_easyedit.edits.adapters import FORMS, save_adapter
+from kne_easyedit.facts.encoding import encode
 
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=16)
 KINDS = {
@@ -76,3 +79,24 @@ def test_after_an_error_it_is_what_it_was(tokenizer, monkeypatch):
     with pytest.raises(MemoryError):
         compute_edit(model, tokenizer, [REQUEST], tiny_hparams(ATTENTION, layers=[1], ensemble="magnitude"))
     assert fingerprint(model) == before and not any(ADAPTER in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_changes_the_model_as_the_edit_does_or_is_refused(form, tokenizer, tmp_path):
+    """Of an MLP outside the experts PEFT would load nothing."""
+    model = mixture("qwen3-moe")
+    kept = {}
+    for target in (ATTENTION, MLP):
+        hparams = tiny_hparams(target, layers=[1], ensemble="magnitude", num_steps=40)
+        kept[target] = compute_edit(model, tokenizer, [REQUEST], hparams)
+    save_adapter(kept[ATTENTION], tmp_path / "attention", form=form)
+    ids = torch.tensor([encode(tokenizer, REQUEST["prompt"], REQUEST["target_new"]).ids])
+    with torch.no_grad():
+        with kept[ATTENTION].applied(model):
+            edited = model(ids).logits
+        served = PeftModel.from_pretrained(mixture("qwen3-moe"), tmp_path / "attention")(ids).logits
+        assert (edited - model(ids).logits).abs().max() > 0.1 > 1e-3 > (served - edited).abs().max()
+    for given in ({}, {"model": model}):
+        with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj cannot be served.*kne merge"):
+            save_adapter(kept[MLP], tmp_path / "mlp", form=form, **given)
+    assert not (tmp_path / "mlp").exists()
