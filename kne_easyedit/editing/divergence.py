@@ -165,13 +165,18 @@ def continuations(
     while len(found) < tokens:
         safe_point()
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), 1)], 1)
-        out = model(
-            input_ids=best[-1].unsqueeze(1).to(device),
-            attention_mask=attention_mask,
-            position_ids=position_ids[:, -1:] + len(found),
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        )
+        latest = best[-1].unsqueeze(1).to(device)
+        if (kept := getattr(out, "past_key_values", None)) is None:  # as of Mamba: all is read again
+            input_ids = torch.cat([input_ids, latest], 1)
+            out = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        else:
+            out = model(
+                input_ids=latest,
+                attention_mask=attention_mask,
+                position_ids=position_ids[:, -1:] + len(found),
+                past_key_values=kept,
+                use_cache=True,
+            )
         logits = out.logits[:, -1]
         found.append(_log_probabilities(logits))
         best.append(logits.argmax(-1))

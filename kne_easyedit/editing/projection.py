@@ -261,11 +261,16 @@ def _inputs_of(model: nn.Module, modules: Sequence[str]) -> Iterator[Mapping[str
 
 
 def _joined(passes: Sequence[Tensor], texts: Sequence[Sequence[int]], name: str) -> Tensor:
-    """The inputs of several passes of the same texts, ``(texts, positions, d1)``: a prompt's, then token by token."""
-    widths = [max(map(len, texts)), *[1] * (len(passes) - 1)]
-    if not passes or any(x.numel() != len(texts) * width * x.shape[-1] for x, width in zip(passes, widths)):
+    """The inputs of several passes of the same texts, ``(texts, positions, d1)``: a prompt's, then token by token.
+
+    Later passes read the last token alone, or all tokens again (`continuations`).
+    """
+    longest = max(map(len, texts))
+    counts = [x.numel() / (len(texts) * x.shape[-1]) for x in passes]
+    if not passes or any(count != longest + i and (i == 0 or count != 1) for i, count in enumerate(counts)):
         raise ValueError(
             f"input_projection: {name} does not read every token of a text once; leave it out of target_modules, or "
             f"set input_projection: false"
         )
-    return torch.cat([x.reshape(len(texts), width, x.shape[-1]) for x, width in zip(passes, widths)], 1)
+    read = [x.reshape(len(texts), -1, x.shape[-1]) for x in passes]
+    return torch.cat([read[0], *(x[:, -1:] for x in read[1:])], 1)

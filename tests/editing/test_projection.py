@@ -14,8 +14,10 @@ from reference import literal_continuation, literal_projector, literal_row_train
 
 from kne_easyedit import compute_edit, restore, write_rows
 from kne_easyedit.editing import projection as projection_module
+from kne_easyedit.editing.divergence import continuations
 from kne_easyedit.editing.projection import InputProjection, input_projections, within
 from kne_easyedit.editing.row_training import train_rows
+from kne_easyedit.facts.encoding import encode
 from kne_easyedit.models.state import preserve_state
 
 PROMPTS = ["The capital of Spain is", "The capital of Peru", "France and"]
@@ -186,3 +188,35 @@ def test_by_the_settings_alone(tokenizer, tmp_path):
             changes[on] = (logits_of(model, texts) - logits).abs().max().item()
             restore(model, originals)
         assert changes[True] < 0.1 * changes[False]
+
+
+def test_continuations_of_a_model_that_keeps_nothing_of_earlier_tokens(tokenizer):
+    """Mamba: all is read again at each step, with prompts of several lengths in one batch."""
+    model = made("mamba")
+    prompts = encoded(tokenizer)
+    with preserve_state(model), torch.no_grad():
+        said, before = continuations(model, prompts, 4, None)
+        for prompt, answer, found in zip(prompts, said, before):
+            for at, token in enumerate(answer):
+                logits = model(input_ids=torch.tensor([[*prompt, *answer[:at]]])).logits[0, -1]
+                assert token == logits.argmax() and torch.allclose(logits.log_softmax(-1), found[at], atol=1e-9)
+
+
+def test_its_edit_spares_them(tokenizer):
+    """PEFT would refuse out_proj of a Mamba that it saw as a whole, for kernels of training that are not used here."""
+    model = made("mamba")
+    template = "backbone.layers.{}.mixer.out_proj"
+    names = [template.format(layer) for layer in (0, 1)]
+    with preserve_state(model), torch.no_grad():
+        found = input_projections(model, tokenizer, PROMPTS[:2], names, 1e-13, 3)
+        _, before = continuations(model, encoded(tokenizer, PROMPTS[:2]), 3, tokenizer.eos_token_id)
+    ensemble = ensemble_of(template, rows={0: (1, 3, 5, 9), 1: (0, 2, 7)})
+    facts = [encode(tokenizer, REQUEST["prompt"], REQUEST["target_new"])]
+    hparams = tiny_hparams(optimizer="polyak", num_steps=10, stop_loss=0, input_projection=True)
+    edit = train_rows(model, facts, ensemble, hparams, projections=found)
+    assert edit.losses[-1] < edit.losses[0] - 0.05
+    originals = write_rows(model, edit)
+    with preserve_state(model), torch.no_grad():
+        _, now = continuations(model, encoded(tokenizer, PROMPTS[:2]), 3, tokenizer.eos_token_id)
+    restore(model, originals)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(before, now))
