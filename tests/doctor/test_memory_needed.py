@@ -24,6 +24,7 @@ from transformers import LlamaConfig
 from kne_easyedit.doctor import memory as of_memory
 from kne_easyedit.doctor.memory import TOKENS, MemoryNeeded, memory_needed
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
+from kne_easyedit.editing.after_answers import COMPARED, texts_after_answers
 from kne_easyedit.editing.divergence import Divergence
 from kne_easyedit.editing.projection import input_projections
 from kne_easyedit.editing.row_edit import write_rows
@@ -89,6 +90,17 @@ def test_neighbours_are_counted(llama, tokenizer):
     variants = memory_needed(llama, tiny_hparams(**settings, subject_variants=2), TOKENS).phases
     activations = [needed["training"]["activations"] for needed in (on, few, kl, variants)]
     assert activations == [texts * off["training"]["activations"] // 5 for texts in (20, 10, 12, 10)]
+
+
+def test_what_follows_answers_is_counted(llama, tokenizer):
+    """Its distributions, at least those that the objective keeps, and one text of each fact in a step's pass."""
+    facts = [encode(tokenizer, "The capital of France is", "Rome")]
+    with preserve_state(llama), torch.no_grad():
+        kept = Divergence.in_texts(llama, texts_after_answers(llama, tokenizer, facts))._before
+    off = memory_needed(llama, tiny_hparams(batch_size=5), TOKENS).phases["training"]
+    on = memory_needed(llama, tiny_hparams(batch_size=5, continuation_weight=1.0), TOKENS).phases["training"]
+    assert 0 < _bytes(*kept) <= on.pop("continuations") // 5 and "continuations" not in off
+    assert on["activations"] == 2 * off["activations"] // TOKENS * (TOKENS + COMPARED)
 
 
 def test_a_projection_is_counted(llama, tokenizer):
