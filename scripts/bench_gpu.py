@@ -77,7 +77,8 @@ def main() -> None:
         return many_facts(model, target, facts, hparams.attribution_steps, given.literal_layers)
 
     def steps() -> dict[str, Any]:
-        paper = replace_settings(hparams, optimizer="adamw", input_projection=False, subject_variants=0)
+        plain = {"input_projection": False, "subject_variants": 0, "continuation_weight": 0.0}
+        paper = replace_settings(hparams, optimizer="adamw", **plain)
         few = {"neighbour_relation_size": 4, "neighbour_subject_size": 4}
         with tempfile.TemporaryDirectory() as cache:
             paper = replace_settings(paper, cache_dir=cache)
