@@ -95,9 +95,9 @@ def test_a_promise_that_is_not_kept_is_found():
 @pytest.mark.model
 @pytest.mark.parametrize(
     "name",
-    [
-        "edit_without_easyedit",
-        pytest.param("edit_with_easyedit", marks=pytest.mark.slow),  # the blocks of docs/easyedit.md do the same
+    [  # what README's and the documents' blocks do, which `make test` runs
+        pytest.param("edit_without_easyedit", marks=pytest.mark.slow),
+        pytest.param("edit_with_easyedit", marks=pytest.mark.slow),
     ],
 )
 def test_it_runs(name, real_folder, tmp_path):

@@ -62,7 +62,7 @@ def noting(model: nn.Module, requests: Sequence[Request], edit: RowEdit, hparams
     """
     before = still_there(model)
     noted = {note.edit for note in before}
-    applied = [known for known in edited(model).edits if known.digest not in noted and _requests_of(known)]
+    applied = [known.resolve() for known in edited(model).edits if known.digest not in noted and _requests_of(known)]
 
     def note() -> None:
         if not any(delta.any() for _, delta in edit.deltas.values()):
@@ -71,9 +71,8 @@ def noting(model: nn.Module, requests: Sequence[Request], edit: RowEdit, hparams
         if before and before[-1].rows == rows:
             rows = before[-1].rows  # one ensemble for all edits: its numbers are kept once
         beneath = [
-            _Written(_kept(_requests_of(known)), _form_of(known), its, _digests(model, its), known.digest)
-            for known in applied
-            if (its := known.resolve().rows)
+            _Written(_kept(one.requests), _form_of(one), one.rows, _digests(model, one.rows), one.digest)
+            for one in applied
         ]
         form = _Form(hparams.use_chat_template, hparams.separator)
         written = _Written(_kept(requests), form, rows, _digests(model, rows), getattr(edit, "digest", None))
@@ -90,8 +89,8 @@ def _requests_of(known: Known) -> Sequence[Request]:
     return getattr(known.resolve(), "requests", ())
 
 
-def _form_of(known: Known) -> _Form:
-    settings = getattr(known.resolve(), "hparams", {})
+def _form_of(edit: Any) -> _Form:
+    settings = getattr(edit, "hparams", {})
     return _Form(settings.get("use_chat_template", False), settings.get("separator", SEPARATOR))
 
 
@@ -123,7 +122,7 @@ def earlier_facts(model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Req
 def _earlier(model: nn.Module, requests: Sequence[Request]) -> list[tuple[Request, _Form]]:
     found = [(request, note.form) for note in still_there(model) for request in note.requests]
     # Edits of a store are added up and rounded anew; they are known by themselves.
-    found += [(request, _form_of(known)) for known in edited(model).edits for request in _requests_of(known)]
+    found += [(one, _form_of(known.resolve())) for known in edited(model).edits for one in _requests_of(known)]
     now = {natural(request["prompt"]) for request in requests}
     last = {natural(one[0]["prompt"]): one for one in found}
     prompts = dict.fromkeys(natural(request["prompt"]) for request, _ in reversed(found))

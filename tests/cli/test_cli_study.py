@@ -50,7 +50,9 @@ def study(name: str, *options: str) -> int:
     return kne("study", name, *OPTIONS, *options, *SPED_UP)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name", ["facts", "share", *(pytest.param(name, marks=pytest.mark.slow) for name in ("location", "batch"))]
+)
 def test_a_study_from_one_command_to_its_page(name, place, capsys, monkeypatch):
     options, points = STUDIES[name]
     assert study(name, *options, "--dry-run") == 0

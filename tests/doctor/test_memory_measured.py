@@ -96,7 +96,7 @@ def test_within_15_percent(name, requests, words, tmp_path):
     earlier = requests[1:] if hparams.spare_edited else []
     if earlier:
         edit = RowEdit({module.format(0): ((0,), torch.ones(1, shape["intermediate_size"]))}, ())
-        write_rows(model, edit, on_written=noting(model, earlier, edit))
+        write_rows(model, edit, on_written=noting(model, earlier, edit, hparams))
     lengths = [len(encode_request(words, one).ids) for one in earlier]
     needed = memory_needed(model, hparams, len(fact.ids), len(fact.answer), earlier=lengths)
     measured = phases(model, words, requests[0], fact, hparams)

@@ -64,7 +64,11 @@ def spared(found: dict) -> bool:
     return found["bleed"] < 2 / ASKED and found["neighbourhood"] > 0.6 and found["neighbourhood_free"] > 0.45
 
 
-@pytest.mark.parametrize("request_", FACTS, ids=lambda request: request["subject"])
+@pytest.mark.parametrize(
+    "request_",
+    [FACTS[0], pytest.param(FACTS[1], marks=pytest.mark.slow), FACTS[2]],
+    ids=lambda request: request["subject"],
+)
 def test_neighbours_are_spared_by_the_shipped_settings(request_, smollm2, shipped):
     assert spared(figures(smollm2, shipped, request_, packaged(request_)))
 

@@ -317,11 +317,11 @@ class TestRefused:
     def test_another_process_that_was_faster(self, tmp_path, monkeypatch):
         """Its adapter stays, and ours is not reported as written."""
 
-        def save_file(*_, **__):
+        def write_tensors(*_, **__):
             (tmp_path / "a").mkdir()
             (tmp_path / "a" / "theirs").write_text("")
 
-        monkeypatch.setattr("safetensors.torch.save_file", save_file)
+        monkeypatch.setattr("kne_easyedit.edits.adapters.write_tensors", write_tensors)
         with pytest.raises(FileExistsError, match="another process"):
             save_adapter(edit_of(make_llama()), tmp_path / "a", model=make_llama())
         assert [path.name for path in tmp_path.rglob("*")] == ["a", "theirs"]

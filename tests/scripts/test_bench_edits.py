@@ -23,6 +23,7 @@ spec.loader.exec_module(bench)
 FRANCE = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
 
 
+@pytest.mark.slow  # the blocks of docs/serving.md, and tests of adapters on tiny models, have the same for less
 def test_the_real_model(smollm2, capsys, monkeypatch):
     """Sizes, answers and logits of what is shipped: bounds that half a rank or one wrong scale would break."""
     monkeypatch.setattr(bench, "FORMS", (("portable", None), ("exact", None), ("portable", 32), ("portable", 1)))
