@@ -194,7 +194,7 @@ def _training(
     first = min((layer for target, _ in rows for layer in target.layers), default=0)
     own = neighbours_in_step(hparams)
     compared = COMPARED if hparams.continuation_weight else 0
-    longest = max(facts.tokens + compared, _longest_neighbour(hparams, facts) if own else 0)
+    longest = max(facts.tokens + compared + bool(compared), _longest_neighbour(hparams, facts) if own else 0)
     texts = kne_texts_at_once(hparams, facts.earlier)
     tokens = texts * longest
     predicted = texts * max(facts.answer_tokens, hparams.neighbour_tokens if own else 0, compared)

@@ -12,7 +12,7 @@ from torch import nn
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.editing.divergence import AT_ONCE, continuations
 from kne_easyedit.editing.endings import added_text, most_probable
-from kne_easyedit.facts.encoding import Fact, Tokenizer
+from kne_easyedit.facts.encoding import Fact, Tokenizer, longest_text
 
 MARKS = 4
 """So many punctuation marks (line ends included) that may follow an answer: behind them it would be said again."""
@@ -41,8 +41,7 @@ def after_answers(
         Token ids of a text -> its places.
     """
     end = tokenizer.eos_token_id
-    limit = getattr(model.config, "max_position_embeddings", None)
-    able = [fact for fact in facts if limit is None or len(fact.ids) + tokens <= limit]
+    able = [fact for fact in facts if len(fact.ids) + tokens <= longest_text(model.config)]
     groups = [able[start : start + AT_ONCE] for start in range(0, len(able), AT_ONCE)]
     branches = [of_fact for group in groups for of_fact in _branches(model, tokenizer, group)]
     texts = [text for turn in zip_longest(*branches) for text in turn if text is not None]
@@ -62,10 +61,10 @@ def after_answers(
 def texts_after_answers(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[Fact]:
     """The texts of `after_answers` whose answers are the `COMPARED` tokens after the first one that follows an answer.
 
-    The last of them is no more than a label: the end token where the model ends there. For arguments see
-    `after_answers`.
+    One token more follows, the label of the last one that is compared. For arguments see `after_answers`.
     """
-    said = after_answers(model, tokenizer, facts, COMPARED, len(facts) * BRANCHES * COMPARED)
+    able = [fact for fact in facts if len(fact.ids) + COMPARED + 1 <= longest_text(model.config)]
+    said = after_answers(model, tokenizer, able, COMPARED, len(able) * BRANCHES * COMPARED)
     end = next(end for end in (tokenizer.eos_token_id, 0) if end is not None)
     return [Fact("", "", (*ids, end), places.start + 1) for ids, places in said.items()]
 

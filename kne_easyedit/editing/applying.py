@@ -105,7 +105,7 @@ class _Held:
                     weight_of(self._model, name)[index] = values
             torch.clear_autocast_cache()
         take_note_back(self._model, self._noted)
-        put_notes_back(self._model, self._notes)
+        put_notes_back(self._model, self._notes, written=True)
 
 
 def _set(model: nn.Module, edits: Sequence[Appliable], force: bool, held: _Held | None = None) -> None:
@@ -163,7 +163,7 @@ def _set(model: nn.Module, edits: Sequence[Appliable], force: bool, held: _Held 
             torch.clear_autocast_cache()  # the caller's autocast keeps copies of the old weights
             known = tuple(Known(edit.digest, edit) for edit in edits)
             note_edits(model, known, {name: sorted(found) for name, found in changed.items()})
-            renew_notes(model, there, digests)
+            renew_notes(model, there, digests, state.lost)
         except BaseException:
             put_back()
             raise

@@ -168,7 +168,8 @@ def continuations(
         latest = best[-1].unsqueeze(1).to(device)
         if (kept := getattr(out, "past_key_values", None)) is None:  # as of Mamba: all is read again
             input_ids = torch.cat([input_ids, latest], 1)
-            out = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            places = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=places, use_cache=False)
         else:
             out = model(
                 input_ids=latest,

@@ -120,31 +120,33 @@ def earlier_facts(model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Req
 
 
 def _earlier(model: nn.Module, requests: Sequence[Request]) -> list[tuple[Request, _Form]]:
-    found = [(request, note.form) for note in still_there(model) for request in note.requests]
-    # Edits of a store are added up and rounded anew; they are known by themselves.
-    found += [(one, _form_of(known.resolve())) for known in edited(model).edits for one in _requests_of(known)]
+    there = still_there(model)
+    found = [(request, note.form) for note in there for request in note.requests]
+    # Edits of a store are added up and rounded anew; those that are in no note are known by themselves.
+    noted = {note.edit for note in there}
+    applied = [known for known in edited(model).edits if known.digest not in noted]
+    found += [(one, _form_of(known.resolve())) for known in applied for one in _requests_of(known)]
     now = {natural(request["prompt"]) for request in requests}
     last = {natural(one[0]["prompt"]): one for one in found}
     prompts = dict.fromkeys(natural(request["prompt"]) for request, _ in reversed(found))
     return [last[prompt] for prompt in prompts if prompt not in now]
 
 
-def renew_notes(model: nn.Module, there: Notes, applied: Container[str]) -> None:
+def renew_notes(model: nn.Module, there: Notes, applied: Container[str], lost: bool = False) -> None:
     """Notes anew what rows hold of edits that ``model`` still has, after `set_edits` has written other ones.
 
     Args:
         model: The model, as it is now.
         there: What was `still_there` before.
         applied: Digests of the edits that it has now: others that could be taken back by themselves have been.
+        lost: The weights were taken as they were for those without edits: nothing was taken back, and it cannot be.
     """
-    put_notes_back(
-        model,
-        tuple(
-            replace(note, digests=_digests(model, note.rows))
-            for note in there
-            if note.edit is None or note.edit in applied
-        ),
-    )
+    renewed = []
+    for note in there:
+        if note.edit is None or note.edit in applied or lost:
+            edit = note.edit if note.edit in applied else None
+            renewed.append(replace(note, digests=_digests(model, note.rows), edit=edit))
+    put_notes_back(model, tuple(renewed))
 
 
 def kept_notes(model: nn.Module) -> Notes:
@@ -152,8 +154,14 @@ def kept_notes(model: nn.Module) -> Notes:
     return _WRITTEN.get(model, ())
 
 
-def put_notes_back(model: nn.Module, notes: Notes) -> None:
-    """Notes what was noted before, when the weights are put back."""
+def put_notes_back(model: nn.Module, notes: Notes, written: bool = False) -> None:
+    """Notes what was noted before, when the weights are put back.
+
+    With ``written`` also what was noted since of edits that were written meanwhile: they may be in other rows.
+    """
+    if written:
+        known = {id(note.requests) for note in notes}
+        notes = (*notes, *(note for note in kept_notes(model) if note.edit is None and id(note.requests) not in known))
     if notes or model in _WRITTEN:
         _WRITTEN[model] = notes
 

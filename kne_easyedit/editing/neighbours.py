@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import zip_longest
@@ -14,7 +13,7 @@ from torch import nn
 from kne_easyedit._util.messages import shorten
 from kne_easyedit.editing.own_neighbours import own_pool
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import Tokenizer, chat_prompt
+from kne_easyedit.facts.encoding import Tokenizer, chat_prompt, longest_text
 from kne_easyedit.facts.neighbours import (
     FactPool,
     Neighbour,
@@ -161,7 +160,7 @@ def readable(
 
 def short_enough(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> list[str]:
     """The texts that, with ``tokens`` more, are no longer than the model takes (``config.max_position_embeddings``)."""
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    limit = longest_text(model.config)
     short = [text for text in texts if len(tokenizer(text)["input_ids"]) + tokens <= limit]
     if len(short) < len(texts):
         logger.info("%s of %s prompts are too long for the model and left out", len(texts) - len(short), len(texts))

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -348,7 +349,10 @@ def _tensors(form: str, rank: int, factors: Mapping[str, Factors], places: Mappi
 
 
 def _require_read_by_peft(edits: Sequence[RowEdit], names: Iterable[str], model: nn.Module | None) -> None:
-    """Raises ValueError for modules whose names PEFT exchanges for those of a mixture's experts when it loads."""
+    """Raises ValueError for modules that PEFT, when it loads, refuses (Mamba) or takes for others (of experts)."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
     try:  # private tables: where they are not, nothing is known, and nothing is said
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:
@@ -357,6 +361,12 @@ def _require_read_by_peft(edits: Sequence[RowEdit], names: Iterable[str], model:
     kind = getattr(getattr(model, "config", None), "model_type", kinds[0] if kinds else None)
     pattern = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind, kind)
     exchanged = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(pattern, {})
+    refused = getattr(tuners_utils, "_check_lora_target_modules_mamba", lambda *_: None)
+    for name in names:
+        try:
+            refused(LoraConfig(), SimpleNamespace(config=SimpleNamespace(model_type=kind)), name.rpartition(".")[2])
+        except ValueError as error:  # noqa: PERF203  (it says no by an exception)
+            raise ValueError(f"edit: {name} cannot be served as an adapter ({error}); merge it (kne merge)") from error
     if lost := [name for name in names if name.rpartition(".")[2] in exchanged]:
         raise ValueError(
             f"edit: {lost[0]} cannot be served as an adapter: PEFT takes the {lost[0].rpartition('.')[2]} of a {kind} "

@@ -7,6 +7,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from kne_easyedit._util.interrupts import defer_interrupts
 from kne_easyedit.editing.kne_edit import KNEEdit
 
 
@@ -52,13 +53,21 @@ def keep_whole(place: Path, edit: KNEEdit) -> None:
     with suppress(OSError, ValueError):
         if KNEEdit.load(place).digest == edit.digest:
             return
-    beside = _beside(place)
+    beside, before = _beside(place), _beside(place)
     try:
         edit.save(beside)
-        discard(place)
-        beside.rename(place)
+        with defer_interrupts():  # between the two renames the edit is under no name of the list
+            with suppress(FileNotFoundError):
+                place.rename(before)
+            try:
+                beside.rename(place)
+            except BaseException:
+                with suppress(FileNotFoundError):
+                    before.rename(place)
+                raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _beside(place: Path) -> Path:

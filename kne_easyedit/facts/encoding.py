@@ -7,6 +7,7 @@ that what is scored is what is trained; where it would split at a wrong place, t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -246,11 +247,15 @@ def _adds_start(tokenizer: Tokenizer) -> bool:
     return start is not None and tokenizer("a")["input_ids"][:1] == [start]
 
 
+def longest_text(config: Any) -> float:
+    """Tokens that a model takes at most (``config.max_position_embeddings``); infinity if none are named."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None) or math.inf
+
+
 def require_length(fact: Fact, config: Any) -> None:
     """Raises ValueError for a fact that is longer than the model takes (``config.max_position_embeddings``)."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    if limit and len(fact.ids) > limit:
+    if len(fact.ids) > (limit := longest_text(config)):
         raise ValueError(
             f"prompt: {shorten(fact.prompt)} has {len(fact.ids)} tokens with its target, the model takes {limit}"
         )

@@ -100,7 +100,7 @@ def test_what_follows_answers_is_counted(llama, tokenizer):
     off = memory_needed(llama, tiny_hparams(batch_size=5), TOKENS).phases["training"]
     on = memory_needed(llama, tiny_hparams(batch_size=5, continuation_weight=1.0), TOKENS).phases["training"]
     assert 0 < _bytes(*kept) <= on.pop("continuations") // 5 and "continuations" not in off
-    assert on["activations"] == 2 * off["activations"] // TOKENS * (TOKENS + COMPARED)
+    assert on["activations"] == 2 * off["activations"] // TOKENS * (TOKENS + COMPARED + 1)
 
 
 def test_a_projection_is_counted(llama, tokenizer):

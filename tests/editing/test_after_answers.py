@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import LLAMA_DOWN, fingerprint, make_llama, make_tokenizer, tiny_hparams
+from conftest import GPT2_DOWN, LLAMA_DOWN, fingerprint, make_gpt2, make_llama, make_tokenizer, tiny_hparams
 from edits import REQUEST
 
 from kne_easyedit import compute_edit
@@ -74,6 +74,19 @@ def test_texts_are_compared_behind_the_first_token_after_an_answer(llama64, toke
     assert [text.ids[:-1] for text in found] == list(said)
     for text, places in zip(found, said.values()):
         assert list(text.positions) == list(places) and len(text.answer) == len(places)
+
+
+@pytest.mark.parametrize("more", [0, COMPARED, COMPARED + 1, ENOUGH])
+def test_no_text_is_longer_than_the_model_takes(tokenizer, facts, more):
+    """Of a fact that leaves too few tokens nothing is compared, and it is edited all the same."""
+    limit = len(facts[0].ids) + more
+    model = make_gpt2(n_positions=limit)
+    with preserve_state(model), torch.no_grad():
+        texts = texts_after_answers(model, tokenizer, facts[:1])
+    assert all(len(text.ids) <= limit for text in texts) and bool(texts) == (more > COMPARED)
+    settings = tiny_hparams(GPT2_DOWN, continuation_weight=5.0, num_steps=3, ensemble="magnitude")
+    request = {"prompt": FACTS[0][0], "target_new": FACTS[0][1]}
+    assert compute_edit(model, tokenizer, [request], settings).steps == 3
 
 
 def test_their_divergence_is_the_literal_one(llama64, tokenizer, facts):

@@ -158,6 +158,33 @@ class TestWhatIsKnown:
         llama.config.max_position_embeddings = 1
         assert earlier_facts(llama, tokenizer) == [] and "an earlier fact is not spared" in caplog.text
 
+    @pytest.mark.parametrize("rows", [MANY, {0: (20, 21), 3: (22,)}], ids=["the same rows", "others"])
+    def test_of_a_prompt_the_last_answer_however_it_came(self, llama, tokenizer, rows):
+        again = {**REQUEST, "target_new": "Ada"}
+        first = ensemble_of(LLAMA_DOWN, rows={0: (2, 3), 3: (5,)})
+        compute_edit(llama, tokenizer, REQUEST, tiny_hparams(num_steps=2), first).apply(llama)
+        apply(llama, tokenizer, again, ensemble_of(LLAMA_DOWN, rows=rows))
+        assert known(llama) == said(again)
+
+    def test_what_is_taken_for_the_base_stays(self, llama, tokenizer):
+        """An edit was written over one that was applied, so that the base is lost: nothing has been taken back."""
+        first, last = (
+            compute_edit(llama, tokenizer, one, tiny_hparams(num_steps=2), ENSEMBLE) for one in REQUESTS[::2]
+        )
+        first.apply(llama)
+        apply(llama, tokenizer, REQUESTS[1])
+        set_edits(llama, [last], force=True)
+        assert sorted(known(llama)) == sorted(said(*REQUESTS))
+
+    def test_what_is_written_inside_and_stays(self, llama, tokenizer):
+        """In rows that no other edit has, so that it is not taken back with the others."""
+        other = compute_edit(
+            llama, tokenizer, REQUEST, tiny_hparams(num_steps=2), ensemble_of(LLAMA_DOWN, rows={0: (2, 3)})
+        )
+        with other.applied(llama):
+            apply(llama, tokenizer, REQUESTS[1], ensemble_of(LLAMA_DOWN, rows={2: (7,)}))
+        assert known(llama) == said(REQUESTS[1])
+
     def test_an_error_on_the_way_leaves_what_was_noted(self, llama, tokenizer, monkeypatch):
         apply(llama, tokenizer, REQUEST)
         other = compute_edit(llama, tokenizer, REQUESTS[1], tiny_hparams(num_steps=2), ENSEMBLE)

@@ -6,17 +6,19 @@ import json
 
 import pytest
 import torch
-from conftest import GPT2_DOWN, LLAMA_DOWN, fingerprint, make_gpt2, make_llama, tiny_hparams
+from conftest import GPT2_DOWN, LLAMA_DOWN, fingerprint, make_gpt2, make_llama, sharpened, tiny_hparams
 from edits import MANY, REQUEST, ensemble_of, full_deltas, masks_of
 from families import made
 from pytest import approx
 from reference import literal_continuation, literal_projector, literal_row_training
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from kne_easyedit import compute_edit, restore, write_rows
 from kne_easyedit.editing import projection as projection_module
 from kne_easyedit.editing.divergence import continuations
 from kne_easyedit.editing.projection import InputProjection, input_projections, within
 from kne_easyedit.editing.row_training import train_rows
+from kne_easyedit.edits import save_adapter
 from kne_easyedit.facts.encoding import encode
 from kne_easyedit.models.state import preserve_state
 
@@ -190,9 +192,15 @@ def test_by_the_settings_alone(tokenizer, tmp_path):
         assert changes[True] < 0.1 * changes[False]
 
 
-def test_continuations_of_a_model_that_keeps_nothing_of_earlier_tokens(tokenizer):
-    """Mamba: all is read again at each step, with prompts of several lengths in one batch."""
-    model = made("mamba")
+def learned_positions(tokenizer):
+    config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_positions=64, n_embd=24, n_layer=2, n_head=4)
+    return sharpened(OpenAIGPTLMHeadModel(config), torch.float64, 1)
+
+
+@pytest.mark.parametrize("name", ["mamba", "learned positions"])
+def test_continuations_of_a_model_that_keeps_nothing_of_earlier_tokens(name, tokenizer):
+    """All is read again at each step, with prompts of several lengths in one batch."""
+    model = made(name) if name == "mamba" else learned_positions(tokenizer)
     prompts = encoded(tokenizer)
     with preserve_state(model), torch.no_grad():
         said, before = continuations(model, prompts, 4, None)
@@ -202,7 +210,7 @@ def test_continuations_of_a_model_that_keeps_nothing_of_earlier_tokens(tokenizer
                 assert token == logits.argmax() and torch.allclose(logits.log_softmax(-1), found[at], atol=1e-9)
 
 
-def test_its_edit_spares_them(tokenizer):
+def test_its_edit_spares_them(tokenizer, tmp_path):
     """PEFT would refuse out_proj of a Mamba that it saw as a whole, for kernels of training that are not used here."""
     model = made("mamba")
     template = "backbone.layers.{}.mixer.out_proj"
@@ -215,6 +223,8 @@ def test_its_edit_spares_them(tokenizer):
     hparams = tiny_hparams(optimizer="polyak", num_steps=10, stop_loss=0, input_projection=True)
     edit = train_rows(model, facts, ensemble, hparams, projections=found)
     assert edit.losses[-1] < edit.losses[0] - 0.05
+    with pytest.raises(ValueError, match=r"mixer.out_proj cannot be served as an adapter.*kne merge"):
+        save_adapter(edit, tmp_path / "adapter", model=model)
     originals = write_rows(model, edit)
     with preserve_state(model), torch.no_grad():
         _, now = continuations(model, encoded(tokenizer, PROMPTS[:2]), 3, tokenizer.eos_token_id)
