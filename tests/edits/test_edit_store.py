@@ -3,17 +3,15 @@
 import json
 import logging
 import shutil
-from pathlib import Path
 
 import pytest
-from conftest import LLAMA_DOWN, failing, fingerprint, make_llama, tiny_hparams, weights
+from conftest import LLAMA_DOWN, fingerprint, make_llama, tiny_hparams, weights
 from edits import MANY, REQUESTS, ensemble_of, thing_of
 
 from kne_easyedit.editing.edit import apply_kne_to_model, compute_edit
 from kne_easyedit.edits import EditStore, listing
 from kne_easyedit.edits import store as store_module
 from kne_easyedit.edits.listing import LIST_FILE
-from kne_easyedit.edits.places import keep_whole
 from kne_easyedit.edits.sizes import shared_counts
 
 
@@ -58,43 +56,6 @@ class TestList:
 
     def test_a_name_of_its_own(self, tmp_path, edits):
         assert EditStore(tmp_path / "s").add(edits[0]) == edits[0].digest[:12]
-
-    @pytest.mark.parametrize("damage", ["rows", "list of rows", "folder"])
-    def test_added_again_an_edit_is_whole_again(self, store, edits, llama, damage):
-        place = store.folder / "edits" / "b"
-        if damage == "folder":
-            shutil.rmtree(place)
-        elif damage == "rows":
-            (place / "rows.safetensors").unlink()
-        else:
-            (place / "edit.json").write_text("{")
-        store.off("b")
-        assert EditStore(store.folder).add(edits[1]) == "b" and ids(store) == ["a", "b", "c"]
-        assert EditStore(store.folder).active().edits == tuple(edits)
-        assert {path.name for path in place.parent.iterdir()} == {"a", "b", "c"}
-
-    @pytest.mark.parametrize("call", [1, 2])
-    def test_nothing_is_lost_when_writing_anew_is_interrupted(self, store, edits, monkeypatch, call):
-        """Between the two renames, too: what is damaged is back, with all that is whole in it."""
-        place = store.folder / "edits" / "b"
-        (place / "edit.json").write_text("{")
-        left = {path.name: path.read_bytes() for path in place.iterdir()}
-        monkeypatch.setattr(Path, "rename", failing(Path.rename, call, KeyboardInterrupt()))
-        edit = edits[1]
-        monkeypatch.setattr(type(edit), "save", lambda self, folder: Path(folder).mkdir())
-        with pytest.raises(KeyboardInterrupt):
-            keep_whole(place, edit)
-        assert {path.name: path.read_bytes() for path in place.iterdir()} == left
-        assert {path.name for path in place.parent.iterdir()} == {"a", "b", "c"}
-
-    def test_what_cannot_be_written_anew_is_left(self, store, edits):
-        """The edit is the store's own, and its rows are gone."""
-        own = store.edit("b")
-        (store.folder / "edits" / "b" / "rows.safetensors").unlink()
-        left = sorted(path.name for path in (store.folder / "edits").rglob("*"))
-        with pytest.raises(OSError):
-            EditStore(store.folder).add(own)
-        assert sorted(path.name for path in (store.folder / "edits").rglob("*")) == left
 
     def test_the_base_of_an_edited_model_is_that_without_edits(self, store, llama):
         store.apply(llama)
