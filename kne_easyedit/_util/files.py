@@ -66,7 +66,7 @@ def atomic_directory(final: str | os.PathLike[str], exclusive: bool = False) -> 
         OSError: The folder cannot be made.
     """
     final = Path(final)
-    temporary = _beside(final)
+    temporary = beside(final)
     try:
         # Not tempfile.mkdtemp: its folders are closed to everybody else, also after the rename.
         temporary.mkdir(parents=True)
@@ -141,7 +141,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         OSError: It cannot be written, for example because the disk is full; the error names the file.
     """
     path = Path(path)
-    temporary = _beside(path)
+    temporary = beside(path)
     content = data.encode("utf-8") if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -208,7 +208,7 @@ def exclusive_lock(folder: Path, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
     """A fresh hidden name in the same folder: a rename is atomic only within one file system."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from kne_easyedit._util.files import beside
 from kne_easyedit._util.interrupts import defer_interrupts
 from kne_easyedit.editing.kne_edit import KNEEdit
 
@@ -39,7 +39,7 @@ def way_out_of_unlisted(place: Path) -> str:
 def discard(place: Path) -> None:
     """Removes an edit's folder, which is not in the list any more. What a kill leaves of it is under no edit's name."""
     with suppress(OSError):
-        place = place.rename(_beside(place))
+        place = place.rename(beside(place))
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -53,23 +53,18 @@ def keep_whole(place: Path, edit: KNEEdit) -> None:
     with suppress(OSError, ValueError):
         if KNEEdit.load(place).digest == edit.digest:
             return
-    beside, before = _beside(place), _beside(place)
+    new, before = beside(place), beside(place)
     try:
-        edit.save(beside)
+        edit.save(new)
         with defer_interrupts():  # between the two renames the edit is under no name of the list
             with suppress(FileNotFoundError):
                 place.rename(before)
             try:
-                beside.rename(place)
+                new.rename(place)
             except BaseException:
                 with suppress(FileNotFoundError):
                     before.rename(place)
                 raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(before, ignore_errors=True)
-
-
-def _beside(place: Path) -> Path:
-    """Under no edit's name."""
-    return place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.tmp")

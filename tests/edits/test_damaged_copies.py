@@ -7,23 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import failing
-from edits import thing_of
+from test_edit_store import edits_fixture, store_fixture  # noqa: F401  (fixtures)
 
 from kne_easyedit.edits import EditStore
 from kne_easyedit.edits.places import keep_whole
-
-
-@pytest.fixture
-def edits(llama):
-    return [thing_of(llama, seed, rows=(seed, 5, 9)) for seed in range(3)]
-
-
-@pytest.fixture
-def store(tmp_path, edits):
-    store = EditStore(tmp_path / "store")
-    for name, edit in zip("abc", edits):
-        store.add(edit, name)
-    return store
 
 
 @pytest.mark.parametrize("damage", ["rows", "list of rows", "folder"])

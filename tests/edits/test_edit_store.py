@@ -15,13 +15,13 @@ from kne_easyedit.edits.listing import LIST_FILE
 from kne_easyedit.edits.sizes import shared_counts
 
 
-@pytest.fixture
-def edits(llama):
+@pytest.fixture(name="edits")
+def edits_fixture(llama):
     return [thing_of(llama, seed, rows=(seed, 5, 9)) for seed in range(3)]
 
 
-@pytest.fixture
-def store(tmp_path, edits):
+@pytest.fixture(name="store")
+def store_fixture(tmp_path, edits):
     store = EditStore(tmp_path / "store")
     for name, edit in zip("abc", edits):
         store.add(edit, name)
