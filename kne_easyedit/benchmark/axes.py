@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kne_easyedit._util.digest import digest
-from kne_easyedit.benchmark.labels import POINT
+from kne_easyedit.benchmark.labels import POINT, curve_of
 from kne_easyedit.bridge.methods import NAME as KNE
 
 
@@ -89,18 +89,20 @@ def sweeps(manifests: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Swee
     return found
 
 
-def renamed(manifest: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
-    """A manifest in which methods have other labels.
+def renamed(manifest: Mapping[str, Any], labels: Mapping[str, str], swept: Mapping[str, Sweep]) -> dict[str, Any]:
+    """A manifest in which methods have other labels; ``curves`` says of those that are points what was swept.
 
     Args:
         manifest: The manifest.
         labels: Label -> the new one; others stay.
+        swept: Label -> the sweep that it is a point of.
     """
     of_methods = ("methods", "fingerprints", "settings", "localization", "second_moments")
+    curves = {curve_of(point): swept[label].axes[0].name for label, point in labels.items()}
     return {
         name: {labels.get(label, label): its for label, its in value.items()} if name in of_methods else value
         for name, value in manifest.items()
-    }
+    } | ({"curves": curves} if curves else {})
 
 
 def is_axis(path: str, job: Mapping[str, Any]) -> bool:

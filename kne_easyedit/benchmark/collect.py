@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kne_easyedit._util.files import parse_json
 from kne_easyedit.benchmark.axes import renamed, sweeps
 from kne_easyedit.benchmark.general import NOTHING
-from kne_easyedit.benchmark.labels import curve_of, data_name, data_set_order, method_order
-from kne_easyedit.benchmark.manifest import check_manifest
+from kne_easyedit.benchmark.labels import data_name, data_set_order, method_order
 from kne_easyedit.benchmark.remembered import MethodLines
 from kne_easyedit.benchmark.report_line import Texts, report_line
 from kne_easyedit.benchmark.result_line import ResultLine, parse_result
+from kne_easyedit.benchmark.sources import sources
 from kne_easyedit.benchmark.store import read_lines
 
-_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\n]+/)+([^/\n]+)")
 _NONE = MethodLines()
 _UNASKED = {f"{name}_before": None for name in NOTHING}
 """Put over the lines of a sequence that nobody has asked again: without a figure after, none before is compared."""
@@ -33,9 +30,12 @@ class Collection:
     """One for each data set, method, seed and record; ``data`` is the data set's name. `collect` keeps what reports
     need of them (`report_line.ReportLine`)."""
     manifests: tuple[dict, ...]
-    """Without the folders of paths, which mean nothing on another machine."""
-    axes: Mapping[str, str] = field(default_factory=dict)
-    """Name of a curve that was found by its jobs' settings (`axes.sweeps`) -> what was swept, in words."""
+    """Of the runs (`sources.Source`), with the labels that methods have here."""
+
+    @cached_property
+    def axes(self) -> Mapping[str, str]:
+        """Name of a curve that was found by its jobs' settings (`axes.sweeps`) -> what was swept, in words."""
+        return {curve: axis for manifest in self.manifests for curve, axis in manifest.get("curves", {}).items()}
 
     def of(self, data: str, method: str) -> MethodLines:
         """The lines of one method on one data set."""
@@ -64,6 +64,15 @@ class Collection:
             found.setdefault(line["data"], []).append(line)
         return {data: MethodLines(lines) for data, lines in found.items()}
 
+    def first_records(self, data: str, field: str, number: int) -> list[dict[str, ResultLine]]:
+        """The lines of the first records of a data set that have an answer in a field, or answers; by their method."""
+        records: dict[str, dict[str, ResultLine]] = {}
+        for line in self.of_data(data):
+            answers: Any = line.get(field)
+            if (answers or answers == "") and (line["record"] in records or len(records) < number):
+                records.setdefault(line["record"], {}).setdefault(line["method"], line)
+        return list(records.values())
+
     @cached_property
     def data_sets(self) -> list[str]:
         """In the paper's order, others behind."""
@@ -81,7 +90,8 @@ def collect(paths: Iterable[str | Path]) -> Collection:
     Jobs of one label that differ in settings of `axes.AXES` alone get labels of their own, ``LABEL@VALUE``.
 
     Args:
-        paths: Results files, and folders that are searched for ``results.jsonl``.
+        paths: Results files, folders of reports, and other folders, which are searched for ``results.jsonl``
+            (`sources.sources`).
 
     Returns:
         The lines; a record that several files hold counts once.
@@ -93,22 +103,23 @@ def collect(paths: Iterable[str | Path]) -> Collection:
             the same number of one data set.
     """
     paths = list(paths)
-    files = list(dict.fromkeys(file for path in paths for file in _results_of(Path(path))))
-    manifests = {file: _manifest(its) for file in files if (its := file.with_name("manifest.json")).is_file()}
-    swept = sweeps((data_name(Path(its["data"]["name"]).stem), its) for its in manifests.values())
+    texts = Texts()
+    found = sources(map(Path, paths), texts.within)
+    jobs = [(source.file, its) for source in found if not source.of_report for its in source.manifests]
+    swept = sweeps((data_name(Path(its["data"]["name"]).stem), its) for _, its in jobs)
     points = {
         file: {label: sweep.point(its) for label, sweep in swept.items() if label in its["methods"]}
-        for file, its in manifests.items()
+        for file, its in jobs
     }
     merged: dict[tuple, ResultLine] = {}
-    texts = Texts()
     known: dict[tuple, tuple[object, Path]] = {}
     records: dict[tuple, tuple[str, Path]] = {}
-    for file in files:
-        at_end = _at_end(file.with_name("retention.jsonl"))
+    for file, of_report in ((its.file, its.of_report) for its in found):
+        at_end = {} if of_report else _at_end(file.with_name("retention.jsonl"))
         for number, raw in read_lines(file):
             try:
-                unasked = _UNASKED if raw.get("mode") == "sequential" else {}
+                # A report's lines have the figures of a sequence's end already.
+                unasked = _UNASKED if raw.get("mode") == "sequential" and not of_report else {}
                 whole = parse_result({**raw, **at_end.get((raw.get("method"), raw.get("index")), unasked)})
             except ValueError as error:
                 raise ValueError(f"{file}: line {number}: {error}") from error
@@ -125,8 +136,7 @@ def collect(paths: Iterable[str | Path]) -> Collection:
         raise ValueError(f"results: there are none in {', '.join(map(str, paths))}")
     return Collection(
         tuple(sorted(merged.values(), key=lambda line: line["index"])),
-        tuple(renamed(its, points[file]) for file, its in manifests.items()),
-        {curve_of(point): swept[label].axes[0].name for its in points.values() for label, point in its.items()},
+        tuple(renamed(its, points.get(source.file, {}), swept) for source in found for its in source.manifests),
     )
 
 
@@ -172,32 +182,3 @@ def _require_same(known: dict, what: tuple, value: object, file: Path) -> None:
             f"{where} and {file}: {method} on {data} {how}; "
             f"report them apart, or give each a label of its own (method.label)"
         )
-
-
-def _manifest(file: Path) -> dict:
-    try:
-        manifest = parse_json(file.read_bytes())
-        check_manifest(manifest)
-        return Texts().within(_without_folders(manifest))
-    except (ValueError, RecursionError) as error:
-        reason = error if isinstance(error, ValueError) else "is nested too deeply"
-        raise ValueError(
-            f"{file}: {reason}; expected what `kne run` writes (without the file the report says less)"
-        ) from error
-
-
-def _without_folders(value: Any) -> Any:
-    """Absolute paths, alone or at the end of a text, as the names of their files."""
-    if isinstance(value, dict):
-        return {name: _without_folders(its) for name, its in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(its) for its in value]
-    return _FOLDERS.sub(r"\1", value) if isinstance(value, str) else value
-
-
-def _results_of(path: Path) -> Sequence[Path]:
-    if path.is_dir():
-        return sorted(path.rglob("results.jsonl"))
-    if not path.is_file():
-        raise FileNotFoundError(f"results {path}: no such file or folder")
-    return [path]

@@ -103,7 +103,7 @@ def curve_parts(found: Collection, picture: Sequence[str]) -> list[str]:
     parts = [
         "## Curves",
         "Each method with one of its settings swept; the number behind @ is the setting's value."
-        + "".join(f" {literal(name)}: {axis}." for name, axis in found.axes.items()),
+        + "".join(f" {literal(name)}: {literal(axis)}." for name, axis in found.axes.items()),
         *picture,
         table_of_rows(rows),
         "A point **dominates** one of another method if its mean is at least as good in all of these metrics, over"

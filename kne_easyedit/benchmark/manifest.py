@@ -122,6 +122,10 @@ def check_manifest(manifest: Any) -> None:
     require_shape(manifest, _SHAPE, "")
     for method, its in manifest["methods"].items():
         require(isinstance(its, dict), f"methods.{method}", its, "a mapping of settings")
+    curves = manifest.get("curves", {})
+    require(isinstance(curves, dict), "curves", curves, "a mapping")
+    for curve, its in curves.items():
+        require(isinstance(its, str), f"curves.{curve}", its, "a text")
     for method, its in manifest["second_moments"].items():
         require_shape(its, {"source": str}, f"second_moments.{method}.")
         _require_number(its, "seconds", f"second_moments.{method}")

@@ -14,7 +14,6 @@ from kne_easyedit.benchmark.intervals import FEW, Interval
 from kne_easyedit.benchmark.labels import data_name, is_kne
 from kne_easyedit.benchmark.neighbour_report import neighbour_parts
 from kne_easyedit.benchmark.published import quoted_results
-from kne_easyedit.benchmark.result_line import ResultLine
 from kne_easyedit.benchmark.summary import summarize
 from kne_easyedit.benchmark.tables import (
     baselines_mean,
@@ -29,6 +28,9 @@ from kne_easyedit.benchmark.tables import (
     with_categories,
 )
 from kne_easyedit.metrics import Metric
+
+ANSWERS = 3
+"""How many records of each data set are shown with their answers."""
 
 
 def report_text(found: Collection, title: str, pictures: Mapping[str, str]) -> str:
@@ -303,14 +305,10 @@ def _seconds_before(manifest: Mapping) -> dict[tuple[str, str], float | None]:
     return found
 
 
-def _answers(found: Collection, examples: int = 3) -> str:
+def _answers(found: Collection) -> str:
     rows = [["data", "prompt", "new answer", "before", *_labels(found)]]
     for data in found.data_sets:
-        by_record: dict[str, dict[str, ResultLine]] = {}
-        for line in found.lines:
-            if line["data"] == data and line["after"] is not None:
-                by_record.setdefault(line["record"], {})[line["method"]] = line
-        for lines in list(by_record.values())[:examples]:
+        for lines in found.first_records(data, "after", ANSWERS):
             one = next(iter(lines.values()))
             after = [_quoted(lines[m]["after"]) if m in lines else "-" for m in found.methods]
             rows.append(

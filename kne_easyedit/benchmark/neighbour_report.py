@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit.benchmark.answers import begins_with, up_to_stop
 from kne_easyedit.benchmark.collect import Collection
-from kne_easyedit.benchmark.result_line import ResultLine
 
 RECORDS, PROMPTS = 3, 4
 """How many records of each data set are shown, and neighbours of each."""
@@ -19,10 +18,10 @@ def neighbour_parts(found: Collection) -> list[str]:
     Args:
         found: The result lines.
     """
-    asked = [len(line["neighbours"]) for line in found.lines if line["neighbours"]]
-    if not asked:
+    if not any(line["neighbours"] for line in found.lines):
         return []
-    least, most = min(asked), max(asked)
+    asked = [line["probes"] or len(line["neighbours"] or ()) for line in found.lines]
+    least, most = min(filter(None, asked)), max(asked)
     return [
         "## Neighbours before and after",
         "Prompts of an edit's relation about other subjects, which it should leave alone: "
@@ -36,11 +35,7 @@ def neighbour_parts(found: Collection) -> list[str]:
 def _answers(found: Collection) -> str:
     rows = [["data", "new fact", "neighbour", "before", *map(literal, found.methods)]]
     for data in found.data_sets:
-        by_record: dict[str, dict[str, ResultLine]] = {}
-        for line in found.lines:
-            if line["data"] == data and line["neighbours"]:
-                by_record.setdefault(line["record"], {}).setdefault(line["method"], line)
-        for lines in list(by_record.values())[:RECORDS]:
+        for lines in found.first_records(data, "neighbours", RECORDS):
             one = next(iter(lines.values()))
             target = one["target_new"] or ""
             after = {m: {its["prompt"]: its["after"] for its in line["neighbours"] or ()} for m, line in lines.items()}

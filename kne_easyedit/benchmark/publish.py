@@ -12,11 +12,14 @@ from typing import Any
 from kne_easyedit._util.files import atomic_write
 from kne_easyedit.benchmark import collect
 from kne_easyedit.benchmark.markdown_report import report_text
+from kne_easyedit.benchmark.records import record_lines
+from kne_easyedit.benchmark.sources import MANIFESTS, RECORDS
 from kne_easyedit.benchmark.tables import figures
 
 
 def publish(found: collect.Collection, folder: Path, title: str = "KnowEdit comparison") -> Path:
-    """Writes ``report.md``, ``report.html``, ``report.json``, the runs' ``manifests.json`` and the figures.
+    """Writes ``report.md``, ``report.html``, ``report.json``, the runs' ``manifests.json``, their ``records.jsonl``
+    without the texts of the data (`records.record_lines`), and the figures.
 
     Args:
         found: The result lines.
@@ -36,7 +39,8 @@ def publish(found: collect.Collection, folder: Path, title: str = "KnowEdit comp
     atomic_write(folder / "report.md", text)
     atomic_write(folder / "report.html", page(text, title, folder, pictures))
     atomic_write(folder / "report.json", json.dumps(figures(found), indent=1) + "\n")
-    atomic_write(folder / "manifests.json", json.dumps(found.manifests, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(folder / MANIFESTS, json.dumps(found.manifests, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(folder / RECORDS, "".join(json.dumps(its, ensure_ascii=False) + "\n" for its in record_lines(found)))
     return folder / "report.html"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypedDict, cast
 
 from kne_easyedit.benchmark.ability import Score
@@ -20,6 +21,10 @@ from kne_easyedit.metrics import check_metrics, is_number, own_metrics
 
 VERSION = 1
 """Of the schema. It goes up when a field changes its meaning; a field that is only added leaves it as it is."""
+
+_SAID = ("prompt", "subject", "target_new", "before", "after", "answer_before", "answer_after")
+TEXTS_OF_DATA = (*_SAID, "neighbours", "aliases")
+"""The fields with texts of the data file, and of models."""
 
 
 class LineHead(TypedDict):
@@ -38,7 +43,15 @@ class LineHead(TypedDict):
     """Digest of the record's content."""
 
 
-class ResultLine(LineHead):
+class SharesBefore(TypedDict):
+    """Of the unedited model, from 0 to 1. Lines of earlier versions lack these fields: their texts tell them."""
+
+    exact_match_before: float | None
+    whole_answer_before: float | None
+    bleed_forced_before: float | None
+
+
+class ResultLine(LineHead, SharesBefore):
     """One record edited by one method. What lines of earlier versions may lack is None there."""
 
     data: str | None
@@ -155,8 +168,10 @@ def result_line(
         peak_bytes: Its peak memory; None if it was not measured.
         losses: Of the training steps; empty for a method that has none.
     """
+    target, neighbours = request["target_new"], figures["neighbours"]
     return {
         **head,
+        **shares_before(target, unedited["answer"], unedited["whole"], neighbours),
         "data": Path(job.data).stem,
         "seed": job.seed,
         "mode": job.mode,
@@ -164,25 +179,44 @@ def result_line(
         "chat_template": job.chat_template,
         "prompt": request["prompt"],
         "subject": request["subject"],
-        "target_new": request["target_new"],
+        "target_new": target,
         "seconds": seconds,
         "peak_bytes": peak_bytes,
         "losses": [round(loss, 4) for loss in losses],
         "before": unedited["answer"],
         "after": answer.beginning,
-        "exact_match": float(begins_with(answer.beginning, request["target_new"])),
+        "exact_match": float(begins_with(answer.beginning, target)),
         "answer_before": unedited["whole"],
         "answer_after": answer.whole,
-        "whole_answer": float(is_whole(answer.whole, request["target_new"])),
+        "whole_answer": float(is_whole(answer.whole, target)),
         "probabilities_before": unedited["probabilities"],
         "probabilities_after": probabilities,
-        "probes": len(figures["neighbours"]),
+        "probes": len(neighbours),
         **figures,
         "perplexity_before": unedited["general"]["perplexity"],
         "perplexity": general["perplexity"],
         "ability_before": unedited["general"]["ability"],
         "ability": general["ability"],
         "metrics": {"pre": _without_outputs(unedited["metrics"]), "post": post},
+    }
+
+
+def shares_before(
+    target: str, answer: str | None, whole: str | None, neighbours: Sequence[Mapping] | None
+) -> SharesBefore:
+    """What the unedited model said of a fact, as shares.
+
+    Args:
+        target: The new answer.
+        answer: The free greedy answer of the unedited model; None if it is not known.
+        whole: The same to its natural stop.
+        neighbours: As in `NeighbourLine`.
+    """
+    forced = [known for its in neighbours or () if (known := its.get("forced_before")) is not None]
+    return {
+        "exact_match_before": None if answer is None else float(begins_with(answer, target)),
+        "whole_answer_before": None if whole is None else float(is_whole(whole, target)),
+        "bleed_forced_before": fmean(forced) if forced else None,
     }
 
 
@@ -225,8 +259,9 @@ def parse_result(line: Mapping[str, Any]) -> ResultLine:
         text = line.get(name) or ""
         require(len(text) <= LONGEST and text.isprintable(), name, text, f"one line of at most {LONGEST} characters")
     require(is_int(line["index"]), "index", line["index"], "a number of a record")
-    require(line.get("seed") is None or is_int(line["seed"]), "seed", line.get("seed"), "a whole number")
-    for name in (metric.path[0] for metric in own_metrics()):
+    for name in ("seed", "probes"):
+        require(line.get(name) is None or is_int(line[name]), name, line.get(name), "a whole number")
+    for name in (*(metric.path[0] for metric in own_metrics()), *SharesBefore.__annotations__, "denial_before"):
         require(line.get(name) is None or is_number(line[name]), name, line.get(name), "a finite number")
     for name in ("neighbours", "aliases"):
         _require_answers(line.get(name), name)
@@ -249,21 +284,7 @@ def is_readable(line: Mapping[str, Any]) -> bool:
 
 
 _REQUIRED = ("method", "metrics", "fingerprint", "index", "record")
-_TEXTS = (
-    "fingerprint",
-    "method",
-    "record",
-    "data",
-    "mode",
-    "settings",
-    "prompt",
-    "subject",
-    "target_new",
-    "before",
-    "after",
-    "answer_before",
-    "answer_after",
-)
+_TEXTS = ("fingerprint", "method", "record", "data", "mode", "settings", *_SAID)
 
 
 def _require_answers(found: object, field: str) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import cast
+from typing import Any, cast
 
-from kne_easyedit.benchmark.answers import begins_with, is_whole
 from kne_easyedit.benchmark.collect import Collection, records_of, seeds_of
 from kne_easyedit.benchmark.general import NOTHING
 from kne_easyedit.benchmark.intervals import Interval, interval, paired
 from kne_easyedit.benchmark.labels import is_kne
 from kne_easyedit.benchmark.remembered import MethodLines, of_lines
-from kne_easyedit.benchmark.result_line import ResultLine
+from kne_easyedit.benchmark.result_line import ResultLine, SharesBefore, shares_before
 from kne_easyedit.benchmark.summary import scores, summarize, values
 from kne_easyedit.metrics import Metric, qualities
 
@@ -93,15 +92,19 @@ def _unedited(lines: Sequence[ResultLine]) -> MethodLines:
     return MethodLines(cast(ResultLine, _before_edit(line)) for line in once.values())
 
 
+def shares_before_edit(line: ResultLine) -> SharesBefore:
+    """What a line has of the unedited model as shares, or, in lines of earlier versions, what its texts say."""
+    if line["exact_match_before"] is None:
+        return shares_before(line["target_new"] or "", line["before"], line["answer_before"], line["neighbours"])
+    found: Mapping[str, Any] = line
+    return cast(SharesBefore, {name: found[name] for name in SharesBefore.__annotations__})
+
+
 def _before_edit(line: ResultLine) -> dict:
     """A line as it would be without the edit; what compares with the model before is left out."""
-    target, whole = line["target_new"] or "", line["answer_before"]
-    forced = [known for its in line["neighbours"] or () if (known := its["forced_before"]) is not None]
     return {
         "metrics": {"post": line["metrics"].get("pre") or {}},
-        "exact_match": float(begins_with(line["before"] or "", target)),
-        "whole_answer": None if whole is None else float(is_whole(whole, target)),
-        "bleed_forced": fmean(forced) if forced else None,
+        **{name.removesuffix("_before"): share for name, share in shares_before_edit(line).items()},
         "denial": line["denial_before"],
         "perplexity": line["perplexity_before"],
     }

@@ -19,7 +19,7 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         type=Path,
         metavar="DIR",
-        help="folders (searched for results.jsonl) or results.jsonl files",
+        help="folders (searched for results.jsonl), results.jsonl files, or folders of other reports (records.jsonl)",
     )
     parser.add_argument(
         "--study",
@@ -46,5 +46,5 @@ def _report(arguments: argparse.Namespace) -> int:
         print(f"Written to {out}: {page.name}, studies.md, studies.json, studies.csv and the pictures")
         return 0
     page = publish(collect(arguments.results), out, arguments.title or "KnowEdit comparison")
-    print(f"Written to {out}: {page.name}, report.md, report.json, manifests.json and the pictures")
+    print(f"Written to {out}: {page.name}, report.md, report.json, records.jsonl, manifests.json and the pictures")
     return 0

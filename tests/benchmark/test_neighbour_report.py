@@ -108,7 +108,7 @@ def test_without_neighbours_nothing_of_them_is_there(tmp_path):
 def test_methods_with_other_neighbours_stand_beside_each_other(tmp_path):
     """They may be localised on other facts."""
     other = with_neighbours("FT", 0, 1.0, 0)
-    other["neighbours"] = other["neighbours"][1:]
+    other |= {"neighbours": other["neighbours"][1:], "probes": 4}
     write(tmp_path / "results.jsonl", [with_neighbours("KNE", 0, 1.0, 0), other])
     text = report_text(collect([tmp_path]), "title", {})
     assert "4 to 5 a record" in text
