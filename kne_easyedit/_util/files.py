@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -28,6 +29,10 @@ __all__ = [
     "parse_json",
     "parse_versioned",
 ]
+
+
+logger = logging.getLogger(__name__)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def expand_path(path: str | os.PathLike[str]) -> Path:
@@ -183,7 +188,7 @@ def exclusive_lock(folder: Path, wait: bool = False) -> Iterator[None]:
 
     Raises:
         ValueError: Another process holds it, and ``wait`` is false; or the lock is a symbolic link.
-        OSError: The folder cannot be made or written.
+        OSError: The folder cannot be made or written. (Where a file system has no locks, a warning says so.)
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -205,6 +210,15 @@ def exclusive_lock(folder: Path, wait: bool = False) -> Iterator[None]:
             raise ValueError(
                 f"{folder}: another run is writing into it; wait for it, or choose another folder"
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                name_file(error, path)
+                raise
+            logger.warning(
+                "%s: this file system has no locks (%s): let one process alone write into this folder at a time",
+                folder,
+                error.strerror,
+            )
         yield
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from kne_easyedit.benchmark.axes import renamed, sweeps
 from kne_easyedit.benchmark.general import NOTHING
 from kne_easyedit.benchmark.labels import data_name, data_set_order, method_order
 from kne_easyedit.benchmark.remembered import MethodLines
 from kne_easyedit.benchmark.report_line import Texts, report_line
-from kne_easyedit.benchmark.result_line import ResultLine, parse_result
-from kne_easyedit.benchmark.sources import sources
+from kne_easyedit.benchmark.result_line import ResultLine, RetentionLine, parse_result, parse_retention
+from kne_easyedit.benchmark.sources import Source, sources
 from kne_easyedit.benchmark.store import read_lines
 
+Line = TypeVar("Line")
 _NONE = MethodLines()
 _UNASKED = {f"{name}_before": None for name in NOTHING}
 """Put over the lines of a sequence that nobody has asked again: without a figure after, none before is compared."""
@@ -71,7 +72,7 @@ class Collection:
             answers: Any = line.get(field)
             if (answers or answers == "") and (line["record"] in records or len(records) < number):
                 records.setdefault(line["record"], {}).setdefault(line["method"], line)
-        return list(records.values())
+        return [{method: its[method] for method in self.methods if method in its} for its in records.values()]
 
     @cached_property
     def data_sets(self) -> list[str]:
@@ -105,6 +106,7 @@ def collect(paths: Iterable[str | Path]) -> Collection:
     paths = list(paths)
     texts = Texts()
     found = sources(map(Path, paths), texts.within)
+    _require_one_model(found)
     jobs = [(source.file, its) for source in found if not source.of_report for its in source.manifests]
     swept = sweeps((data_name(Path(its["data"]["name"]).stem), its) for _, its in jobs)
     points = {
@@ -114,15 +116,15 @@ def collect(paths: Iterable[str | Path]) -> Collection:
     merged: dict[tuple, ResultLine] = {}
     known: dict[tuple, tuple[object, Path]] = {}
     records: dict[tuple, tuple[str, Path]] = {}
-    for file, of_report in ((its.file, its.of_report) for its in found):
-        at_end = {} if of_report else _at_end(file.with_name("retention.jsonl"))
+    for source in found:
+        file = source.file
+        at_end = {} if source.of_report else _at_end(file.with_name("retention.jsonl"))
         for number, raw in read_lines(file):
-            try:
-                # A report's lines have the figures of a sequence's end already.
-                unasked = _UNASKED if raw.get("mode") == "sequential" and not of_report else {}
-                whole = parse_result({**raw, **at_end.get((raw.get("method"), raw.get("index")), unasked)})
-            except ValueError as error:
-                raise ValueError(f"{file}: line {number}: {error}") from error
+            whole = _parsed(parse_result, raw, file, number)
+            if not source.of_report:  # whose lines have the figures of a sequence's end already
+                _require_of_manifest(whole, source, number)
+                unasked = _UNASKED if whole["mode"] == "sequential" else {}
+                whole = cast(ResultLine, {**whole, **at_end.get((whole["method"], whole["index"]), unasked)})
             label = points.get(file, {}).get(whole["method"], whole["method"])
             line = report_line(whole, texts, data=data_name(whole["data"] or ""), method=label)
             _require_same_record(records, line, file)
@@ -150,16 +152,58 @@ def seeds_of(lines: Iterable[Mapping]) -> int:
     return len({line["seed"] for line in lines})
 
 
+def retained_lines(file: Path) -> Iterator[RetentionLine]:
+    """The lines of a ``retention.jsonl``; none if there is no such file.
+
+    Raises:
+        ValueError: With the file and the line, for a line that is not what it should be.
+    """
+    return (_parsed(parse_retention, line, file, number) for number, line in read_lines(file))
+
+
+def _parsed(parse: Callable[[Mapping[str, Any]], Line], line: Mapping[str, Any], file: Path, number: int) -> Line:
+    try:
+        return parse(line)
+    except ValueError as error:
+        raise ValueError(f"{file}: line {number}: {error}") from error
+
+
 def _at_end(file: Path) -> dict[tuple, dict]:
     """Method and number of a record -> what the model could do beside its facts, after the last edit of a sequence:
     None what was not finite then, whatever it was before.
     """
     found: dict[tuple, tuple[int, dict]] = {}
-    for _, line in read_lines(file):
-        key, after = (line.get("method"), line.get("index")), line.get("after")
-        if isinstance(after, int) and after >= found.get(key, (0, {}))[0]:
-            found[key] = after, {name: line[name] for name in NOTHING if name in line}
+    for line in retained_lines(file):
+        key, after = (line["method"], line["index"]), line["after"]
+        if after >= found.get(key, (0, {}))[0]:
+            found[key] = after, {name: line[name] for name in NOTHING}  # type: ignore[literal-required]
     return {key: general for key, (_, general) in found.items()}
+
+
+def _require_one_model(found: Iterable[Source]) -> None:
+    """Methods are compared on one model: by differences, and with one row of the unedited model."""
+    known: dict[str, tuple[Mapping, Path]] = {}
+    for source in found:
+        for manifest in source.manifests:
+            data, model = data_name(Path(manifest["data"]["name"]).stem), manifest["model"]
+            first, where = known.setdefault(data, (model, source.file))
+            if first["sha256"] != model["sha256"]:
+                shown = " and ".join(f"{its['name']} (sha256 {its['sha256'][:12]})" for its in (first, model))
+                raise ValueError(
+                    f"{where} and {source.file}: edits of two models on {data}, {shown}; report each model apart"
+                )
+
+
+def _require_of_manifest(line: ResultLine, source: Source, number: int) -> None:
+    """A run that ends between its manifest and its first edit leaves the lines of the run before beside it."""
+    for manifest in source.manifests:
+        expected = manifest["fingerprints"].get(line["method"], line["fingerprint"])
+        if expected != line["fingerprint"]:
+            raise ValueError(
+                f"{source.file}: line {number}: {line['method']} was run under other settings (fingerprint "
+                f"{line['fingerprint']}) than manifest.json beside it says ({expected}): the run that it is of was "
+                f"stopped; give its command again, which moves the lines of other settings aside"
+            )
 
 
 def _require_same_record(known: dict, line: ResultLine, file: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from kne_easyedit import bridge
 from kne_easyedit._util.digest import digest
+from kne_easyedit._util.files import expand_path
 from kne_easyedit._util.settings import EVALUATORS, replace_settings, typed_value
 from kne_easyedit._util.shards import shard_of
 from kne_easyedit.benchmark.checks import require_name
@@ -92,7 +93,7 @@ def job_of(settings: Mapping, hparams_folder: Path, loaded: tuple[nn.Module, Tok
     text_source = bridge.TextSource.from_settings(settings["statistics"])
     where, apart = data["localization"], []
     # Only KNE and second moments need the file; the other methods do without.
-    if needs_second_moments(hparams) or where["file"] == EMBEDDED or Path(where["file"]).is_file():
+    if needs_second_moments(hparams) or where["file"] == EMBEDDED or expand_path(where["file"]).is_file():
         apart = load_requests(where["file"], where["size"], where["offset"])
     if needs_second_moments(hparams):
         # Text for second moments is sampled after facts that are not edited: subjects frequent in it resist edits.

@@ -12,7 +12,7 @@ from torch import nn
 from kne_easyedit import bridge
 from kne_easyedit._util.digest import digest
 from kne_easyedit._util.files import expand_path
-from kne_easyedit._util.settings import path_settings, public_settings
+from kne_easyedit._util.settings import path_settings, public_settings, replace_settings
 from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.general import Examination
 from kne_easyedit.bridge import patches
@@ -23,9 +23,11 @@ from kne_easyedit.bridge.second_moments import needs_second_moments, own_files
 from kne_easyedit.bridge.text_source import TextSource
 from kne_easyedit.bridge.together import require_together, separator_of
 from kne_easyedit.bridge.unrelated import unrelated_prompts
-from kne_easyedit.editing.neighbours import CHOICE, neighbour_digest, uses_neighbours
+from kne_easyedit.editing.neighbours import ASKED, CHOICE, neighbour_digest, uses_neighbours
 from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer
+from kne_easyedit.facts.neighbours import own_neighbourhood
 from kne_easyedit.facts.readers import data_digest
+from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.devices import environment
 from kne_easyedit.models.fingerprint import tokenizer_digest
@@ -60,6 +62,8 @@ _ADDED: Mapping[str, object] = {
 }
 """Settings that KNE did not have from the beginning -> the value under which it does what it did without them. With
 that value they are left out: earlier fingerprints hold. It stays here even if the default changes."""
+_SEED = KNEHyperParams.seed
+"""KNE's where nobody has set it: of lines of any seed it is in `settings_digest`."""
 
 
 @dataclass
@@ -167,6 +171,12 @@ class Run:
             raise ValueError(f"seed: {self.seed} must be in [0, 2**32)")
         for method in self.hparams:
             require_name("method.label", method)
+        for method, hparams in self.hparams.items():
+            if hparams.alg_name == KNE and hparams.seed not in (self.seed, _SEED):
+                raise ValueError(
+                    f"{method}: its setting seed is {hparams.seed}, the run's {self.seed}; a run has one seed for all "
+                    f"methods: give it to the run, and leave it out of the settings"
+                )
         require_together(self.hparams, self.mode, self.chat_template)
 
 
@@ -241,6 +251,8 @@ def fingerprint(
             parts.append([data_digest(file) for file in own])
     if job.mode != "single":  # there a result depends on the other records, too
         parts += [job.batch_size, job.retention_every, [record_digest(request) for request in job.requests]]
+        if asked_later(job, hparams):
+            parts.append("asked later")  # versions before trained on it
         if left_out:  # its batches, or what came before in its sequence, are others
             parts.append(["left out", *left_out])
     if job.neighbours or job.contradiction:  # added only then: lines of earlier versions keep their fingerprints
@@ -270,9 +282,24 @@ def settings_digest(
     return fingerprint(seedless(job), method, base, ensemble, left_out=left_out)
 
 
+def asked_later(job: Run, hparams: Any) -> dict[str, list[str]]:
+    """What requests of a sequence get beside their fields: what other records bring to be asked must not train."""
+    trains = hparams.alg_name == KNE and uses_neighbours(hparams)
+    found = [prompt for request in job.requests for prompt in own_neighbourhood(request)]
+    return {ASKED: found} if trains and job.mode == "sequential" and found else {}
+
+
 def seedless(job: Run) -> Run:
     """The run under the one seed that stands for any."""
-    return replace(job, seed=0)
+    return replace(with_own_seed(job, _SEED), seed=0)
+
+
+def with_own_seed(job: Run, seed: int) -> Run:
+    """The run with KNE, whose seed is a setting of its own, under this seed; the caller's settings stay as they are."""
+    seeded = {
+        method: replace_settings(its, seed=seed) if its.alg_name == KNE else its for method, its in job.hparams.items()
+    }
+    return replace(job, hparams=seeded)
 
 
 def _as_before(name: str, value: object, mode: str) -> bool:

@@ -31,7 +31,7 @@ _SHAPE = {
     "fingerprints": dict,
     "localization": dict,
     "second_moments": dict,
-    "machine": {"processor": str, "gpus": list},
+    "machine": {"processor": str, "cpus": int, "threads": int, "gpus": list},
     "environment": {"python": str, "torch": str, "transformers": str, "peft": str, "dtype": str},
 }
 
@@ -126,6 +126,7 @@ def check_manifest(manifest: Any) -> None:
     require(isinstance(curves, dict), "curves", curves, "a mapping")
     for curve, its in curves.items():
         require(isinstance(its, str), f"curves.{curve}", its, "a text")
+    require(isinstance(manifest.get("settings", {}), dict), "settings", manifest.get("settings"), "a mapping")
     for method, its in manifest["second_moments"].items():
         require_shape(its, {"source": str}, f"second_moments.{method}.")
         _require_number(its, "seconds", f"second_moments.{method}")

@@ -299,9 +299,10 @@ def _costs(found: Collection) -> str:
 def _seconds_before(manifest: Mapping) -> dict[tuple[str, str], float | None]:
     """(data set, method) -> seconds of what is made once: localisation, second moments."""
     data = data_name(Path(manifest["data"]["name"]).stem)
-    found = {(data, method): its["seconds"] for method, its in manifest["second_moments"].items()}
+    found = {(data, method): its.get("seconds") for method, its in manifest["second_moments"].items()}
     for method, its in manifest["localization"].items():
-        found[data, method] = its["seconds_per_fact"] * its["facts"] if its.get("seconds_per_fact") else None
+        known = its.get("seconds_per_fact") and its.get("facts")
+        found[data, method] = its["seconds_per_fact"] * its["facts"] if known else None
     return found
 
 

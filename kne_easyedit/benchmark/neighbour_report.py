@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit.benchmark.answers import begins_with, up_to_stop
 from kne_easyedit.benchmark.collect import Collection
+from kne_easyedit.benchmark.result_line import ResultLine
 
 RECORDS, PROMPTS = 3, 4
 """How many records of each data set are shown, and neighbours of each."""
@@ -32,6 +34,11 @@ def neighbour_parts(found: Collection) -> list[str]:
     ]
 
 
+def shown_neighbours(lines: Mapping[str, ResultLine]) -> Sequence[Mapping[str, Any]]:
+    """The neighbours of a record that the report shows: of the first of its lines (`Collection.first_records`)."""
+    return (next(iter(lines.values()))["neighbours"] or ())[:PROMPTS]
+
+
 def _answers(found: Collection) -> str:
     rows = [["data", "new fact", "neighbour", "before", *map(literal, found.methods)]]
     for data in found.data_sets:
@@ -39,7 +46,7 @@ def _answers(found: Collection) -> str:
             one = next(iter(lines.values()))
             target = one["target_new"] or ""
             after = {m: {its["prompt"]: its["after"] for its in line["neighbours"] or ()} for m, line in lines.items()}
-            for i, its in enumerate((one["neighbours"] or [])[:PROMPTS]):
+            for i, its in enumerate(shown_neighbours(lines)):
                 fact = f"{literal(one['prompt'] or '', 90)} → {literal(target, 40)}"
                 answers = [_answer(after.get(method, {}), its["prompt"], target) for method in found.methods]
                 head = [literal(data), fact] if i == 0 else ["", ""]

@@ -12,7 +12,15 @@ from kne_easyedit import bridge
 from kne_easyedit._util.settings import replace_settings, resolve_paths
 from kne_easyedit.benchmark.bad_records import usable_records
 from kne_easyedit.benchmark.general import Examination
-from kne_easyedit.benchmark.job import Run, base_fingerprint, fingerprint, record_digest, seedless, settings_digest
+from kne_easyedit.benchmark.job import (
+    Run,
+    base_fingerprint,
+    fingerprint,
+    record_digest,
+    seedless,
+    settings_digest,
+    with_own_seed,
+)
 from kne_easyedit.benchmark.probes import Asked, choose
 from kne_easyedit.benchmark.result_line import LineHead, is_readable, line_head
 from kne_easyedit.bridge import patches
@@ -88,6 +96,7 @@ def prepare(job: Run) -> PreparedRun:
         BadRecord: For a record that cannot be edited, if such records are not to be skipped.
     """
     bridge.register()
+    job = with_own_seed(job, job.seed)
     weights, variant = model_digest(job.model), bridge.fluency_variant()
     if job.separator != SEPARATOR and "evaluation-separator" not in patches.applied():
         raise ValueError(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from kne_easyedit._util.digest import digest
+from kne_easyedit._util.files import expand_path
 from kne_easyedit.benchmark.asking import askable
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.facts.encoding import chat_prompt
-from kne_easyedit.facts.neighbours import FactPool, Neighbour, own_neighbourhood, packaged_pool
+from kne_easyedit.facts.neighbours import FactPool, Neighbour, own_neighbourhood, packaged_pool, run_exclusions
 from kne_easyedit.facts.readers import EMBEDDED
 from kne_easyedit.facts.records import load_requests
+from kne_easyedit.facts.templates import normalised, stands_in
 from kne_easyedit.localization.data import localization_requests
 
 OWN = "own"
@@ -63,7 +64,7 @@ def choose(job: Run) -> dict[int, Asked]:
     Neighbours are those that the record brings; else prompts of its relation about other subjects, from the records of
     the data file; else from the packaged facts, if those know the relation. Made ones are about held-out subjects only
     (`facts.neighbours.is_held_out`), and never facts that a method of the run is localised on. Where edits are made
-    together or stay, no prompt is asked that is itself edited.
+    together or stay, nothing is asked about a subject that is edited in the run, in whatever words.
 
     Args:
         job: The run.
@@ -82,9 +83,20 @@ class _Pools:
 
     def __init__(self, job: Run):
         self.job = job
-        edited: Sequence[Mapping] = [] if job.mode == "single" else job.requests
-        self.exclude = {request["prompt"] for request in (*edited, *_localised(job))}
+        self.edited = [] if job.mode == "single" else list(job.requests)
+        self.exclude = run_exclusions(self.edited) | {request["prompt"] for request in _localised(job)}
         self._pools: dict[str, FactPool] = {}
+
+    def own(self, request: Mapping) -> list[Neighbour]:
+        """The neighbours that a record brings, in an order that the seed gives; none about what is edited beside it."""
+        subjects = [normalised(its["subject"]) for its in self.edited if its.get("subject")]
+        left = [
+            prompt
+            for prompt in {*own_neighbourhood(request)} - self.exclude
+            if not any(stands_in(subject, normalised(prompt)) for subject in subjects)
+        ]
+        ordered = sorted(left, key=lambda prompt: digest([self.job.seed, prompt]))
+        return [Neighbour(prompt, "", OWN, "") for prompt in ordered]
 
     def made(self, request: Mapping) -> Iterator[Neighbour]:
         """Neighbours of a request, the best first: of the data file, then of the packaged facts.
@@ -102,7 +114,7 @@ class _Pools:
 
     def _of_data(self) -> FactPool:
         data = self.job.data
-        in_file = data == EMBEDDED or Path(data).is_file()
+        in_file = data == EMBEDDED or expand_path(data).is_file()
         return FactPool.of_requests(load_requests(data) if in_file else self.job.requests)
 
 
@@ -120,7 +132,7 @@ def _localised(job: Run) -> list[Mapping]:
 def _asked(job: Run, request: Mapping, pools: _Pools) -> Asked:
     neighbours: list[Neighbour] = []
     if job.neighbours:
-        neighbours = _askable(job, request, _own(request, pools.exclude, job.seed) or pools.made(request))
+        neighbours = _askable(job, request, pools.own(request) or pools.made(request))
     denials = [
         replace(denial, prompt=denial.prompt.format(f"{request['prompt']}{job.separator}{request['target_new']}"))
         for denial in (DENIALS if job.contradiction else ())
@@ -130,12 +142,6 @@ def _asked(job: Run, request: Mapping, pools: _Pools) -> Asked:
         tuple(_in_template(job, prompt) for prompt in _aliases(request)) if neighbours else (),
         tuple(replace(denial, prompt=_in_template(job, denial.prompt)) for denial in denials),
     )
-
-
-def _own(request: Mapping, exclude: Iterable[str], seed: int) -> list[Neighbour]:
-    """The neighbours that a record brings, in an order that the seed gives."""
-    ordered = sorted({*own_neighbourhood(request)} - set(exclude), key=lambda prompt: digest([seed, prompt]))
-    return [Neighbour(prompt, "", OWN, "") for prompt in ordered]
 
 
 def is_alias_category(name: str) -> bool:

@@ -6,13 +6,13 @@ So a report grows by methods that are run later or elsewhere, and others compare
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kne_easyedit.benchmark.collect import Collection
 from kne_easyedit.benchmark.markdown_report import ANSWERS
-from kne_easyedit.benchmark.neighbour_report import PROMPTS
 from kne_easyedit.benchmark.neighbour_report import RECORDS as WITH_NEIGHBOURS
+from kne_easyedit.benchmark.neighbour_report import shown_neighbours
 from kne_easyedit.benchmark.result_line import TEXTS_OF_DATA
 from kne_easyedit.benchmark.tables import shares_before_edit
 
@@ -24,19 +24,21 @@ def record_lines(found: Collection) -> Iterator[dict[str, Any]]:
         found: The report's lines.
 
     Yields:
-        Fields of a `ResultLine`, those that are None left out; by data set, method, seed and number of the record.
+        Fields of a `ResultLine`, those that are None left out, in the order of the lines.
     """
-    answers, neighbours = (
-        {id(line) for data in found.data_sets for its in found.first_records(data, *shown) for line in its.values()}
-        for shown in (("after", ANSWERS), ("neighbours", WITH_NEIGHBOURS))
-    )
-    for line in sorted(found.lines, key=lambda its: (its["data"] or "", its["method"], its["seed"] or 0, its["index"])):
+    answered: set[int] = set()
+    neighbours: dict[int, list[dict[str, str]]] = {}
+    for data in found.data_sets:
+        answered.update(id(line) for its in found.first_records(data, "after", ANSWERS) for line in its.values())
+        for its in found.first_records(data, "neighbours", WITH_NEIGHBOURS):
+            prompts = [neighbour["prompt"] for neighbour in shown_neighbours(its)]
+            neighbours |= {id(line): _shown(line["neighbours"] or (), prompts) for line in its.values()}
+    for line in found.lines:
         figures = {name: value for name, value in line.items() if name not in TEXTS_OF_DATA}
         texts: dict[str, Any] = {}
-        if id(line) in answers | neighbours:
+        if id(line) in answered or id(line) in neighbours:
             texts = {name: line[name] for name in ("prompt", "target_new", "before", "after")}
-        if id(line) in neighbours:
-            texts["neighbours"] = [_shown(its) for its in (line["neighbours"] or ())[:PROMPTS]]
+            texts["neighbours"] = neighbours.get(id(line))
         whole = {**figures, **shares_before_edit(line), **texts}
         yield {
             name: list(value) if isinstance(value, array) else value
@@ -45,5 +47,6 @@ def record_lines(found: Collection) -> Iterator[dict[str, Any]]:
         }
 
 
-def _shown(neighbour: Mapping[str, Any]) -> dict[str, str]:
-    return {name: neighbour[name] for name in ("prompt", "before", "after")}
+def _shown(neighbours: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> list[dict[str, str]]:
+    fields = ("prompt", "before", "after")
+    return [{name: its[name] for name in fields} for its in neighbours if its["prompt"] in prompts]

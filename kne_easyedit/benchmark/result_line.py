@@ -245,36 +245,32 @@ def parse_result(line: Mapping[str, Any]) -> ResultLine:
     Raises:
         ValueError: Names the field, for a line that no report can be made of, or one of a later version.
     """
-    for name in _REQUIRED:
-        if name not in line:
-            raise ValueError(f"has no {name!r}; expected a results.jsonl of `kne run` or run_benchmark.py")
-    if not is_readable(line):
-        found = line.get("schema_version")
-        raise ValueError(f"schema_version: {found!r}; this version of kne_easyedit reads up to {VERSION}: update it")
-    for name in _TEXTS:
-        require(line.get(name) is None or isinstance(line[name], str), name, line.get(name), "a text")
-    for name in ("method", "fingerprint", "record"):
-        require(bool(line[name]), name, line[name], "a text that is not empty")
-    for name in ("method", "data", "mode"):
-        text = line.get(name) or ""
-        require(len(text) <= LONGEST and text.isprintable(), name, text, f"one line of at most {LONGEST} characters")
-    require(is_int(line["index"]), "index", line["index"], "a number of a record")
-    for name in ("seed", "probes"):
+    _check(line, "a results.jsonl of `kne run` or run_benchmark.py", _HEAD, _SAID)
+    for name in ("seed", "probes", "batch_size"):
         require(line.get(name) is None or is_int(line[name]), name, line.get(name), "a whole number")
-    for name in (*(metric.path[0] for metric in own_metrics()), *SharesBefore.__annotations__, "denial_before"):
-        require(line.get(name) is None or is_number(line[name]), name, line.get(name), "a finite number")
+    chat_template = line.get("chat_template")
+    require(chat_template is None or isinstance(chat_template, bool), "chat_template", chat_template, "true or false")
     for name in ("neighbours", "aliases"):
         _require_answers(line.get(name), name)
-    require_general(line)
     losses = line.get("losses")
     # A loss may be NaN: an edit that diverges is a finding.
     numbers = losses is None or (isinstance(losses, list) and all(isinstance(x, float) or is_number(x) for x in losses))
     require(numbers, "losses", losses, "a list of numbers")
-    try:
-        check_metrics(line["metrics"])
-    except ValueError as error:
-        raise ValueError(f"has {error}") from error
     return cast(ResultLine, {**dict.fromkeys(ResultLine.__annotations__), **line, "schema_version": VERSION})
+
+
+def parse_retention(line: Mapping[str, Any]) -> RetentionLine:
+    """A line of ``retention.jsonl`` in the present schema.
+
+    Args:
+        line: A JSON object of this version, or of an earlier one.
+
+    Raises:
+        ValueError: As `parse_result`.
+    """
+    _check(line, "a retention.jsonl of `kne run` or run_benchmark.py", ("method", "index", "after"))
+    require(is_int(line["after"]) and line["after"] > 0, "after", line["after"], "a number of edits")
+    return cast(RetentionLine, {**dict.fromkeys(RetentionLine.__annotations__), **line, "schema_version": VERSION})
 
 
 def is_readable(line: Mapping[str, Any]) -> bool:
@@ -283,8 +279,33 @@ def is_readable(line: Mapping[str, Any]) -> bool:
     return is_int(version) and 0 <= version <= VERSION
 
 
-_REQUIRED = ("method", "metrics", "fingerprint", "index", "record")
-_TEXTS = ("fingerprint", "method", "record", "data", "mode", "settings", *_SAID)
+_HEAD = ("method", "fingerprint", "index", "record")
+_TEXTS = ("fingerprint", "method", "record", "data", "mode", "settings")
+
+
+def _check(line: Mapping[str, Any], expected: str, required: Sequence[str], said: Sequence[str] = ()) -> None:
+    """Raises ValueError, naming the field, unless head, texts and figures are what reports can show."""
+    for name in ("metrics", *required):
+        if name not in line:
+            raise ValueError(f"has no {name!r}; expected {expected}")
+    if not is_readable(line):
+        found = line.get("schema_version")
+        raise ValueError(f"schema_version: {found!r}; this version of kne_easyedit reads up to {VERSION}: update it")
+    for name in (*_TEXTS, *said):
+        require(line.get(name) is None or isinstance(line[name], str), name, line.get(name), "a text")
+    for name in ("method", "fingerprint", "record"):
+        require(name not in required or bool(line[name]), name, line.get(name), "a text that is not empty")
+    for name in ("method", "data", "mode"):
+        text = line.get(name) or ""
+        require(len(text) <= LONGEST and text.isprintable(), name, text, f"one line of at most {LONGEST} characters")
+    require(is_int(line["index"]), "index", line["index"], "a number of a record")
+    for name in (*(metric.path[0] for metric in own_metrics()), *SharesBefore.__annotations__, "denial_before"):
+        require(line.get(name) is None or is_number(line[name]), name, line.get(name), "a finite number")
+    require_general(line)
+    try:
+        check_metrics(line["metrics"])
+    except ValueError as error:
+        raise ValueError(f"has {error}") from error
 
 
 def _require_answers(found: object, field: str) -> None:

@@ -30,7 +30,7 @@ from kne_easyedit.benchmark.asking import AT_ONCE
 from kne_easyedit.benchmark.bad_records import NO_DISTRIBUTION, describe_error, is_record_error, report_bad_record
 from kne_easyedit.benchmark.figures import draw_run
 from kne_easyedit.benchmark.general import NOTHING, General
-from kne_easyedit.benchmark.job import Run
+from kne_easyedit.benchmark.job import Run, asked_later
 from kne_easyedit.benchmark.labels import suffix
 from kne_easyedit.benchmark.manifest import manifest_of, summary_of
 from kne_easyedit.benchmark.neighbourhood import Figures, Questioner
@@ -91,8 +91,8 @@ def run(job: Run, *, again: bool = False) -> dict[str, Any]:
                 for method, editor in editors.items()
                 if second_moments.needs_second_moments(editor.hparams)
             }
+            runner = _Runner(prepared, editors, quiet, again)  # lines of other settings go before their manifest does
             _write_json(job.folder / "manifest.json", manifest_of(prepared, editors, moments))
-            runner = _Runner(prepared, editors, quiet, again)
             runner.edit_all()
         summary = summary_of(prepared, moments, runner.results.lines, runner.retained.lines)
         _write_json(job.folder / "summary.json", summary)
@@ -130,9 +130,6 @@ class _Runner:
         self.job = job = prepared.job
         self.requests = prepared.requests
         self.device = device_of(job.model)
-        self.before = UneditedEvaluations(
-            job, prepared.base, prepared.records, prepared.asked, prepared.examination, quiet
-        )
         self.questioner = Questioner(job.tokenizer, job.separator)
         self.measured: set[str] = set()
         """Methods whose peak memory is known."""
@@ -147,6 +144,8 @@ class _Runner:
 
     def edit_all(self) -> None:
         """Edits all records with all methods; what is measured is in `results` and `retained`."""
+        its = self.prepared
+        self.before = UneditedEvaluations(self.job, its.base, its.records, its.asked, its.examination, self.quiet)
         size = self.job.batch_size
         with tqdm(total=len(self.requests) * len(self.editors), desc="edit", unit="edit") as self.bar:
             if self.job.workers == 1:  # the bar belongs to this process
@@ -265,7 +264,8 @@ class _Runner:
         """
         weights = model_digest(self.job.model) if self.job.skip_bad else None
         try:
-            seconds, peak = self._apply(method, editor, [with_old_answer(editor, request, was)])
+            fields = asked_later(self.job, editor.hparams)
+            seconds, peak = self._apply(method, editor, [with_old_answer(editor, request, was) | fields])
         except Exception as error:
             if not is_record_error(error):
                 raise

@@ -32,15 +32,31 @@ def sources(paths: Iterable[Path], plain: Callable[[Any], Any]) -> list[Source]:
     """The files of result lines among the paths, each once.
 
     Args:
-        paths: Files; folders of reports (with `RECORDS`); other folders, which are searched for ``results.jsonl``.
+        paths: Files; folders, which are searched for ``results.jsonl``; where there is none, folders of reports.
         plain: Makes the texts within a manifest harmless (`report_line.Texts.within`).
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: For a manifest that is not what it should be.
+        ValueError: For a folder without results, or a manifest that is not what it should be.
     """
-    files = dict.fromkeys(file for path in paths for file in _files_of(path))
+    files = dict.fromkeys(file for path in paths for file in results_of(path))
     return [_source(file, plain) for file in files]
+
+
+def results_of(path: Path) -> list[Path]:
+    """The files of result lines that a path names; for errors see `sources`."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"results {path}: no such file or folder")
+        return [path]
+    # A report in a folder of runs is made of their lines: it counts only where there are none.
+    found = sorted(path.rglob("results.jsonl")) or [its for its in (path / RECORDS,) if its.is_file()]
+    if not found:
+        raise ValueError(
+            f"results {path}: there are none: no results.jsonl of a run in it or below, and no {RECORDS} of a report "
+            f"in it (reports of earlier versions have none: make them again of their runs)"
+        )
+    return found
 
 
 def _source(file: Path, plain: Callable[[Any], Any]) -> Source:
@@ -48,15 +64,6 @@ def _source(file: Path, plain: Callable[[Any], Any]) -> Source:
     beside = file.with_name(MANIFESTS if of_report else "manifest.json")
     manifests = tuple(_manifests(beside, of_report)) if beside.is_file() else ()
     return Source(file, tuple(map(plain, manifests)), of_report)
-
-
-def _files_of(path: Path) -> list[Path]:
-    if not path.is_dir():
-        if not path.is_file():
-            raise FileNotFoundError(f"results {path}: no such file or folder")
-        return [path]
-    # A report in a folder of runs is made of their lines: it counts only where it is named itself.
-    return [path / RECORDS] if (path / RECORDS).is_file() else sorted(path.rglob("results.jsonl"))
 
 
 def _manifests(file: Path, several: bool) -> Iterator[dict]:

@@ -88,8 +88,34 @@ def unedited(found: Collection, data: str) -> Sequence[Mapping]:
 
 @of_lines
 def _unedited(lines: Sequence[ResultLine]) -> MethodLines:
-    once = {line["record"]: line for line in lines}
-    return MethodLines(cast(ResultLine, _before_edit(line)) for line in once.values())
+    found: dict[str, dict] = {}
+    for line in lines:
+        known = found.get(line["record"])
+        if known is None:
+            found[line["record"]] = _before_edit(line)
+        elif _asks_more(line, known):  # runs of other settings ask other things of the same model
+            more = _before_edit(line)
+            known["metrics"]["post"] = more["metrics"]["post"] | known["metrics"]["post"]
+            known |= {name: value for name, value in more.items() if known[name] is None}
+    return MethodLines(cast(ResultLine, its) for its in found.values())
+
+
+def _asks_more(line: ResultLine, known: Mapping[str, Any]) -> bool:
+    """Whether a line may have something of the unedited model that is not known yet."""
+    asked = {
+        "exact_match": line["before"],
+        "whole_answer": line["answer_before"] or line["whole_answer_before"],
+        "bleed_forced": line["probes"] or line["neighbours"] or None,
+        "denial": line["denial_before"],
+        "perplexity": line["perplexity_before"],
+    }
+    new = any(value is not None and known[name] is None for name, value in asked.items())
+    return new or not _measured(line).keys() <= known["metrics"]["post"].keys()
+
+
+def _measured(line: ResultLine) -> dict[str, Any]:
+    """EasyEdit's metrics before the edit, without sections that hold nothing."""
+    return {name: its for name, its in (line["metrics"].get("pre") or {}).items() if its != {}}
 
 
 def shares_before_edit(line: ResultLine) -> SharesBefore:
@@ -103,7 +129,7 @@ def shares_before_edit(line: ResultLine) -> SharesBefore:
 def _before_edit(line: ResultLine) -> dict:
     """A line as it would be without the edit; what compares with the model before is left out."""
     return {
-        "metrics": {"post": line["metrics"].get("pre") or {}},
+        "metrics": {"post": _measured(line)},
         **{name.removesuffix("_before"): share for name, share in shares_before_edit(line).items()},
         "denial": line["denial_before"],
         "perplexity": line["perplexity_before"],

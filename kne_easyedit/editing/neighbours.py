@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 CHOICE = 4
 """Version of how neighbours, and variants of a subject, are chosen from the same facts: under another one results are
 others."""
+ASKED = "asked_later"
+"""Field of a request: prompts about other subjects, of other facts, that are asked after it. None of them trains."""
 
 
 def neighbour_prompts(
@@ -42,7 +44,7 @@ def neighbour_prompts(
     """The neighbours of all requests, each once: first one of each request, then another, with kinds in turn.
 
     No prompt of ``requests`` is among them, and no subject that is held out for evaluation
-    (`kne_easyedit.facts.neighbours.is_held_out`) or that their own neighbourhood prompts are about.
+    (`kne_easyedit.facts.neighbours.is_held_out`) or that their own neighbourhood prompts, or those `ASKED`, are about.
 
     Args:
         requests: What is edited together.
@@ -97,7 +99,7 @@ def neighbours_by_request(
     pool = _pool(hparams)
     names = [subject_key(place[0]) if (place := pool.locate(request)) else None for request in requests]
     exclude = run_exclusions(requests) | {name for name in names if name is not None}
-    asked = [prompt for request in requests for prompt in own_neighbourhood(request)]
+    asked = [prompt for request in requests for prompt in (*own_neighbourhood(request), *request.get(ASKED, ()))]
     found = []
     for request, name in zip(requests, names):
         relation = _of_relation(pool, request, hparams, exclude, asked, model, tokenizer)

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kne_easyedit.benchmark.collect import Collection, collect
+from kne_easyedit.benchmark.collect import Collection, collect, retained_lines
 from kne_easyedit.benchmark.labels import data_name
+from kne_easyedit.benchmark.sources import RECORDS, results_of
 from kne_easyedit.benchmark.store import read_lines
 from kne_easyedit.benchmark.summary import scores
 from kne_easyedit.benchmark.tables import unedited
@@ -52,7 +53,7 @@ def read_studies(paths: Iterable[str | Path]) -> StudyResults:
             f"results: no label in {', '.join(map(str, given))} is that of a study's point (SERIES@VALUE, as "
             f"`kne study` writes them); without --study the report takes any labels"
         )
-    retained, ensembles = _beside(given)
+    retained, ensembles = _beside([file for path in given for file in results_of(path)])
     described = {
         (data_name(Path(manifest["data"]["name"]).stem), method): its
         for manifest in found.manifests
@@ -129,21 +130,24 @@ def _number(study: Study, value: str) -> float:
     return number
 
 
-def _beside(paths: Sequence[Path]) -> tuple[dict[tuple[str, str, object], list[dict]], dict[tuple[str, str], Path]]:
+def _beside(files: Sequence[Path]) -> tuple[dict[tuple[str, str, object], list[Mapping]], dict[tuple[str, str], Path]]:
     """What stands beside the result lines: lines of sequences' facts asked again, and files of ensembles."""
-    retained: dict[tuple[str, str, object], list[dict]] = {}
+    retained: dict[tuple[str, str, object], list[Mapping]] = {}
     ensembles: dict[tuple[str, str], Path] = {}
-    folders = [
-        file.parent for path in paths for file in (sorted(path.rglob("results.jsonl")) if path.is_dir() else [path])
-    ]
-    for folder in folders:
-        lines = [line for _, line in read_lines(folder / "results.jsonl")]
+    for file in files:
+        if file.name == RECORDS:
+            raise ValueError(
+                f"{file}: a report has neither a sequence's facts asked again nor ensembles; "
+                f"give the folders of the study's runs"
+            )
+        folder = file.parent
+        lines = [line for _, line in read_lines(file)]
         own = {(data_name(str(line.get("data") or "")), str(line["method"]), line.get("seed")) for line in lines}
-        again = [line for _, line in read_lines(folder / "retention.jsonl")]
+        again = list(retained_lines(folder / "retention.jsonl"))
         for data, method, seed in own:
-            retained.setdefault((data, method, seed), []).extend(its for its in again if its.get("method") == method)
-            if (file := folder / f"ensemble-{method}.json").is_file():
-                ensembles.setdefault((data, method), file)
+            retained.setdefault((data, method, seed), []).extend(its for its in again if its["method"] == method)
+            if (members := folder / f"ensemble-{method}.json").is_file():
+                ensembles.setdefault((data, method), members)
     return retained, ensembles
 
 

@@ -29,7 +29,7 @@ def job(folder, name: str, manifest=None, label="KNE", data="test_cf", seed=42, 
         "second_moments": {},
         "methods": {label: own},
         "localization": {label: {"facts": 3}},
-        "fingerprints": {label: print_of},
+        "fingerprints": {label: f"{print_of}{seed}"},
         **(manifest or {}),
     }
     (folder / name / "manifest.json").write_text(json.dumps(about))

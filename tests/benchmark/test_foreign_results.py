@@ -16,6 +16,7 @@ from kne_easyedit.benchmark.checks import require_name
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.markdown_report import report_text
 from kne_easyedit.benchmark.publish import page, publish
+from kne_easyedit.benchmark.sources import _without_folders
 
 CASES = Path(os.environ.get("KNE_CASES", Path(__file__).parents[3] / "shared/cases"))
 EVIL = [
@@ -83,6 +84,7 @@ def test_text_of_others_stays_text(tmp_path, secret):
     for number, text in enumerate(EVIL):
         name = "".join(c for c in text if c.isprintable())[:100]
         shared = {"data": "<b>data | $x$</b>", "prompt": text, "target_new": text, "before": text, "after": text}
+        shared["fingerprint"] = _without_folders(text)
         entries = [line(name, i, s, record=f"r{i}", **shared) for i, s in enumerate([0.0, 1.0], 2 * number)]
         for entry in entries:
             for when in ("pre", "post"):
@@ -94,7 +96,7 @@ def test_text_of_others_stays_text(tmp_path, secret):
         manifest = {
             **MANIFEST,
             "kne_easyedit": text,
-            "model": {"name": text, "sha256": text},
+            "model": {"name": text, "sha256": EVIL[0]},
             "mode": text,
             "fluency_variant": text,
             "data": {"name": text},
@@ -201,6 +203,10 @@ POST = {"rewrite_acc": [1.0]}
         ({"losses": [10**400]}, "losses: a list"),
         ({"before": 7}, "before: 7 is not a text"),
         ({"data": {}}, "data: a dict"),
+        ({"method": ["a"]}, "method: a list is not a text"),
+        ({"index": [1]}, "index: a list is not a number"),
+        ({"batch_size": "10"}, "batch_size: '10' is not a whole number"),
+        ({"chat_template": [1]}, "chat_template: a list is not true or false"),
     ],
 )
 def test_types_are_checked_with_file_and_line(tmp_path, changes, message):
@@ -236,12 +242,43 @@ def test_a_diverged_edit_is_drawn(tmp_path):
             json.dumps({**MANIFEST, "localization": {}, "second_moments": {}, "model": {"name": 3, "sha256": ""}}),
             "model.name: 3 is not a str",
         ),
+        (
+            json.dumps(
+                {**MANIFEST, "localization": {}, "second_moments": {}, "machine": {"processor": "", "gpus": []}}
+            ),
+            "machine.cpus: a NoneType is not there",
+        ),
+        (json.dumps({**MANIFEST, "localization": {}, "second_moments": {}, "settings": 3}), "settings: 3"),
     ],
 )
 def test_a_manifest_that_is_none(tmp_path, content, message):
     write(tmp_path / "results.jsonl", LINES[:2])
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=f"manifest.json: .*{message}"):
+        collect([tmp_path])
+
+
+def test_figures_that_a_manifest_lacks_are_no_fault(tmp_path):
+    write(tmp_path / "results.jsonl", LINES)
+    lacking = {"second_moments": {"FT": {"source": "text"}}, "localization": {"KNE": {"seconds_per_fact": 1.0}}}
+    (tmp_path / "manifest.json").write_text(json.dumps({**MANIFEST, **lacking}))
+    assert "## Cost" in report_text(collect([tmp_path]), "title", {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": ["x"]}, "method: a list is not a text"),
+        ({"after": "3"}, "after: '3' is not a number of edits"),
+        ({"metrics": {"post": "x"}}, "has metrics that are a mapping of 'post'"),
+        ({"perplexity": "x"}, "perplexity: 'x'"),
+    ],
+)
+def test_lines_asked_again_are_checked(tmp_path, changes, message):
+    write(tmp_path / "results.jsonl", LINES[:1])
+    again = {"method": "KNE", "index": 0, "after": 3, "metrics": {"post": {}}}
+    write(tmp_path / "retention.jsonl", [again, {**again, **changes}])
+    with pytest.raises(ValueError, match=rf"retention\.jsonl: line 2: {message}"):
         collect([tmp_path])
 
 

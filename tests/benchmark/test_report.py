@@ -82,6 +82,34 @@ def test_settings_never_mix(tmp_path):
         collect([tmp_path])
 
 
+def made_of(folder, method: str, manifest: dict) -> None:
+    write(folder / "results.jsonl", [line(method, i, 1.0) for i in range(3)])
+    whole = {**MANIFEST, "localization": {}, "second_moments": {}, "fingerprints": {method: f"{method}-test_cf"}}
+    (folder / "manifest.json").write_text(json.dumps(whole | manifest))
+
+
+def test_models_never_mix(tmp_path):
+    """A difference of methods would be one of models, and there is one row of the unedited model."""
+    made_of(tmp_path / "a", "KNE", {"model": {"name": "tiny", "sha256": "0" * 64}})
+    made_of(tmp_path / "b", "FT", {"model": {"name": "other", "sha256": "9" * 64}})
+    with pytest.raises(
+        ValueError, match=r"a/results.* and .*b/results.*: edits of two models on counterfact, tiny .*0"
+    ):
+        collect([tmp_path])
+    made_of(tmp_path / "b", "FT", {"model": {"name": "tiny, elsewhere", "sha256": "0" * 64}})
+    assert len(collect([tmp_path]).lines) == 6
+    other = {"model": {"name": "other", "sha256": "9" * 64}, "data": {"name": "ZsRE-test-all.json"}}
+    made_of(tmp_path / "b", "FT", other)  # of other data nothing is compared
+    assert len(collect([tmp_path]).lines) == 6
+
+
+def test_lines_that_their_manifest_does_not_know(tmp_path):
+    """As a run leaves them that was stopped after its manifest and before its first edit."""
+    made_of(tmp_path, "KNE", {"fingerprints": {"KNE": "newer"}})
+    with pytest.raises(ValueError, match=r"results\.jsonl: line 1: KNE was run under other settings .*newer.*again"):
+        collect([tmp_path])
+
+
 def test_a_number_of_a_data_set_is_one_record(tmp_path):
     """Two files of one name; a record that is another in a later version of its file."""
     write(tmp_path / "a/results.jsonl", [line("KNE", i, 1.0, "test", record=f"a{i}") for i in range(5)])
@@ -108,8 +136,17 @@ def test_a_number_of_a_data_set_is_one_record(tmp_path):
 
 
 def test_nothing_to_report(tmp_path):
-    with pytest.raises(ValueError, match="results: there are none"):
+    with pytest.raises(
+        ValueError, match=r"there are none: no results\.jsonl of a run in it or below, and no records\.jsonl"
+    ):
         collect([tmp_path])
+    write(tmp_path / "run/results.jsonl", LINES)  # one folder that holds some makes no other good
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: there are none"):
+        collect([tmp_path / "run", tmp_path / "empty"])
+    write(tmp_path / "begun/results.jsonl", [])
+    with pytest.raises(ValueError, match=r"results: there are none in .*begun"):
+        collect([tmp_path / "begun"])
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         collect([tmp_path / "nowhere"])
 
@@ -212,7 +249,7 @@ def test_folders_of_a_machine_are_not_published(tmp_path):
         **MANIFEST,
         "data": {**MANIFEST["data"], "name": f"{where}/test_cf.json"},
         "localization": {},
-        "fingerprints": {"MEMIT": "f"},
+        "fingerprints": {"MEMIT": "MEMIT-test_cf"},
         "methods": {
             "MEMIT": {
                 "stats_dir": "./data/stats",
@@ -229,11 +266,11 @@ def test_folders_of_a_machine_are_not_published(tmp_path):
     publish(collect([tmp_path]), tmp_path / "report")
     texts = {
         name: (tmp_path / "report" / name).read_text()
-        for name in ("report.md", "report.html", "report.json", "manifests.json")
+        for name in ("report.md", "report.html", "report.json", "manifests.json", "records.jsonl")
     }
     assert not [name for name, text in texts.items() if "some one" in text]
     assert (
-        "| test_cf.json | MEMIT | stats_dir ./data/stats, text a.json, model some-one/tiny, page https://a.b/c/d | f |"
+        "| test_cf.json | MEMIT | stats_dir ./data/stats, text a.json, model some-one/tiny, page https://a.b/c/d | MEMIT-test_cf |"
         in texts["report.md"]
     )
     assert (

@@ -69,8 +69,9 @@ def test_the_unedited_model_is_known_without_its_answers(tmp_path):
     knows = [with_neighbours("KNE", i, 1.0, 0) | {"before": " Rome", "answer_before": "Rome."} for i in range(6)]
     runs(tmp_path / "runs", [*knows, *WITH_NEIGHBOURS[6:]])
     publish(collect([tmp_path / "runs"]), tmp_path / "report")
-    last = json.loads((tmp_path / "report/records.jsonl").read_text().splitlines()[-1])
-    assert (last["method"], last["index"]) == ("KNE", 5) and "before" not in last and "neighbours" not in last
+    kept = [json.loads(its) for its in (tmp_path / "report/records.jsonl").read_text().splitlines()]
+    (last,) = (its for its in kept if (its["method"], its["index"]) == ("KNE", 5))
+    assert "before" not in last and "neighbours" not in last
     shares = {"exact_match_before": 1.0, "whole_answer_before": 1.0, "bleed_forced_before": 0.25}
     assert shares.items() <= last.items()
 
@@ -96,6 +97,35 @@ def test_a_report_grows_by_a_method_that_is_run_later(tmp_path):
     assert figures(grown) == figures(both) and len(grown.manifests) == 2
     bleed = next(its for its in METRICS if its.key == "bleed")
     assert lead(grown, "counterfact", "KNE", "FT", bleed).records == 6
+
+
+def test_lines_of_other_settings_add_to_what_is_known_of_the_unedited_model(tmp_path):
+    """A run without neighbours and fluency over some of the records takes nothing from the row of the model before."""
+    runs(tmp_path / "all", [its for its in WITH_NEIGHBOURS if its["method"] == "FT"])
+    bare = [line("KNE", i, 1.0) for i in range(3)]
+    for its in bare:
+        its["metrics"] = {when: {**found, "fluency": {}} for when, found in its["metrics"].items()}
+    runs(tmp_path / "bare", bare)
+    alone = figures(collect([tmp_path / "all"]))["counterfact"]["no edit"]
+    for order in (("all", "bare"), ("bare", "all")):
+        assert figures(collect([tmp_path / its for its in order]))["counterfact"]["no edit"] == alone
+    assert alone["bleed_forced"] == 25 and alone["fluency"] == 600
+
+
+def test_methods_with_other_neighbours_come_back_as_they_were(tmp_path):
+    other = with_neighbours("FT", 0, 1.0, 0)
+    other |= {"neighbours": other["neighbours"][::-1]}
+    runs(tmp_path / "runs", [with_neighbours("KNE", 0, 1.0, 1), other])
+    publish(collect([tmp_path / "runs"]), tmp_path / "report")
+    publish(collect([tmp_path / "report"]), tmp_path / "again")
+    assert (tmp_path / "report/report.md").read_text() == (tmp_path / "again/report.md").read_text()
+
+
+def test_runs_count_in_a_folder_that_holds_their_report(tmp_path):
+    runs(tmp_path, [line("KNE", 0, 0.5)])
+    publish(collect([tmp_path]), tmp_path)
+    runs(tmp_path / "more", [line("FT", 0, 0.5)])
+    assert collect([tmp_path]).methods == ["FT", "KNE"]
 
 
 def test_a_report_among_runs_counts_only_where_it_is_named(tmp_path, capsys):
