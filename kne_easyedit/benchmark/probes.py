@@ -11,7 +11,7 @@ from kne_easyedit.benchmark.asking import askable
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.facts.encoding import chat_prompt
-from kne_easyedit.facts.neighbours import FactPool, Neighbour, own_neighbourhood, packaged_pool, run_exclusions
+from kne_easyedit.facts.neighbours import FactPool, Neighbour, own_neighbourhood, packaged_pool
 from kne_easyedit.facts.readers import EMBEDDED
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.facts.templates import normalised, stands_in
@@ -84,7 +84,8 @@ class _Pools:
     def __init__(self, job: Run):
         self.job = job
         self.edited = [] if job.mode == "single" else list(job.requests)
-        self.exclude = run_exclusions(self.edited) | {request["prompt"] for request in _localised(job)}
+        together = {its[name] for its in self.edited for name in ("prompt", "subject") if its.get(name)}
+        self.exclude = together | {request["prompt"] for request in _localised(job)}
         self._pools: dict[str, FactPool] = {}
 
     def own(self, request: Mapping) -> list[Neighbour]:

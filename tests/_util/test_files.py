@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,25 @@ class TestNewDirectory:
             (unfinished / "a.json").write_text("ours")
             (tmp_path / "theirs").write_text("theirs")
         assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    """As some network folders: said with the folder, and the work goes on; any other fault names the file."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def failing(number: int):
+        def flock(*_):
+            raise OSError(number, "no")
+
+        return flock
+
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    with exclusive_lock(tmp_path / "folder"):
+        (tmp_path / "folder/written").touch()
+    assert "folder: this file system has no locks" in caplog.text
+    monkeypatch.setattr(fcntl, "flock", failing(errno.EIO))
+    with pytest.raises(OSError, match=r"\.lock"), exclusive_lock(tmp_path / "folder"):
+        pass
 
 
 @pytest.mark.parametrize("content", [b"precious", None], ids=["there", "dangling"])

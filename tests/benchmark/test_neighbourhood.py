@@ -18,6 +18,7 @@ from kne_easyedit.benchmark.console import print_report
 from kne_easyedit.benchmark.neighbourhood import Questioner
 from kne_easyedit.benchmark.probes import OWN, Asked, choose
 from kne_easyedit.bridge import MethodEditor
+from kne_easyedit.editing import neighbours as training
 from kne_easyedit.facts.encoding import encode
 from kne_easyedit.facts.neighbours import Neighbour, is_held_out
 from kne_easyedit.facts.records import to_request
@@ -215,6 +216,54 @@ def test_neighbours_that_the_record_brings_come_before_made_ones(job, tmp_path, 
         edited = {**to_request(record("Spain", "Oslo")), "index": 1}
         together = choose(replace(job, requests=[*job.requests, edited], mode="batch", batch_size=2))
         assert "The capital of Spain is" not in together[0].prompts  # it is edited itself
+
+
+@pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
+def test_facts_edited_in_other_words_are_no_neighbours(job, tmp_path, mode):
+    """They should change. One at a time, they are not edited when they are asked."""
+    other = [to_request(record(subject, "Lima", prompt=f"What is the capital of {subject} ?")) for subject in SUBJECTS]
+    many(tmp_path, job, SUBJECTS)
+    requests = [job.requests[0], *({**its, "index": i} for i, its in enumerate(other[:20], start=1))]
+    own = record(locality={"Neighbourhood": [{"prompt": f"In {SUBJECTS[0]} the capital is", "ground_truth": "x"}]})
+    requests.append({**to_request(own | {"prompt": "The river of France is"}), "index": 99})
+    together = replace(job, requests=requests, mode=mode, batch_size=22 if mode == "batch" else 1)
+    asked = choose(together)
+    edited = {request["subject"] for request in requests}
+    assert bool({its.subject for its in asked[0].neighbours} & edited) is (mode == "single")
+    assert (own["locality"]["Neighbourhood"][0]["prompt"] in asked[99].prompts) is (mode == "single")
+
+
+def test_a_path_of_the_data_may_have_variables(job, tmp_path, monkeypatch):
+    """As all readers expand them."""
+    many(tmp_path, job, SUBJECTS)
+    plain = choose(job)
+    monkeypatch.setenv("KNE_TEST_DATA", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("$KNE_TEST_DATA/many.json", "~/many.json"):
+        assert choose(replace(job, data=path)) == plain
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_later_records_bring_to_be_asked_trains_in_no_edit_of_a_sequence(job, tmp_path, monkeypatch):
+    many(tmp_path, job, SUBJECTS)
+    hparams = job.hparams["KNE"] = replace(
+        job.hparams["KNE"], neighbour_weight=1.0, neighbour_data=job.data, neighbour_subject_size=0
+    )
+    (trained,) = training.neighbours_by_request(job.requests[:1], hparams)
+    later = next(prompt for prompt in trained if "Spain" not in prompt)
+    probe = {"Neighborhood": [{"prompt": later, "ground_truth": "x"}]}
+    job.requests[1] = {**to_request(record("Spain", "Oslo", locality=probe)), "index": 1}
+    given = []
+    apply = MethodEditor.apply
+    monkeypatch.setattr(MethodEditor, "apply", lambda self, its: given.extend(its) or apply(self, its))
+    prints = {}
+    for mode in ("single", "sequential"):
+        job.mode, job.folder = mode, tmp_path / mode
+        given.clear()
+        prints[mode] = run(job)["fingerprints"]["KNE"]
+        (found,) = training.neighbours_by_request(given[:1], hparams)
+        assert (later in found) is (mode == "single") and (training.ASKED in given[0]) is (mode == "sequential")
+        assert later in {its["prompt"] for its in lines_of(job)[1]["neighbours"]}
 
 
 def test_prompts_are_in_the_chat_template_where_the_run_is(job, tmp_path):

@@ -269,10 +269,8 @@ def test_folders_of_a_machine_are_not_published(tmp_path):
         for name in ("report.md", "report.html", "report.json", "manifests.json", "records.jsonl")
     }
     assert not [name for name, text in texts.items() if "some one" in text]
-    assert (
-        "| test_cf.json | MEMIT | stats_dir ./data/stats, text a.json, model some-one/tiny, page https://a.b/c/d | MEMIT-test_cf |"
-        in texts["report.md"]
-    )
+    settings = "stats_dir ./data/stats, text a.json, model some-one/tiny, page https://a.b/c/d"
+    assert f"| test_cf.json | MEMIT | {settings} | MEMIT-test_cf |" in texts["report.md"]
     assert (
         "Second moments: text file a.txt." in texts["report.md"]
         and "| counterfact | MEMIT | 2.00 | 3.0 | 3 MiB | 60 | 20.00 |" in texts["report.md"]

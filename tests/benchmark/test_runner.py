@@ -181,6 +181,36 @@ def test_a_folder_serves_one_run_at_a_time(job):
     run(job)
 
 
+@pytest.mark.usefixtures("quick")
+def test_the_seed_of_a_run_is_that_of_knes_edits(job, tmp_path):
+    """Else seeds would repeat one edit; the digest without the seed says that lines of several may be averaged."""
+    job.hparams["KNE"].initialization = "kaiming"
+    found = {}
+    for seed in (1, 2):
+        its = replace(job, seed=seed, folder=tmp_path / str(seed))
+        run(its)
+        found[seed] = lines_of(its)[0]
+        assert its.hparams["KNE"].seed == 42, "the caller's settings stay as they are"
+    assert found[1]["losses"] != found[2]["losses"]
+    assert found[1]["fingerprint"] != found[2]["fingerprint"] and found[1]["settings"] == found[2]["settings"]
+    job.hparams["KNE"].seed = 7
+    with pytest.raises(ValueError, match=r"KNE: its setting seed is 7, the run's 42; a run has one seed"):
+        run(job)
+    replace(job, seed=7).validate()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_stops_before_its_first_edit_leaves_no_lines_under_its_manifest(job, tmp_path):
+    run(job)
+    job.hparams["KNE"].p = 0.1
+    job.perplexity = tmp_path / "short.txt"
+    job.perplexity.write_text("The")
+    with pytest.raises(ValueError, match="perplexity"):
+        run(job)
+    assert json.loads((job.folder / "manifest.json").read_text())["methods"]["KNE"]["p"] == 0.1
+    assert not lines_of(job) and (job.folder / "results.other-1.jsonl").is_file()
+
+
 def test_two_runs_with_one_seed_agree(job, tmp_path):
     run(job)
     first = [{**line, "seconds": 0, "peak_bytes": 0} for line in lines_of(job)]

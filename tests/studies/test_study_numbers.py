@@ -11,7 +11,9 @@ import pytest
 from pytest import approx
 from study_lines import line, write_points
 
+from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.intervals import RESAMPLES, crossed, interval
+from kne_easyedit.benchmark.publish import publish
 from kne_easyedit.benchmark.tables import drawn
 from kne_easyedit.studies.numbers import OVERALL, difference, differences, mean_difference, over, slope
 from kne_easyedit.studies.reading import read_studies
@@ -342,3 +344,11 @@ def test_seeds_are_draws(tmp_path):
     (cell,) = curves.cells.values()
     assert (cell.records, cell.draws, len(cell.lines)) == (4, 2, 8)
     assert cell.mean("edit_success").low < 55 and cell.mean("edit_success").high > 65
+
+
+def test_a_report_is_no_source_of_studies(tmp_path, monkeypatch):
+    """It has no facts asked again: sequences would be empty without a word."""
+    monkeypatch.setattr("kne_easyedit.benchmark.figures.draw_all", lambda found, folder: {})
+    publish(collect([write_points(tmp_path / "run", {"KNE-rows@2": {"ES": 1.0}})]), tmp_path / "report")
+    with pytest.raises(ValueError, match=r"records\.jsonl: a report has neither .* give the folders of the"):
+        read_studies([tmp_path / "report"])
