@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from kne_easyedit._util.messages import require_one_of
-from kne_easyedit._util.settings import EVALUATORS, SECRET, replace_settings
+from kne_easyedit._util.settings import EVALUATION_TYPES, EVALUATORS, SECRET, replace_settings
 from kne_easyedit.attribution.engine import ENGINES
 from kne_easyedit.attribution.quadrature import QUADRATURES
 from kne_easyedit.editing.neighbours import neighbours_wanted, uses_neighbours
@@ -261,6 +261,8 @@ class KNEHyperParams:
             shown = f"a {type(value).__name__}" if name in SECRET else repr(value)
             if not isinstance(value, (str, type(None))):
                 raise ValueError(f"{name}: {shown} is not a string; quote it in YAML")
+        if kind := getattr(self, "evaluation_type", None):
+            require_one_of("evaluation_type", kind, EVALUATION_TYPES)
         _require(self.alg_name == "KNE", "alg_name", self.alg_name, "must be 'KNE'")
         _require(bool(self.model_name.strip()), "model_name", self.model_name, "must name a model")
         _require(len(self.target_modules) > 0, "target_modules", self.target_modules, "must hold at least one template")

@@ -24,6 +24,8 @@ EVALUATORS = ("evaluation_type", "api_key")
 """Settings of EasyEdit's evaluators (since 2025), which its scripts set on the hyperparameter object of any method:
 ``LLM-judge`` or ``generate-text`` in place of teacher-forced figures, and the judge's key. A YAML may hold them, too.
 They are no fields: some versions check only that the attribute exists, so it exists only if it was given."""
+EVALUATION_TYPES = ("LLM-judge", "generate-text")
+"""Values of ``evaluation_type``; EasyEdit takes any other for teacher-forced figures, without a word."""
 SECRET = ("api_key",)
 """Settings that are never shown: in no message, manifest, summary or fingerprint."""
 

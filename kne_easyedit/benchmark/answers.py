@@ -82,8 +82,8 @@ def is_whole(answer: str, target: str) -> bool:
 
 
 def one_line(answer: str) -> str:
-    """The beginning of an answer as one line of at most 70 characters, for the terminal."""
-    return " ".join(answer.split())[:70] or _NO_ANSWER
+    """The beginning of an answer as one line of at most 70 characters without effect on a terminal."""
+    return printable(answer)[:70] or _NO_ANSWER
 
 
 def in_full(answer: str) -> str:

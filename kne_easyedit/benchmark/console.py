@@ -87,13 +87,17 @@ def _print_neighbours(lines: Sequence[ResultLine], summary: Mapping[str, Any], p
     chosen = next((line for line in having if line["prompt"] == prompt), having[0])
     own = {line["method"]: line["neighbours"] or [] for line in having if line["index"] == chosen["index"]}
     width = max(8, *map(len, summary["methods"]))
-    print(f"\nNeighbours before and after the edit  {chosen['prompt']}  ->  {chosen['target_new']}")
+    print(f"\nNeighbours before and after the edit  {_fact(chosen)}")
     for its in chosen["neighbours"] or ():
-        print(f"\n  {its['prompt']}\n    {'before':<{width}} {one_line(up_to_stop(its['before']))}")
+        print(f"\n  {printable(its['prompt'])}\n    {'before':<{width}} {one_line(up_to_stop(its['before']))}")
         for method, neighbours in own.items():
             for found in neighbours:
                 if found["prompt"] == its["prompt"]:
                     print(f"    {method:<{width}} {one_line(up_to_stop(found['after']))}")
+
+
+def _fact(line: ResultLine) -> str:
+    return f"{printable(line['prompt'])}  ->  {printable(line['target_new'])}"
 
 
 def _print_answers(lines: Sequence[ResultLine], summary: Mapping[str, Any], examples: int) -> None:
@@ -101,7 +105,7 @@ def _print_answers(lines: Sequence[ResultLine], summary: Mapping[str, Any], exam
     print("\nAnswers before and after (greedy):")
     for index in dict.fromkeys(line["index"] for line in lines[: examples * len(summary["methods"])]):
         own = [line for line in lines if line["index"] == index]
-        print(f"\n  {own[0]['prompt']}  ->  {own[0]['target_new']}")
+        print(f"\n  {_fact(own[0])}")
         print(f"    {'before':<{width}} {one_line(own[0]['before'] or '')}")
         for line in own:
             print(f"    {line['method']:<{width}} {one_line(line['after'] or '')}")

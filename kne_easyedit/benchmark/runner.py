@@ -24,6 +24,7 @@ from kne_easyedit import bridge
 from kne_easyedit._util.errors import RunStopped
 from kne_easyedit._util.files import atomic_write, exclusive_lock
 from kne_easyedit._util.machine import PeakMemory
+from kne_easyedit._util.messages import printable
 from kne_easyedit._util.workers import run_parallel
 from kne_easyedit.benchmark.answers import FreeAnswer, free_answers, one_line
 from kne_easyedit.benchmark.asking import AT_ONCE
@@ -127,8 +128,7 @@ class _Runner:
 
     def __init__(self, prepared: PreparedRun, editors: dict[str, bridge.MethodEditor], quiet: Callable, again: bool):
         self.prepared, self.editors, self.quiet = prepared, editors, quiet
-        self.job = job = prepared.job
-        self.requests = prepared.requests
+        self.job, self.requests = job, requests = prepared.job, prepared.requests
         self.device = device_of(job.model)
         self.questioner = Questioner(job.tokenizer, job.separator)
         self.measured: set[str] = set()
@@ -140,7 +140,7 @@ class _Runner:
         self.results = Lines(job.folder / "results.jsonl", keep, others=job.others)
         self.retained = Lines(job.folder / "retention.jsonl", keep, key=("method", "index", "after"), others=job.others)
         self.done = {(line["index"], line["method"]) for line in self.results.lines}
-        self.shown = {request["index"] for request in self.requests[: job.show]}
+        self.shown = {request["index"] for request in requests[: job.show]}
 
     def edit_all(self) -> None:
         """Edits all records with all methods; what is measured is in `results` and `retained`."""
@@ -182,7 +182,7 @@ class _Runner:
         elif event == "answer":
             index, prompt, answer = content
             if index in self.shown:
-                self.bar.write(f"  {method}: {prompt} -> {one_line(answer)}")
+                self.bar.write(f"  {method}: {printable(prompt)} -> {one_line(answer)}")
         elif event == "line":
             self._keep(content)
         elif event == "complaint":
@@ -385,7 +385,7 @@ class _Runner:
         self.done.add((line["index"], line["method"]))
 
     def _show(self, method: str, request: dict) -> None:
-        self.doing = f"{method}: {(request['subject'] or request['prompt'])[:24]}"
+        self.doing = f"{method}: {printable(request['subject'] or request['prompt'])[:24]}"
         self.bar.set_postfix_str(self.doing)
 
     def _show_step(self, step: int, loss: float) -> None:

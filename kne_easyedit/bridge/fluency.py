@@ -33,13 +33,13 @@ def fluency_variant() -> str:
         stays with its word.
 
     Raises:
-        RuntimeError: nltk's data is missing, and the patch is switched off.
+        ImportError: nltk's data is missing, and the patch is switched off.
     """
     tokenize = module("evaluate.evaluate_utils").nltk.word_tokenize
     if isinstance(tokenize, functools.partial):
         return NO_PUNKT
     if not _has_punkt():
-        raise RuntimeError(
+        raise ImportError(
             "fluency: nltk's punkt data is missing and the patch fluency-without-punkt is switched off; "
             "get it by nltk.download('punkt_tab')"
         )

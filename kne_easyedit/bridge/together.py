@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kne_easyedit._util.messages import require_one_of
+from kne_easyedit._util.settings import EVALUATION_TYPES
 from kne_easyedit.bridge.methods import NAME as KNE
 from kne_easyedit.facts.encoding import SEPARATOR
 
@@ -30,6 +32,23 @@ def require_one_separator(methods: Mapping[str, Any]) -> None:
                 else "EasyEdit's own methods join by a blank; run KNE alone"
             )
             raise ValueError(f"separator: {method} joins prompt and answer by {found!r}, KNE by {shared!r}; {why}")
+
+
+def require_one_evaluation(methods: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the methods, unless all are evaluated by one known ``evaluation_type``, or by none.
+
+    Figures of generated text are no teacher-forced ones: no table compares the two.
+    """
+    kinds = {method: getattr(hparams, "evaluation_type", None) or None for method, hparams in methods.items()}
+    for method, kind in kinds.items():
+        if kind is not None:
+            require_one_of(f"{method}: evaluation_type", kind, EVALUATION_TYPES)
+    if len(set(kinds.values())) > 1:
+        shown = ", ".join(f"{method}: {kind or 'none, teacher-forced'}" for method, kind in kinds.items())
+        raise ValueError(
+            f"evaluation_type: {shown}; one run compares figures of one kind: "
+            f"give all methods the same, or run them apart"
+        )
 
 
 def wanted_of_the_run(methods: Mapping[str, Any], mode: str, chat_template: bool) -> Iterator[str]:
@@ -62,3 +81,4 @@ def require_together(methods: Mapping[str, Any], mode: str, chat_template: bool)
     for message in wanted_of_the_run(methods, mode, chat_template):
         raise ValueError(message)
     require_one_separator(methods)
+    require_one_evaluation(methods)

@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError, RunStopped) as error:
         if arguments.verbose:
             raise
-        print(f"kne: {without_effects(str(error))}", file=sys.stderr)
+        said = str(error) or f"{type(error).__name__} without a message (the option --verbose shows where)"
+        print(f"kne: {without_effects(said)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         what = getattr(arguments, "interrupted", "the same command resumes")

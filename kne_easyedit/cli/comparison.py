@@ -15,7 +15,7 @@ from kne_easyedit.benchmark import Run, run
 from kne_easyedit.benchmark.console import print_report
 from kne_easyedit.bridge.together import require_together
 from kne_easyedit.cli.common import SHIPPED, method_of, positive, shipped
-from kne_easyedit.doctor.findings import OK
+from kne_easyedit.doctor.findings import FAILURE, OK
 from kne_easyedit.doctor.modules import modules
 from kne_easyedit.models.loading import load_model
 
@@ -118,8 +118,8 @@ def execute(
     for step in _steps(hparams, len(requests), data, out):
         print(step, flush=True)
     model, tokenizer = load_model(loads)
-    for method, file in (borrowed or {}).items():
-        _require_modules(method, hparams[method], file, model)
+    for method, its in hparams.items():
+        _require_modules(method, its, (borrowed or {}).get(method), model)
     if settings["workers"] is None:
         edits = -(-len(requests) // settings.get("batch_size", 1))
         settings["workers"] = 1 if settings.get("mode") == "sequential" else workers_for(model, edits)
@@ -151,12 +151,16 @@ def _steps(hparams: Mapping[str, Any], records: int, data: str, out: Path) -> li
     return [f"step {i} of {len(steps)}: {step}" for i, step in enumerate(steps, start=1)]
 
 
-def _require_modules(method: str, hparams: Any, file: Path, model: nn.Module) -> None:
-    """Raises ValueError if a shipped file, made for another model, names layers or modules that this model lacks."""
+def _require_modules(method: str, hparams: Any, borrowed: Path | None, model: nn.Module) -> None:
+    """Raises ValueError if settings name layers or modules that the model lacks: no record is at fault then.
+
+    ``borrowed``: the shipped file of another model that they are of, if they are.
+    """
     for finding in modules({method: hparams}, model):
-        if finding.status != OK:
+        if finding.status == FAILURE or (borrowed and finding.status != OK):
+            file = f"the shipped {borrowed} does not fit this model: " if borrowed else ""
+            way_out = "give a file for it (--hparams), change" if borrowed else "correct its file (--hparams), or"
             raise ValueError(
-                f"{method}: the shipped {file} does not fit this model: {finding.text}; "
-                f"give a file for it (--hparams), change single settings (--set {method}.NAME=VALUE), "
+                f"{method}: {file}{finding.text}; {way_out} single settings (--set {method}.NAME=VALUE), "
                 f"or leave the method out"
             )

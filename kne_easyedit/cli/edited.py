@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from kne_easyedit.editing.kne_edit import KNEEdit
     from kne_easyedit.edits.store import EditStore
     from kne_easyedit.facts.encoding import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 LOADING = ("model_name", "device", "model_parallel", "max_memory", "offload_folder", "fp16", "bf16", "load_in")
 """Settings that say how a model is loaded."""
@@ -131,6 +134,12 @@ def load_base(opened: Opened, arguments: argparse.Namespace) -> tuple[Any, Token
     if unknown := sorted(given.keys() - set(LOADING)):
         raise ValueError(f"--set {unknown[0]}: only {', '.join(LOADING)} say how a model is loaded")
     settings = {name: opened.hparams[name] for name in LOADING if name in opened.hparams}
+    # Weights are written to that folder: an edit, which may be somebody else's, does not choose it.
+    if (folder := settings.pop("offload_folder", None)) and "offload_folder" not in given:
+        logger.warning(
+            "offload_folder: the edit was made with %s, which is not used here; --set offload_folder=DIR names one",
+            folder,
+        )
     if isinstance(places := settings.get("max_memory"), Mapping):  # JSON has made texts of the GPUs' numbers
         settings["max_memory"] = {int(one) if str(one).isdigit() else one: size for one, size in places.items()}
     settings = {"model_name": opened.base, "device": "cpu", **settings, **given}

@@ -15,6 +15,8 @@ from kne_easyedit.edits.adapter_card import card_head, facts_table, has_hub_form
 from kne_easyedit.edits.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 
 CARD = "README.md"
+_PATHS = re.compile(r'"((?:/|~/|\.\.?/|\.\.?\\\\|[A-Za-z]:(?:/|\\\\)|\\\\\\\\|file:)[^"\n]*)"')
+"""Of files as JSON writes them, where a backslash is two: absolute ones of any system, and relative ones."""
 PICTURE = "edit.png"
 """Sent where `kne show` has left it."""
 
@@ -60,7 +62,7 @@ def files_to_push(folder: Path) -> dict[str, Path | bytes]:
 def paths_named(folder: Path) -> list[str]:
     """Paths of this machine that the JSON files of a folder name: whoever reads the repository sees them."""
     texts = (path.read_text(encoding="utf-8") for name in (JSON_FILE, CONFIG_FILE) if (path := folder / name).is_file())
-    return sorted({match for text in texts for match in re.findall(r'"((?:/|~/|[A-Z]:\\\\)[^"\n]*)"', text)})
+    return sorted({match for text in texts for match in _PATHS.findall(text)})
 
 
 def require_repo(repo: str) -> None:

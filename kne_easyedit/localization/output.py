@@ -9,6 +9,7 @@ from safetensors.torch import save
 from torch import nn
 
 from kne_easyedit._util.files import atomic_write
+from kne_easyedit._util.messages import printable
 from kne_easyedit._util.settings import public_settings
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.localization.explain import Explanation, Neuron
@@ -159,7 +160,7 @@ def save_explanation(found: Explanation, folder: Path, hparams: LocalizationSett
 def print_explanation(found: Explanation, examples: int = 5) -> None:
     """Prints layers and strongest neurons of the first ``examples`` facts, and the neurons that facts share most."""
     for i, (fact, ensemble, best) in enumerate(zip(found.facts[:examples], found.ensembles, found.strongest)):
-        print(f"\n[{i}] {fact.prompt}  ->  {fact.target}: {ensemble.size} neurons")
+        print(f"\n[{i}] {printable(fact.prompt)}  ->  {printable(fact.target)}: {ensemble.size} neurons")
         for template, counts in ensemble.counts().items():
             top = sorted(counts.items(), key=lambda item: -item[1])[:6]
             print(f"    {template}: " + ", ".join(f"layer {layer}: {count}" for layer, count in top if count) + " ...")
@@ -186,5 +187,5 @@ def _short(neuron: Neuron) -> str:
 
 
 def _fact(fact: Fact) -> str:
-    text = f"{fact.prompt} -> {fact.target}"
+    text = printable(f"{fact.prompt} -> {fact.target}")
     return text if len(text) <= 48 else f"{text[:45]}..."

@@ -9,7 +9,7 @@ from made_results import MANIFEST, line, write
 
 from kne_easyedit import cli
 from kne_easyedit.benchmark.collect import collect
-from kne_easyedit.benchmark.console import _lines, _print_neighbours
+from kne_easyedit.benchmark.console import _lines, _print_answers, _print_neighbours
 from kne_easyedit.benchmark.markdown_report import report_text
 from kne_easyedit.benchmark.publish import publish
 from kne_easyedit.benchmark.result_line import parse_result
@@ -135,6 +135,21 @@ def test_the_command_says_what_it_has_asked(made, capsys):
     assert cli.main(["summarize", str(made / "results.jsonl")]) == 0
     shown = capsys.readouterr().out
     assert "| bleed |" in shown and " 80.00 |" in shown
+
+
+def test_what_a_run_prints_has_no_effect_on_a_terminal(made, capsys):
+    """Prompts and answers come from files and models."""
+    escape = "\x1b[31m"
+    entry = with_neighbours(
+        "KNE", 0, 1.0, 1, prompt=f"The {escape}capital is", target_new=f"Rome{escape}", after=escape
+    )
+    for its in entry["neighbours"]:
+        its |= {"prompt": its["prompt"] + escape, "before": f"a{escape}b", "after": f"c{escape}d"}
+    write(made / "results.jsonl", [entry])
+    _print_neighbours(_lines(made), {"methods": {"KNE": {}}}, None)
+    _print_answers(_lines(made), {"methods": {"KNE": {}}}, 3)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "The [31mcapital is" in shown and "a [31mb" in shown
 
 
 def test_a_run_prints_the_neighbours_of_one_record(made, capsys):

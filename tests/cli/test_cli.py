@@ -108,6 +108,15 @@ def test_hyperparameters_of_another_method_load_the_model(tiny):
     assert tokenizer.eos_token == "<eos>"
 
 
+def test_an_error_without_a_message_names_its_kind(tiny, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr("kne_easyedit.cli.comparison.run", fail)
+    assert kne("run", "--data", "records.json", "--methods", "KNE", "--hparams", "kne.yaml", "--out", "out") == 1
+    assert "kne: NotImplementedError without a message (the option --verbose shows where)" in capsys.readouterr().err
+
+
 def test_ctrl_c_says_how_to_go_on(tiny, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

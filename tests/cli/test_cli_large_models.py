@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 from conftest import make_llama, make_tokenizer, tiny_hparams
 
 from kne_easyedit.cli import main
+from kne_easyedit.cli.edited import load_base, open_edits
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.models import loading
 from kne_easyedit.models.offload import is_offloaded
@@ -27,7 +30,16 @@ def kne(*arguments: str) -> int:
     return main(list(arguments))
 
 
-def test_a_fact_is_edited_and_asked(tmp_path, monkeypatch, capsys):
+def _folder_of_the_edit_is_not_used(edit: Path, caplog) -> bool:
+    """Weights would be written to it: whoever made an edit must not choose it."""
+    victim, own = edit.with_name("victim"), KNEEdit.load(edit)
+    replace(own, hparams={**own.hparams, "offload_folder": str(victim)}).save(edit.with_name("other"))
+    model, _ = load_base(open_edits(edit.with_name("other")), argparse.Namespace(model=None, set=[]))
+    assert f"offload_folder: the edit was made with {victim}, which is not used here" in caplog.text
+    return is_offloaded(model) and not victim.exists()
+
+
+def test_a_fact_is_edited_and_asked(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     make_llama(hidden_size=64, intermediate_size=128).save_pretrained("tiny")
     make_tokenizer().save_pretrained("tiny")
@@ -42,6 +54,7 @@ def test_a_fact_is_edited_and_asked(tmp_path, monkeypatch, capsys):
         assert kne("ask", name, PROMPT, "--tokens", "3") == 0  # loaded as it was made
         said[name] = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
     assert [is_offloaded(model) for model, _ in made] == [False, False, True, True]
+    assert _folder_of_the_edit_is_not_used(tmp_path / "spread", caplog)
     assert said["whole"] == said["spread"] and any("Rome" in line for line in said["spread"])
     assert KNEEdit.load("whole") == KNEEdit.load("spread")
     assert {path: hashlib.sha256(path.read_bytes()).digest() for path in Path("tiny").iterdir()} == files

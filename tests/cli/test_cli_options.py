@@ -56,6 +56,16 @@ def test_a_shipped_file_that_does_not_fit_the_model_is_refused_before_the_run(ti
     assert not (tiny / "out").exists()
 
 
+def test_settings_of_ones_own_that_the_model_lacks_are_no_fault_of_a_record(tiny, capsys):
+    arguments = [*RUN, "--set", "FT.layers=[99]", "--on-bad-record", "skip"]
+    arguments[arguments.index("KNE")] = "KNE,FT"
+    (tiny / "ft.yaml").write_text((ROOT / "hparams/FT/smollm2-135m.yaml").read_text())
+    assert kne(*arguments) == 1
+    error = capsys.readouterr().err
+    assert "layers: [99] out of range" in error and "--set FT.NAME=VALUE" in error and "record" not in error
+    assert not (tiny / "out").exists()
+
+
 def test_two_files_with_different_models_are_told_apart(tiny, capsys):
     (tiny / "ft.yaml").write_text((ROOT / "hparams/FT/smollm2-135m.yaml").read_text())
     assert kne("run", "--data", "records.json", "--hparams", "kne.yaml", "ft.yaml") == 1

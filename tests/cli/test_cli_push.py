@@ -173,6 +173,26 @@ def test_what_is_sent_of_an_adapter(edit):
         (edit / "rome/edit.png").unlink()
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/home/me/x",
+        "~/x",
+        "../x/tiny",
+        "./tiny",
+        "C:/Users/me",
+        "c:\\Users\\me",
+        "\\\\host\\share",
+        "..\\x",
+        "file:///x",
+    ],
+)
+def test_paths_of_a_machine_are_found_in_any_form(tmp_path, path):
+    others = ["owner/name", "https://a.b/c", "model.layers.{}.mlp", "The answer: /", "smollm2-135m", "..."]
+    (tmp_path / "edit.json").write_text(json.dumps({"model_name": path, "others": others}))
+    assert paths_named(tmp_path) == [json.dumps(path)[1:-1]]
+
+
 def test_a_card_says_what_else_the_edit_needs(edit, tmp_path):
     whole = KNEEdit.load(edit / "rome")
     assert "Trained on top" not in edit_card(whole)
