@@ -39,7 +39,7 @@ class MethodEditor:
     Args:
         hparams: An object of the method's class.
         model: The loaded model. EasyEdit moves it to ``hparams.device``.
-        tokenizer: That of the model. Its padding side is set as the method needs it.
+        tokenizer: That of the model. The editor has a copy (``tokenizer``), padded as the method needs it.
         text_source: The text for second moments (MEMIT and related methods). None: that of the enclosing
             `use_text_source`, or the default one.
 
@@ -53,7 +53,7 @@ class MethodEditor:
         register()
         require_undoable(hparams)
         self.editor = editor_for(hparams, model, tokenizer)
-        self.hparams, self.tokenizer = self.editor.hparams, tokenizer
+        self.hparams, self.tokenizer = self.editor.hparams, self.editor.tok
         self.text_source = text_source or current_text_source()
         self.original = model
         self.model = model

@@ -9,6 +9,7 @@ import functools
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,11 +20,13 @@ from torch import nn
 from kne_easyedit._util.settings import replace_settings
 from kne_easyedit.bridge.importing import is_legacy, load, module
 from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
-from kne_easyedit.bridge.methods import LABELS, NAME, traits_of
+from kne_easyedit.bridge.methods import LABELS, NAME, UNRELATED, traits_of
+from kne_easyedit.bridge.unrelated import with_unrelated
 from kne_easyedit.editing.edit import apply_kne_to_model
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.hparams import KNEHyperParams
+from kne_easyedit.models.loading import load_model
 from kne_easyedit.models.offload import is_offloaded
 
 
@@ -44,6 +47,7 @@ def register() -> ModuleType:
         raise ValueError(f"EasyEdit: ALG_DICT[{NAME!r}] is {known!r} already; remove it, or do not register this one")
     if known is None:
         methods[NAME] = functools.partial(apply_kne_to_model, legacy_contract=is_legacy(), restored_by_caller=True)
+    _load_as_kne_does(easyeditor.BaseEditor)
     easyeditor.KNEHyperParams = KNEHyperParams
     easyeditor.apply_kne_to_model = apply_kne_to_model
     batch_editor = module("editors.batch_editor").BatchEditor
@@ -51,6 +55,36 @@ def register() -> ModuleType:
         original = batch_editor.is_batchable_method
         batch_editor.is_batchable_method = staticmethod(lambda alg_name: alg_name == NAME or original(alg_name))
     return easyeditor
+
+
+def _load_as_kne_does(editor: Any) -> None:
+    """Makes an editor load the model of KNE's settings by `load_model`, whatever the model's name.
+
+    EasyEdit's loaders read neither ``load_in`` nor ``max_memory`` nor ``offload_folder``.
+    """
+    original = editor.__init__
+    if hasattr(original, "loads_as_kne_does"):
+        return
+
+    @functools.wraps(original)
+    def init(self: Any, hparams: Any) -> None:
+        name = hparams.model_name if isinstance(hparams, KNEHyperParams) else None
+        if type(name) is not str:
+            original(self, hparams)
+            return
+        model, tokenizer = load_model(hparams)
+        prepare_tokenizer(tokenizer, hparams.alg_name)
+        # In the object itself, not in a copy: an editor reads later what its user sets there.
+        hparams.model_name = LoadedModel(name, model, tokenizer)
+        try:
+            with _left_where_it_is(model):
+                original(self, hparams)
+        finally:
+            hparams.model_name = name
+        self.model_name = name
+
+    vars(init)["loads_as_kne_does"] = True
+    editor.__init__ = init
 
 
 @contextlib.contextmanager
@@ -93,16 +127,31 @@ def editor_for(hparams: Any, model: nn.Module, tokenizer: Tokenizer) -> Any:
     Args:
         hparams: Settings of any method; their ``model_name`` is the name under which EasyEdit knows the model.
         model: EasyEdit moves it to ``hparams.device``, unless it is offloaded.
-        tokenizer: Gets the padding side (and a missing pad token) that EasyEdit sets when it loads a model itself.
+        tokenizer: The editor has a copy (``editor.tok``), with the padding side (and a missing pad token) that EasyEdit
+            sets when it loads a model itself: methods pad differently, and may share one tokenizer.
 
     Returns:
         The editor.
     """
     easyeditor: Any = register()
+    tokenizer = deepcopy(tokenizer)
     prepare_tokenizer(tokenizer, hparams.alg_name)
     carrier = LoadedModel(str(hparams.model_name), model, tokenizer)
     with _left_where_it_is(model) if is_offloaded(model) else contextlib.nullcontext():
-        return easyeditor.BaseEditor.from_hparams(replace_settings(hparams, model_name=carrier))
+        editor = easyeditor.BaseEditor.from_hparams(replace_settings(hparams, model_name=carrier))
+    if traits_of(hparams.alg_name).request_field == UNRELATED:
+        editor.apply_algo = _given_unrelated(editor.apply_algo, hparams.alg_name)
+    return editor
+
+
+def _given_unrelated(apply: Callable, alg_name: str) -> Callable:
+    """A method whose requests get an unrelated text each, where they have none."""
+
+    @functools.wraps(apply)
+    def given(model: Any, tok: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        return apply(model, tok, [with_unrelated(alg_name, request) for request in requests], *args, **kwargs)
+
+    return given
 
 
 @contextlib.contextmanager

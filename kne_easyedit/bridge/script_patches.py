@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import inspect
 import json
+import os
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -108,6 +111,8 @@ def _pre_edit_file(easyeditor: ModuleType) -> bool:
         module("editors.editor")
     ):  # the release of 2023 never reads or writes such a file
         return False
+    editors: Any = module("editors.editor")
+    editors.json = SimpleNamespace(**{**vars(json), "dump": _dump})  # in this module it writes such files only
     original = editor.edit
     signature = inspect.signature(original)
 
@@ -118,27 +123,58 @@ def _pre_edit_file(easyeditor: ModuleType) -> bool:
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs).arguments
         known = _evaluation_digest(self, {**bound, **bound.get("kwargs", {})})
-        sidecar = Path(f"{pre_file}.kne.json")
         if kwargs.get("pre_edit") is not None:
-            if _known_digest(sidecar) != known:
+            if not _is_known(Path(pre_file), known):
                 raise ValueError(
                     f"{pre_file}: these figures before the edit are of other records, of another model or kind of "
-                    f"evaluation, or of a run without this check (see {sidecar.name}); delete the file or "
-                    f"move it away, then it is made anew"
+                    f"evaluation, or of a run without this check (see {_sidecar(Path(pre_file)).name}); delete the "
+                    f"file or move it away, then it is made anew"
                 )
             return original(self, *args, **kwargs)
-        if not Path(pre_file).exists():
-            # Beforehand: edits may fail long after the file is complete.
-            atomic_write(sidecar, json.dumps({"digest": known}))
-            return original(self, *args, **kwargs)
-        # An old file exists until its figures are computed again; until then it must not be used.
-        sidecar.unlink(missing_ok=True)
-        result = original(self, *args, **kwargs)
-        atomic_write(sidecar, json.dumps({"digest": known}))
-        return result
+        token = _writing.set((Path(pre_file), known))
+        try:
+            return original(self, *args, **{**kwargs, "pre_file": os.devnull})  # the file itself is written by `_dump`
+        finally:
+            _writing.reset(token)
 
     editor.edit = edit
     return True
+
+
+_writing: contextvars.ContextVar[tuple[Path, str] | None] = contextvars.ContextVar(
+    "the file of figures before the edit that an editor is about to write, and what they are of", default=None
+)
+
+
+def _dump(value: Any, file: Any, **settings: Any) -> None:
+    """``json.dump`` as EasyEdit's editor calls it, once all figures before the edit are there, and before any edit.
+
+    Two runs may write one file at the same time. So it is written whole, and its sidecar names its content: with the
+    content of another run a sidecar vouches for nothing.
+    """
+    writing = _writing.get()
+    if writing is None or file.name != os.devnull:
+        json.dump(value, file, **settings)
+        return
+    path, known = writing
+    content = json.dumps(value, **settings)
+    sidecar = _sidecar(path)
+    sidecar.unlink(missing_ok=True)  # of earlier versions, that of an old file would vouch for the new one
+    atomic_write(path, content)
+    atomic_write(sidecar, json.dumps({"digest": known, "sha256": sha256(content.encode()).hexdigest()}))
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(f"{path.name}.kne.json")
+
+
+def _is_known(path: Path, known: str) -> bool:
+    """Whether a file has the figures of ``known``, by its sidecar. One of an earlier version names no content."""
+    try:
+        found = json.loads(_sidecar(path).read_text(encoding="utf-8"))
+        return found["digest"] == known and found.get("sha256") in (None, sha256(path.read_bytes()).hexdigest())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # missing, torn, or something else
+        return False
 
 
 _EVALUATED = (
@@ -164,10 +200,3 @@ def _evaluation_digest(editor: Any, arguments: dict[str, Any]) -> str:
         fluency_variant() if arguments.get("test_generation") else None,
     ]
     return digest(parts)
-
-
-def _known_digest(sidecar: Path) -> str | None:
-    try:
-        return json.loads(sidecar.read_text(encoding="utf-8")).get("digest")
-    except (OSError, ValueError, AttributeError):  # missing, torn, or something else
-        return None

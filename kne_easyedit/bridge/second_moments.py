@@ -6,12 +6,15 @@ contains digests of the text and of the weights: files of different texts, sizes
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
-import os
 import time
 import weakref
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ import numpy
 import torch
 from torch import nn
 
+from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.bridge.patches import applied
@@ -137,7 +141,7 @@ def prepare(model: nn.Module, tokenizer: Tokenizer, hparams: Any, folder: Path, 
         (None for files of the user's own).
 
     Raises:
-        ValueError: The text file contains no text.
+        ValueError: The text file contains no text, or a file of the user's own is damaged.
     """
     if PATCH not in applied():
         return {"source": f"EasyEdit's own, of {hparams.mom2_dataset}", "files": [], "seconds": None}
@@ -180,7 +184,10 @@ def files_of(
         source: The text.
 
     Returns:
-        Files in the order of the layers.
+        Files in the order of the layers. One of ours that is damaged is made anew, with a warning.
+
+    Raises:
+        ValueError: One of the user's own is damaged, or the text file contains no text.
     """
     digest = source.digest(tokenizer)
     key = (digest, str(wanted.folder), *wanted[2:])
@@ -192,7 +199,12 @@ def files_of(
     for layer in wanted.layers:
         local = Found(wanted.folder / ours / f"{digest}_stats" / _file_name(layer, wanted), ours, digest)
         found.append(next((file for file in _own(model, layer, wanted) if file.path.is_file()), local))
-        if found[-1] is local and not local.path.is_file():
+        if found[-1] is not local:
+            _require_sound(found[-1], source)
+        elif not local.path.is_file():
+            missing[layer] = local.path
+        elif reason := _damage(local.path):
+            logger.warning("%s cannot be read (%s), and is made anew", local.path, reason)
             missing[layer] = local.path
     if missing:
         _compute(model, tokenizer, missing, getattr(torch, wanted.precision), wanted.size, source)
@@ -243,11 +255,44 @@ def _compute(
             "seconds": seconds,
             **({} if size is None else {"sample_size": size}),
         }
-        target = files[layer]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.stem}.{os.getpid()}.npz")
-        numpy.savez(partial, **state)
-        partial.replace(target)
+        whole = io.BytesIO()
+        numpy.savez(whole, **state)
+        atomic_write(files[layer], whole.getvalue())
+
+
+_SOUND: dict[Path, tuple[int, int]] = {}
+"""Files that were read once, by absolute path, with their size and time of change.
+
+One may have half a GiB, and is asked for at every edit.
+"""
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file of moments, read in pieces; None if it is complete."""
+    path, status = path.absolute(), path.stat()
+    version = (status.st_size, status.st_mtime_ns)
+    if _SOUND.get(path) == version:
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                return f"{broken} in it is damaged"
+            missing = {"mom2.count.npy", "mom2.mom2.npy"} - set(archive.namelist())
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
+        return str(error) or type(error).__name__
+    if missing:
+        return f"{min(missing).removesuffix('.npy')} is not in it"
+    _SOUND[path] = version
+    return None
+
+
+def _require_sound(file: Found, source: TextSource) -> None:
+    """Raises ValueError for a file of the user's own that cannot be read."""
+    if reason := _damage(file.path):
+        raise ValueError(
+            f"stats_dir: {file.path} cannot be read ({reason}), and it is no file of this package; replace it, or "
+            f"delete it or move it away, then second moments are computed from {source.describe()}"
+        )
 
 
 def _seconds(path: Path) -> float | None:
@@ -264,10 +309,8 @@ class KnownWeights:
     """The weights of a loaded model before any edit, of which its moments are computed."""
 
     digest: str
-    original: tuple[float, ...]
-    """`checksums` before any edit."""
-    edited: tuple[float, ...] | None = None
-    """`checksums` after the last edit."""
+    seen: set[bytes] = field(default_factory=set)
+    """`checksums` before any edit, and before and after every edit: an edit may be kept or undone, in any order."""
     last_wanted: tuple | None = None
     editing: bool = False
     """A method is running: some layers may be changed already."""
@@ -277,7 +320,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, KnownWeights] = weakref.WeakKeyDict
 
 
 def known_weights(model: nn.Module, editing: bool = False) -> KnownWeights:
-    """What is known of the model's weights: a new object if they are neither the original nor the last edited ones.
+    """What is known of the model's weights: a new object if they are neither the original nor any edited ones.
 
     Args:
         model: The loaded model.
@@ -287,17 +330,17 @@ def known_weights(model: nn.Module, editing: bool = False) -> KnownWeights:
     if editing and known is not None and known.editing:
         return known
     sums = checksums(model)
-    if known is None or sums not in (known.original, known.edited):
+    if known is None or sums not in known.seen:
         forget_second_moments()
-        known = _KNOWN[model] = KnownWeights(model_digest(model), sums)
+        known = _KNOWN[model] = KnownWeights(model_digest(model), {sums})
     return known
 
 
 @torch.no_grad()
-def checksums(model: nn.Module) -> tuple[float, ...]:
-    """Sums of up to 4096 values of every parameter: detects other weights faster than a digest."""
+def checksums(model: nn.Module) -> bytes:
+    """A digest of sums of up to 4096 values of every parameter: detects other weights faster than one of all values."""
     sums = []
     for parameter in model.parameters():
         flat = parameter.detach().flatten()
         sums.append(flat[:: max(1, len(flat) // 4096)].double().sum().cpu())
-    return tuple(torch.stack(sums).tolist())
+    return hashlib.sha256(torch.stack(sums).numpy().tobytes()).digest()

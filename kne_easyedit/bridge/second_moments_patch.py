@@ -50,7 +50,8 @@ def _prepared(apply: Callable) -> Callable:
         try:
             return apply(model, tok, requests, hparams, *args, **kwargs)
         finally:
-            weights.editing, weights.edited = False, checksums(model)
+            weights.editing = False
+            weights.seen.add(checksums(model))
 
     return prepared
 

@@ -105,13 +105,10 @@ class TextSource:
             One list of token ids per text, with the tokens that the tokenizer adds: edits are asked with them, too.
 
         Raises:
-            ValueError: The file contains no text.
+            ValueError: The file contains no text, or is no UTF-8.
         """
         if self.file is not None:
-            lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if line.strip()]
-            if not lines:
-                raise ValueError(f"statistics text {self.file}: holds no text")
-            return [tokenizer(line)["input_ids"][:LONGEST] for line in lines]
+            return [tokenizer(line)["input_ids"][:LONGEST] for line in _lines_of(self.file)]
         return [*self._prompt_ids(tokenizer), *self._sampled(model, tokenizer)]
 
     def _prompt_ids(self, tokenizer: Tokenizer) -> list[list[int]]:
@@ -186,6 +183,18 @@ def batches(texts: Sequence[list[int]], size: int, same_length: bool = False) ->
         batch.append(text)
     if batch:
         yield batch
+
+
+def _lines_of(file: Path) -> list[str]:
+    """The lines of a text file that are not blank. Other separators (U+2028, form feeds) stand within a text."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"statistics text {file}: no UTF-8 text ({error.reason}); save it as UTF-8") from error
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise ValueError(f"statistics text {file}: holds no text")
+    return lines
 
 
 def _adds_tokens(tokenizer: Tokenizer) -> bool:

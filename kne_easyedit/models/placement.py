@@ -58,10 +58,10 @@ def loading_options(hparams: Any, device: torch.device, dtype: torch.dtype) -> d
     require_placement(hparams)
     options: dict[str, Any] = {}
     if getattr(hparams, "model_parallel", False):
-        folder = getattr(hparams, "offload_folder", None)
+        folder, memory = getattr(hparams, "offload_folder", None), getattr(hparams, "max_memory", None)
         options = {
             "device_map": "auto",
-            "max_memory": getattr(hparams, "max_memory", None),
+            "max_memory": memory and dict(memory),  # a copy: accelerate turns its sizes into bytes in place
             "offload_folder": None if folder is None else str(expand_path(folder)),
         }
     if (bits := getattr(hparams, "load_in", None)) is not None:

@@ -18,6 +18,7 @@ from kne_easyedit._util.settings import public_settings, replace_settings
 from kne_easyedit.benchmark import Run, run
 from kne_easyedit.bridge import MethodEditor, compare
 from kne_easyedit.bridge.importing import module
+from kne_easyedit.models.offload import is_offloaded
 
 KEY = "sk-very-secret"
 
@@ -200,6 +201,51 @@ def test_easyedits_loader_loads_the_type_that_the_file_says(name, label, wanted,
     (tmp_path / "file.yaml").write_text(yaml.safe_dump(config))
     editor = bridge.register().BaseEditor.from_hparams(bridge.load_method(label, tmp_path / "file.yaml"))
     assert {parameter.dtype for parameter in editor.model.parameters()} == {dtype}
+
+
+# How KNE's model is loaded
+
+
+@pytest.fixture(params=["a-tiny-llama", "no-known-word"])
+def saved(request) -> str:
+    """A model in a folder: EasyEdit's editor loads the one by a loader of its own, and would refuse the other."""
+    make_llama(num_hidden_layers=1).save_pretrained(request.param)
+    make_tokenizer().save_pretrained(request.param)
+    return request.param
+
+
+def loaded(name: str, **settings):
+    """EasyEdit's editor of KNE, and its settings."""
+    hparams = tiny_hparams(model_name=name, **settings)
+    editor = bridge.register().BaseEditor.from_hparams(hparams)
+    assert editor.hparams is hparams and type(hparams.model_name) is type(editor.model_name) is str
+    return editor, hparams
+
+
+def test_knes_model_is_loaded_quantised_whatever_its_name(saved):
+    pytest.importorskip("bitsandbytes")
+    editor, _ = loaded(saved, load_in="8bit")
+    assert editor.model.get_submodule(LLAMA_DOWN.format(0)).weight.dtype == torch.int8
+    editor, _ = loaded(saved)  # converse
+    assert editor.model.get_submodule(LLAMA_DOWN.format(0)).weight.dtype == torch.float32
+
+
+def test_knes_model_is_spread_as_its_settings_say_whatever_its_name(saved, tmp_path):
+    if bridge.is_legacy():
+        pytest.skip("the EasyEdit of 2023 spreads models over GPUs only")
+    settings = {"max_memory": {"cpu": "20KiB"}, "offload_folder": str(tmp_path / "offloaded")}
+    editor, hparams = loaded(saved, model_parallel=True, **settings)
+    assert is_offloaded(editor.model)
+    assert hparams.max_memory == {"cpu": "20KiB"}  # not what accelerate makes of it
+    editor, _ = loaded(saved, model_parallel=True)  # converse
+    assert not is_offloaded(editor.model)
+
+
+def test_a_device_that_this_machine_lacks_is_refused_alike(saved):
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    with pytest.raises(ValueError, match="device: 'mps' does not exist on this machine; set device: cpu"):
+        loaded(saved, device="mps")
 
 
 def test_two_types_at_once_are_refused():

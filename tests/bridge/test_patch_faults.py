@@ -74,10 +74,17 @@ def takes_unknown_settings():
     return hasattr(bridge.require_method("FT")(**values, no_such_setting=1), "no_such_setting")
 
 
+def loaded_by_easyedit(name: str, **changes):
+    """EasyEdit's editor of a method of its own, which has loaded a saved model: KNE's is never loaded by EasyEdit."""
+    hparams = settings("FT")
+    make_llama().save_pretrained(name)
+    tokenizer_for(hparams).save_pretrained(name)
+    vars(hparams).update(changes, model_name=name)  # whether the class knows them or not
+    return bridge.register().BaseEditor(hparams)
+
+
 def loads_any_model():
-    make_llama().save_pretrained("some-model")
-    make_tokenizer().save_pretrained("some-model")
-    editor = bridge.register().BaseEditor(tiny_hparams(model_name="some-model"))
+    editor = loaded_by_easyedit("some-model")
     return editor.tok.padding_side, torch.equal(editor.model.lm_head.weight, make_llama().lm_head.weight)
 
 
@@ -228,10 +235,7 @@ def ft_sees_the_last_token() -> bool:
 
 
 def loads_the_type_asked_for() -> bool:
-    make_llama(num_hidden_layers=1).save_pretrained("any-llama")
-    make_tokenizer().save_pretrained("any-llama")
-    editor = bridge.register().BaseEditor(tiny_hparams(model_name="any-llama", bf16=True))
-    return editor.model.dtype == torch.bfloat16
+    return loaded_by_easyedit("any-llama", bf16=True).model.dtype == torch.bfloat16
 
 
 def evaluation_type_counts() -> bool:

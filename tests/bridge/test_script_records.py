@@ -93,6 +93,7 @@ def test_nothing_can_be_left_out_of_other_data(work):
 
 @pytest.fixture
 def pre_file(work):
+    bridge.register()
     state = next(patch.state for patch in patches.report() if patch.name == "pre-edit-file")
     if state != patches.APPLIED:
         assert bridge.is_legacy()
@@ -137,7 +138,7 @@ def test_a_pre_edit_file_of_anything_else_is_refused(pre_file):
             "delete the file or move it away",
         ):
             edit(changed, **known, **changes)
-    sidecar = pre_file.with_name(f"{pre_file.name}.kne.json")
+    sidecar = sidecar_of(pre_file)
     text = sidecar.read_text()
     for content in (text[:5], "[]"):
         sidecar.write_text(content)
@@ -151,11 +152,21 @@ def test_a_pre_edit_file_of_anything_else_is_refused(pre_file):
     edit(editor, **known)
 
 
-def test_an_old_pre_edit_file_is_not_trusted_while_it_is_made_anew(pre_file, monkeypatch):
+OTHER = {
+    "target_new": ["Oslo", "Rome"],
+    "locality_inputs": {"Other": {"prompt": ["The river that"] * 2, "ground_truth": ["flows", "flows through"]}},
+}
+REFUSED = "these figures before the edit are of other records"
+
+
+def sidecar_of(pre_file):
+    return pre_file.with_name(f"{pre_file.name}.kne.json")
+
+
+def test_an_old_pre_edit_file_is_that_of_the_old_records_until_it_is_made_anew(pre_file, monkeypatch):
     editor = bridge.editor_for(tiny_hparams(), make_llama(), make_tokenizer())
     edit(editor, pre_file=str(pre_file))
-    sidecar = pre_file.with_name(f"{pre_file.name}.kne.json")
-    old = sidecar.read_text()
+    old = sidecar_of(pre_file).read_text()
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -163,7 +174,65 @@ def test_an_old_pre_edit_file_is_not_trusted_while_it_is_made_anew(pre_file, mon
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["easyeditor.editors.editor"], "compute_edit_quality", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            edit(editor, target_new=["Oslo", "Rome"], pre_file=str(pre_file))
-    assert not sidecar.exists()
-    edit(editor, target_new=["Oslo", "Rome"], pre_file=str(pre_file))
-    assert sidecar.read_text() != old
+            edit(editor, **OTHER, pre_file=str(pre_file))
+    figures = {"pre_file": str(pre_file), "pre_edit": json.loads(pre_file.read_text())}
+    with pytest.raises(ValueError, match=REFUSED):
+        edit(editor, **OTHER, **figures)
+    edit(editor, **figures)
+    edit(editor, **OTHER, pre_file=str(pre_file))
+    assert sidecar_of(pre_file).read_text() != old
+
+
+def test_a_pre_edit_file_that_another_run_writes_meanwhile_is_no_others(pre_file, monkeypatch):
+    """Both find no file. The first would vouch for what the second has left, and the other way round."""
+    first, second = (bridge.editor_for(tiny_hparams(), make_llama(), make_tokenizer()) for _ in range(2))
+    editors = sys.modules["easyeditor.editors.editor"]
+    original, left = editors.compute_edit_quality, []
+
+    def evaluate(*args, **kwargs):
+        if not left:
+            left.append(None)
+            edit(second, **OTHER, pre_file=str(pre_file))
+            left.append((pre_file.read_text(), sidecar_of(pre_file).read_text()))
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(editors, "compute_edit_quality", evaluate)
+        edit(first, pre_file=str(pre_file))
+    figures = {"pre_file": str(pre_file), "pre_edit": json.loads(pre_file.read_text())}
+    with pytest.raises(ValueError, match=REFUSED):
+        edit(second, **OTHER, **figures)
+    content, vouching = pre_file.read_text(), sidecar_of(pre_file).read_text()
+    for mixed in ((left[1][0], vouching), (content, left[1][1])):  # one's file comes last, the other's sidecar
+        pre_file.write_text(mixed[0])
+        sidecar_of(pre_file).write_text(mixed[1])
+        figures["pre_edit"] = json.loads(mixed[0])
+        for changes in ({}, OTHER):
+            with pytest.raises(ValueError, match=REFUSED):
+                edit(second, **changes, **figures)
+    pre_file.write_text(content)
+    sidecar_of(pre_file).write_text(vouching)
+    edit(second, **{**figures, "pre_edit": json.loads(content)})  # converse: the first's own
+
+
+def test_a_pre_edit_file_is_complete_before_the_first_edit(pre_file, monkeypatch):
+    """Edits take hours, and may fail."""
+    editor = bridge.editor_for(tiny_hparams(), make_llama(), make_tokenizer())
+    with monkeypatch.context() as patch:
+        patch.setattr(editor, "apply_algo", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            edit(editor, pre_file=str(pre_file))
+    edit(editor, pre_file=str(pre_file), pre_edit=json.loads(pre_file.read_text()))
+    assert [path.name for path in pre_file.parent.glob("*pre_edit*")] == [pre_file.name, sidecar_of(pre_file).name]
+
+
+def test_a_sidecar_of_an_earlier_version_counts_as_it_did(pre_file):
+    """It names the records and the model, but not the file's content."""
+    editor = bridge.editor_for(tiny_hparams(), make_llama(), make_tokenizer())
+    edit(editor, pre_file=str(pre_file))
+    sidecar = sidecar_of(pre_file)
+    sidecar.write_text(json.dumps({"digest": json.loads(sidecar.read_text())["digest"]}))
+    figures = {"pre_file": str(pre_file), "pre_edit": json.loads(pre_file.read_text())}
+    with pytest.raises(ValueError, match=REFUSED):
+        edit(editor, **OTHER, **figures)
+    edit(editor, **figures)

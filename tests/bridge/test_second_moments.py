@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -229,37 +227,6 @@ def test_a_file_of_the_users_own_goes_first(named, spelling):
     numpy.savez(path, **state)
     assert torch.equal(moments(named).moment(), torch.eye(40, dtype=torch.float64) / 3)
     assert [file for file in files() if MODULES[0] in file.name] == [path]
-
-
-def test_a_kill_in_the_middle_of_writing_leaves_no_half_file(named, monkeypatch):
-    """A child writes half a file and is killed; the next who asks makes a whole one."""
-    target = Path("stats/x_stats") / f"{MODULES[0]}_float64_mom2_7.npz"
-    ready = second_moments(named, tokens(), MODULES[:1], torch.float64)
-    monkeypatch.setattr(statistics, "second_moments", lambda *args: ready)
-    arguments = (named, make_tokenizer(), {MODULES[0]: target}, torch.float64, 7, SMALL)
-    monkeypatch.setattr(statistics, "logger", SimpleNamespace(warning=lambda *args: None))
-    with monkeypatch.context() as child_only:
-        save = numpy.savez
-
-        def half(file, **arrays):
-            whole = io.BytesIO()
-            save(whole, **arrays)
-            Path(file).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        child_only.setattr(numpy, "savez", half)
-        child_only.setattr(TextSource, "texts", lambda *args: [])
-        child = os.fork()
-        if child == 0:
-            try:
-                statistics._compute(*arguments)
-            finally:
-                os._exit(1)  # not reached: half() kills
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert len(files()) == 1
-    assert not target.exists()
-    statistics._compute(*arguments)
-    assert torch.equal(torch.from_numpy(numpy.load(target)["mom2.mom2"]), ready[MODULES[0]][1])
 
 
 # MEMIT

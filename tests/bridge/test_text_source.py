@@ -101,6 +101,23 @@ def test_a_missing_or_empty_text_file_is_refused(tmp_path, llama):
         source.texts(llama, make_tokenizer())
 
 
+def test_a_text_file_in_another_encoding_is_refused_by_name(tmp_path, llama):
+    for encoding in ("latin-1", "utf-16"):
+        path = tmp_path / f"{encoding}.txt"
+        path.write_text("Une ville célèbre\n", encoding=encoding)
+        with pytest.raises(ValueError, match=rf"{encoding}.txt: no UTF-8 text \(invalid .*\); save it as UTF-8"):
+            TextSource(path).texts(llama, make_tokenizer())
+
+
+def test_only_line_ends_part_texts_and_a_byte_order_mark_is_none_of_them(tmp_path, llama):
+    tokenizer = make_tokenizer()
+    path = tmp_path / "text.txt"
+    texts = ["The capital", "of France\u2028is Rome", "Oslo\x0c and", "Lima\x85Peru"]
+    for ends, mark in (("\n", b""), ("\r\n", b"\xef\xbb\xbf")):
+        path.write_bytes(mark + ends.join(texts).encode())
+        assert TextSource(path).texts(llama, tokenizer) == [tokenizer(text)["input_ids"] for text in texts]
+
+
 # The value
 
 
