@@ -79,15 +79,15 @@ def typed_value(hparams: object, name: str, value: Any) -> Any:
 def _like(now: Any, value: Any) -> Any:
     if now is None or value is None:
         return value
-    if isinstance(now, float) and _is_number(value):
+    if isinstance(now, float) and is_number_or_its_text(value):
         return float(value)
     if type(value) is not type(now):
         raise TypeError(f"is a {type(value).__name__}, expected a {type(now).__name__}")
     return [_like(now[0], item) for item in value] if isinstance(now, list) and now else value
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is a number, or the text of one."""
+def is_number_or_its_text(value: Any) -> bool:
+    """Whether it is a number, or the text of one, as YAML reads 5e-4."""
     try:
         return not isinstance(value, bool) and float(value) is not None
     except (TypeError, ValueError):
@@ -109,6 +109,11 @@ _NO_PATHS = ("embedded", "magnitude", "contriver_dir", "tokenizer_dir")
 but may name a model of the hub."""
 
 
+def names_a_path(name: str) -> bool:
+    """Whether a setting's name says that it is a file or a folder."""
+    return _NAMES_A_PATH.fullmatch(name) is not None
+
+
 def path_settings(hparams: object) -> dict[str, str]:
     """The settings of hyperparameters, of any method, that name a file or folder, recognised by their names.
 
@@ -119,7 +124,7 @@ def path_settings(hparams: object) -> dict[str, str]:
         for name, value in vars(hparams).items()
         if isinstance(value, str)
         and value
-        and _NAMES_A_PATH.fullmatch(name)
+        and names_a_path(name)
         and not {name, value} & set(_NO_PATHS)
         and "://" not in value
     }

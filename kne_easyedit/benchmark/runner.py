@@ -12,7 +12,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,7 @@ def _editors(prepared: PreparedRun, quiet: Callable) -> dict[str, bridge.MethodE
     for method, hparams in prepared.hparams.items():
         with quiet():
             editor = editors[method] = bridge.MethodEditor(
-                hparams, job.model, deepcopy(job.tokenizer), text_source=job.moments_text
+                hparams, job.model, job.tokenizer, text_source=job.moments_text
             )
             editor.require_batch(job.batch_size if job.mode == "batch" else 1)
             if job.mode == "sequential":

@@ -8,16 +8,19 @@ import difflib
 import functools
 import re
 import tempfile
+import typing
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
-from kne_easyedit._util.settings import replace_settings
+from kne_easyedit._util.messages import shorten
+from kne_easyedit._util.settings import is_number_or_its_text, names_a_path, replace_settings
 from kne_easyedit.bridge.importing import is_legacy, load, module
 from kne_easyedit.bridge.loaded_model import LoadedModel, prepare_tokenizer
 from kne_easyedit.bridge.methods import LABELS, NAME, UNRELATED, traits_of
@@ -202,6 +205,7 @@ def load_method(method: str, path: str | Path) -> Any:
                 f"not {method} ({name}: {value})"
             )
         config[name] = value
+    _require_kinds(kind, config, path)
     return _built(kind, config, path)
 
 
@@ -213,6 +217,32 @@ def _read(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML file: {error}") from error
+
+
+def _require_kinds(kind: Any, config: dict[str, Any], path: str | Path) -> None:
+    """Raises ValueError, naming file and setting, for a value that cannot be what the setting is: EasyEdit checks none.
+
+    Its annotations are not kept by its own files (a number for a text, a text for ``device``), so only what no reading
+    of them allows is refused.
+    """
+    hints = typing.get_type_hints(kind)
+    for name, value in config.items():
+        hint = hints.get(name)
+        if hint is None or value is None:
+            continue
+        expected = None
+        if hint is list or typing.get_origin(hint) is list:
+            expected = None if isinstance(value, list) else "a list"
+        elif isinstance(value, (list, dict)):
+            expected = "a single value" if hint in (int, float, str, bool) else None
+        elif hint in (int, float) and name != "device":
+            expected = None if is_number_or_its_text(value) or isinstance(value, bool) else "a number"
+        elif names_a_path(name) and not isinstance(value, str):
+            expected = "a path"
+        if name.endswith("dtype") and not isinstance(getattr(torch, str(value), None), torch.dtype):
+            expected = "a type of torch, such as float32"
+        if expected:
+            raise ValueError(f"{path}: {name}: {shorten(value)} is not {expected}")
 
 
 def _built(kind: Any, config: dict[str, Any], path: str | Path) -> Any:

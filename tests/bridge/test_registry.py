@@ -9,10 +9,12 @@ import sys
 import textwrap
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+import yaml
 from accelerate import cpu_offload
 from conftest import HANGS, fingerprint, make_llama, make_tokenizer, tiny_hparams, weights
 
@@ -25,6 +27,7 @@ from kne_easyedit.editing.earlier import earlier_requests
 from kne_easyedit.editing.edit import EditFailed
 from kne_easyedit.models.fingerprint import model_digest
 
+HPARAMS = Path(__file__).parents[2] / "hparams"
 PROMPTS = ["The capital of France is", "The capital of Spain is", "The capital of Peru is"]
 TARGETS = ["Rome", "Oslo", "Marie"]
 ORIGINALS_WANTED = {"keep_original_weight": True}  # needed before May 2024, ignored since
@@ -180,6 +183,32 @@ def test_settings_that_a_version_does_not_know_are_dropped_with_a_warning(tmp_pa
     path.write_text(text.replace("alg_name: FT", "alg_name: ROME"))
     with pytest.raises(ValueError, match="alg_name is 'ROME'"):
         bridge.load_method("FT", path)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value", "says"),
+    [
+        ("MEMIT", "layers", 4, "layers: 4 is not a list"),
+        ("MEMIT", "mom2_dtype", "foo", "mom2_dtype: 'foo' is not a type of torch"),
+        ("MEMIT", "stats_dir", 5, "stats_dir: 5 is not a path"),
+        ("FT-L", "rewrite_module_tmp", ["a"], r"rewrite_module_tmp: \['a'\] is not a single value"),
+        ("FT-L", "lr", "fast", "lr: 'fast' is not a number"),
+    ],
+)
+def test_a_value_of_another_kind_names_file_and_setting(tmp_path, method, name, value, says):
+    """EasyEdit takes any, and fails somewhere in an edit."""
+    file = tmp_path / "own.yaml"
+    content = yaml.safe_load((HPARAMS / method / "smollm2-135m.yaml").read_text())
+    file.write_text(yaml.safe_dump({**content, name: value}))
+    with pytest.raises(ValueError, match=rf"own\.yaml: {says}"):
+        bridge.load_method(method, file)
+
+
+def test_values_as_easyedits_own_files_have_them_are_taken(tmp_path):
+    file = tmp_path / "own.yaml"
+    content = yaml.safe_load((HPARAMS / "FT-L/smollm2-135m.yaml").read_text())
+    file.write_text(yaml.safe_dump({**content, "norm_constraint": False, "device": "cpu", "lr": "5e-4"}))
+    assert bridge.load_method("FT-L", file).device == "cpu"
 
 
 def test_a_loaded_model_passes_as_a_name_and_is_never_copied():
