@@ -166,13 +166,16 @@ def _commit(root: Path) -> str:
     """The commit of a git checkout, read from its files (git may be missing); ``unknown`` for a plain folder."""
     git = root / ".git"
     try:
+        if git.is_file():  # of a submodule, or of another work tree
+            git = root / git.read_text().removeprefix("gitdir:").strip()
         head = (git / "HEAD").read_text().strip()
         if not head.startswith("ref: "):
             return head
-        ref = head.removeprefix("ref: ")
-        if (git / ref).is_file():
-            return (git / ref).read_text().strip()
-        packed = (git / "packed-refs").read_text().splitlines()
+        ref, shared = head.removeprefix("ref: "), git / "commondir"
+        common = git / shared.read_text().strip() if shared.is_file() else git
+        if (common / ref).is_file():
+            return (common / ref).read_text().strip()
+        packed = (common / "packed-refs").read_text().splitlines()
         return next(line.split()[0] for line in packed if line.endswith(f" {ref}"))
     except (OSError, StopIteration):
         return "unknown"

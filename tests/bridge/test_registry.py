@@ -343,3 +343,33 @@ def test_what_takes_an_edit_may_fail():
     with handing_to(full) as editor, pytest.raises(OSError, match="no space left"):
         edit(editor)
     assert weights(editor.model) == weights(make_llama())
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({".git/HEAD": "ref: refs/heads/main", ".git/refs/heads/main": "abc"}, "abc"),
+        ({".git/HEAD": "ref: refs/heads/main", ".git/packed-refs": "# pack\nabc refs/heads/main"}, "abc"),
+        ({".git/HEAD": "abc"}, "abc"),
+        ({".git": "gitdir: ../git/modules/x", "../git/modules/x/HEAD": "abc"}, "abc"),
+        (
+            {
+                ".git": "gitdir: ../git/worktrees/x",
+                "../git/worktrees/x/HEAD": "ref: refs/heads/main",
+                "../git/worktrees/x/commondir": "../..",
+                "../git/refs/heads/main": "abc",
+            },
+            "abc",
+        ),
+        ({}, "unknown"),
+        ({".git": "gitdir: ../gone"}, "unknown"),
+    ],
+    ids=["branch", "packed", "detached", "submodule", "work tree", "folder", "gone"],
+)
+def test_the_commit_of_a_checkout(tmp_path, files, found):
+    root = tmp_path / "EasyEdit"
+    root.mkdir()
+    for name, text in files.items():
+        (root / name).parent.resolve().mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+    assert importing._commit(root) == found
