@@ -237,8 +237,8 @@ def _require_kinds(kind: Any, config: dict[str, Any], path: str | Path) -> None:
             expected = "a single value" if hint in (int, float, str, bool) else None
         elif hint in (int, float) and name != "device":
             expected = None if is_number_or_its_text(value) or isinstance(value, bool) else "a number"
-        elif names_a_path(name) and not isinstance(value, str):
-            expected = "a path"
+        elif not isinstance(value, str):
+            expected = "a path" if names_a_path(name) else "a template" if name.endswith("_tmp") else None
         if name.endswith("dtype") and not isinstance(getattr(torch, str(value), None), torch.dtype):
             expected = "a type of torch, such as float32"
         if expected:

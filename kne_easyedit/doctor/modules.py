@@ -55,19 +55,13 @@ def _module_faults(model: nn.Module, hparams: Any) -> Iterator[str]:
         return
     known, named = dict(model.named_modules()), type(model).__name__
     method = traits_of(hparams.alg_name)
-    layers = getattr(hparams, "layers", None) or []
-    if not isinstance(layers, (list, tuple)) or not all(type(i) is int for i in layers):
-        yield f"layers: {layers!r} is no list of numbers"
-        return
+    layers = list(getattr(hparams, "layers", None) or [])
     for field, numbers in {"layers": layers, "v_loss_layer": [getattr(hparams, "v_loss_layer", 0)]}.items():
         if outside := [i for i in numbers if not 0 <= i < depth(model)]:
             yield f"{field}: {outside} out of range; {named} has layers 0 to {depth(model) - 1}"
     layer = next((i for i in layers if 0 <= i < depth(model)), 0)
     for field in filter(method.reads_module, vars(hparams)):
         template = getattr(hparams, field)
-        if not isinstance(template, str):
-            yield f"{field}: {template!r} is no text"
-            continue
         name = at_layer(template, layer)
         if not (fine_tuned(model, name) if method.edits == "parameters" else name in known):
             yield f"{field}: {template!r} names no module of {named}{_nearest(known, template)}"

@@ -34,8 +34,8 @@ FAULTS = {
         "nearest: model.layers.{}.mlp.down",
     ),
     "layer of FT": ("FT-L", "layers", [9], "layers: [9] out of range", "layers 0 to 3"),
-    "layers of FT that are no list": ("FT-L", "layers", 1, "layers: 1 is no list of numbers", "layers"),
-    "template of FT that is none": ("FT-L", "rewrite_module_tmp", 5, "rewrite_module_tmp: 5 is no text", "rewrite"),
+    "layers of FT that are no list": ("FT-L", "layers", 1, "layers: 1 is not a list", "layers"),
+    "template of FT that is none": ("FT-L", "rewrite_module_tmp", 5, "rewrite_module_tmp: 5 is not a template", ""),
     "device": ("KNE", "device", 7, "device: 7 does not exist", "set device: cpu"),
     "no device": ("KNE", "device", "meta:1", "device: 'meta:1' must be", "'cpu'"),
     "two models": (

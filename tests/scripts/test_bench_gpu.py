@@ -13,6 +13,7 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_gpu.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: make bench-gpu measures it")
 def test_the_command_runs_through_on_a_cpu(tmp_path):
     out = tmp_path / "figures" / "gpu.json"
