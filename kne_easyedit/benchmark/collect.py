@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from kne_easyedit._util.digest import digest
 from kne_easyedit.benchmark.axes import renamed, sweeps
 from kne_easyedit.benchmark.general import NOTHING
 from kne_easyedit.benchmark.labels import data_name, data_set_order, method_order
@@ -136,10 +137,9 @@ def collect(paths: Iterable[str | Path]) -> Collection:
             merged[(*group, seed, line["index"], line["record"])] = line
     if not merged:
         raise ValueError(f"results: there are none in {', '.join(map(str, paths))}")
-    return Collection(
-        tuple(sorted(merged.values(), key=lambda line: line["index"])),
-        tuple(renamed(its, points.get(source.file, {}), swept) for source in found for its in source.manifests),
-    )
+    manifests = [renamed(its, points.get(source.file, {}), swept) for source in found for its in source.manifests]
+    once = {digest(its): its for its in manifests}  # a report that has grown has those of the runs, too
+    return Collection(tuple(sorted(merged.values(), key=lambda line: line["index"])), tuple(once.values()))
 
 
 def records_of(lines: Iterable[Mapping]) -> int:

@@ -94,7 +94,12 @@ def test_a_report_grows_by_a_method_that_is_run_later(tmp_path):
     grown = collect([tmp_path / "report", tmp_path / "new"])
     runs(tmp_path / "both", WITH_NEIGHBOURS)
     both = collect([tmp_path / "both"])
-    assert figures(grown) == figures(both) and len(grown.manifests) == 2
+    assert figures(grown) == figures(both) and len(grown.manifests) == 1, "both runs have the same one"
+    other = {**ABOUT, "started": "2026-02-02T00:00:00+00:00"}
+    runs(tmp_path / "new", [its for its in WITH_NEIGHBOURS if its["method"] == "KNE"], other)
+    for _ in range(2):  # into its own folder: it does not gather copies
+        publish(collect([tmp_path / "report", tmp_path / "new"]), tmp_path / "report")
+        assert len(json.loads((tmp_path / "report/manifests.json").read_text())) == 2
     bleed = next(its for its in METRICS if its.key == "bleed")
     assert lead(grown, "counterfact", "KNE", "FT", bleed).records == 6
 
