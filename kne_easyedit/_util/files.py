@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,8 @@ def _require_empty(folder: Path, but: list[Path]) -> None:
         )
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Writes ``data`` (text as UTF-8, line ends as they are) to ``path`` atomically.
+def atomic_write(path: str | os.PathLike[str], data: bytes | str | Iterable[str]) -> None:
+    """Writes ``data`` (text, or its parts one by one, as UTF-8, line ends as they are) to ``path`` atomically.
 
     Readers see the old content or the new one, never a part, even after a crash. After an error the old file is
     untouched and no temporary file remains. Missing parents are created.
@@ -147,11 +147,11 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """
     path = Path(path)
     temporary = beside(path)
-    content = data.encode("utf-8") if isinstance(data, str) else data
+    parts: Iterable[bytes | str] = [data] if isinstance(data, (bytes, str)) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("xb") as file:
-            file.write(content)
+            file.writelines(part.encode("utf-8") if isinstance(part, str) else part for part in parts)
             file.flush()
             os.fsync(file.fileno())  # or the rename might reach the disk before the content does
         temporary.replace(path)

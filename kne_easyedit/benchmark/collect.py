@@ -124,8 +124,9 @@ def collect(paths: Iterable[str | Path]) -> Collection:
             whole = _parsed(parse_result, raw, file, number)
             if not source.of_report:  # whose lines have the figures of a sequence's end already
                 _require_of_manifest(whole, source, number)
-                unasked = _UNASKED if whole["mode"] == "sequential" else {}
-                whole = cast(ResultLine, {**whole, **at_end.get((whole["method"], whole["index"]), unasked)})
+                unasked = _UNASKED if whole["mode"] == "sequential" else None
+                if last := at_end.get((whole["method"], whole["index"]), unasked):
+                    whole = cast(ResultLine, {**whole, **last})
             label = points.get(file, {}).get(whole["method"], whole["method"])
             line = report_line(whole, texts, data=data_name(whole["data"] or ""), method=label)
             _require_same_record(records, line, file)

@@ -40,7 +40,8 @@ def publish(found: collect.Collection, folder: Path, title: str = "KnowEdit comp
     atomic_write(folder / "report.html", page(text, title, folder, pictures))
     atomic_write(folder / "report.json", json.dumps(figures(found), indent=1) + "\n")
     atomic_write(folder / MANIFESTS, json.dumps(found.manifests, indent=1, ensure_ascii=False) + "\n")
-    atomic_write(folder / RECORDS, "".join(json.dumps(its, ensure_ascii=False) + "\n" for its in record_lines(found)))
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    atomic_write(folder / RECORDS, (encode(its) + "\n" for its in record_lines(found)))
     return folder / "report.html"
 
 

@@ -5,7 +5,6 @@ So a report grows by methods that are run later or elsewhere, and others compare
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,12 @@ from kne_easyedit.benchmark.collect import Collection
 from kne_easyedit.benchmark.markdown_report import ANSWERS
 from kne_easyedit.benchmark.neighbour_report import RECORDS as WITH_NEIGHBOURS
 from kne_easyedit.benchmark.neighbour_report import shown_neighbours
-from kne_easyedit.benchmark.result_line import TEXTS_OF_DATA
+from kne_easyedit.benchmark.result_line import TEXTS_OF_DATA, ResultLine
 from kne_easyedit.benchmark.tables import shares_before_edit
+from kne_easyedit.metrics import own_metrics
+
+_FIGURES = tuple(name for name in ResultLine.__annotations__ if name not in TEXTS_OF_DATA)
+_SHOWN = ("prompt", "target_new", "before", "after")
 
 
 def record_lines(found: Collection) -> Iterator[dict[str, Any]]:
@@ -33,18 +36,19 @@ def record_lines(found: Collection) -> Iterator[dict[str, Any]]:
         for its in found.first_records(data, "neighbours", WITH_NEIGHBOURS):
             prompts = [neighbour["prompt"] for neighbour in shown_neighbours(its)]
             neighbours |= {id(line): _shown(line["neighbours"] or (), prompts) for line in its.values()}
+    added = {metric.path[0] for metric in own_metrics()} - ResultLine.__annotations__.keys()
+    figures = (*_FIGURES, *sorted(added))
     for line in found.lines:
-        figures = {name: value for name, value in line.items() if name not in TEXTS_OF_DATA}
-        texts: dict[str, Any] = {}
+        found_in: Mapping[str, Any] = line
+        before: Mapping[str, Any] = shares_before_edit(line)
+        kept = {name: value for name in figures if (value := before.get(name, found_in.get(name))) is not None}
+        if "losses" in kept:
+            kept["losses"] = list(kept["losses"])
         if id(line) in answered or id(line) in neighbours:
-            texts = {name: line[name] for name in ("prompt", "target_new", "before", "after")}
-            texts["neighbours"] = neighbours.get(id(line))
-        whole = {**figures, **shares_before_edit(line), **texts}
-        yield {
-            name: list(value) if isinstance(value, array) else value
-            for name, value in whole.items()
-            if value is not None
-        }
+            kept |= {name: value for name in _SHOWN if (value := found_in[name]) is not None}
+        if id(line) in neighbours:
+            kept["neighbours"] = neighbours[id(line)]
+        yield kept
 
 
 def _shown(neighbours: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> list[dict[str, str]]:

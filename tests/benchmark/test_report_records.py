@@ -14,7 +14,7 @@ from kne_easyedit import cli
 from kne_easyedit.benchmark.collect import collect
 from kne_easyedit.benchmark.publish import publish
 from kne_easyedit.benchmark.tables import figures, lead
-from kne_easyedit.metrics import METRICS
+from kne_easyedit.metrics import METRICS, PERCENT, Metric
 
 ABOUT = {**MANIFEST, "localization": {}, "second_moments": {}}
 
@@ -49,11 +49,12 @@ def swept(folder) -> None:
     [
         lambda folder: runs(folder, LINES),
         lambda folder: runs(folder, WITH_NEIGHBOURS),
+        lambda folder: runs(folder, [line("ROME", i, 1.0, losses=[]) for i in range(3)]),
         lambda folder: write(folder / "results.jsonl", LINES),  # without a manifest
         sequence,
         swept,
     ],
-    ids=["plain", "neighbours", "no manifest", "sequence", "swept"],
+    ids=["plain", "neighbours", "no losses", "no manifest", "sequence", "swept"],
 )
 def test_a_report_of_its_records_is_the_same_report(tmp_path, make):
     make(tmp_path / "runs")
@@ -62,6 +63,14 @@ def test_a_report_of_its_records_is_the_same_report(tmp_path, make):
     publish(collect([first]), second)
     for name in ("report.md", "report.json", "records.jsonl", "manifests.json"):
         assert (first / name).read_text() == (second / name).read_text(), name
+
+
+def test_a_metric_of_ones_own_is_kept(tmp_path, monkeypatch):
+    own = Metric("size", "SIZE", "a figure of one's own", PERCENT, "up", ("size_of_edit",), optional=True)
+    monkeypatch.setattr("kne_easyedit.metrics.METRICS", (*METRICS, own))
+    runs(tmp_path / "runs", [line("KNE", i, 1.0, size_of_edit=0.25) for i in range(3)])
+    publish(collect([tmp_path / "runs"]), tmp_path / "report")
+    assert [its["size_of_edit"] for its in collect([tmp_path / "report"]).lines] == [0.25] * 3
 
 
 def test_the_unedited_model_is_known_without_its_answers(tmp_path):
