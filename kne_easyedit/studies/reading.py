@@ -43,17 +43,25 @@ def read_studies(paths: Iterable[str | Path]) -> StudyResults:
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: As `collect.collect`; or if no label is that of a study's point.
+        ValueError: As `collect.collect`; for a report, which lacks what stands beside runs; or if no label is that of a
+            study's point.
     """
     given = [Path(path) for path in paths]
-    found = collect(given)
+    files = list(dict.fromkeys(file for path in given for file in results_of(path)))
+    for file in files:
+        if file.name == RECORDS:
+            raise ValueError(
+                f"{file}: a report has neither a sequence's facts asked again nor ensembles; "
+                f"give the folders of the study's runs"
+            )
+    found = collect(files)
     labels = {label: place for label in found.methods if (place := place_of(label))}
     if not labels:
         raise ValueError(
             f"results: no label in {', '.join(map(str, given))} is that of a study's point (SERIES@VALUE, as "
             f"`kne study` writes them); without --study the report takes any labels"
         )
-    retained, ensembles = _beside([file for path in given for file in results_of(path)])
+    retained, ensembles = _beside(files)
     described = {
         (data_name(Path(manifest["data"]["name"]).stem), method): its
         for manifest in found.manifests
@@ -135,11 +143,6 @@ def _beside(files: Sequence[Path]) -> tuple[dict[tuple[str, str, object], list[M
     retained: dict[tuple[str, str, object], list[Mapping]] = {}
     ensembles: dict[tuple[str, str], Path] = {}
     for file in files:
-        if file.name == RECORDS:
-            raise ValueError(
-                f"{file}: a report has neither a sequence's facts asked again nor ensembles; "
-                f"give the folders of the study's runs"
-            )
         folder = file.parent
         lines = [line for _, line in read_lines(file)]
         own = {(data_name(str(line.get("data") or "")), str(line["method"]), line.get("seed")) for line in lines}
