@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from kne_easyedit._util.machine import available_cores, free_memory
 
 Item = TypeVar("Item")
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
+_OMP_PAUSE_HARD = 2  # OpenMP's omp.h
 _NEED = 1.5
 """Memory of a process of its own, in sizes of the model: edited weights, their originals, activations."""
 
@@ -75,7 +77,7 @@ def run_parallel(function: Callable[[Item], Iterator], items: Sequence[Item], wo
         return
     context = multiprocessing.get_context("fork")
     number_of = min(workers, len(items))
-    threads = max(1, available_cores() // workers)
+    threads = _threads_after_a_fork(max(1, available_cores() // number_of))
     processes: dict[Any, multiprocessing.process.BaseProcess] = {}  # connection -> process
     waiting = iter(range(len(items)))
     try:
@@ -117,6 +119,25 @@ def run_parallel(function: Callable[[Item], Iterator], items: Sequence[Item], wo
         for connection, process in processes.items():
             process.join()
             connection.close()
+
+
+def _threads_after_a_fork(wanted: int) -> int:
+    """How many threads a process may use that is forked now: ``wanted``, or 1 where more would hang.
+
+    A forked process has one thread, but GNU's OpenMP library, which comes with PyTorch, still counts on those that this
+    process has started, and waits for them for ever. It is told to end them (they start again when they are needed);
+    where it cannot be told, one thread needs none of them. The libraries of LLVM and Intel see to this themselves.
+    """
+    if wanted == 1:
+        return 1
+    loaded = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    for path in sorted({line.split(maxsplit=5)[-1] for line in loaded if "libgomp" in line}):
+        try:
+            if ctypes.CDLL(path).omp_pause_resource_all(_OMP_PAUSE_HARD) != 0:
+                return 1
+        except (AttributeError, OSError):  # older than OpenMP 5; a file that was replaced since
+            return 1
+    return wanted
 
 
 def _serve(
