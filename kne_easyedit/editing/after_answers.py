@@ -34,8 +34,10 @@ def after_answers(
         model: The model before the edit, frozen and in evaluation mode (`preserve_state`).
         tokenizer: Its tokenizer.
         facts: Prompts with their new answers.
-        tokens: How many tokens follow the answer at most; ``config.max_position_embeddings`` may leave fewer.
-        most: Places of all texts at most. The most probable branch of each fact comes first, then the next of each.
+        tokens: How many tokens follow the answer at most. A fact after which ``config.max_position_embeddings`` leaves
+            fewer has no texts.
+        most: Places of all texts at most. The most probable branch of each fact comes first, then the next of each; the
+            first one that is too long for what is left ends them. If that is the very first, it is cut.
 
     Returns:
         Token ids of a text -> its places.
@@ -52,7 +54,9 @@ def after_answers(
         said = continuations(model, [ids for ids, _ in some], tokens - 1, end)[0] if tokens > 1 else [[]] * len(some)
         for (ids, begin), more in zip(some, said):
             text = (*ids, *(token for token in more if token != end))
-            if sum(map(len, found.values())) + len(text) - begin > most:
+            if not found:  # rather a part of it than nothing at all
+                text = text[: begin + most]
+            if sum(map(len, found.values())) + len(text) - begin > most or len(text) == begin:
                 return found
             found[text] = range(begin, len(text))
     return found

@@ -22,7 +22,7 @@ from kne_easyedit.editing.divergence import AT_ONCE, continuations
 from kne_easyedit.editing.earlier import earlier_facts
 from kne_easyedit.editing.neighbours import neighbour_prompts, readable
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import Fact, Tokenizer, pad
+from kne_easyedit.facts.encoding import Fact, Tokenizer, longest_text, pad
 from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fast_linear import fast_linear
@@ -116,12 +116,31 @@ def input_projections(
     asked = [tokenizer(prompt)["input_ids"] for prompt in dict.fromkeys(prompts)]
     most = int(LARGEST_SHARE * inputs)
     ids = within(asked, most, tokens)
-    if len(ids) < len(asked):
+    if asked and not ids:
+        logger.warning(
+            "input_projection: no neighbour is spared: with neighbour_tokens: %s the first of %s has more than %s tokens, "
+            "half of the %s inputs of a module; lower neighbour_tokens, or take shorter neighbours (neighbour_data)",
+            tokens,
+            len(asked),
+            most,
+            inputs,
+        )
+    elif len(ids) < len(asked):
         logger.info("input_projection: %s of %s neighbours, for %s tokens at most", len(ids), len(asked), most)
     chosen: Mapping[tuple[int, ...], Sequence[int]] = latest(earlier, int(EARLIER_SHARE * inputs))
     facts = [fact.ids for fact in earlier if fact.ids in chosen]
     if continued:
-        said = after_answers(model, tokenizer, edited, continued, int(CONTINUED_SHARE * inputs))
+        room = int(CONTINUED_SHARE * inputs)
+        said = after_answers(model, tokenizer, edited, continued, room)
+        if edited and not said:
+            logger.warning(
+                "spare_continuation: nothing is spared after the answers: there is room for %s of %s inputs, and texts "
+                "have %s tokens at most (max_position_embeddings); lower it (it is %s)",
+                room,
+                inputs,
+                longest_text(model.config),
+                continued,
+            )
         chosen, facts = {**chosen, **said}, [*facts, *said]
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
     seen: set[tuple[int, ...]] = set()

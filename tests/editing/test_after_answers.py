@@ -159,8 +159,33 @@ def test_marks_of_any_script(added, mark):
 def test_the_likeliest_text_of_each_fact_comes_first(llama64, facts, found):
     whole = list(found(llama64, facts))
     assert [text[: len(fact.ids)] for text, fact in zip(whole, facts)] == [fact.ids for fact in facts]
-    for most, number in ((0, 0), (2, 0), (3, 1), (8, 2), (ENOUGH, len(whole))):
+    for most, number in ((0, 0), (3, 1), (8, 2), (ENOUGH, len(whole))):
         assert list(found(llama64, facts, most=most)) == whole[:number]
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_first_text_that_is_too_long_is_cut_and_not_left_out(llama64, facts, found, most):
+    whole = next(iter(found(llama64, facts)))
+    begin = len(facts[0].ids)
+    assert found(llama64, facts, most=most) == {whole[: begin + most]: range(begin, begin + most)}
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_more_tokens_than_may_be_closed_spare_as_many_as_may(llama, tokenizer, facts, tokens, caplog):
+    """Two of 40 inputs. What leaves the model no room at all is said."""
+    closed = {}
+    for continued in (2, tokens):
+        with preserve_state(llama):
+            found = input_projections(
+                llama, tokenizer, [], [LLAMA_DOWN.format(1)], 1e-6, edited=facts[:1], continued=continued
+            )
+        closed[continued] = found[LLAMA_DOWN.format(1)].basis
+    assert closed[2].shape == (2, 40) and torch.allclose(closed[tokens], closed[2], atol=1e-5) and not caplog.messages
+    with preserve_state(llama):
+        assert not input_projections(
+            llama, tokenizer, [], [LLAMA_DOWN.format(1)], 1e-6, edited=facts[:1], continued=1000
+        )
+    assert "spare_continuation: nothing is spared" in caplog.text and "lower it (it is 1000)" in caplog.text
 
 
 def test_a_fact_that_leaves_the_model_no_room_is_left_out(facts, found):
