@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 from kne_easyedit import compute_edit, restore, write_rows
 from kne_easyedit.editing import projection as projection_module
 from kne_easyedit.editing.divergence import continuations
-from kne_easyedit.editing.projection import InputProjection, input_projections, within
+from kne_easyedit.editing.projection import InputProjection, input_projections, projections_for, within
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.edits import save_adapter
 from kne_easyedit.facts.encoding import encode
@@ -190,6 +191,23 @@ def test_by_the_settings_alone(tokenizer, tmp_path):
             changes[on] = (logits_of(model, texts) - logits).abs().max().item()
             restore(model, originals)
         assert changes[True] < 0.1 * changes[False]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (1000, r"neighbour_tokens: 1000 .*64 tokens .*\(max_position_embeddings\); lower neighbour_tokens"),
+        (30, "neighbour_tokens: 30 .*more than 20 tokens, half of the 40 inputs of a module; lower neighbour_tokens"),
+        (2, None),
+    ],
+)
+def test_an_edit_that_spares_no_neighbour_says_so(llama, tokenizer, caplog, tokens, said):
+    hparams = tiny_hparams(input_projection=True, neighbour_data="embedded", neighbour_tokens=tokens, num_steps=1)
+    projections_for(llama, tokenizer, [REQUEST], hparams, downs())
+    if said:
+        assert re.search(said, caplog.text)
+    else:
+        assert "spared" not in caplog.text
 
 
 def learned_positions(tokenizer):
