@@ -99,7 +99,7 @@ def neighbours_by_request(
     pool = _pool(hparams)
     names = [subject_key(place[0]) if (place := pool.locate(request)) else None for request in requests]
     exclude = run_exclusions(requests) | {name for name in names if name is not None}
-    asked = [prompt for request in requests for prompt in (*own_neighbourhood(request), *request.get(ASKED, ()))]
+    asked = asked_of_others(requests)
     found = []
     for request, name in zip(requests, names):
         relation = _of_relation(pool, request, hparams, exclude, asked, model, tokenizer)
@@ -113,6 +113,11 @@ def neighbours_by_request(
         )
         found.append([one.prompt for pair in zip_longest(relation, subject) for one in pair if one is not None])
     return found
+
+
+def asked_of_others(requests: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The prompts about other subjects that requests bring to be asked: their own neighbourhood, and those `ASKED`."""
+    return [prompt for request in requests for prompt in (*own_neighbourhood(request), *request.get(ASKED, ()))]
 
 
 def _of_relation(
@@ -153,18 +158,39 @@ def as_said(
 
 
 def readable(
-    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], hparams: EditSettings, tokens: int
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    hparams: EditSettings,
+    tokens: int,
+    source: str = "neighbour_data",
 ) -> list[str]:
     """The prompts as the model reads them: in the chat template under ``use_chat_template``, `short_enough`."""
     texts = [chat_prompt(tokenizer, prompt) if hparams.use_chat_template else prompt for prompt in prompts]
-    return short_enough(model, tokenizer, texts, tokens)
+    return short_enough(model, tokenizer, texts, tokens, source)
 
 
-def short_enough(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> list[str]:
-    """The texts that, with ``tokens`` more, are no longer than the model takes (``config.max_position_embeddings``)."""
+def short_enough(
+    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], tokens: int, source: str = "neighbour_data"
+) -> list[str]:
+    """The texts that, with ``tokens`` more, are no longer than the model takes (``config.max_position_embeddings``).
+
+    A warning says if none is, with the setting ``source`` that they come from.
+    """
     limit = longest_text(model.config)
     short = [text for text in texts if len(tokenizer(text)["input_ids"]) + tokens <= limit]
-    if len(short) < len(texts):
+    if texts and not short:
+        wanted = f" with neighbour_tokens: {tokens}" if tokens > 1 else ""
+        logger.warning(
+            "%s: none of %s prompts is spared:%s each is longer than the %s tokens that the model takes "
+            "(max_position_embeddings); %s",
+            source,
+            len(texts),
+            wanted,
+            limit,
+            "lower neighbour_tokens" if wanted else "take shorter ones",
+        )
+    elif len(short) < len(texts):
         logger.info("%s of %s prompts are too long for the model and left out", len(texts) - len(short), len(texts))
     return short
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from kne_easyedit.editing.divergence import Divergence
 from kne_easyedit.editing.earlier import earlier_facts
 from kne_easyedit.editing.neighbours import (
     as_said,
+    asked_of_others,
     known_facts,
     neighbour_prompts,
     neighbours_wanted,
@@ -29,10 +31,10 @@ from kne_easyedit.editing.neighbours import (
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.editing.variants import Variants, variant_facts
 from kne_easyedit.facts.encoding import Fact, Tokenizer, end_token
-from kne_easyedit.facts.neighbours import run_exclusions
+from kne_easyedit.facts.neighbours import is_held_out, run_exclusions
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.facts.records import load_requests
-from kne_easyedit.facts.templates import normalised
+from kne_easyedit.facts.templates import normalised, stands_in, subject_key
 from kne_easyedit.localization.data import encode_facts
 from kne_easyedit.models.state import preserve_state
 
@@ -98,30 +100,48 @@ class Alone:
 def unrelated_prompts(
     requests: Sequence[Mapping[str, Any]], hparams: EditSettings, tokenizer: Tokenizer = None
 ) -> list[str]:
-    """The first ``kl_size`` prompts of ``kl_data`` that do not stand in a request, as its own or as a probe.
+    """The first ``kl_size`` prompts of ``kl_data`` that have nothing to do with the requests.
+
+    Left out are prompts that stand in a request, as its own or as a probe; records about a subject that is edited,
+    that stands in one of these prompts or in one that is asked later (`asked_of_others`), or that is held out for
+    evaluation (`is_held_out`). A record without a subject goes by its prompt.
 
     Raises:
         ValueError: The file has none.
         FileNotFoundError: It does not exist.
     """
     known = _prompts(str(hparams.kl_data), data_digest(str(hparams.kl_data)))
-    edited = {normalised(text) for text in run_exclusions(as_said(requests, hparams, tokenizer))}
-    chosen = [prompt for prompt in known if normalised(prompt) not in edited][: hparams.kl_size]
+    said = as_said(requests, hparams, tokenizer)
+    texts = {normalised(text) for text in (*run_exclusions(said), *asked_of_others(said))}
+    edited = {subject_key(request["subject"]) for request in said if request.get("subject")}
+
+    def unrelated(prompt: str, subject: str | None) -> bool:
+        text = normalised(prompt)
+        if text in texts or any(stands_in(name, text) for name in edited):
+            return False
+        if subject is None:
+            return True
+        return not is_held_out(subject) and not any(stands_in(subject_key(subject), asked) for asked in texts)
+
+    chosen = list(islice((prompt for prompt, subject in known if unrelated(prompt, subject)), hparams.kl_size))
     if not chosen:
-        raise ValueError(f"kl_data: {hparams.kl_data!r} holds no prompt beside those that are edited")
+        raise ValueError(
+            f"kl_data: {hparams.kl_data!r} holds no prompt beside those about subjects that are edited, asked or held out "
+            f"for evaluation; name a file with more facts"
+        )
     return chosen
 
 
 @lru_cache(maxsize=4)
-def _prompts(path: str, content: str | None) -> tuple[str, ...]:
-    """The prompts of a file; ``content``, its digest, makes a changed file another entry of the cache."""
-    return tuple(dict.fromkeys(request["prompt"] for request in load_requests(path)))
+def _prompts(path: str, content: str | None) -> tuple[tuple[str, str | None], ...]:
+    """Prompts and subjects of a file; ``content``, its digest, makes a changed file another entry of the cache."""
+    return tuple({request["prompt"]: (request["prompt"], request["subject"]) for request in load_requests(path)}.values())
 
 
 def _unrelated(
     model: nn.Module, tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], hparams: EditSettings
 ) -> Objective | None:
-    prompts = readable(model, tokenizer, unrelated_prompts(requests, hparams, tokenizer), hparams, 1)
+    prompts = readable(model, tokenizer, unrelated_prompts(requests, hparams, tokenizer), hparams, 1, "kl_data")
     return Alone(Divergence.after_prompts(model, tokenizer, prompts, hparams.kl_weight)) if prompts else None
 
 
@@ -132,7 +152,7 @@ def _neighbours(
     prompts = readable(model, tokenizer, found, hparams, hparams.neighbour_tokens)
     if hparams.spare_edited:  # what the model says there are the answers; no more of them than neighbours
         earlier = earlier_facts(model, tokenizer, requests)[: neighbours_wanted(hparams)]
-        read = short_enough(model, tokenizer, [fact.prompt for fact in earlier], hparams.neighbour_tokens)
+        read = short_enough(model, tokenizer, [fact.prompt for fact in earlier], hparams.neighbour_tokens, "spare_edited")
         prompts = list(dict.fromkeys([*read, *prompts]))
     if not prompts:
         return None

@@ -218,12 +218,12 @@ class TestKeptEnsemble:
         from kne_easyedit.editing.objectives import unrelated_prompts
 
         hparams = tiny_hparams(kl_weight=0.1, kl_data=data_file, kl_size=1)
-        assert unrelated_prompts([], hparams) == ["The capital of Spain is"]
+        assert unrelated_prompts([], hparams) == ["The language of Peru is"]
         was = os.stat(data_file)
-        content = Path(data_file).read_text().replace("The capital of Spain is", "The language Spain is")
+        content = Path(data_file).read_text().replace("The language of Peru is", "The language in Peru is")
         Path(data_file).write_text(content)
         os.utime(data_file, ns=(was.st_atime_ns, was.st_mtime_ns))
-        assert unrelated_prompts([], hparams) == ["The language Spain is"]
+        assert unrelated_prompts([], hparams) == ["The language in Peru is"]
 
 
 class TestBeforeLocalisation:

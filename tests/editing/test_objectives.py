@@ -16,6 +16,7 @@ from kne_easyedit.editing import objectives as objectives_module
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
 from kne_easyedit.editing.divergence import Divergence
 from kne_easyedit.editing.losses import answer_loss
+from kne_easyedit.editing.neighbours import ASKED
 from kne_easyedit.editing.objectives import (
     OBJECTIVES,
     Alone,
@@ -25,6 +26,7 @@ from kne_easyedit.editing.objectives import (
 )
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import collate
+from kne_easyedit.facts.neighbours import is_held_out
 from kne_easyedit.facts.records import with_chat_template
 from kne_easyedit.models.state import preserve_state
 
@@ -37,7 +39,7 @@ def prompts_file(tmp_path):
     path = tmp_path / "prompts.json"
     path.write_text(
         json.dumps(
-            [{"prompt": p, "target_new": t, "subject": p.split()[0]} for p, t in [*FACTS, (REQUEST["prompt"], "Oslo")]]
+            [{"prompt": p, "target_new": t} for p, t in [*FACTS, (REQUEST["prompt"], "Oslo")]]
         )
     )
     return str(path)
@@ -90,6 +92,34 @@ def test_unrelated_prompts_are_not_those_that_are_edited(prompts_file):
     assert unrelated_prompts([{**REQUEST, "portability": probes}], hparams) == [PROMPTS[1], PROMPTS[2]]
     with pytest.raises(ValueError, match=r"kl_data: .* holds no prompt beside"):
         unrelated_prompts([REQUEST, *({**first, "prompt": prompt} for prompt in PROMPTS)], hparams)
+
+
+def test_unrelated_prompts_are_of_no_subject_that_is_edited_asked_or_held_out(tmp_path):
+    """Whatever the words. Of these France alone is held out."""
+    path = tmp_path / "facts.json"
+    subjects = ["Italy", "France", "Peru", "Germany", "Poland"]
+    path.write_text(
+        json.dumps([{"prompt": f"The capital of {s} is", "target_new": "Rome", "subject": s} for s in subjects])
+    )
+    hparams = tiny_hparams(kl_weight=1.0, kl_data=str(path), kl_size=8)
+
+    def chosen(*requests):
+        return [prompt.split()[3] for prompt in unrelated_prompts(requests, hparams)]
+
+    other = {"prompt": "The mother of Ada is", "target_new": "Marie", "subject": "Ada"}
+    assert [is_held_out(name) for name in subjects] == [False, True, False, False, False]
+    assert chosen(other) == ["Italy", "Peru", "Germany", "Poland"]
+    assert chosen({"prompt": "What is the capital of Peru?", "target_new": "Oslo", "subject": "Peru"}) == [
+        "Italy",
+        "Germany",
+        "Poland",
+    ]
+    assert chosen({"prompt": "What is the capital of Peru?", "target_new": "Oslo"}) == ["Italy", "Germany", "Poland"]
+    own = {"Neighborhood": {"prompt": ["The river of Germany is"], "ground_truth": ["Rhine"]}}
+    assert chosen(other, {**other, "locality": own}) == ["Italy", "Peru", "Poland"]
+    assert chosen({**other, ASKED: ["Poland is in"]}) == ["Italy", "Peru", "Germany"]
+    hparams.kl_size = 2
+    assert chosen(other) == ["Italy", "Peru"]
 
 
 def test_unrelated_prompts_are_told_as_they_are_said(prompts_file):
