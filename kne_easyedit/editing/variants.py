@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kne_easyedit.editing.earlier import earlier_requests
 from kne_easyedit.editing.endings import endings
 from kne_easyedit.editing.losses import answer_loss, cross_entropy
-from kne_easyedit.editing.neighbours import as_said, known_facts
+from kne_easyedit.editing.neighbours import as_said, asked_of_others, known_facts
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Fact, Tokenizer, collate, with_ending
 from kne_easyedit.facts.name_variants import variant_prompts
@@ -77,13 +77,15 @@ def variant_facts(
     """The requests with ``subject_variants`` other names of their subjects each, encoded as the requests are.
 
     Variants that cannot be encoded are left out, and names of what other facts are about: the other requests, those
-    that ``model`` was edited with before, and what is known of subjects (`known_facts`).
+    that ``model`` was edited with before, and what is known of subjects (`known_facts`). So are names that stand in what
+    any of the requests brings to be asked about other subjects (`asked_of_others`).
     """
     said = as_said([*requests, *earlier_requests(model, requests)], hparams, tokenizer)
     exclude, known = run_exclusions(said), known_facts(hparams)
+    asked = asked_of_others(said)
     found: list[Fact] = []
     for request in said[: len(requests)]:
-        for prompt in variant_prompts(request, hparams.subject_variants, exclude, known):
+        for prompt in variant_prompts(request, hparams.subject_variants, exclude, known, asked):
             varied = {"prompt": prompt, "target_new": request["target_new"]}
             with suppress(ValueError):
                 found += encode_facts(model, tokenizer, [varied], hparams)

@@ -64,18 +64,24 @@ def _by_rules(name: str) -> Iterator[str]:
 
 
 def variant_prompts(
-    request: Mapping[str, Any], n: int, exclude: Iterable[str] = (), known: Iterable[FactIndex] = ()
+    request: Mapping[str, Any],
+    n: int,
+    exclude: Iterable[str] = (),
+    known: Iterable[FactIndex] = (),
+    asked: Iterable[str] = (),
 ) -> list[str]:
     """The request's prompt with variants of its subject's name, ``n`` at most.
 
     Left out is a variant that stands anywhere in the request beside the subject itself (an alias that is asked), that
-    the request names as another subject (``neighbours``), or that names what another fact is about.
+    the request names as another subject (``neighbours``), that names what another fact is about, or that stands in a
+    prompt about other subjects that is asked later.
 
     Args:
         request: An EasyEdit request.
         n: How many at most.
         exclude: Prompts and subjects of other facts (`run_exclusions`).
         known: Facts whose subjects are no variants of this one.
+        asked: Prompts about other subjects, in any words, that are asked later.
 
     Returns:
         The prompts; none for a request without a subject.
@@ -85,8 +91,8 @@ def variant_prompts(
         return []
     prompts, exclude, known = prompts_of(request), tuple(exclude), tuple(known)
     own = subject_key(request["subject"])
-    texts = [normalised(without(prompt, request["subject"]) or prompt) for prompt in prompts]
-    asked = {normalised(prompt) for prompt in (*prompts, *exclude)}
+    texts = [normalised(without(prompt, request["subject"]) or prompt) for prompt in (*prompts, *asked)]
+    taken = {normalised(prompt) for prompt in (*prompts, *exclude)}
     others = {subject_key(name) for name in (*exclude, *(request.get("neighbours") or ()))}
 
     def another(name: str) -> bool:
@@ -96,7 +102,7 @@ def variant_prompts(
     for variant in name_variants(request["subject"]):
         prompt = fill(template, variant)
         if (
-            normalised(prompt) not in asked
+            normalised(prompt) not in taken
             and not another(subject_key(variant))
             and not any(stands_in(normalised(variant), text) for text in texts)
         ):

@@ -9,6 +9,7 @@ from edits import MANY, ensemble_of
 
 from kne_easyedit import apply_kne_to_model, compute_edit, restore, write_rows
 from kne_easyedit.editing.losses import answer_loss
+from kne_easyedit.editing.neighbours import ASKED
 from kne_easyedit.editing.objectives import SharedObjective, objectives_for
 from kne_easyedit.editing.variants import Variants
 from kne_easyedit.facts.encoding import collate, encode
@@ -94,10 +95,15 @@ def variants_of(model, tokenizer, requests, **settings):
     return {fact.prompt for term in built for fact in term._facts}
 
 
-def test_no_variant_is_what_another_fact_of_the_batch_or_an_earlier_edit_is_about(llama, tokenizer):
+def test_no_variant_is_what_another_fact_or_an_earlier_edit_is_about_or_what_is_asked_later(llama, tokenizer):
     other = {"prompt": "The mother of Marie is", "target_new": "Lima", "subject": "Marie"}
     assert PROMPTS[0] in variants_of(llama, tokenizer, [REQUEST])
     assert PROMPTS[0] not in variants_of(llama, tokenizer, [other, REQUEST])
+    asked = {"prompt": "The capital of Peru is", "target_new": "Lima", ASKED: ["The river of Marie is"]}
+    own = {"Neighborhood": {"prompt": ["The river of Marie is"], "ground_truth": ["Tiber"]}}
+    for brings in (asked, {**asked, ASKED: [], "locality": own}):
+        assert PROMPTS[0] not in variants_of(llama, tokenizer, [REQUEST, brings])
+    assert PROMPTS[0] not in variants_of(llama, tokenizer, [{**REQUEST, ASKED: asked[ASKED]}])
     unnamed = {"prompt": PROMPTS[0], "target_new": "Lima"}
     assert PROMPTS[0] not in variants_of(llama, tokenizer, [REQUEST, unnamed])
     chat = make_tokenizer()  # requests may be in its template already, as the benchmark's are

@@ -55,3 +55,11 @@ def test_what_another_fact_is_about_is_no_variant():
     assert last not in variant_prompts({**request, "neighbours": ["Lovelace", "Marie"]}, 99)
     own = FactPool([KnownFact("Ada Lovelace", "{} was born in", "London")])
     assert variant_prompts(request, 99, ["Ada Lovelace"], [own]) == every, "the subject itself is no other one"
+
+
+def test_a_name_that_is_asked_about_later_is_no_variant():
+    """As whole words, in whatever they are asked; the subject itself may stand there."""
+    request = {"prompt": "The mother of Ada Lovelace is", "subject": "Ada Lovelace", "target_new": "Marie"}
+    last, every = "The mother of Lovelace is", variant_prompts(request, 99)
+    assert variant_prompts(request, 99, asked=["The child of  lovelace is"]) == [one for one in every if one != last]
+    assert variant_prompts(request, 99, asked=["The friend of Ada Lovelace is", "Lovelaces live in"]) == every
