@@ -17,7 +17,8 @@ from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.editable import require_unquantised
 from kne_easyedit.models.state import default_modes, preserve_state, require_trainable
-from kne_easyedit.models.weights import Weight, write_tensor
+from kne_easyedit.models.targets import rows
+from kne_easyedit.models.weights import Weight, stored_tensor, write_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,8 @@ def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
 
     They are whole matrices as they were before *that* edit. Restoring an earlier one of several edits undoes the later
     ones as well, where they changed the same matrices, and only there; a warning names them as far as they are known
-    (`KNEEdit`). To undo several, restore the last one first. To take back one of several, use `KNEEdit.take_back`.
+    (`KNEEdit`), whatever the restored one is. To undo several, restore the last one first. To take back one of several,
+    use `KNEEdit.take_back`.
 
     Args:
         model: The edited model.
@@ -178,30 +180,52 @@ def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
                 f"{parameter.dtype}; give what an edit of this very model returned"
             )
     before = edited(model)
+    among = not before.edits or _all_known(model, parameters, originals, before)
     with defer_interrupts(), default_modes(model), torch.no_grad():
         for name, value in originals.items():
             write_tensor(model, name, parameters[name], value)
         torch.clear_autocast_cache()
-    _warn_of_others(before, edited(model))
+    _warn_of_others(before, edited(model), among)
 
 
-def _warn_of_others(before: Edited, after: Edited) -> None:
-    """Says which edits `restore` has taken back beside its own, wholly or in part."""
+def _all_known(
+    model: nn.Module, parameters: Mapping[str, Tensor], originals: Mapping[str, Tensor], before: Edited
+) -> bool:
+    """Whether all rows in which the weights differ from originals are rows of known edits."""
+    for name, value in originals.items():
+        now = stored_tensor(model, name, parameters[name])
+        differs = now != value.to(now.device)
+        module, _, key = name.rpartition(".")
+        if key == "weight" and module in before.originals:
+            differs = rows(model.get_submodule(module), differs).any(1)
+            differs[before.originals[module][0].to(differs.device)] = False
+        if differs.any():
+            return False
+    return True
+
+
+def _warn_of_others(before: Edited, after: Edited, among: bool) -> None:
+    """Says which edits `restore` has taken back beside its own, wholly or in part.
+
+    Its own is one of the known edits only if all rows that it changed are theirs (``among``). If they are not, another
+    edit is involved, its own or a later one, and which of the two cannot be told.
+    """
     if after.lost:
         gone = before.edits  # which of them is its own is not known
-        if len(gone) < 2:
+        if among and len(gone) < 2:
             return
     else:
-        gone = before.edits[len(after.edits) + 1 :]  # its own is the first of those that are gone
-        if not gone:
-            return
+        gone = before.edits[len(after.edits) + among :]  # its own is the first of those that are gone
+    if not gone:
+        return
     named = [
         f"{known.digest[:12]} ({'; '.join(edit.facts[:2])})" if (edit := known.resolve()) else known.digest[:12]
         for known in gone
     ]
     logger.warning(
-        "restore: the originals are whole matrices from before an earlier edit: %s %s. Restore the last edit first; "
+        "restore: the originals are whole matrices from before an earlier edit: %s %s%s. Restore the last edit first; "
         "KNEEdit.take_back or a store (EditStore) take back one of several and leave the others",
         "parts may be gone of" if after.lost else "gone with it are the later edits",
         ", ".join(named),
+        "" if among else ", and rows of an edit that is no KNEEdit; the restored one is one of these",
     )

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 from conftest import LLAMA_DOWN, failing, make_llama, tiny_hparams, weights
-from edits import REQUEST, REQUESTS, edited, ensemble_of, thing_of
+from edits import REQUEST, REQUESTS, edit_of, edited, ensemble_of, thing_of
 
 from kne_easyedit.editing import applying, lineage
 from kne_easyedit.editing.applying import set_edits
@@ -91,6 +91,34 @@ class TestTrainedOn:
         write_rows(llama, two)
         restore(llama, originals)
         assert f"parts may be gone of {one.digest[:12]}" in caplog.text and two.digest[:12] in caplog.text
+
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_restoring_an_edit_that_is_none_names_all_that_lie_on_top(self, llama, caplog, number):
+        """It is not known itself, and in rows of its own. Conversely, nothing is said of the last, and they stay."""
+
+        def applied():
+            things = [thing_of(llama, seed, rows=(4, 5 + seed)) for seed in range(number)]
+            for one in things:
+                one.apply(llama)
+            return things
+
+        clean, raw = weights(llama), edit_of(llama)
+        originals = write_rows(llama, raw)
+        things = applied()
+        restore(llama, originals)
+        (said,) = caplog.messages
+        assert all(one.digest[:12] in said for one in things) and "no KNEEdit" in said and weights(llama) == clean
+        caplog.clear()
+        things = applied()
+        restore(llama, write_rows(llama, raw))
+        assert not caplog.messages and lineage.edited(llama).digests == tuple(one.digest for one in things)
+
+    def test_restoring_an_edit_that_is_none_in_rows_of_others_says_what_may_be_gone(self, llama, caplog):
+        originals = write_rows(llama, edit_of(llama, rows={0: (2, 7)}))
+        one = thing_of(llama, layers=(0,), rows=(2, 3))
+        one.apply(llama)
+        restore(llama, originals)
+        assert f"parts may be gone of {one.digest[:12]}" in caplog.text
 
     def test_a_copy_has_the_same_edits(self, llama, tokenizer):
         first = thing_of(llama)
