@@ -6,6 +6,7 @@ An optimiser is a class with the members of `Optimizer`, built from the rows and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -45,12 +46,18 @@ class Optimizer(Protocol):
     def __init__(self, rows: Sequence[TrainedRows], hparams: EditSettings) -> None:
         """Before the first step."""
 
-    def step(self, loss: Tensor, gradients: Sequence[Tensor]) -> None:
+    def step(self, loss: Tensor, gradients: Sequence[Tensor]) -> bool:
         """One step.
 
         Args:
             loss: The sum that is minimised: the answers' cross-entropy and all weighted objectives, in nats.
             gradients: Its gradients with respect to ``values``, one for each of the rows.
+
+        Returns:
+            Whether this step, or one before it, has moved anything.
+
+        Raises:
+            FloatingPointError: A gradient, or the step, is not finite; nothing has moved.
         """
 
 
@@ -68,9 +75,13 @@ class AdamW:
         self._optimizer = torch.optim.AdamW(
             [one.values for one in rows], lr=hparams.lr, weight_decay=hparams.weight_decay
         )
+        self._moved = hparams.weight_decay > 0
 
-    def step(self, loss: Tensor, gradients: Sequence[Tensor]) -> None:
-        """One step of AdamW; ``loss`` is not used."""
+    def step(self, loss: Tensor, gradients: Sequence[Tensor]) -> bool:
+        """One step of AdamW; of ``loss`` only the device is used."""
+        largest = _numbers([torch.linalg.vector_norm(gradient, math.inf) for gradient in gradients], loss.device)
+        _require_finite(self._rows, largest)
+        self._moved |= any(largest)
         for one, gradient in zip(self._rows, gradients):
             one.values.grad = one.project(gradient)
         bound = [(one, one.values.detach().clone()) for one in self._rows if one.projection is not None]
@@ -78,6 +89,7 @@ class AdamW:
         with torch.no_grad():  # AdamW divides elementwise: its step leaves the space of the gradients
             for one, before in bound:
                 one.values.copy_(before + one.project(one.values - before))
+        return self._moved
 
 
 class Polyak:
@@ -87,7 +99,8 @@ class Polyak:
     ``A``) and ``d_m`` its projection (``g_m`` itself where there is none), every module moves by ``-c * d_m / ||d_m||``
     with one common length ``c = polyak_fraction * L / sum_m <g_m, d_m> / ||d_m||``. Without projections that is
     ``polyak_fraction * L / sum_m ||g_m||``. The sum is what the loss falls by for each unit of length, so that a loss
-    that were linear would fall by ``polyak_fraction * L``. Rows with a gradient of zero stay.
+    that were linear would fall by ``polyak_fraction * L``. Rows with a gradient of zero stay, and those of which the
+    projection leaves rounding noise alone: along that the loss may even rise.
 
     ``L`` is the sum that is minimised, with the weighted objectives, for the gradients are those of the sum: 0 is a
     lower bound of every term. Steps do not depend on ``alpha``: ``ΔW`` is the same, up to rounding.
@@ -98,29 +111,46 @@ class Polyak:
 
     def __init__(self, rows: Sequence[TrainedRows], hparams: EditSettings) -> None:
         self._rows, self._fraction = rows, hparams.polyak_fraction
+        self._moved = False
 
-    def step(self, loss: Tensor, gradients: Sequence[Tensor]) -> None:
+    def step(self, loss: Tensor, gradients: Sequence[Tensor]) -> bool:
         """One step, of zero length where all gradients are zero."""
         directions = [one.project(gradient) for one, gradient in zip(self._rows, gradients)]
         norms = _numbers([direction.norm() for direction in directions], loss.device)
         inner = _numbers([(g * d).sum() for g, d in zip(gradients, directions)], loss.device)
+        _require_finite(self._rows, inner)
+        norms = [norm if product > 0 else 0.0 for product, norm in zip(inner, norms)]
         # d/dA = scale * d/dΔW: of ΔW both norm and slope are those of A divided by the scale.
         slope = sum(product / (norm * one.scale) for product, norm, one in zip(inner, norms, self._rows) if norm)
         if not slope:
-            return
+            return self._moved
         length = self._fraction * loss.item() / slope
         factors = [length / (one.scale * norm) if norm else 0.0 for one, norm in zip(self._rows, norms)]
         for one, factor in zip(self._rows, factors):
             if not abs(factor) <= torch.finfo(one.values.dtype).max:
-                raise FloatingPointError(
-                    f"training: the step of {one.module} is {length:.3g} long: hardly a direction is left in which its "
-                    f"rows may move; take fewer neighbours (neighbour_relation_size, neighbour_subject_size) or a "
-                    f"larger projection_ridge"
+                why = (
+                    "its gradient is all but 0; load the model in float32 or bfloat16"
+                    if one.projection is None
+                    else "hardly a direction is left in which its rows may move; take fewer neighbours "
+                    "(neighbour_relation_size, neighbour_subject_size) or a larger projection_ridge"
                 )
+                raise FloatingPointError(f"training: the step of {one.module} is {length:.3g} long: {why}")
         with torch.no_grad():
             for one, direction, factor in zip(self._rows, directions, factors):
                 if factor:
                     one.values.add_(direction, alpha=-factor)
+        self._moved |= any(factors)
+        return self._moved
+
+
+def _require_finite(rows: Sequence[TrainedRows], sizes: Sequence[float]) -> None:
+    """Raises FloatingPointError for a module whose gradient has a size that is not finite."""
+    for one, size in zip(rows, sizes):
+        if not math.isfinite(size):
+            raise FloatingPointError(
+                f"training: the gradient of {one.module} is not finite: it is beyond the model's number type; load the "
+                f"model in float32 or bfloat16"
+            )
 
 
 def _numbers(scalars: Sequence[Tensor], device: torch.device) -> list[float]:

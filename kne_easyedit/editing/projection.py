@@ -40,7 +40,8 @@ CONTINUED_SHARE = 0.05
 
 
 class InputProjection:
-    """``P = I - X^T (X X^T + lambda I)^-1 X`` of one module, with ``lambda = ridge * median_i ||x_i||^2``.
+    """``P = I - X^T (X X^T + lambda I)^-1 X`` of one module, with ``lambda = ridge * median_i ||x_i||^2``,
+    of the inputs that are not 0.
 
     With ``ridge`` near 0 it removes from a direction all that lies in the span of the inputs. The median, for models
     give the first token of a text activations that are thousands of times the others'.
@@ -50,7 +51,7 @@ class InputProjection:
         ridge: A positive number: the larger, the less is removed of directions in which inputs are small.
 
     Raises:
-        ValueError: The ridge is too small for these inputs.
+        ValueError: Inputs are not finite, or the ridge is too small for them.
     """
 
     def __init__(self, inputs: Tensor, ridge: float):
@@ -58,7 +59,15 @@ class InputProjection:
         # Gram matrix and Cholesky factor in float64: their condition number is beyond float32. mps has no float64.
         x = inputs.to("cpu" if device.type == "mps" else device).double()
         gram = x @ x.t()
-        gram.diagonal().add_(ridge * gram.diagonal().median())
+        squares = gram.diagonal()
+        if not squares.isfinite().all():
+            raise ValueError(
+                "input_projection: a module has inputs that are not finite; load the model in float32 or bfloat16"
+            )
+        if (there := squares[squares != 0]).numel():  # inputs of 0 close nothing: the ridge alone is on their diagonal
+            squares.add_(ridge * there.median())
+        else:
+            squares.fill_(1.0)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:
             raise ValueError(f"projection_ridge: {ridge} is too small for the inputs of {len(x)} tokens; raise it")
@@ -118,8 +127,8 @@ def input_projections(
     ids = within(asked, most, tokens)
     if asked and not ids:
         logger.warning(
-            "input_projection: no neighbour is spared: with neighbour_tokens: %s the first of %s has more than %s tokens, "
-            "half of the %s inputs of a module; lower neighbour_tokens, or take shorter neighbours (neighbour_data)",
+            "input_projection: no neighbour is spared: with neighbour_tokens: %s the first of %s has more than %s "
+            "tokens, half of the %s inputs of a module; lower neighbour_tokens, or take shorter ones (neighbour_data)",
             tokens,
             len(asked),
             most,

@@ -49,7 +49,8 @@ def train_rows(
 
     Minimises the answers' mean cross-entropy plus ``weight * loss`` of each objective. Training stops as soon as the
     cross-entropy is below ``hparams.stop_loss`` and every shared objective lets it (`SharedObjective.may_stop`), after
-    ``hparams.num_steps`` steps at the latest; under ``hparams.until_given`` not before each token of the answers is the
+    ``hparams.num_steps`` steps at the latest, and before the first one if that moves nothing (every gradient is 0, or
+    has no part in a direction that is open); under ``hparams.until_given`` not before each token of the answers is the
     most probable one. Then the rows are multiplied by ``hparams.edit_gain``, or by a smaller gain under which all that
     still holds of every answer, and of objectives that are ``binding``. The texts of shared objectives are in one
     batch with the facts. Layers below the first edited one run once for each batch (`TrainingPass`).
@@ -69,7 +70,7 @@ def train_rows(
         and how well each fact is answered.
 
     Raises:
-        FloatingPointError: The cross-entropy is not finite.
+        FloatingPointError: The cross-entropy, a gradient or a step is not finite.
         ValueError: The ensemble is of another model, or its modules cannot be edited.
     """
     device = device_of(model)
@@ -119,9 +120,11 @@ def train_rows(
                     loss = loss + sharing.weight * sharing.loss_of(part, step)
                 for objective in alone:
                     loss = loss + objective.weight * objective.loss(model)
-                optimizer.step(loss.detach(), torch.autograd.grad(loss, parameters))
+                moved = optimizer.step(loss.detach(), torch.autograd.grad(loss, parameters))
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 progress.update()
+                if not moved:  # nor would further steps
+                    break
         answers = _answers(facts, logits.detach(), labels)
         if hparams.edit_gain > 1 and len(losses) > 1:
             binding = [(one, one.texts(step)) for one in shared if one.binding]

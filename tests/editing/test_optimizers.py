@@ -69,6 +69,68 @@ def test_a_step_that_no_number_holds_is_refused_before_anything_moves():
     assert not free.any() and not closed.any()
 
 
+def test_without_a_projection_neighbours_are_not_blamed():
+    rows = [TrainedRows("model.down", torch.zeros(1, 1, requires_grad=True), 0.5)]
+    with pytest.raises(FloatingPointError, match=r"gradient is all but 0; load the model in float32") as caught:
+        Polyak(rows, tiny_hparams()).step(torch.tensor(1.0), [torch.full((1, 1), 1e-21)])
+    assert "neighbour" not in str(caught.value) and not rows[0].values.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_is_not_finite_is_named_before_anything_moves(name, value):
+    rows = rows_of((1, 2), (1, 2))
+    gradients = [torch.ones(1, 2, dtype=torch.float64), torch.tensor([[1.0, value]], dtype=torch.float64)]
+    with pytest.raises(
+        FloatingPointError, match=r"gradient of m1 is not finite.*load the model in float32 or bfloat16"
+    ):
+        OPTIMIZERS[name](rows, tiny_hparams()).step(torch.tensor(1.0), gradients)
+    assert not any(one.values.any() for one in rows)
+
+
+def test_rows_along_whose_direction_the_loss_rises_stay():
+    """Rounding noise of a projection: without it the common length would be larger, or even negative."""
+    open_, noise = (torch.zeros(1, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    rows = [
+        TrainedRows("model.open", open_, 0.5),
+        TrainedRows("model.noise", noise, 0.5, lambda directions: -1e-9 * directions),
+    ]
+    gradients = [torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64)]
+    assert Polyak(rows, tiny_hparams()).step(torch.tensor(2.0), gradients) and not noise.any()
+    assert (0.5 * open_).norm().item() == approx(0.3 * 2.0 / (5 / 0.5)), "as if it were alone"
+    assert not Polyak(rows[1:], tiny_hparams()).step(torch.tensor(2.0), gradients[1:]) and not noise.any()
+
+
+class Lost(torch.autograd.Function):
+    """Gradients are lost, as small ones are in float16."""
+
+    @staticmethod
+    def forward(_, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_, gradient):
+        return 0 * gradient
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_training_that_moves_nothing_ends_and_says_why(llama, tokenizer, facts, name):
+    llama.model.norm.register_forward_hook(lambda module, args, out: Lost.apply(out))
+    hparams = tiny_hparams(optimizer=name, on_failure="raise")
+    edit = train_rows(llama, facts, ensemble_of(LLAMA_DOWN), hparams)
+    assert edit.steps == 0 and len(edit.answers) == len(facts)
+    assert not any(delta.any() for _, delta in edit.deltas.values())
+    request = {"prompt": "The capital of France is", "target_new": "Rome"}
+    message = "after 0 steps .*no row has moved: their gradients are 0; load the model in float32 or bfloat16"
+    for projected in (False, True):
+        hparams = tiny_hparams(
+            optimizer=name, on_failure="raise", input_projection=projected, neighbour_data="embedded"
+        )
+        with pytest.raises(EditFailed, match=message) as caught:
+            apply_kne_to_model(llama, tokenizer, request, hparams, ensemble=ensemble_of(LLAMA_DOWN))
+        assert ("projection_ridge" in str(caught.value)) is projected
+
+
 def test_training_is_the_literal_one(family, facts):
     """Losses and deltas equal those of steps on full weights, without an adapter, for several module types."""
     hparams = tiny_hparams(target_modules=[family.down, family.up], alpha=3.0, **POLYAK)

@@ -77,6 +77,22 @@ class TestOneModule:
         literal = g - x.T @ torch.linalg.inv(x @ x.T + 0.1 * median * torch.eye(5)) @ x
         assert torch.allclose(plain, literal, atol=1e-12)
 
+    @pytest.mark.parametrize("zeros", [1, 3, 4])
+    def test_inputs_of_zero_close_nothing(self, zeros):
+        """And do not count for the median, however many they are."""
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x[4 - zeros :] = 0
+        g = torch.eye(12, dtype=torch.float64)
+        there = InputProjection(x[: 4 - zeros], 0.1)(g) if zeros < 4 else g
+        assert torch.allclose(InputProjection(x, 0.1)(g), there, atol=1e-12)
+
+    @pytest.mark.parametrize("value", [float("inf"), float("nan")])
+    def test_inputs_that_are_not_finite_are_not_blamed_on_the_ridge(self, value):
+        x = torch.ones(3, 4)
+        x[1, 2] = value
+        with pytest.raises(ValueError, match=r"input_projection: .*not finite; load the model in float32 or bfloat16"):
+            InputProjection(x, 1e-5)
+
     def test_a_ridge_that_is_too_small_is_named(self):
         with pytest.raises(
             ValueError, match="projection_ridge: 1e-30 is too small for the inputs of 3 tokens; raise it"
