@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kne_easyedit._util.interrupts import defer_interrupts
 from kne_easyedit.editing.adapter import rows_by_module
 from kne_easyedit.editing.earlier import inherit_notes, noting
-from kne_easyedit.editing.endings import endings
+from kne_easyedit.editing.endings import endings, require_room
 from kne_easyedit.editing.kne_edit import KNEEdit, kne_edit
 from kne_easyedit.editing.lineage import inherit_edits
 from kne_easyedit.editing.objectives import objectives_for, require_sources
@@ -90,7 +90,8 @@ def _train(
     if not requests:
         raise ValueError("requests: there are none to edit")
     facts = encode_facts(model, tok, requests, hparams)
-    require_sources(requests, hparams, tok)
+    require_sources(requests, hparams, tok, localised=ensemble is None)
+    require_room(model, tok, facts, hparams)
     if written:
         if ensemble is None:
             require_editable_by(model, hparams)
@@ -131,6 +132,10 @@ def _shortfall(edit: RowEdit, hparams: EditSettings) -> str | None:
         state += ", but another token is more probable"
     if below and not hparams.until_given:  # training stopped by itself
         remedy = "set until_given: true, or lower stop_loss"
+    elif not below and edit.steps < hparams.num_steps:
+        remedy = "no row has moved: their gradients are 0; load the model in float32 or bfloat16"
+        if hparams.input_projection:
+            remedy += ", or leave more directions open (fewer neighbours, a larger projection_ridge)"
     else:
         rate = OPTIMIZERS[hparams.optimizer].rate_setting
         remedy = f"do the facts contradict each other? Else raise num_steps or {rate}, or take a larger p"

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from kne_easyedit._util.interrupts import safe_point
+from kne_easyedit._util.messages import shorten
 from kne_easyedit.editing.divergence import AT_ONCE, continuations
 from kne_easyedit.editing.settings import EditSettings
-from kne_easyedit.facts.encoding import Fact, Tokenizer, end_token
+from kne_easyedit.facts.encoding import Fact, Tokenizer, end_token, longest_text
 from kne_easyedit.facts.words import continues_word
 from kne_easyedit.models.state import preserve_state
 
@@ -33,6 +34,18 @@ def endings(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact], hpara
     if hparams.append_eos:
         return [end_token(tokenizer)] * len(facts)
     return breaks(model, tokenizer, facts) if hparams.append_break else [None] * len(facts)
+
+
+def require_room(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact], hparams: EditSettings) -> None:
+    """Raises ValueError, before anything is computed, for a fact that takes no token more under the settings above."""
+    setting = "append_eos" if hparams.append_eos else "append_break" if hparams.append_break else None
+    limit = longest_text(model.config)
+    for fact in facts if setting else ():
+        if len(fact.ids) >= limit and fact.ids[-1] != tokenizer.eos_token_id:
+            raise ValueError(
+                f"{setting}: true trains one token more, but {shorten(fact.prompt)} has {len(fact.ids)} tokens with "
+                f"its target already, and the model takes {limit}; shorten the prompt, or set {setting}: false"
+            )
 
 
 def breaks(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[int | None]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from kne_easyedit._util.files import expand_path
 from kne_easyedit.editing.after_answers import texts_after_answers
 from kne_easyedit.editing.divergence import Divergence
 from kne_easyedit.editing.earlier import earlier_facts
@@ -23,6 +24,7 @@ from kne_easyedit.editing.neighbours import (
     asked_of_others,
     known_facts,
     neighbour_prompts,
+    neighbour_source,
     neighbours_wanted,
     readable,
     short_enough,
@@ -32,10 +34,11 @@ from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.editing.variants import Variants, variant_facts
 from kne_easyedit.facts.encoding import Fact, Tokenizer, end_token
 from kne_easyedit.facts.neighbours import is_held_out, run_exclusions
-from kne_easyedit.facts.readers import data_digest
+from kne_easyedit.facts.readers import data_digest, read_records
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.facts.templates import normalised, stands_in, subject_key
 from kne_easyedit.localization.data import encode_facts
+from kne_easyedit.localization.named import MAGNITUDE
 from kne_easyedit.models.state import preserve_state
 
 
@@ -126,8 +129,8 @@ def unrelated_prompts(
     chosen = list(islice((prompt for prompt, subject in known if unrelated(prompt, subject)), hparams.kl_size))
     if not chosen:
         raise ValueError(
-            f"kl_data: {hparams.kl_data!r} holds no prompt beside those about subjects that are edited, asked or held out "
-            f"for evaluation; name a file with more facts"
+            f"kl_data: {hparams.kl_data!r} holds no prompt beside those about subjects that are edited, asked or held "
+            f"out for evaluation; name a file with more facts"
         )
     return chosen
 
@@ -135,7 +138,9 @@ def unrelated_prompts(
 @lru_cache(maxsize=4)
 def _prompts(path: str, content: str | None) -> tuple[tuple[str, str | None], ...]:
     """Prompts and subjects of a file; ``content``, its digest, makes a changed file another entry of the cache."""
-    return tuple({request["prompt"]: (request["prompt"], request["subject"]) for request in load_requests(path)}.values())
+    return tuple(
+        {request["prompt"]: (request["prompt"], request["subject"]) for request in load_requests(path)}.values()
+    )
 
 
 def _unrelated(
@@ -152,7 +157,9 @@ def _neighbours(
     prompts = readable(model, tokenizer, found, hparams, hparams.neighbour_tokens)
     if hparams.spare_edited:  # what the model says there are the answers; no more of them than neighbours
         earlier = earlier_facts(model, tokenizer, requests)[: neighbours_wanted(hparams)]
-        read = short_enough(model, tokenizer, [fact.prompt for fact in earlier], hparams.neighbour_tokens, "spare_edited")
+        read = short_enough(
+            model, tokenizer, [fact.prompt for fact in earlier], hparams.neighbour_tokens, "spare_edited"
+        )
         prompts = list(dict.fromkeys([*read, *prompts]))
     if not prompts:
         return None
@@ -196,19 +203,45 @@ OBJECTIVES: dict[str, ObjectiveBuilder] = {
 0."""
 
 
-def require_sources(requests: Sequence[Mapping[str, Any]], hparams: EditSettings, tokenizer: Tokenizer) -> None:
+def require_sources(
+    requests: Sequence[Mapping[str, Any]], hparams: EditSettings, tokenizer: Tokenizer, localised: bool = False
+) -> None:
     """Reads what training will read beside the requests, so that what is missing is said before localisation.
 
+    Args:
+        requests: What is edited.
+        hparams: The settings.
+        tokenizer: The tokenizer.
+        localised: The ensemble comes from the settings, so that the files that these name for it are needed, too.
+
     Raises:
-        ValueError: ``neighbour_data`` or ``kl_data`` cannot be used, or there is no end token for ``append_eos``.
-        FileNotFoundError: A file does not exist.
+        ValueError: ``neighbour_data`` or ``kl_data`` cannot be used, ``ensemble`` is a folder, or there is no end token
+            for ``append_eos``.
+        FileNotFoundError: A file does not exist; the message names the setting.
     """
+    if localised and hparams.ensemble is not None:
+        if (path := expand_path(hparams.ensemble)).is_dir():
+            raise ValueError(f"ensemble: {path} is a folder; name a file of kne localize, or {MAGNITUDE}")
+    elif localised and hparams.localization_data is not None:
+        _require_file("localization_data", hparams.localization_data)
     if uses_neighbours(hparams):
+        path, *_ = neighbour_source(hparams)
+        _require_file("localization_data" if hparams.neighbour_data is None else "neighbour_data", path)
         known_facts(hparams)
     if hparams.kl_weight:
+        _require_file("kl_data", str(hparams.kl_data))
         unrelated_prompts(requests, hparams, tokenizer)
     if hparams.append_eos:
         end_token(tokenizer)
+
+
+def _require_file(setting: str, path: str) -> None:
+    """Raises FileNotFoundError, with the setting's name, if there is no such data file."""
+    if data_digest(path) is None:
+        try:
+            read_records(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{setting}: {error}") from error
 
 
 def objectives_for(

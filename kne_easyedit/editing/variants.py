@@ -77,8 +77,8 @@ def variant_facts(
     """The requests with ``subject_variants`` other names of their subjects each, encoded as the requests are.
 
     Variants that cannot be encoded are left out, and names of what other facts are about: the other requests, those
-    that ``model`` was edited with before, and what is known of subjects (`known_facts`). So are names that stand in what
-    any of the requests brings to be asked about other subjects (`asked_of_others`).
+    that ``model`` was edited with before, and what is known of subjects (`known_facts`). So are names that stand in
+    what any of the requests brings to be asked about other subjects (`asked_of_others`).
     """
     said = as_said([*requests, *earlier_requests(model, requests)], hparams, tokenizer)
     exclude, known = run_exclusions(said), known_facts(hparams)

@@ -283,6 +283,7 @@ def check_request(request: Mapping) -> None:
         )
     if require_text(subject, "request.subject") not in request["prompt"]:
         raise ValueError(
+    _check_probes(request)
             f"request.subject: {shorten(subject)} does not stand in the prompt {shorten(request['prompt'])}; EasyEdit "
             f"demands it (spell it as in the prompt, or leave 'subject' out)"
         )
@@ -298,6 +299,30 @@ def collate(facts: Sequence[Fact], pad_id: int = 0, padding_side: str = "right")
 
     Returns:
         Ids, mask and labels, each ``(facts, longest)``.
+def _check_probes(request: Mapping) -> None:
+    """Raises ValueError for probes and neighbours of which nothing could be read, or something else than was meant."""
+    for section, kinds in (("portability", (Mapping, list, tuple)), ("locality", Mapping)):
+        probes = request.get(section) or {}
+        if not isinstance(probes, kinds):
+            raise ValueError(
+                f"request.{section}: {shorten(probes)} is a {type(probes).__name__}, not a mapping of categories to "
+                f"probes; leave it out if there are none"
+            )
+        for name in probes if isinstance(probes, Mapping) else ():
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"request.{section}: {shorten(name)} is a {type(name).__name__}; name categories by texts"
+                )
+    names = request.get("neighbours") or []
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(
+            f"request.neighbours: {shorten(names)} is a {type(names).__name__}, not a list of the names of other "
+            f"subjects"
+        )
+    for i, name in enumerate(names):
+        require_text(name, f"request.neighbours[{i}]")
+
+
     """
     input_ids, attention_mask = pad([fact.ids for fact in facts], pad_id, padding_side)
     labels = torch.full_like(input_ids, IGNORE)

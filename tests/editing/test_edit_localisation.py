@@ -247,6 +247,66 @@ class TestBeforeLocalisation:
             apply_kne_to_model(llama, tokenizer, [REQUEST], hparams)
         assert computed == []
 
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            (
+                "locality",
+                [{"prompt": "The capital of Peru is", "ground_truth": "Lima"}],
+                r"\[\{'prompt'.* is a list, not",
+            ),
+            ("locality", "The capital", "'The capital' is a str, not a mapping of categories"),
+            ("locality", {3: {"prompt": ["The capital of Peru is"], "ground_truth": ["Lima"]}}, "3 is a int; name"),
+            ("portability", "The capital", "'The capital' is a str, not a mapping of categories"),
+            ("neighbours", "Spain", "'Spain' is a str, not a list of the names"),
+            ("neighbours", ["Spain", 2], r"2 is not a text"),
+        ],
+        ids=str,
+    )
+    def test_fields_of_which_neighbours_are_made_are_refused(
+        self, llama, tokenizer, data_file, computed, field, value, message
+    ):
+        hparams = tiny_hparams(localization_data=data_file, localization_size=3, input_projection=True)
+        with pytest.raises(ValueError, match=rf"^request.{field}(\[1\])?: {message}"):
+            apply_kne_to_model(llama, tokenizer, [{**REQUEST, field: value}], hparams)
+        assert computed == []
+
+    @pytest.mark.parametrize("setting", ["append_eos", "append_break"])
+    def test_a_fact_that_leaves_its_ending_no_room_is_refused_with_the_setting(
+        self, llama, tokenizer, data_file, computed, setting
+    ):
+        """It has 64 tokens with its target, as many as the model takes. Conversely, one less has room."""
+        hparams = tiny_hparams(localization_data=data_file, localization_size=1, num_steps=1, **{setting: True})
+        for words in (63, 62):
+            request = {"prompt": " ".join(["France"] * words), "target_new": "Rome"}
+            if words == 63:
+                with pytest.raises(ValueError, match=f"^{setting}: true .* 64 tokens .*or set {setting}: false"):
+                    apply_kne_to_model(llama, tokenizer, [request], hparams)
+                assert computed == []
+            else:
+                apply_kne_to_model(llama, tokenizer, [request], hparams)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"kl_weight": 1.0, "kl_data": "nowhere.json"}, "^kl_data: data file nowhere.json does not exist"),
+            (
+                {"input_projection": True, "neighbour_data": "nowhere.json"},
+                "^neighbour_data: data file nowhere.json does not exist",
+            ),
+            (
+                {"input_projection": True, "localization_data": "nowhere.json"},
+                "^localization_data: data file nowhere.json does not exist",
+            ),
+            ({"localization_data": "nowhere.json"}, "^localization_data: data file nowhere.json does not exist"),
+            ({"ensemble": "."}, "^ensemble: .* is a folder; name a file of kne localize, or magnitude"),
+        ],
+        ids=str,
+    )
+    def test_a_file_that_is_missing_is_named_with_its_setting(self, llama, tokenizer, settings, message):
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            apply_kne_to_model(llama, tokenizer, [REQUEST], tiny_hparams(**settings))
+
     @pytest.mark.parametrize("request_", ["The capital of France is", {**REQUEST, 3: "x"}], ids=str)
     def test_what_is_no_request_is_refused(self, llama, tokenizer, data_file, computed, request_):
         hparams = tiny_hparams(localization_data=data_file, localization_size=3)

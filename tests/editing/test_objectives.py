@@ -37,11 +37,7 @@ REQUEST = {"prompt": "The capital of Spain is", "target_new": "Oslo", "subject":
 @pytest.fixture
 def prompts_file(tmp_path):
     path = tmp_path / "prompts.json"
-    path.write_text(
-        json.dumps(
-            [{"prompt": p, "target_new": t} for p, t in [*FACTS, (REQUEST["prompt"], "Oslo")]]
-        )
-    )
+    path.write_text(json.dumps([{"prompt": p, "target_new": t} for p, t in [*FACTS, (REQUEST["prompt"], "Oslo")]]))
     return str(path)
 
 
