@@ -273,6 +273,7 @@ def check_request(request: Mapping) -> None:
             raise ValueError(f"request: {shorten(name)} is a {type(name).__name__}; fields are named by texts")
     for field in ("prompt", "target_new"):
         require_text(request.get(field), f"request.{field}")
+    _check_probes(request)
     subject = request.get("subject")
     if subject is None:
         return
@@ -283,22 +284,11 @@ def check_request(request: Mapping) -> None:
         )
     if require_text(subject, "request.subject") not in request["prompt"]:
         raise ValueError(
-    _check_probes(request)
             f"request.subject: {shorten(subject)} does not stand in the prompt {shorten(request['prompt'])}; EasyEdit "
             f"demands it (spell it as in the prompt, or leave 'subject' out)"
         )
 
 
-def collate(facts: Sequence[Fact], pad_id: int = 0, padding_side: str = "right") -> Batch:
-    """Pads facts to one batch.
-
-    Args:
-        facts: The facts.
-        pad_id: Any token id: the mask decides what counts.
-        padding_side: ``right`` or ``left``.
-
-    Returns:
-        Ids, mask and labels, each ``(facts, longest)``.
 def _check_probes(request: Mapping) -> None:
     """Raises ValueError for probes and neighbours of which nothing could be read, or something else than was meant."""
     for section, kinds in (("portability", (Mapping, list, tuple)), ("locality", Mapping)):
@@ -323,6 +313,16 @@ def _check_probes(request: Mapping) -> None:
         require_text(name, f"request.neighbours[{i}]")
 
 
+def collate(facts: Sequence[Fact], pad_id: int = 0, padding_side: str = "right") -> Batch:
+    """Pads facts to one batch.
+
+    Args:
+        facts: The facts.
+        pad_id: Any token id: the mask decides what counts.
+        padding_side: ``right`` or ``left``.
+
+    Returns:
+        Ids, mask and labels, each ``(facts, longest)``.
     """
     input_ids, attention_mask = pad([fact.ids for fact in facts], pad_id, padding_side)
     labels = torch.full_like(input_ids, IGNORE)
