@@ -6,13 +6,13 @@ import difflib
 import math
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kne_easyedit._util.messages import require_one_of
+from kne_easyedit._util.messages import require_one_of, shorten
 from kne_easyedit._util.settings import EVALUATION_TYPES, EVALUATORS, SECRET, replace_settings
 from kne_easyedit.attribution.engine import ENGINES
 from kne_easyedit.attribution.quadrature import QUADRATURES
@@ -77,7 +77,7 @@ class KNEHyperParams:
     cache_dir: str | None = None
     """Folder of the score cache; None: the user's cache folder (docs/localization.md, "The cache")."""
     chunk_rows: int | None = None
-    """Path points in flight at most: memory against speed, never the result; None: by the free memory."""
+    """Path points in flight at most: memory against speed, the result by rounding alone; None: by the free memory."""
     quadrature: str = "riemann"
     """The sum of Eq. 5: ``riemann`` (the paper's) or ``gauss-legendre`` (the same error with fewer steps)."""
     attribution_engine: str = "auto"
@@ -139,7 +139,8 @@ class KNEHyperParams:
     projection_ridge: float = 1e-5
     """Ridge of this projection: small ones leave neighbours as they are, in (0, 1]."""
     spare_edited: bool = False
-    """Beyond the paper: facts that the model was edited with before, and still has, are spared as neighbours are."""
+    """Beyond the paper: facts that the model was edited with before, and still has, are spared as neighbours are.
+    Known are edits that were made under this setting, and those that were applied as `KNEEdit`."""
     spare_continuation: int = 0
     """Beyond the paper: with ``input_projection``, so many tokens that the unedited model may say after the new answer
     are spared as neighbours are; 0: none."""
@@ -184,7 +185,8 @@ class KNEHyperParams:
         Raises:
             ValueError: ``p``, ``aggregation``, ``score_scale`` or ``layers`` is out of range.
         """
-        return Selection(self.p, self.aggregation, self.score_scale, tuple(self.layers))
+        rules = Selection(self.p, self.aggregation, self.score_scale, tuple(self.layers))
+        return replace(rules, layers=tuple(sorted(set(rules.layers))))
 
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str | Path) -> KNEHyperParams:
@@ -208,7 +210,7 @@ class KNEHyperParams:
         with path.open(encoding="utf-8") as stream:
             try:
                 config = yaml.safe_load(stream)
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
+            except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a number of thousands of digits
                 raise ValueError(f"{path}: not a YAML file: {error}") from error
         if not isinstance(config, dict):
             raise ValueError(f"{path}: holds no settings (expected a mapping of names to values)")
@@ -301,6 +303,8 @@ class KNEHyperParams:
         for name in ("stop_loss", "weight_decay", "kl_weight", "neighbour_weight", "continuation_weight"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, value, "must be 0 or more and finite")
+        rule = "has no effect with stop_loss: 0, which no loss is below; set stop_loss above 0, or edit_gain: 1"
+        _require(self.edit_gain == 1 or self.stop_loss > 0, "edit_gain", self.edit_gain, rule)
         _require(
             not self.kl_weight or self.kl_data is not None,
             "kl_data",
@@ -359,9 +363,12 @@ def _coerced(name: str, value: object, expected: Any) -> object:
         return value
     if value is None and type(None) in options:
         return None
-    if float in options and isinstance(value, (int, str)) and not isinstance(value, bool):
+    slip = isinstance(value, bool) or (isinstance(value, str) and "_" in value)  # Python would read 1_0 as 10
+    if float in options and isinstance(value, (int, str)) and not slip:
         try:
             return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{name}: {shorten(value)} is beyond the range of numbers") from error
         except ValueError:
             pass
     for option in options:
@@ -372,5 +379,5 @@ def _coerced(name: str, value: object, expected: Any) -> object:
             # A subclass of str stays what it is: the bridge passes loaded models to EasyEdit by one.
             return value if isinstance(value, str) else str(value)
     raise ValueError(
-        f"{name}: {value!r} is a {type(value).__name__}, expected {getattr(expected, '__name__', expected)}"
+        f"{name}: {shorten(value)} is a {type(value).__name__}, expected {getattr(expected, '__name__', expected)}"
     )

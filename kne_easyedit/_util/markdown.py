@@ -44,6 +44,8 @@ def table_of_rows(rows: Sequence[Sequence[str]]) -> str:
 def literal(value: object, length: int | None = None) -> str:
     """Any value as one line of text without any effect in Markdown and HTML: no markup, link, picture or formula.
 
+    Addresses stay text, too, where a reader makes links of them (GitHub Flavored Markdown, 6.9).
+
     An underscore within a word is not markup, and stays.
 
     Args:
@@ -52,7 +54,8 @@ def literal(value: object, length: int | None = None) -> str:
     """
     line = printable(value)
     cut = line if length is None or len(line) <= length else line[: length - 1] + "…"
-    return html.escape(_MARKS.sub(r"\\\g<0>", cut), quote=False).replace("\\&lt;", "&lt;").replace("\\&gt;", "&gt;")
+    text = html.escape(_MARKS.sub(r"\\\g<0>", cut), quote=False).replace("\\&lt;", "&lt;").replace("\\&gt;", "&gt;")
+    return text.replace("://", "&#58;//").replace("www.", "www&#46;")
 
 
 def _cell(value: float | None) -> str:

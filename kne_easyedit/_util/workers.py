@@ -131,13 +131,12 @@ def _threads_after_a_fork(wanted: int) -> int:
     if wanted == 1:
         return 1
     loaded = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    for path in sorted({line.split(maxsplit=5)[-1] for line in loaded if "libgomp" in line}):
-        try:
-            if ctypes.CDLL(path).omp_pause_resource_all(_OMP_PAUSE_HARD) != 0:
-                return 1
-        except (AttributeError, OSError):  # older than OpenMP 5; a file that was replaced since
-            return 1
-    return wanted
+    paths = {line.split(maxsplit=5)[-1] for line in loaded if "libgomp" in line}
+    try:
+        told = [ctypes.CDLL(path).omp_pause_resource_all(_OMP_PAUSE_HARD) for path in sorted(paths)]
+    except (AttributeError, OSError):  # older than OpenMP 5; a file that was replaced since
+        return 1
+    return 1 if any(told) else wanted
 
 
 def _serve(

@@ -15,9 +15,9 @@ from kne_easyedit._util.workers import side_by_side
 from kne_easyedit.attribution.full_passes import attribute_by_full_passes, changes_by_full_passes
 from kne_easyedit.attribution.preparation import HEAD_ROWS, PreparedSweep, prepare
 from kne_easyedit.attribution.quadrature import Quadrature, riemann
-from kne_easyedit.attribution.replay import Replay, ReplayMismatch, UnsupportedModel
+from kne_easyedit.attribution.replay import Replay, ReplayMismatch, UnsupportedModel, not_everywhere
 from kne_easyedit.attribution.sweep import add_points, probability_changes, scores, start_integrals
-from kne_easyedit.facts.encoding import Fact, Tokenizer, encode, require_length
+from kne_easyedit.facts.encoding import Fact, Tokenizer, encode, require_known, require_length
 from kne_easyedit.models.fast_linear import fast_linear
 from kne_easyedit.models.state import preserve_state
 from kne_easyedit.models.targets import Target, resolve_target
@@ -89,15 +89,15 @@ def attribute(
         target: The fact's answer; it follows ``prompt`` after one blank.
         target_module: Template such as ``model.layers.{}.mlp.down_proj``.
         steps: ``m``, the number of nodes of the quadrature.
-        layers: Numbers of the layers to attribute; empty: all.
+        layers: Numbers of the layers to attribute, in any order; empty: all.
         chunk_rows: See `attribute_facts`.
         quadrature: See `attribute_facts`.
         engine: See `attribute_facts`.
         return_completeness: Also return the completeness gap of every layer.
 
     Returns:
-        Scores ``(layers, d2)`` in float32 (float64 for a float64 model) on the CPU, in probability. For ``m -> inf`` a
-        row sums to ``sum_j P(w_j) - P(0)``, the change of the answer tokens' probabilities along the layer's path. With
+        Scores ``(layers, d2)``, layers in ascending order, in float32 (float64 for a float64 model) on the CPU, in
+        probability. For ``m -> inf`` a row sums to ``sum_j P(w_j) - P(0)``, the change of the answer tokens' probabilities along the layer's path. With
         ``return_completeness`` also the sum of each row minus that change, ``(layers,)``: see `attribute_facts`.
 
     Raises:
@@ -106,7 +106,6 @@ def attribute(
     """
     chosen = resolve_target(model, target_module, layers)
     facts = [encode(tokenizer, prompt, target)]
-    require_length(facts[0], model.config)
     found, gaps = _attribute(model, [chosen], facts, steps, chunk_rows, quadrature, engine, return_completeness)
     return (found[0][0], gaps[0][0]) if return_completeness else found[0][0]
 
@@ -153,8 +152,8 @@ def attribute_facts(
         targets: The modules, of one decoder (`resolve_target`).
         facts: The facts (`encode`).
         steps: ``m``, the number of nodes of the quadrature.
-        chunk_rows: Path points in flight at most (one point of every path at least). Bounds memory, not the result;
-            None: chosen from the free memory (`rows_in_flight`).
+        chunk_rows: Path points in flight at most (one point of every path at least). Bounds memory; the result depends
+            on it by rounding alone, as it does on which facts are attributed together. None: chosen from the free memory (`rows_in_flight`).
         quadrature: ``m -> (nodes, weights)``: `quadrature.riemann`, the paper's, or `quadrature.gauss_legendre`.
         engine: ``sweep``: the fused sweep; ``whole``: a pass through the whole model for every path point, slow, for
             models whose layers cannot be replayed; ``auto``: ``whole`` for those, with a warning.
@@ -167,7 +166,8 @@ def attribute_facts(
         quadrature in Eq. 5: it falls as ``1/m`` for `riemann`, and is nearly 0 for `gauss_legendre` with many nodes.
 
     Raises:
-        ValueError: The engine or the number of steps is unknown, or the targets are of several decoders.
+        ValueError: The engine or the number of steps is unknown, a fact is too long or has tokens that the model has not,
+            there is none, or the targets are of several decoders.
         UnsupportedModel: The model is an encoder-decoder, or (``sweep``) its layers cannot be replayed.
         ReplayMismatch: The layers replay differently from the model itself.
         FloatingPointError: Scores are not finite.
@@ -206,10 +206,19 @@ def _attribute(
     """For each target the scores ``(facts, layers, d2)`` and, if asked for, completeness gaps ``(facts, layers)``."""
     if engine not in ENGINES:
         raise ValueError(f"attribution_engine: {engine!r} must be one of {ENGINES}")
+    if not facts:
+        raise ValueError("facts: there are none; name one at least")
+    if chunk_rows is not None and (type(chunk_rows) is not int or chunk_rows < 1):
+        raise ValueError(f"chunk_rows: {chunk_rows!r} must be a whole number of at least 1, or None")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(
             f"{type(model).__name__} is an encoder-decoder; KNE edits decoders that answer by going on with the prompt"
         )
+    for fact in facts:
+        require_length(fact, model.config)
+        require_known(fact, model)
+    for target in targets:
+        _require_every_position(model, target)
     alphas, weights = quadrature(steps)
     with preserve_state(model), fast_linear(model):
         found = None
@@ -233,6 +242,19 @@ def _attribute(
             )
     gaps = [of_target.sum(-1) - change for of_target, change in zip(of_targets, changes)]
     return of_targets, gaps
+
+
+def _require_every_position(model: nn.Module, target: Target) -> None:
+    """Raises UnsupportedModel for a module of a list within a decoder layer, such as an expert of a mixture.
+
+    The router may send every position there, in an order of its own: the number of outputs does not tell.
+    """
+    for name in target.names:
+        inner = name.split(".")[target.layers_path.count(".") + 2 :]  # below the decoder layer
+        for i, part in enumerate(inner):
+            holder = name.rsplit(".", len(inner) - i)[0]
+            if part.isdigit() and isinstance(model.get_submodule(holder), nn.ModuleList):
+                raise not_everywhere(name)
 
 
 def _by_sweep(

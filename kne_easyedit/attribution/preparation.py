@@ -117,14 +117,14 @@ def prepare(
             if end_gradients and i >= min(modules):
                 traces.append(probe.trace)
             del probe  # or the last layer's graph would outlive the list
-    own = clean.logits.flatten(0, 1)
-    probability, gradient = head_gradient(
-        replay,
-        answers,
-        clean.inputs[-1],
-        torch.arange(answers.longest),
-        lambda logits, at: replay.require_equal(logits, own[at], "the output head"),
-    )
+        own = clean.logits.flatten(0, 1)
+        probability, gradient = head_gradient(
+            replay,
+            answers,
+            clean.inputs[-1],
+            torch.arange(answers.longest),
+            lambda logits, at: replay.require_equal(logits, own[at], "the output head"),
+        )
     return PreparedSweep(
         modules,
         answers,

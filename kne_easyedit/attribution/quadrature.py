@@ -52,5 +52,5 @@ QUADRATURES: dict[str, Quadrature] = {"riemann": riemann, "gauss-legendre": gaus
 
 
 def _require_steps(steps: int) -> None:
-    if not isinstance(steps, int) or steps < 1:
+    if type(steps) is not int or steps < 1:
         raise ValueError(f"attribution_steps: {steps!r} must be a whole number of at least 1 (20 is customary)")

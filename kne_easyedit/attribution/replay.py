@@ -73,6 +73,9 @@ class Replay:
         self._arguments: list[dict] = []
         self._cache: Any = None
         self._values: list[int] = []
+        # Fixed layers give no router logits, of which some mixtures of experts would compute a loss.
+        has = "output_router_logits" in inspect.signature(self.model.forward).parameters
+        self._without_routers = {"output_router_logits": False} if has else {}
 
     def __enter__(self) -> Replay:
         from transformers import AttentionInterface
@@ -171,7 +174,9 @@ class Replay:
         outputs = [(rows, *[None] * (values - 1)) if values else rows for values in self._values]
         with fixed_outputs(list(self.layers), outputs):
             return self.model(
-                inputs_embeds=embeddings.new_zeros(len(hidden), 1, embeddings.shape[1], device=device), use_cache=False
+                inputs_embeds=embeddings.new_zeros(len(hidden), 1, embeddings.shape[1], device=device),
+                use_cache=False,
+                **self._without_routers,
             ).logits.flatten(0, 1)
 
     def require_equal(self, replayed: Tensor, own: Tensor, where: str) -> None:
@@ -237,11 +242,16 @@ def unfolded(name: str, values: object, batch: int, length: int) -> Tensor:
     """
     sound = ([n for n in (batch, length) if n > 1], [n for n in (batch * length,) if n > 1])
     if not isinstance(values, Tensor) or [n for n in values.shape[:-1] if n > 1] not in sound:
-        raise UnsupportedModel(
-            f"target_modules: {name} does not give one vector for every position (an expert or its router?); its "
-            f"output at the predicting position is not defined, choose another module"
-        )
+        raise not_everywhere(name)
     return values.reshape(batch, length, values.shape[-1])
+
+
+def not_everywhere(name: str) -> UnsupportedModel:
+    """The error for a module whose outputs are not those of all positions, in their order."""
+    return UnsupportedModel(
+        f"target_modules: {name} does not give one vector for every position (an expert or its router?); its output at "
+        f"the predicting position is not defined, choose another module"
+    )
 
 
 def never_called(name: str) -> UnsupportedModel:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from kne_easyedit.bridge.layer_patches import at_position, reads_whole_texts
-from kne_easyedit.facts.encoding import Fact, Tokenizer, encode, pad, require_length
+from kne_easyedit.facts.encoding import Fact, Tokenizer, encode, pad, require_known, require_length
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.generation import plain_generation
 
@@ -95,9 +95,10 @@ def askable(model: Any, tokenizer: Tokenizer, prompt: str, answer: str | None, s
     try:
         fact = encode(tokenizer, prompt, answer or "", separator)
         require_length(fact, model.config)
+        require_known(fact, model)
     except ValueError:
         return None
-    return fact if max(fact.ids) < model.get_input_embeddings().weight.shape[0] else None
+    return fact
 
 
 def _logits(model: Any, facts: Sequence[Fact], at_once: int) -> Iterator[torch.Tensor]:

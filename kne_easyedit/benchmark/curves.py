@@ -54,6 +54,7 @@ def dominations(found: Collection) -> list[Domination]:
 
     A point dominates another if its mean is at least as good in every metric of `TRADED`, over the records that both
     have, and the 95 % interval of the difference leaves out 0 in at least one, over records that are not too few.
+    A metric that one of the two has and the other lacks may be the one that is worse: then neither dominates.
 
     Args:
         found: The result lines.
@@ -62,6 +63,7 @@ def dominations(found: Collection) -> list[Domination]:
     points = [(name, label) for name, labels in curves(found.methods).items() for label in labels]
     result = []
     for data in found.data_sets:
+        means = {label: summarize(found.of(data, label)) for _, label in points}
         for name, better in points:
             for other, worse in points:
                 if name == other:
@@ -71,9 +73,14 @@ def dominations(found: Collection) -> list[Domination]:
                     for metric in metrics
                     if (difference := lead(found, data, better, worse, metric))
                 }
+                measured = {
+                    metric.key
+                    for metric in metrics
+                    if (means[better][metric.key], means[worse][metric.key]) != (None, None)
+                }
                 signs = {metric.key: -1 if metric.better == "down" else 1 for metric in metrics}
                 if (
-                    differences
+                    differences.keys() == measured
                     and all(signs[key] * its.mean >= 0 for key, its in differences.items())
                     and any(its.leaves_out_zero for its in differences.values())
                 ):
@@ -106,9 +113,9 @@ def curve_parts(found: Collection, picture: Sequence[str]) -> list[str]:
         + "".join(f" {literal(name)}: {literal(axis)}." for name, axis in found.axes.items()),
         *picture,
         table_of_rows(rows),
-        "A point **dominates** one of another method if its mean is at least as good in all of these metrics, over"
-        " the records that both have, and the 95 % interval of the paired difference leaves out 0 in at least one,"
-        f" over {FEW} records or more.",
+        "A point **dominates** one of another method if its mean is at least as good in all of these metrics that"
+        " either has, over the records that both have, and the 95 % interval of the paired difference leaves out 0 in"
+        f" at least one, over {FEW} records or more.",
     ]
     dominated = [
         [literal(its.data), literal(its.better), literal(its.worse), *_differences(its, metrics)]

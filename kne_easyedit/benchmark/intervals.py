@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -43,8 +44,8 @@ class Interval:
 
     @property
     def is_known(self) -> bool:
-        """Whether there is an interval: one record says nothing about others."""
-        return self.records > 1
+        """Whether there is an interval: one record says nothing about others; a median comes without one (NaN)."""
+        return self.records > 1 and not (math.isnan(self.low) or math.isnan(self.high))
 
     @property
     def is_few(self) -> bool:

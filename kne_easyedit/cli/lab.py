@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
 
 def _lab(arguments: argparse.Namespace) -> int:
     from kne_easyedit.edits.store import EditStore
-    from kne_easyedit.lab.guard import is_loopback
+    from kne_easyedit.lab.guard import bare, is_loopback
     from kne_easyedit.lab.page import require_gradio
     from kne_easyedit.lab.server import serve
     from kne_easyedit.lab.session import LabSession
@@ -50,7 +50,7 @@ def _lab(arguments: argparse.Namespace) -> int:
         model, tokenizer = load_model(hparams)
         session = LabSession(model, tokenizer, hparams, store)
         stack.callback(session.close)
-        if not is_loopback(arguments.host):
+        if not is_loopback(bare(arguments.host)):
             print(
                 f"warning: --host {arguments.host}: whoever reaches this machine can edit, ask and switch; there is no "
                 f"password"

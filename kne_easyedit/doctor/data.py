@@ -11,11 +11,10 @@ from typing import Any
 from torch import nn
 
 from kne_easyedit.attribution.score_cache import scores_folder
-from kne_easyedit.bridge.edited_modules import vocabulary
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.doctor.findings import DATA, FAILURE, OK, WARNING, Finding, failure, size
 from kne_easyedit.editing.neighbours import neighbour_source, neighbours_by_request, uses_neighbours
-from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer, encode_request, require_length
+from kne_easyedit.facts.encoding import SEPARATOR, Tokenizer, encode_request, require_known, require_length
 from kne_easyedit.facts.records import load_records, require_evaluable
 from kne_easyedit.hparams import KNEHyperParams
 from kne_easyedit.localization.data import localization_requests
@@ -70,11 +69,7 @@ def token_count(
     """Tokens of the prompt, and of the answer. Raises ValueError for a fact that model or tokenizer cannot encode."""
     fact = encode_request(tokenizer, request, chat, separator)
     require_length(fact, model.config)
-    if max(fact.ids) >= vocabulary(model):
-        raise ValueError(
-            f"tokenizer: token {max(fact.ids)} of {request['prompt']!r}, "
-            f"the model knows those below {vocabulary(model)}"
-        )
+    require_known(fact, model)
     return fact.prompt_length, len(fact.answer)
 
 
@@ -132,6 +127,7 @@ def cache(hparams: KNEHyperParams, model: nn.Module | None, records: int) -> Ite
         )
         return
     text, needed = f"{folder} can be written, {size(free)} free", 0
+    filled = there == folder and any(folder.iterdir())
     try:
         targets = (
             [resolve_target(model, template, hparams.layers) for template in hparams.target_modules]
@@ -143,4 +139,9 @@ def cache(hparams: KNEHyperParams, model: nn.Module | None, records: int) -> Ite
         text += f", {size(needed)} needed at most ({facts} facts)" if targets else ""
     except ValueError:
         pass  # `modules` reports it
-    yield Finding("cache", FAILURE if needed > free else OK, text, way_out if needed > free else "")
+    if needed <= free:
+        yield Finding("cache", OK, text)
+    elif filled:  # which scores are missing is known only of a loaded model
+        yield Finding("cache", WARNING, f"{text}; less if some scores are there already", way_out)
+    else:
+        yield Finding("cache", FAILURE, text, way_out)

@@ -172,7 +172,11 @@ def memory(
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if parallel else []
     free = sum(map(free_memory, gpus or [device]))
     spread = next((hparams for hparams in plan.values() if getattr(hparams, "model_parallel", False)), None)
-    placed = None if spread is None else placement(model, spread)
+    try:
+        placed = None if spread is None else placement(model, spread)
+    except ValueError as error:
+        yield failure("placement", error)
+        return
     if placed is not None:
         yield placed.finding()
     for label, hparams in plan.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Generator, Mapping
 from copy import deepcopy
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kne_easyedit._util.files import expand_path
+from kne_easyedit._util.files import expand_path, parse_json
 from kne_easyedit.bridge.edited_modules import depth, vocabulary
 from kne_easyedit.bridge.loaded_model import prepare_tokenizer
 from kne_easyedit.bridge.methods import require_undoable
@@ -20,7 +19,7 @@ from kne_easyedit.doctor.findings import FAILURE, OK, WARNING, Finding, failure,
 from kne_easyedit.doctor.memory import without_weights
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.models.devices import dtype_of, resolve_device
-from kne_easyedit.models.loading import SMOLLM2
+from kne_easyedit.models.loading import SMOLLM2, reason
 from kne_easyedit.models.targets import count_parameters
 
 
@@ -87,8 +86,8 @@ def architecture(folder: Path) -> Generator[Finding, None, nn.Module | None]:
     try:
         model = without_weights(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         _require_weights(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        yield failure("model", f"model_name: {folder}: {error}")
+    except Exception as error:  # noqa: BLE001  (a configuration's numbers raise anything, in transformers and in torch)
+        yield failure("model", f"model_name: {folder}: {reason(error)}")
         return None
     yield Finding(
         "model",
@@ -128,7 +127,14 @@ def local_folder(name: str) -> Path:
 def _require_weights(folder: Path) -> None:
     """Raises ValueError for a folder that lacks weights: a download may have been interrupted."""
     for index in folder.glob("*.index.json"):
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            its = parse_json(index.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{index.name}: {error}; get the whole model") from error
+        names = its.get("weight_map") if isinstance(its, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise ValueError(f"{index.name}: has no mapping weight_map of names to files; get the whole model")
+        files = set(names.values())
         if missing := sorted(file for file in files if not (folder / file).is_file()):
             raise ValueError(
                 f"of {len(files)} files of weights {len(missing)} are missing ({missing[0]}, ...); get the whole model"

@@ -10,6 +10,7 @@ from torch import nn
 
 from kne_easyedit.doctor.findings import OK, WARNING, Finding, size
 from kne_easyedit.models.devices import dtype_of
+from kne_easyedit.models.placement import require_present
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,11 @@ def placement(model: Any, hparams: Any) -> Placement:
     Args:
         model: The model without its weights.
         hparams: Settings with ``model_parallel``.
+
+    Raises:
+        ValueError: This machine has not got a GPU that ``max_memory`` names.
     """
+    require_present(hparams)
     from accelerate import infer_auto_device_map
     from accelerate.utils import compute_module_sizes, get_balanced_memory
 

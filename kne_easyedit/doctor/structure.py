@@ -8,6 +8,7 @@ from torch import nn
 
 from kne_easyedit.doctor.memory import without_weights
 from kne_easyedit.doctor.model import local_folder
+from kne_easyedit.models.loading import reason
 
 
 def structure_of(name: str) -> tuple[Any, nn.Module]:
@@ -25,6 +26,5 @@ def structure_of(name: str) -> tuple[Any, nn.Module]:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return config, without_weights(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"model_name: {name!r} cannot be read: {first}") from error
+    except Exception as error:  # numbers at fault in a configuration raise anything, in transformers and in torch
+        raise ValueError(f"model_name: {name!r} cannot be read: {reason(error)}") from error

@@ -261,6 +261,16 @@ def require_length(fact: Fact, config: Any) -> None:
         )
 
 
+def require_known(fact: Fact, model: Any) -> None:
+    """Raises ValueError for a fact with a token that the model has no embedding of: the tokenizer is not its own."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if (largest := max(fact.ids)) >= known:
+        raise ValueError(
+            f"tokenizer: token {largest} of {shorten(fact.prompt)} with its target, the model knows those below {known}; "
+            f"take the model's own tokenizer"
+        )
+
+
 def check_request(request: Mapping) -> None:
     """Raises ValueError, naming field and value, for a request that cannot be edited."""
     if not isinstance(request, Mapping):

@@ -19,6 +19,7 @@ from kne_easyedit.facts.encoding import (
     natural,
     natural_answer,
     plain_prompt,
+    require_known,
     require_length,
     require_text,
 )
@@ -215,9 +216,7 @@ def require_taken(prompt: str, answer: str, tokenizer: Tokenizer, model: Any, se
     """
     fact = encode(tokenizer, prompt, answer, separator)
     require_length(fact, model.config)
-    known = model.get_input_embeddings().weight.shape[0]
-    if max(fact.ids) >= known:
-        raise ValueError(f"tokenizer: token {max(fact.ids)} of {shorten(prompt)}, the model knows those below {known}")
+    require_known(fact, model)
 
 
 def _questions(request: Mapping) -> Iterator[tuple[str, str, str]]:

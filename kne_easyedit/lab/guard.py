@@ -65,6 +65,11 @@ class Guard:
         return 0 if path in PAGES or inside else 404
 
 
+def bare(host: str) -> str:
+    """An address without the brackets that one of IPv6 has in a URL."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
 def hosts_of(address: str) -> frozenset[str] | None:
     """What a server that listens on an address is called in ``Host``; None: anything."""
     if address in ("0.0.0.0", "::", ""):  # noqa: S104  (compared with, not listened on)

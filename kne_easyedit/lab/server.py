@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kne_easyedit.lab.guard import Guard, hosts_of
+from kne_easyedit.lab.guard import Guard, bare, hosts_of
 from kne_easyedit.lab.page import build, require_gradio
 from kne_easyedit.lab.session import LabSession
 
@@ -35,7 +35,7 @@ def serve(session: LabSession, about: str, host: str = "127.0.0.1", port: int | 
     Args:
         session: The model and the store.
         about: One line on both, shown on top.
-        host: The address to listen on.
+        host: The address to listen on; one of IPv6 with or without its brackets.
         port: The port; None: the first free one from 7860 on.
 
     Raises:
@@ -46,10 +46,11 @@ def serve(session: LabSession, about: str, host: str = "127.0.0.1", port: int | 
     from starlette.middleware import Middleware
 
     blocks = build(session, about)
+    address = bare(host)
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     # Everything that an environment variable could switch on is switched off here.
     _, url, _ = blocks.queue(api_open=False, max_size=32).launch(
-        server_name=host,
+        server_name=f"[{address}]" if ":" in address else address,  # Gradio puts it into an address of its own
         server_port=port,
         prevent_thread_lock=True,
         quiet=True,
@@ -67,7 +68,7 @@ def serve(session: LabSession, about: str, host: str = "127.0.0.1", port: int | 
         pwa=False,
         mcp_server=False,
         root_path="",
-        app_kwargs={"middleware": [Middleware(Guard, hosts=hosts_of(host))]},
+        app_kwargs={"middleware": [Middleware(Guard, hosts=hosts_of(address))]},
         theme=gradio.themes.Default(font=sans, font_mono=mono),  # no fonts from elsewhere
         css=STYLE,
     )

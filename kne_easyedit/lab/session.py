@@ -128,15 +128,13 @@ class LabSession:
             OSError: The store cannot be read or written.
         """
         with self._lock:
-            before = [entry.id for entry in self.store.list() if entry.on]
-            if on:
-                self.store.on(id)
-            else:
-                self.store.off(id)
+            switches = {True: self.store.on, False: self.store.off}
+            was = any(entry.id == id and entry.on for entry in self.store.list())
+            switches[on](id)
             try:
                 self.store.apply(self._model)
             except BaseException:
-                self.store.set_active(before)
+                switches[was](id)  # this edit alone: other processes may have switched others since
                 raise
             return tuple(entry for entry in self.store.list() if entry.on and entry.missing)
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from torch import nn
 
-from kne_easyedit.facts.encoding import Fact, Tokenizer, encode_request, require_length
+from kne_easyedit.facts.encoding import Fact, Tokenizer, encode_request, require_known, require_length
 from kne_easyedit.facts.readers import data_digest
 from kne_easyedit.facts.records import load_requests
 from kne_easyedit.localization.settings import LocalizationSettings, ReadSettings
@@ -48,8 +48,8 @@ def encode_facts(
     """Requests as facts, under the settings ``use_chat_template`` and ``separator``; facts are passed on as they are.
 
     Raises:
-        ValueError: A request cannot be edited (`encode_request`), or is longer than the model can take. Its number in
-            its file is named, if it has one.
+        ValueError: A request cannot be edited (`encode_request`), is longer than the model can take, or has tokens that
+            the model has not. Its number in its file is named, if it has one.
     """
     return [one if isinstance(one, Fact) else _encoded(model, tokenizer, one, hparams) for one in requests]
 
@@ -58,6 +58,7 @@ def _encoded(model: nn.Module, tokenizer: Tokenizer, request: Mapping, hparams: 
     try:
         fact = encode_request(tokenizer, request, hparams.use_chat_template, hparams.separator)
         require_length(fact, model.config)
+        require_known(fact, model)
         return fact
     except ValueError as error:
         if isinstance(request, Mapping) and "index" in request:  # of a file

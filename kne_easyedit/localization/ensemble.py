@@ -296,8 +296,8 @@ def select_ensemble(
     Args:
         scores: Attributions ``(layers, d2)``, in probability; or ``(facts, layers, d2)``, which are aggregated first;
             or a mapping of templates to such tensors. Each template has its own threshold.
-        selection: The rules; its ``layers`` are the layers of the rows of ``scores`` (empty: 0, 1, ...). A
-            number is ``p``, with the defaults of `Selection`.
+        selection: The rules; its ``layers`` are the layers of the rows of ``scores``, in ascending order, which is that
+            of `attribute` (empty: 0, 1, ...). A number is ``p``, with the defaults of `Selection`.
         target_module: The template, if ``scores`` is a tensor.
         facts: How many facts ``scores`` were aggregated from, if that is done already.
         seconds: How long their attribution took.
@@ -307,8 +307,8 @@ def select_ensemble(
         The ensemble, which records the selection.
 
     Raises:
-        ValueError: A rule is out of range, ``scores`` has another shape than ``(layers, d2)``, or no score is positive
-            (an empty ensemble).
+        ValueError: A rule is out of range, ``scores`` has another shape than ``(layers, d2)``, ``layers`` are not in
+            ascending order, or no score is positive (an empty ensemble).
         FloatingPointError: Scores are not finite.
         TypeError: A rule's name is unknown.
     """
@@ -320,11 +320,16 @@ def select_ensemble(
         if target_module is None:
             raise ValueError("target_module: name the template that the scores belong to, or pass {template: scores}")
         scores = {target_module: scores}
+    if (ordered := sorted(set(selection.layers))) != list(selection.layers):
+        raise ValueError(
+            f"layers: {list(selection.layers)} are not in ascending order, as the rows of scores are; give {ordered}, and "
+            f"the rows in that order"
+        )
     neurons, widths, thresholds, layers = {}, {}, {}, selection.layers
     for template, values in scores.items():
         if values.ndim == 3:
             values, facts = aggregate(values, selection.aggregation)
-        if values.ndim != 2 or (selection.layers and len(values) != len(set(selection.layers))):
+        if values.ndim != 2 or (selection.layers and len(values) != len(selection.layers)):
             raise ValueError(
                 f"scores: {template} has shape {tuple(values.shape)}, expected shape (layers, d2) for layers "
                 f"{list(selection.layers)}"

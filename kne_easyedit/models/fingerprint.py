@@ -95,6 +95,12 @@ def model_digest(model: nn.Module) -> str:
     settings: Any = model.config
     config = {k: v for k, v in settings.to_dict().items() if k not in _NOT_IN_CONFIG}
     parts = [type(model).__name__, sorted(digests), config]
+    # Under "sdpa" some versions of transformers (4.57) leave the cap of the attention's logits out; the configuration
+    # as a mapping does not have the implementation.
+    text = settings.get_text_config()
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    if capped and getattr(text, "_attn_implementation", None) == "sdpa":
+        parts.append("attention: sdpa")
     adapters = _adapters(model)
     return digest([*parts, adapters] if adapters else parts)
 

@@ -52,14 +52,15 @@ def load_model(hparams: Any) -> tuple[nn.Module, Tokenizer]:
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise  # not the model's fault
     except Exception as error:  # a damaged file raises anything, in transformers and in the Rust code below it
-        raise ValueError(f"model_name: {name!r} cannot be loaded: {_reason(error)}") from error
+        raise ValueError(f"model_name: {name!r} cannot be loaded: {reason(error)}") from error
     model = (model if placement else model.to(device)).eval()
     align_weights(model)
     settle_blocks(model)
     return model, tokenizer
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a model's files cannot be used, in one line: with the type of an error that was raised in passing."""
     text = (str(error).splitlines() or [""])[0]
     return text if text and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 

@@ -44,6 +44,19 @@ def require_placement(hparams: Any) -> None:
         require_one_of("load_in", quantised, QUANTISED)
 
 
+def require_present(hparams: Any) -> None:
+    """Checks that this machine has the GPUs that ``max_memory`` names.
+
+    Raises:
+        ValueError: It has not got one of them.
+    """
+    there = torch.cuda.device_count()
+    for device in getattr(hparams, "max_memory", None) or {}:
+        if device != "cpu" and device >= there:
+            has = f"the last GPU of this machine is {there - 1}" if there else "this machine has no GPU"
+            raise ValueError(f"max_memory: names GPU {device}, {has}; leave it out")
+
+
 def loading_options(hparams: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` beside the number type; none: the model is moved to ``device`` afterwards.
 
@@ -53,11 +66,12 @@ def loading_options(hparams: Any, device: torch.device, dtype: torch.dtype) -> d
         dtype: Compute type of a quantised model.
 
     Raises:
-        ValueError: As `require_placement`; or bitsandbytes is not installed.
+        ValueError: As `require_placement` and `require_present`; or bitsandbytes is not installed.
     """
     require_placement(hparams)
     options: dict[str, Any] = {}
     if getattr(hparams, "model_parallel", False):
+        require_present(hparams)
         folder, memory = getattr(hparams, "offload_folder", None), getattr(hparams, "max_memory", None)
         options = {
             "device_map": "auto",

@@ -102,6 +102,8 @@ def resolve_target(model: nn.Module, template: str, layers: Sequence[int] = ()) 
         raise ValueError(
             f"target_modules: {template!r} matches no module of {type(model).__name__}{_nearest(model, template)}"
         )
+    if not all(type(i) is int for i in layers):
+        raise ValueError(f"layers: {list(layers)!r} must be numbers of layers, from 0")
     chosen = sorted(set(layers)) if layers else list(range(n_layers))
     outside = [i for i in chosen if not 0 <= i < n_layers]
     if outside:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -112,8 +113,7 @@ class Cell:
         if key not in self._means:
             values = self.values(key)
             if key == "seconds_per_edit" and values:
-                middle = median(values.values())
-                self._means[key] = Interval(middle, middle, middle, self.records)
+                self._means[key] = Interval(median(values.values()), math.nan, math.nan, self.records)
             else:
                 self._means[key] = over(values, *_models([self], key))
         return self._means[key]

@@ -117,16 +117,18 @@ def plan_study(
         for value in values:
             require_one_of("values", value, known)
     points: list[Point] = []
-    left_out: list[str] = []
+    left_out: dict[str, None] = {}  # two series refuse a module in the same words
     for its in wanted:
         asked = sequences if its == "sequence" else values
         for each in _PLANS[its](ground, Place(method, its, 1, ""), asked, draws or study.draws):
             if isinstance(each, Point):
                 points.append(each)
-            elif each not in left_out:  # two series refuse a module in the same words
-                left_out.append(each)
-    if left_out and (values is not None or sequences is not None or not points):
-        raise ValueError(f"study {name}: {left_out[0]}")
+            elif asked is not None:
+                raise ValueError(f"study {name}: {each}")
+            else:
+                left_out[each] = None
+    if not points:
+        raise ValueError(f"study {name}: {next(iter(left_out))}")
     return Plan(study, tuple(points), tuple(left_out))
 
 

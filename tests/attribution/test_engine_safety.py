@@ -14,12 +14,17 @@ from conftest import (
     fingerprint,
     make_gptj,
     make_llama,
+    tiny_hparams,
 )
+from families import make
 
 from kne_easyedit.attribution.engine import attribute, attribute_facts
 from kne_easyedit.attribution.quadrature import riemann
-from kne_easyedit.attribution.replay import ReplayMismatch, UnsupportedModel
+from kne_easyedit.attribution.replay import Replay, ReplayMismatch, UnsupportedModel
+from kne_easyedit.localization.localizer import localize
+from kne_easyedit.models.fingerprint import model_digest
 from kne_easyedit.models.state import preserve_state
+from kne_easyedit.models.targets import resolve_target
 
 STEPS = 4
 ROLES = ("down", "up", "attn_out", "query")
@@ -213,3 +218,71 @@ class TestPrecision:
         assert rough.dtype == torch.float32 and rough.isfinite().all()
         assert torch.corrcoef(torch.stack([exact.flatten(), rough.flatten()]))[0, 1] > 0.99
         assert not torch.equal(exact, rough)
+
+
+class TestArguments:
+    def test_tokens_that_the_model_has_not(self, llama, tokenizer):
+        """A tokenizer of another model: named before anything is computed."""
+        llama.resize_token_embeddings(7)
+        with pytest.raises(ValueError, match=r"tokenizer: token \d+ of .* the model knows those below 7; take the model's"):
+            attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
+        with pytest.raises(ValueError, match="tokenizer: token"):
+            localize(llama, tokenizer, [{"prompt": ONE_TOKEN[0], "target_new": ONE_TOKEN[1]}], tiny_hparams())
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"chunk_rows": -5}, "chunk_rows: -5 must be a whole number of at least 1"),
+            ({"chunk_rows": "a"}, "chunk_rows: 'a' must be"),
+            ({"steps": True}, "attribution_steps: True must be a whole number"),
+            ({"layers": ["1"]}, r"layers: \['1'\] must be numbers of layers"),
+            ({"layers": [True]}, r"layers: \[True\] must be numbers of layers"),
+        ],
+    )
+    def test_others_are_named(self, llama, tokenizer, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, **{"steps": STEPS, **arguments})
+
+    def test_no_facts(self, llama):
+        with pytest.raises(ValueError, match="facts: there are none"):
+            attribute_facts(llama, [resolve_target(llama, LLAMA_DOWN)], [], STEPS)
+
+
+def test_a_loss_of_the_routers_does_not_matter(tokenizer):
+    """Fine-tuned mixtures of experts ask for it in their configuration."""
+    model, name = make("gpt-oss", torch.float32), "model.layers.{}.self_attn.o_proj"
+    own = attribute(model, tokenizer, *ONE_TOKEN, name, STEPS, engine="sweep")
+    model.config.output_router_logits = True
+    assert torch.equal(attribute(model, tokenizer, *ONE_TOKEN, name, STEPS, engine="sweep"), own)
+
+
+def test_an_error_in_the_head_is_one_of_the_replay(llama, tokenizer, monkeypatch):
+    """``auto`` goes the slow way then."""
+    own = attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
+
+    def fail(*_):
+        raise IndexError("no router logits")
+
+    monkeypatch.setattr(Replay, "head", fail)
+    with pytest.raises(UnsupportedModel, match="do not run one by one .*no router logits"):
+        attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS, engine="sweep")
+    found = attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
+    assert (found - own).abs().max() < 1e-5 * own.abs().max()
+
+
+def test_scores_of_another_attention_are_not_shared():
+    """transformers 4.57 leaves Gemma 2's soft cap out under sdpa, and its configuration does not say so."""
+    model = make("gemma2", torch.float32)
+    text = model.config.get_text_config()
+    assert text.attn_logit_softcapping
+    digests = {}
+    for implementation in ("eager", "sdpa"):
+        text._attn_implementation_internal = implementation
+        digests[implementation] = model_digest(model)
+    assert digests["eager"] != digests["sdpa"]
+    text.attn_logit_softcapping = None
+    assert model_digest(model) not in digests.values()
+    text._attn_implementation_internal = "eager"
+    plain = model_digest(model)
+    text._attn_implementation_internal = "sdpa"
+    assert model_digest(model) == plain, "without a cap they give the same, and older caches hold"

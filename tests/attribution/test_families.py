@@ -265,12 +265,39 @@ class TestModulesWithoutARowAPosition:
             attribute(model, tokenizer, *ONE_TOKEN, templates("llama")[-1], STEPS, engine=engine)
 
     @pytest.mark.parametrize("engine", ENGINES)
+    def test_an_expert_of_all_positions_in_another_order(self, tokenizer, monkeypatch, engine):
+        """Its outputs are as many as the positions, and belong to others: the number alone does not tell."""
+        model = make("llama")
+        for layer in model.model.layers:
+            layer.mlp.experts = nn.ModuleList([layer.mlp.down_proj])
+            del layer.mlp.down_proj
+            monkeypatch.setattr(layer.mlp, "forward", in_reverse(layer.mlp))
+        with pytest.raises(UnsupportedModel, match=r"layers\.0\.mlp\.experts\.0 does not give one vector"):
+            attribute(model, tokenizer, *ONE_TOKEN, "model.layers.{}.mlp.experts.0", STEPS, engine=engine)
+
+    def test_a_numbered_step_that_all_positions_take(self, exact, tokenizer):
+        """Converse: a sequence's module."""
+        model = make("llama")
+        for layer in model.model.layers:
+            layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj)
+        theirs = literal_attribution(model, tokenizer, *THREE_TOKENS, "model.layers.{}.mlp.down_proj.0", STEPS)
+        found = attribute(model, tokenizer, *THREE_TOKENS, "model.layers.{}.mlp.down_proj.0", STEPS)
+        assert off(found, theirs) < EXACT
+
+    @pytest.mark.parametrize("engine", ENGINES)
     def test_the_rest_of_a_model_with_experts(self, exact, tokenizer, monkeypatch, engine):
         model, template = make("llama"), templates("llama")[0]
         for layer in model.model.layers:
             monkeypatch.setattr(layer.mlp, "forward", routed(layer.mlp))
         theirs = literal_attribution(model, tokenizer, *THREE_TOKENS, template, STEPS)
         assert off(attribute(model, tokenizer, *THREE_TOKENS, template, STEPS, engine=engine), theirs) < EXACT
+
+
+def in_reverse(mlp: nn.Module):
+    def forward(hidden):
+        return mlp.experts[0]((mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)).flip(1)).flip(1)
+
+    return forward
 
 
 def routed(mlp: nn.Module):

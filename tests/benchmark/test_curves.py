@@ -69,6 +69,23 @@ def test_one_point_dominates_another(other, expected, tmp_path):
         assert one.data == "counterfact" and one.differences["bleed"].records == FEW
 
 
+def test_a_point_that_lacks_a_metric_of_the_other_dominates_nothing(tmp_path):
+    """It was run without neighbours, and may be the one that bleeds."""
+    points = {"KNE@1": (0.5, 0.5, 0.0), "KNE@2": (0.4, 0.4, 0.0), "FT@25": (0.9, 0.9, 1.0), "FT@50": (0.8, 0.8, 1.0)}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = [line(method, i, *figures) for method, figures in points.items() for i in range(FEW)]
+    for one in lines:
+        if one["method"].startswith("FT"):
+            del one["neighbourhood"], one["bleed"]
+    (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    assert not dominations(collect([folder]))
+    for one in lines:  # where neither has it, the others decide
+        one.pop("neighbourhood", None), one.pop("bleed", None)
+    (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    assert len(dominations(collect([folder]))) == 4
+
+
 def test_few_records_dominate_nothing(tmp_path):
     points = {"KNE@1": (0.8, 0.9, 0.1), "KNE@2": (0.7, 0.9, 0.1), "FT@25": (0.5, 0.5, 0.5), "FT@50": (0.6, 0.4, 0.7)}
     assert len(dominations(collected(tmp_path, points))) == 4

@@ -134,6 +134,14 @@ def test_what_is_quoted_is_shown_as_it_stands(text):
     assert (entities.unescape(cell), end) == (shown, "end")
 
 
+@pytest.mark.parametrize("text", ["see https://evil.example/x", "www.evil.example", "ftp://a.b/?c=d&e"])
+def test_addresses_stay_text_where_a_reader_would_link_them(text):
+    """GitHub Flavored Markdown finds bare ones by ``://`` and ``www.`` in the source (6.9)."""
+    import html as entities
+
+    assert not re.search(r"://|www\.", literal(text)) and entities.unescape(literal(text)) == text
+
+
 def test_html_and_pictures_of_the_text_itself_are_shut_out(tmp_path, secret):
     """Should anything slip through `literal`: the renderer passes no HTML and no link, embeds only named pictures."""
     (tmp_path / "own.png").write_bytes(b"\x89PNG")

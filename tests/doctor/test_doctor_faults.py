@@ -15,6 +15,7 @@ from kne_easyedit import bridge, cli
 from kne_easyedit.bridge import patches
 from kne_easyedit.doctor import data, memory, model, surroundings
 from kne_easyedit.doctor.findings import FAILURE, OK
+from kne_easyedit.doctor.structure import structure_of
 
 NO_DOWN, NO_DOWN_WEIGHT = "model.layers.{}.mlp.dwn_proj", "model.layers.{}.mlp.dwn_proj.weight"
 FAULTS = {
@@ -170,6 +171,24 @@ def test_a_broken_download(plan, capsys):
     (plan.model / "model-00001-of-00002.safetensors").write_text("")
     assert plan.check("--no-trial") == 1
     assert "of 2 files of weights 1 are missing (model-00002-of-00002.safetensors" in capsys.readouterr().out
+    for content in ("[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{"):
+        (plan.model / "model.safetensors.index.json").write_text(content)
+        assert plan.check("--no-trial") == 1
+        out = capsys.readouterr().out
+        assert "model.safetensors.index.json: " in out and "get the whole model" in out
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_attention_heads", 0), ("hidden_size", "24"), ("hidden_size", -24), ("hidden_size", [])]
+)
+def test_a_configuration_at_fault_leaves_the_other_checks(key, value, plan, capsys):
+    config = json.loads((plan.model / "config.json").read_text())
+    (plan.model / "config.json").write_text(json.dumps({**config, key: value}))
+    assert plan.check("--no-trial") == 1
+    out = capsys.readouterr().out
+    assert f"FAILURE  model: model_name: {plan.model}: " in out and "modules, tokenizer, memory: left out" in out
+    with pytest.raises(ValueError, match=f"model_name: '{plan.model}' cannot be read: "):
+        structure_of(str(plan.model))
 
 
 def test_all_bad_records_are_listed_and_the_good_ones_tried(plan, capsys):
@@ -230,6 +249,10 @@ def test_a_cache_that_cannot_be_written(plan, capsys, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage._replace(free=100))
     assert plan.check() == 1
     assert "FAILURE  cache: " in (out := capsys.readouterr().out) and "free some space" in out
+    (plan.folder / "cache/scores").mkdir(parents=True, exist_ok=True)
+    (plan.folder / "cache/scores/some").write_text("")  # perhaps all of them
+    plan.check("--no-trial")
+    assert "warning  cache: " in (out := capsys.readouterr().out) and "less if some scores are there already" in out
 
 
 def test_memory_that_does_not_suffice(plan, capsys, monkeypatch):

@@ -30,6 +30,13 @@ def test_what_is_on_disk_is_named_and_not_counted():
     assert "loaded again in every pass" in found["placement"].text
 
 
+def test_gpus_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    _, found = findings(tiny_hparams(model_parallel=True, max_memory={0: "1GiB"}))
+    assert list(found) == ["placement"] and found["placement"].status == "failure"
+    assert found["placement"].text == "max_memory: names GPU 0, this machine has no GPU"
+
+
 def test_what_fits_is_counted_as_a_whole(monkeypatch):
     """Converse: and without model_parallel nothing is placed."""
     _, found = findings(tiny_hparams(model_parallel=True))

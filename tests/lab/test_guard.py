@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from kne_easyedit.lab.guard import Guard, hosts_of, is_loopback
+from kne_easyedit.lab.guard import Guard, bare, hosts_of, is_loopback
 
 OWN = {"host": "127.0.0.1:7860"}
 
@@ -71,4 +71,5 @@ def test_it_speaks_http_alone():
 def test_names_of_the_server():
     assert hosts_of("127.0.0.1") == {"127.0.0.1", "localhost", "[::1]"} and hosts_of("0.0.0.0") is None
     assert "192.168.1.5" in hosts_of("192.168.1.5") and "[fe80::1]" in hosts_of("fe80::1")
+    assert bare("[fe80::1]") == bare("fe80::1") == "fe80::1" and bare("localhost") == "localhost"
     assert is_loopback("127.0.0.2") and is_loopback("::1") and not is_loopback("0.0.0.0") and not is_loopback("example")

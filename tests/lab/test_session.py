@@ -259,6 +259,22 @@ def test_switches_of_edits_that_are_not_there_or_damaged_change_nothing(session,
     assert weights(model) == before and [entry.on for entry in other.entries()] == [False]
 
 
+def test_a_switch_that_fails_leaves_what_others_switched_meanwhile(session, model, tmp_path, monkeypatch):
+    first = trained(session, FRANCE)
+    session.switch(first.id, False)
+    second = trained(session, PERU)
+    session.switch(second.id, False)
+
+    def another_process(model):
+        EditStore(tmp_path / "store").on(second.id)
+        raise ValueError("an active edit is damaged")
+
+    monkeypatch.setattr(session.store, "apply", another_process)
+    with pytest.raises(ValueError, match="damaged"):
+        session.switch(first.id, True)
+    assert {entry.id: entry.on for entry in session.entries()} == {first.id: False, second.id: True}
+
+
 def test_two_who_train_at_once_wait_for_each_other(session, model):
     found = []
     threads = [threading.Thread(target=lambda f=fact: found.append(trained(session, f))) for fact in (FRANCE, PERU)]

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-from conftest import LLAMA_DOWN, tiny_hparams
+from conftest import LLAMA_DOWN, ONE_TOKEN, tiny_hparams
 from localizing import REQUESTS
 
+from kne_easyedit.attribution.engine import attribute
 from kne_easyedit.localization import localizer
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.explain import explain
@@ -50,7 +51,7 @@ class TestValue:
 
     def test_is_a_property_of_the_hyperparameters(self):
         hparams = tiny_hparams(p=0.3, aggregation="mean", score_scale="layer", layers=[2, 1])
-        assert hparams.selection == Selection(0.3, "mean", "layer", (2, 1))
+        assert hparams.selection == Selection(0.3, "mean", "layer", (1, 2)), "as `attribute` orders them"
         assert "selection" not in hparams.to_dict()
 
 
@@ -67,8 +68,21 @@ class TestSelecting:
             select_ensemble(SCORES, 0.5, target_module=LLAMA_DOWN, scales="layer")
 
     def test_a_layer_twice(self):
-        with pytest.raises(ValueError, match=r"scores: .* expected shape \(layers, d2\) for layers \[1, 1\]"):
+        with pytest.raises(ValueError, match=r"layers: \[1, 1\] are not in ascending order.*give \[1\]"):
             select_ensemble(SCORES, 0.5, target_module=LLAMA_DOWN, layers=[1, 1])
+
+    @pytest.mark.parametrize("layers", [[1, 3], [3, 1], [3, 1, 3]])
+    def test_rows_of_scores_and_layers_are_in_one_order(self, llama, tokenizer, layers):
+        """However the settings list them: `attribute` gives rows in ascending order."""
+        scores = attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, 2, layers=layers)
+        found = select_ensemble(scores, tiny_hparams(layers=layers, p=0.3).selection, target_module=LLAMA_DOWN)
+        whole = attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, 2)
+        for layer, rows in found.neurons[LLAMA_DOWN].items():
+            least = min(whole[layer][list(rows)])
+            assert least >= found.thresholds[LLAMA_DOWN] * (1 - 1e-5), layer
+        if layers != [1, 3]:
+            with pytest.raises(ValueError, match=r"not in ascending order.*give \[1, 3\]"):
+                select_ensemble(scores, 0.3, target_module=LLAMA_DOWN, layers=layers)
 
     @pytest.mark.parametrize(("p", "neurons", "kept"), [(0.29, 100, 29), (0.04, 10, 1), (1.0, 7, 7), (0.5, 7, 3)])
     def test_budget(self, p, neurons, kept):

@@ -15,7 +15,7 @@ from kne_easyedit.models.devices import environment
 from kne_easyedit.models.fingerprint import model_digest
 from kne_easyedit.models.loading import load_model
 from kne_easyedit.models.offload import is_offloaded, offloaded
-from kne_easyedit.models.placement import require_placement
+from kne_easyedit.models.placement import require_placement, require_present
 
 SPREAD = {"model_parallel": True}
 
@@ -70,6 +70,16 @@ def test_settings_that_fit():
     """Converse."""
     for settings in ({}, SPREAD, {**SPREAD, "max_memory": {0: "20GiB", "cpu": 10**9}, "offload_folder": "o"}):
         require_placement(tiny_hparams(**settings))
+
+
+def test_gpus_that_this_machine_has_not_got(folder, monkeypatch):
+    hparams = tiny_hparams(model_name=folder, **SPREAD, max_memory={0: "1GiB", 3: "1GiB", "cpu": "1GiB"})
+    for there, message in ((0, "names GPU 0, this machine has no GPU;"), (2, "names GPU 3, .*last GPU .* is 1;")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=there: n)
+        with pytest.raises(ValueError, match=f"max_memory: {message} leave it out"):
+            load_model(hparams)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    require_present(hparams)
 
 
 def test_quantised_without_the_library(folder, monkeypatch):

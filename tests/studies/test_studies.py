@@ -238,6 +238,14 @@ def test_fewer_records_than_a_batch_needs():
             plan_study("batch", GROUND, **options)
 
 
+def test_a_number_that_was_asked_for_in_one_series_asks_for_nothing_in_the_other():
+    plan = plan_study("batch", GROUND, sequences=["10"])
+    assert labels(plan) == [*(f"KNE-batch@{n}" for n in (1, 2, 5, 10, 20)), "KNE-sequence@10"]
+    assert [its.partition(":")[0] for its in plan.left_out] == ["50 facts in one edit", "100 facts in one edit"]
+    plan = plan_study("batch", GROUND, values=["10"], series=["batch", "sequence"])
+    assert labels(plan) == ["KNE-batch@10", "KNE-sequence@10"] and len(plan.left_out) == 2
+
+
 # Some series of a study
 
 

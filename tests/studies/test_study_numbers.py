@@ -168,7 +168,9 @@ def test_a_sequence_counts_as_it_is_at_its_end(tmp_path):
     (cell,) = curves.of("sequence")
     assert cell.mean("edit_success").mean == 25 and cell.records == 3
     assert cell.mean("locality") is None, "nobody has asked for it at the end"
-    assert cell.mean("seconds_per_edit").mean == 2
+    seconds = cell.mean("seconds_per_edit")
+    assert seconds.mean == 2 and seconds.shown() == "2.0", "a median has no interval"
+    assert seconds.plain() == {"mean": 2, "low": None, "high": None, "records": 3}
 
 
 def test_a_sequence_with_a_record_that_cannot_be_edited_is_shorter(tmp_path):
