@@ -270,6 +270,10 @@ class TestValidation:
         with pytest.raises(ValueError, match="fp16: True and bf16 exclude each other"):
             build(fp16=True, bf16=True)
 
+    def test_a_gain_that_no_loss_allows_is_refused(self):
+        with pytest.raises(ValueError, match=r"^edit_gain: 1.5 has no effect with stop_loss: 0.*or edit_gain: 1$"):
+            build(edit_gain=1.5, stop_loss=0)
+
     def test_every_field_is_tried(self):
         assert {*RANGES, *ACCEPTED, *WRONG_TYPES} == {field.name for field in dataclasses.fields(KNEHyperParams)}
 
@@ -283,6 +287,13 @@ class TestCoercion:
     def test_numbers(self, value, wanted):
         lr = build(lr=value).lr
         assert lr == wanted and type(lr) is float
+
+    @pytest.mark.parametrize(
+        ("value", "message"), [(10**400, "100.* is beyond the range of numbers"), ("1_0", "'1_0' is a")]
+    )
+    def test_what_is_no_number(self, value, message):
+        with pytest.raises(ValueError, match=f"^lr: {message}"):
+            build(lr=value)
 
     def test_tuples_and_paths(self, tmp_path):
         hparams = build(layers=(1, 2), target_modules=(LLAMA_DOWN,), cache_dir=tmp_path)

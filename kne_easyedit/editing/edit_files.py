@@ -263,7 +263,9 @@ def _deltas(modules: dict[str, Any], base: Base, path: Path) -> StoredDeltas:
             f"ascending, distinct and in [0, {d2})",
         )
         _need(one.get("shape") == [len(rows), d1], f"modules: {name}: shape", one.get("shape"), [len(rows), d1])
-        _need(one.get("dtype") in _TORCH, f"modules: {name}: dtype", one.get("dtype"), f"one of {tuple(_TORCH)}")
+        dtype = one.get("dtype")
+        known = isinstance(dtype, str) and dtype in _TORCH
+        _need(known, f"modules: {name}: dtype", dtype, f"one of {tuple(_TORCH)}")
         sha256 = one.get("sha256")
         _need(isinstance(sha256, str) and bool(_SHA256.fullmatch(sha256)), f"modules: {name}: sha256", sha256, "hex")
         _need(_finite(one.get("scaling")), f"modules: {name}: scaling", one.get("scaling"), "a finite number")
@@ -340,7 +342,10 @@ def _list(content: dict[str, Any], name: str) -> list[Any]:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of numbers
+        return False
 
 
 def _need(ok: bool, name: str, value: object, expected: object) -> None:
