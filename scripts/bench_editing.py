@@ -170,7 +170,7 @@ def neighbours(
         Neighbours in a step -> the median of the facts: a step as a multiple of one without.
     """
     ensemble, steps = find_ensemble(model, tokenizer, requests, hparams), 4
-    work = replace(hparams, neighbour_weight=1.0, num_steps=steps, stop_loss=0.0)
+    work = replace(hparams, neighbour_weight=1.0, num_steps=steps, stop_loss=0.0, edit_gain=1.0)
     everything = hparams.neighbour_relation_size + hparams.neighbour_subject_size
     counts = {"none": None, **{str(k): k for k in (1, 2, 3, 4, 6) if k < everything}, "all": 0}
     ratios: dict[str, list[float]] = {name: [] for name in counts}
@@ -261,7 +261,10 @@ def workers(
     model: Any, tokenizer: Tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int, busy: int
 ) -> None:
     """Ten training steps and fifty tokens of text a fact: how many facts a minute by one process and by one a core."""
-    ensemble, work = find_ensemble(model, tokenizer, requests, hparams), replace(hparams, num_steps=10, stop_loss=0.0)
+    ensemble, work = (
+        find_ensemble(model, tokenizer, requests, hparams),
+        replace(hparams, num_steps=10, stop_loss=0.0, edit_gain=1.0),
+    )
 
     def of_one_fact(request: dict) -> Iterator[str]:
         train_rows(model, [encode_request(tokenizer, request)], ensemble, work)
