@@ -274,8 +274,9 @@ def _other_type(model: nn.Module, edit: Appliable) -> str:
 def with_edits(model: nn.Module, edits: Sequence[Appliable], *, force: bool = False) -> Iterator[nn.Module]:
     """Inside, the model has exactly ``edits``; afterwards it has the edits from before, bit for bit.
 
-    What is applied inside is taken back as well. What the rows held is kept in memory for that: nothing is read or
-    checked at the end, and neither an error nor Ctrl-C, however often, leaves ``edits`` in the model.
+    A `KNEEdit` that is applied or written inside is taken back as well. Any other edit is not known: of what it has
+    changed inside, rows that no `KNEEdit` changes stay, so `restore` it first. What the rows held is kept in memory:
+    nothing is read or checked at the end, and neither an error nor Ctrl-C, however often, leaves ``edits`` in the model.
 
     Args:
         model: A loaded model.

@@ -186,6 +186,9 @@ class KNEEdit(RowEdit):
     def applied(self, model: nn.Module, *, force: bool = False) -> Iterator[nn.Module]:
         """Inside, it is applied to ``model``; afterwards the weights are bit for bit those from before.
 
+        So they are if a `KNEEdit` is applied or written inside. Take back any other edit (`restore`) before the end: of
+        what it has changed, rows that no `KNEEdit` changes stay.
+
         Args:
             model: The model for which it was trained.
             force: As for `apply`.
