@@ -288,12 +288,10 @@ class TestCoercion:
         lr = build(lr=value).lr
         assert lr == wanted and type(lr) is float
 
-    @pytest.mark.parametrize(
-        ("value", "message"), [(10**400, "100.* is beyond the range of numbers"), ("1_0", "'1_0' is a")]
-    )
-    def test_what_is_no_number(self, value, message):
-        with pytest.raises(ValueError, match=f"^lr: {message}"):
-            build(lr=value)
+    def test_what_is_no_number(self):
+        for value, message in ((10**400, "100.* is beyond the range of numbers"), ("1_0", "'1_0' is a str")):
+            with pytest.raises(ValueError, match=f"^lr: {message}"):
+                build(lr=value)
 
     def test_tuples_and_paths(self, tmp_path):
         hparams = build(layers=(1, 2), target_modules=(LLAMA_DOWN,), cache_dir=tmp_path)
