@@ -276,7 +276,7 @@ def with_edits(model: nn.Module, edits: Sequence[Appliable], *, force: bool = Fa
 
     A `KNEEdit` that is applied or written inside is taken back as well. Any other edit is not known: of what it has
     changed inside, rows that no `KNEEdit` changes stay, so `restore` it first. What the rows held is kept in memory:
-    nothing is read or checked at the end, and neither an error nor Ctrl-C, however often, leaves ``edits`` in the model.
+    nothing is read or checked at the end, and neither an error nor Ctrl-C, however often, leaves ``edits`` in there.
 
     Args:
         model: A loaded model.

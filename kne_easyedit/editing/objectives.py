@@ -220,8 +220,8 @@ def require_sources(
         FileNotFoundError: A file does not exist; the message names the setting.
     """
     if localised and hparams.ensemble is not None:
-        if (path := expand_path(hparams.ensemble)).is_dir():
-            raise ValueError(f"ensemble: {path} is a folder; name a file of kne localize, or {MAGNITUDE}")
+        if (folder := expand_path(hparams.ensemble)).is_dir():
+            raise ValueError(f"ensemble: {folder} is a folder; name a file of kne localize, or {MAGNITUDE}")
     elif localised and hparams.localization_data is not None:
         _require_file("localization_data", hparams.localization_data)
     if uses_neighbours(hparams):
