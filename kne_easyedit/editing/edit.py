@@ -132,7 +132,7 @@ def _shortfall(edit: RowEdit, hparams: EditSettings) -> str | None:
         state += ", but another token is more probable"
     if below and not hparams.until_given:  # training stopped by itself
         remedy = "set until_given: true, or lower stop_loss"
-    elif not below and edit.steps < hparams.num_steps:
+    elif not below and not edit.steps:  # training ends before the first step only if that moves nothing
         remedy = "no row has moved: their gradients are 0; load the model in float32 or bfloat16"
         if hparams.input_projection:
             remedy += ", or leave more directions open (fewer neighbours, a larger projection_ridge)"
