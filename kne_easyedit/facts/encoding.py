@@ -266,8 +266,8 @@ def require_known(fact: Fact, model: Any) -> None:
     known = model.get_input_embeddings().weight.shape[0]
     if (largest := max(fact.ids)) >= known:
         raise ValueError(
-            f"tokenizer: token {largest} of {shorten(fact.prompt)} with its target, the model knows those below {known}; "
-            f"take the model's own tokenizer"
+            f"tokenizer: token {largest} of {shorten(fact.prompt)} with its target, the model knows those below "
+            f"{known}; take the model's own tokenizer"
         )
 
 
