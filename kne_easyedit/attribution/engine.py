@@ -97,8 +97,9 @@ def attribute(
 
     Returns:
         Scores ``(layers, d2)``, layers in ascending order, in float32 (float64 for a float64 model) on the CPU, in
-        probability. For ``m -> inf`` a row sums to ``sum_j P(w_j) - P(0)``, the change of the answer tokens' probabilities along the layer's path. With
-        ``return_completeness`` also the sum of each row minus that change, ``(layers,)``: see `attribute_facts`.
+        probability. For ``m -> inf`` a row sums to ``sum_j P(w_j) - P(0)``, the change of the answer tokens'
+        probabilities along the layer's path. With ``return_completeness`` also the sum of each row minus that change,
+        ``(layers,)``: see `attribute_facts`.
 
     Raises:
         ValueError: The fact or the template cannot be used.
@@ -153,7 +154,8 @@ def attribute_facts(
         facts: The facts (`encode`).
         steps: ``m``, the number of nodes of the quadrature.
         chunk_rows: Path points in flight at most (one point of every path at least). Bounds memory; the result depends
-            on it by rounding alone, as it does on which facts are attributed together. None: chosen from the free memory (`rows_in_flight`).
+            on it by rounding alone, as it does on which facts are attributed together. None: chosen from the free
+            memory (`rows_in_flight`).
         quadrature: ``m -> (nodes, weights)``: `quadrature.riemann`, the paper's, or `quadrature.gauss_legendre`.
         engine: ``sweep``: the fused sweep; ``whole``: a pass through the whole model for every path point, slow, for
             models whose layers cannot be replayed; ``auto``: ``whole`` for those, with a warning.
@@ -166,8 +168,8 @@ def attribute_facts(
         quadrature in Eq. 5: it falls as ``1/m`` for `riemann`, and is nearly 0 for `gauss_legendre` with many nodes.
 
     Raises:
-        ValueError: The engine or the number of steps is unknown, a fact is too long or has tokens that the model has not,
-            there is none, or the targets are of several decoders.
+        ValueError: The engine or the number of steps is unknown, a fact is too long or has tokens that the model has
+            not, there is none, or the targets are of several decoders.
         UnsupportedModel: The model is an encoder-decoder, or (``sweep``) its layers cannot be replayed.
         ReplayMismatch: The layers replay differently from the model itself.
         FloatingPointError: Scores are not finite.

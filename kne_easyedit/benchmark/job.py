@@ -241,6 +241,8 @@ def fingerprint(
         parts.append(None if ensemble is None else digest(ensemble.members()))
         if uses_neighbours(hparams):
             parts.append(["neighbours", CHOICE, neighbour_digest(hparams), *(["said"] if job.chat_template else [])])
+        if hparams.kl_weight:
+            parts.append("of other subjects")  # versions before trained on the edited fact in other words, too
     if traits_of(hparams.alg_name).padding_side == "right" and PADDING in patches.applied():
         parts.append(PADDING)
     if traits_of(hparams.alg_name).replaces_layer:

@@ -322,8 +322,8 @@ def select_ensemble(
         scores = {target_module: scores}
     if (ordered := sorted(set(selection.layers))) != list(selection.layers):
         raise ValueError(
-            f"layers: {list(selection.layers)} are not in ascending order, as the rows of scores are; give {ordered}, and "
-            f"the rows in that order"
+            f"layers: {list(selection.layers)} are not in ascending order, as the rows of scores are; give {ordered}, "
+            f"and the rows in that order"
         )
     neurons, widths, thresholds, layers = {}, {}, {}, selection.layers
     for template, values in scores.items():

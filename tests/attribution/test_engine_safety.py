@@ -185,8 +185,8 @@ class TestSelfCheck:
 
     def test_sound_models_pass_in_every_precision(self, tokenizer):
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            for make, template in ((make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN)):
-                assert attribute(make(dtype), tokenizer, *ONE_TOKEN, template, 1).isfinite().all()
+            for made, template in ((make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN)):
+                assert attribute(made(dtype), tokenizer, *ONE_TOKEN, template, 1).isfinite().all()
 
 
 class TestPrecision:
@@ -224,7 +224,9 @@ class TestArguments:
     def test_tokens_that_the_model_has_not(self, llama, tokenizer):
         """A tokenizer of another model: named before anything is computed."""
         llama.resize_token_embeddings(7)
-        with pytest.raises(ValueError, match=r"tokenizer: token \d+ of .* the model knows those below 7; take the model's"):
+        with pytest.raises(
+            ValueError, match=r"tokenizer: token \d+ of .* the model knows those below 7; take the model's"
+        ):
             attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
         with pytest.raises(ValueError, match="tokenizer: token"):
             localize(llama, tokenizer, [{"prompt": ONE_TOKEN[0], "target_new": ONE_TOKEN[1]}], tiny_hparams())
@@ -264,7 +266,7 @@ def test_an_error_in_the_head_is_one_of_the_replay(llama, tokenizer, monkeypatch
         raise IndexError("no router logits")
 
     monkeypatch.setattr(Replay, "head", fail)
-    with pytest.raises(UnsupportedModel, match="do not run one by one .*no router logits"):
+    with pytest.raises(UnsupportedModel, match=r"do not run one by one .*no router logits"):
         attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS, engine="sweep")
     found = attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, STEPS)
     assert (found - own).abs().max() < 1e-5 * own.abs().max()

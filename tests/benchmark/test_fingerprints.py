@@ -92,6 +92,15 @@ def test_a_setting_that_was_added_counts_where_it_changes_something():
         assert fingerprint(job("single", **needs, **{name: value}), "KNE", ["base"], None) != without
 
 
+def test_lines_of_edits_that_trained_other_unrelated_prompts_are_not_taken_over(monkeypatch):
+    """Without the penalty lines of earlier versions stay."""
+    parts = []
+    monkeypatch.setattr("kne_easyedit.benchmark.job.digest", lambda found: parts.append(found) or "0" * 64)
+    for weight in (0.0, 1.0):
+        fingerprint(job("single", kl_weight=weight, **({"kl_data": "embedded"} if weight else {})), "KNE", ["b"], None)
+    assert ["of other subjects" in found for found in parts] == [False, True]
+
+
 def test_sparing_earlier_edits_counts_where_edits_stay():
     def found(mode: str, on: bool) -> str:
         return fingerprint(job(mode, spare_edited=on), "KNE", ["base"], None)
