@@ -269,7 +269,7 @@ def test_folders_of_a_machine_are_not_published(tmp_path):
         for name in ("report.md", "report.html", "report.json", "manifests.json", "records.jsonl")
     }
     assert not [name for name, text in texts.items() if "some one" in text]
-    settings = "stats_dir ./data/stats, text a.json, model some-one/tiny, page https://a.b/c/d"
+    settings = "stats_dir ./data/stats, text a.json, model some-one/tiny, page https&#58;//a.b/c/d"
     assert f"| test_cf.json | MEMIT | {settings} | MEMIT-test_cf |" in texts["report.md"]
     assert (
         "Second moments: text file a.txt." in texts["report.md"]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +136,21 @@ class TestTheWrittenModelIsTheTrainedOne:
         assert weights(llama) == before
         write_rows(llama, edit, check=False)
         assert weights(llama) != before
+
+    @pytest.mark.parametrize(("share", "lost"), [(0.0005, False), (0.005, True)])
+    def test_of_what_the_training_changed_a_thousandth_may_be_rounding(self, llama, facts, share, lost):
+        """Rows that a projection has made large against each other round by more than the logits' units tell."""
+        edit = train_rows(llama, facts, ensemble_of(LLAMA_DOWN, rows=MANY), tiny_hparams(lr=0.3, num_steps=10))
+        changed = edit.losses[0] - edit.losses[-1]
+        assert changed > 1, "learnt too little to tell"
+        edit = replace(edit, losses=(edit.losses[0], edit.losses[-1] + share * changed))
+        before = fingerprint(llama)
+        if lost:
+            with pytest.raises(EditLost, match="its weights were put back"):
+                write_rows(llama, edit)
+            assert fingerprint(llama) == before
+        else:
+            write_rows(llama, edit)
 
     def test_costs_one_forward_pass(self, llama, facts):
         edit = train_rows(llama, facts, ensemble_of(LLAMA_DOWN), tiny_hparams(num_steps=1))
