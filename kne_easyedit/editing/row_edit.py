@@ -134,8 +134,8 @@ def _require_trained_loss(model: nn.Module, edit: RowEdit) -> None:
     # Rounding of the written rows moves the logits by some units in the last place of the largest one. Measured on 220
     # edits, the loss moves by up to 3.3 units in tiny models (float64 to bfloat16) and by 0.85 in SmolLM2 (bfloat16),
     # so 32 units are more than rounding in any type. In half precision an edit may gain less than 32 units: there it
-    # counts as lost if half of its gain is, unless that is within 4 units. Where a projection leaves little room, rows grow
-    # large against each other, and so does their rounding: a thousandth of what the training changed is nothing lost.
+    # counts as lost if half of its gain is, unless that is within 4 units. Where a projection leaves little room, rows
+    # grow large against each other, and so does their rounding: a thousandth of what was changed is nothing lost.
     unit = torch.finfo(logits.dtype).eps * logits.abs().max().item()
     changed = abs(edit.losses[0] - trained)
     allowed = max(min(32 * unit, max(4 * unit, changed / 2)), changed / 1000)
