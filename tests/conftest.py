@@ -122,6 +122,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker("broad")
         if not any(item.get_closest_marker(tier) for tier in TIERS):
             item.add_marker(tier_of(item.path))
+    # The longest first: one that begins last would keep a single worker busy.
+    items.sort(key=lambda item: item.get_closest_marker("model") is None)
 
 
 @pytest.fixture(autouse=True)
