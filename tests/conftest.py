@@ -122,8 +122,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker("broad")
         if not any(item.get_closest_marker(tier) for tier in TIERS):
             item.add_marker(tier_of(item.path))
-    # The longest first: one that begins last would keep a single worker busy.
-    items.sort(key=lambda item: item.get_closest_marker("model") is None)
+    items.sort(key=lambda item: item.get_closest_marker("model") is None)  # the longest do not begin last
 
 
 @pytest.fixture(autouse=True)
