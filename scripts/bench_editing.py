@@ -44,9 +44,10 @@ from kne_easyedit._util.files import atomic_write
 from kne_easyedit._util.machine import available_cores, hardware, keep_large_blocks
 from kne_easyedit._util.workers import run_parallel
 from kne_easyedit.cli.common import shipped
-from kne_easyedit.editing.adapter import ADAPTER, row_adapter
+from kne_easyedit.editing.adapter import ADAPTER, row_adapter, rows_by_module
 from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.editing.objectives import objectives_for
+from kne_easyedit.editing.projection import projections_for
 from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import IGNORE, Batch, Tokenizer, collate, encode_request
@@ -164,7 +165,8 @@ def neighbours(
 ) -> dict[str, float]:
     """Seconds a step without neighbours, with some of them and with all, and those of preparing them before the first.
 
-    The number of neighbours is that of ``hparams``, of relations and subjects.
+    The number of neighbours is that of ``hparams``, of relations and subjects. A step that is projected away from their
+    inputs (``input_projection`` of ``hparams``) is measured as ``hparams`` has it, with its other objectives.
 
     Returns:
         Neighbours in a step -> the median of the facts: a step as a multiple of one without.
@@ -173,20 +175,29 @@ def neighbours(
     work = replace(hparams, neighbour_weight=1.0, num_steps=steps, stop_loss=0.0, edit_gain=1.0)
     everything = hparams.neighbour_relation_size + hparams.neighbour_subject_size
     counts = {"none": None, **{str(k): k for k in (1, 2, 3, 4, 6) if k < everything}, "all": 0}
-    ratios: dict[str, list[float]] = {name: [] for name in counts}
+    kinds = [*counts, *(["projected"] if hparams.input_projection else [])]
+    ratios: dict[str, list[float]] = {name: [] for name in kinds}
     for request in requests:
         fact = encode_request(tokenizer, request)
         prepared: list[float] = []
-        times: dict[str, list[float]] = {name: [] for name in counts}
-        objectives = {
-            name: [] if k is None else objectives_for(model, tokenizer, [request], replace(work, neighbours_per_step=k))
+        times: dict[str, list[float]] = {name: [] for name in kinds}
+        trained: dict[str, tuple[KNEHyperParams, list, dict]] = {
+            name: (
+                work,
+                [] if k is None else objectives_for(model, tokenizer, [request], replace(work, neighbours_per_step=k)),
+                {},
+            )
             for name, k in counts.items()
         }
+        if hparams.input_projection:
+            own = replace(hparams, num_steps=steps, stop_loss=0.0, edit_gain=1.0)
+            closed = projections_for(model, tokenizer, [request], own, list(rows_by_module(model, ensemble)))
+            trained["projected"] = own, objectives_for(model, tokenizer, [request], own), closed
         for _ in range(repeats):
             prepared.append(timed(partial(objectives_for, model, tokenizer, [request], work))[0])
-            for name, own in objectives.items():
+            for name, (settings, own, closed) in trained.items():
                 # The last pass, of the final loss, has no step: half the cost of one.
-                spent = timed(partial(train_rows, model, [fact], ensemble, work, own))[0]
+                spent = timed(partial(train_rows, model, [fact], ensemble, settings, own, projections=closed))[0]
                 times[name].append(spent / (steps + 0.5))
         plain = median(times["none"])
         for name, values in times.items():

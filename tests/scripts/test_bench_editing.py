@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,8 @@ def test_steps_with_neighbours_are_multiples_of_one_without(capsys, tmp_path):
     found = re.findall(r"as a multiple: 1 ([\d.]+), .* all ([\d.]+); to prepare them ([\d.]+)$", out, re.MULTILINE)
     assert len(found) == len(REQUESTS) and all(float(value) > 0 for values in found for value in values)
     assert re.search(r"^median 1 [\d.]+, .* all [\d.]+$", out, re.MULTILINE) and weights(model) == before
+    found = bench.neighbours(model, make_tokenizer(), REQUESTS, replace(hparams, input_projection=True), 1)
+    assert list(found)[-2:] == ["all", "projected"] and found["projected"] > 0 and weights(model) == before
 
 
 def test_a_step_is_compared_with_its_own_products(capsys):
