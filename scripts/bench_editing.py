@@ -190,9 +190,9 @@ def neighbours(
             for name, k in counts.items()
         }
         if hparams.input_projection:
-            own = replace(hparams, num_steps=steps, stop_loss=0.0, edit_gain=1.0)
-            closed = projections_for(model, tokenizer, [request], own, list(rows_by_module(model, ensemble)))
-            trained["projected"] = own, objectives_for(model, tokenizer, [request], own), closed
+            shipped_step = replace(hparams, num_steps=steps, stop_loss=0.0, edit_gain=1.0)
+            found = projections_for(model, tokenizer, [request], shipped_step, list(rows_by_module(model, ensemble)))
+            trained["projected"] = shipped_step, objectives_for(model, tokenizer, [request], shipped_step), found
         for _ in range(repeats):
             prepared.append(timed(partial(objectives_for, model, tokenizer, [request], work))[0])
             for name, (settings, own, closed) in trained.items():

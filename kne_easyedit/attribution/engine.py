@@ -14,7 +14,7 @@ from kne_easyedit._util.machine import free_memory
 from kne_easyedit._util.workers import side_by_side
 from kne_easyedit.attribution.full_passes import attribute_by_full_passes, changes_by_full_passes
 from kne_easyedit.attribution.preparation import HEAD_ROWS, PreparedSweep, prepare
-from kne_easyedit.attribution.quadrature import Quadrature, riemann
+from kne_easyedit.attribution.quadrature import Quadrature, quadrature_of
 from kne_easyedit.attribution.replay import Replay, ReplayMismatch, UnsupportedModel, not_everywhere
 from kne_easyedit.attribution.sweep import add_points, probability_changes, scores, start_integrals
 from kne_easyedit.facts.encoding import Fact, Tokenizer, encode, require_known, require_length
@@ -47,7 +47,7 @@ def attribute(
     *,
     layers: Sequence[int] = (),
     chunk_rows: int | None = None,
-    quadrature: Quadrature = riemann,
+    quadrature: Quadrature | str = "riemann",
     engine: str = "auto",
     return_completeness: Literal[False] = False,
 ) -> Tensor: ...
@@ -62,7 +62,7 @@ def attribute(
     *,
     layers: Sequence[int] = (),
     chunk_rows: int | None = None,
-    quadrature: Quadrature = riemann,
+    quadrature: Quadrature | str = "riemann",
     engine: str = "auto",
     return_completeness: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -76,7 +76,7 @@ def attribute(
     *,
     layers: Sequence[int] = (),
     chunk_rows: int | None = None,
-    quadrature: Quadrature = riemann,
+    quadrature: Quadrature | str = "riemann",
     engine: str = "auto",
     return_completeness: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def attribute_facts(
     steps: int = 20,
     *,
     chunk_rows: int | None = None,
-    quadrature: Quadrature = riemann,
+    quadrature: Quadrature | str = "riemann",
     engine: str = "auto",
     return_completeness: Literal[False] = False,
 ) -> list[Tensor]: ...
@@ -131,7 +131,7 @@ def attribute_facts(
     steps: int = 20,
     *,
     chunk_rows: int | None = None,
-    quadrature: Quadrature = riemann,
+    quadrature: Quadrature | str = "riemann",
     engine: str = "auto",
     return_completeness: Literal[True],
 ) -> tuple[list[Tensor], list[Tensor]]: ...
@@ -142,7 +142,7 @@ def attribute_facts(
     steps: int = 20,
     *,
     chunk_rows: int | None = None,
-    quadrature: Quadrature = riemann,
+    quadrature: Quadrature | str = "riemann",
     engine: str = "auto",
     return_completeness: bool = False,
 ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
@@ -156,7 +156,7 @@ def attribute_facts(
         chunk_rows: Path points in flight at most (one point of every path at least). Bounds memory; the result depends
             on it by rounding alone, as it does on which facts are attributed together. None: chosen from the free
             memory (`rows_in_flight`).
-        quadrature: ``m -> (nodes, weights)``: `quadrature.riemann`, the paper's, or `quadrature.gauss_legendre`.
+        quadrature: ``riemann``, the paper's, ``gauss-legendre``, or a function ``m -> (nodes, weights)``.
         engine: ``sweep``: the fused sweep; ``whole``: a pass through the whole model for every path point, slow, for
             models whose layers cannot be replayed; ``auto``: ``whole`` for those, with a warning.
         return_completeness: Also return the completeness gap of every fact and layer.
@@ -168,8 +168,8 @@ def attribute_facts(
         quadrature in Eq. 5: it falls as ``1/m`` for `riemann`, and is nearly 0 for `gauss_legendre` with many nodes.
 
     Raises:
-        ValueError: The engine or the number of steps is unknown, a fact is too long or has tokens that the model has
-            not, there is none, or the targets are of several decoders.
+        ValueError: The engine, the quadrature or the number of steps is unknown, a fact is too long or has tokens that
+            the model has not, there is none, or the targets are of several decoders.
         UnsupportedModel: The model is an encoder-decoder, or (``sweep``) its layers cannot be replayed.
         ReplayMismatch: The layers replay differently from the model itself.
         FloatingPointError: Scores are not finite.
@@ -201,7 +201,7 @@ def _attribute(
     facts: Sequence[Fact],
     steps: int,
     chunk_rows: int | None,
-    quadrature: Quadrature,
+    quadrature: Quadrature | str,
     engine: str,
     completeness: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -221,7 +221,7 @@ def _attribute(
         require_known(fact, model)
     for target in targets:
         _require_every_position(model, target)
-    alphas, weights = quadrature(steps)
+    alphas, weights = quadrature_of(quadrature)(steps)
     with preserve_state(model), fast_linear(model):
         found = None
         if engine != "whole":

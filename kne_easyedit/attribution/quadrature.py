@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kne_easyedit._util.messages import require_one_of
+
 Quadrature = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -49,6 +51,18 @@ def gauss_legendre(steps: int) -> tuple[Tensor, Tensor]:
 
 QUADRATURES: dict[str, Quadrature] = {"riemann": riemann, "gauss-legendre": gauss_legendre}
 """Setting ``quadrature`` -> function."""
+
+
+def quadrature_of(chosen: Quadrature | str) -> Quadrature:
+    """The function of a name in `QUADRATURES`, else ``chosen`` itself.
+
+    Raises:
+        ValueError: It is neither a function nor such a name.
+    """
+    if callable(chosen):
+        return chosen
+    require_one_of("quadrature", chosen, QUADRATURES)
+    return QUADRATURES[chosen]
 
 
 def _require_steps(steps: int) -> None:

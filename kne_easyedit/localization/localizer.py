@@ -15,7 +15,6 @@ from kne_easyedit._util.digest import digest
 from kne_easyedit._util.interrupts import safe_point
 from kne_easyedit._util.workers import run_parallel
 from kne_easyedit.attribution.engine import attribute_facts, rows_in_flight
-from kne_easyedit.attribution.quadrature import QUADRATURES
 from kne_easyedit.attribution.replay import ReplayMismatch, UnsupportedModel
 from kne_easyedit.attribution.score_cache import ScoreCache
 from kne_easyedit.facts.encoding import Fact, Tokenizer
@@ -371,7 +370,7 @@ class Localization:
             facts,
             hparams.attribution_steps,
             chunk_rows=hparams.chunk_rows,
-            quadrature=QUADRATURES[hparams.quadrature],
+            quadrature=hparams.quadrature,
             engine=hparams.attribution_engine,
         )
         seconds = (time.perf_counter() - start) / (len(targets) * len(facts))

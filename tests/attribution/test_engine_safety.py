@@ -19,7 +19,7 @@ from conftest import (
 from families import make
 
 from kne_easyedit.attribution.engine import attribute, attribute_facts
-from kne_easyedit.attribution.quadrature import riemann
+from kne_easyedit.attribution.quadrature import gauss_legendre, riemann
 from kne_easyedit.attribution.replay import Replay, ReplayMismatch, UnsupportedModel
 from kne_easyedit.localization.localizer import localize
 from kne_easyedit.models.fingerprint import model_digest
@@ -221,6 +221,18 @@ class TestPrecision:
 
 
 class TestArguments:
+    def test_a_quadrature_is_a_name_or_a_function(self, llama, tokenizer):
+        def scores(quadrature):
+            return attribute(llama, tokenizer, *ONE_TOKEN, LLAMA_DOWN, 3, quadrature=quadrature)
+
+        assert torch.equal(scores("gauss-legendre"), scores(gauss_legendre))
+        assert torch.equal(scores("riemann"), scores(riemann)) and not torch.equal(
+            scores(riemann), scores(gauss_legendre)
+        )
+        for unknown, hint in (("gauss_legendre", "did you mean 'gauss-legendre'"), (3, "must be one of")):
+            with pytest.raises(ValueError, match=f"quadrature: {unknown!r} .*{hint}"):
+                scores(unknown)
+
     def test_tokens_that_the_model_has_not(self, llama, tokenizer):
         """A tokenizer of another model: named before anything is computed."""
         llama.resize_token_embeddings(7)
