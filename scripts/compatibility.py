@@ -146,8 +146,8 @@ def main(given: Sequence[str] | None = None) -> None:
     there = versions_of(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else []
     if len(set(map(folder_of, arguments.easyedit))) < len(there):
         parser.error(
-            f"--easyedit: {arguments.out} has {len(there)} versions, which would be lost: {'; '.join(there)}; name them "
-            "all, or another page by --out"
+            f"--easyedit: {arguments.out} has {len(there)} versions, which would be lost: {'; '.join(there)}; name "
+            "them all, or another page by --out"
         )
     found = {}
     dates = dict(zip([home for home in arguments.easyedit if home != "pypi"], arguments.dates))
@@ -155,7 +155,9 @@ def main(given: Sequence[str] | None = None) -> None:
         found[home] = {**version(home, arguments.methods, arguments.keep), "date": dates.get(home, "")}
     real = {}
     for home in arguments.easyedit if arguments.smollm2 else ():
-        whole = kept_file(arguments.keep, home, "", list(METHODS), arguments.smollm2).is_file()  # done with all methods before
+        whole = kept_file(
+            arguments.keep, home, "", list(METHODS), arguments.smollm2
+        ).is_file()  # done with all methods before
         real[home] = in_process(
             home, "", list(METHODS) if whole else arguments.smollm2_methods, arguments.keep, arguments.smollm2
         )

@@ -267,9 +267,15 @@ class TestCacheCommand:
         assert "5 entries" in out and out.count(f"{LLAMA_DOWN}, riemann, m = 4, 4 layers") == 2
         assert "model" in out and "other" in out and filled[0].parent.name in out
 
-    def test_info_of_an_empty_cache(self, tiny, capsys):
-        assert kne("cache", "info", "--cache-dir", "nothing") == 0
+    def test_info_of_an_empty_cache(self, tiny, capsys, monkeypatch):
+        monkeypatch.setenv("KNE_CACHE", str(tiny / "nothing"))
+        assert kne("cache", "info") == 0
         assert "0 entries, 0 B in all" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("command", ["info", "verify", "prune --all"])
+    def test_a_folder_that_is_no_cache_is_not_sound(self, command, tmp_path, capsys):
+        assert kne("cache", *command.split(), "--cache-dir", str(tmp_path / "mistyped")) == 1
+        assert "--cache-dir: " in (said := capsys.readouterr().err) and "mistyped: no score cache; it has no" in said
 
     def test_verify_finds_the_damaged_one(self, filled, capsys):
         assert kne("cache", "verify", "--cache-dir", "cache") == 0

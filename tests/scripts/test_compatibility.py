@@ -126,7 +126,10 @@ def test_a_page_never_loses_versions(tmp_path, monkeypatch, capsys):
     both = ["pypi", checkout(tmp_path / "EasyEdit", "c" * 40)]
     command.main(["--easyedit", *both, "--keep", str(tmp_path), "--out", str(page)])
     written = page.read_text()
-    assert compatibility_page.versions_of(written) == ["PyPI release 0.0.1.dev0 (October 2023)", f"checkout of {'c' * 10} ()"]
+    assert compatibility_page.versions_of(written) == [
+        "PyPI release 0.0.1.dev0 (October 2023)",
+        f"checkout of {'c' * 10} ()",
+    ]
     with pytest.raises(SystemExit):
         command.main(["--easyedit", "pypi", "--keep", str(tmp_path), "--out", str(page)])
     assert "has 2 versions, which would be lost: PyPI" in capsys.readouterr().err and page.read_text() == written
