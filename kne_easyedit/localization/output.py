@@ -24,9 +24,11 @@ BAR = 30
 """Widest bar of the printed table, in characters."""
 
 
-_DECISIVE = ("model_name", "bf16", "fp16", "load_in", "target_modules", "layers", "use_chat_template", "separator")
-_DECISIVE += ("attribution_steps", "quadrature", "p", "aggregation", "score_scale")
-_DECISIVE += ("localization_data", "localization_size", "localization_offset")
+_DECISIVE = (
+    *("model_name", "bf16", "fp16", "load_in", "target_modules", "layers", "use_chat_template", "separator"),
+    *("attribution_steps", "quadrature", "p", "aggregation", "score_scale"),
+    *("localization_data", "localization_size", "localization_offset"),
+)
 """Settings that decide which neurons are found; others say how to train, or where and how fast to compute."""
 
 
