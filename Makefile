@@ -120,4 +120,4 @@ $(READY)-%: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-ability $(OLDEST) build dist outputs
+	rm -rf $(VENV) $(VENV)-ability $(OLDEST) build dist

@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from kne_easyedit._util.files import atomic_write
+
 HERE = Path(__file__).parent
 QUIET = """
 import logging, os, warnings
@@ -38,7 +40,8 @@ def main(names: list[str]) -> None:
     """Runs the named notebooks, or all of them."""
     for path in [HERE / name for name in names] or sorted(HERE.glob("*.ipynb")):
         start = time.perf_counter()
-        nbformat.write(execute(nbformat.read(path, as_version=4), HERE), path)
+        done = nbformat.writes(execute(nbformat.read(path, as_version=4), HERE))
+        atomic_write(path, done if done.endswith("\n") else f"{done}\n")  # a file of the repository
         print(f"{path.name}: {time.perf_counter() - start:.0f} s")
 
 

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,7 @@ def main() -> None:
             atomic_write(arguments.out / "editing_memory.json", json.dumps(figures, indent=1) + "\n")
         return
     hparams = KNEHyperParams.from_hparams(arguments.hparams)
+    baselines = baselines_of(arguments.hparams) if arguments.what == "methods" else {}
     model, tokenizer = load_model(hparams)
     requests = load_requests(
         arguments.data, arguments.records, 0 if arguments.data != "embedded" else hparams.localization_size
@@ -104,7 +105,10 @@ def main() -> None:
     if arguments.what == "rate":
         rate(model, tokenizer, requests, hparams, arguments.repeats, training_step)
         return
-    {"step": step, "below": below, "neighbours": neighbours, "profile": profile, "methods": methods}[arguments.what](
+    if arguments.what == "methods":
+        methods(model, tokenizer, requests, hparams, arguments.repeats, baselines)
+        return
+    {"step": step, "below": below, "neighbours": neighbours, "profile": profile}[arguments.what](
         model, tokenizer, requests, hparams, arguments.repeats
     )
 
@@ -236,15 +240,35 @@ def profile(
     print(f"median outside forward and backward {median(shares):.1%}")
 
 
+def baselines_of(file: Path) -> dict[str, Path]:
+    """The shipped files of the methods that KNE is compared with, for the model of a file of KNE's settings.
+
+    Raises:
+        FileNotFoundError: A method has no file of that name.
+    """
+    found = {method: shipped() / method / f"{file.stem}.yaml" for method in ("FT", "AdaLoRA")}
+    for method, path in found.items():
+        if not path.is_file():
+            there = ", ".join(sorted(its.name for its in path.parent.glob("*.yaml")))
+            raise FileNotFoundError(
+                f"--hparams: {method} has no {path.name}, and its file is found by the name of KNE's; "
+                f"{path.parent} has {there}"
+            )
+    return found
+
+
 def methods(
-    model: nn.Module, tokenizer: Tokenizer, requests: Sequence[dict], hparams: KNEHyperParams, repeats: int
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    requests: Sequence[dict],
+    hparams: KNEHyperParams,
+    repeats: int,
+    baselines: Mapping[str, Path],
 ) -> None:
-    """Seconds an edit of three methods, on the same facts, taking turns."""
+    """Seconds an edit of KNE and of ``baselines`` (method -> file), on the same facts, taking turns."""
     from kne_easyedit import bridge
 
-    settings = {"KNE": hparams} | {
-        m: bridge.load_method(m, shipped() / m / f"{model_file(hparams)}.yaml") for m in ("FT", "AdaLoRA")
-    }
+    settings = {"KNE": hparams} | {method: bridge.load_method(method, file) for method, file in baselines.items()}
     found: dict[str, list[float]] = {method: [] for method in settings}
     steps: dict[str, list[int]] = {method: [] for method in settings}
     here = Path.cwd()
@@ -309,11 +333,6 @@ def workers(
             f"{name:<28} {60 * len(facts) / median(seconds):6.1f} facts a minute, with {busy} other processes on "
             f"{available_cores()} cores"
         )
-
-
-def model_file(hparams: KNEHyperParams) -> str:
-    """The name of the shipped settings for the model."""
-    return Path(str(hparams.model_name)).name
 
 
 @contextlib.contextmanager

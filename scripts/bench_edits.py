@@ -12,12 +12,10 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from statistics import median
-from threading import Event, Thread
 from typing import Any
 
 import psutil
@@ -26,9 +24,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kne_easyedit import KNEHyperParams, compute_edit
-from kne_easyedit._util.machine import hardware
+from kne_easyedit._util.machine import PeakMemory, hardware
 from kne_easyedit.cli.common import shipped
 from kne_easyedit.editing.kne_edit import KNEEdit
+from kne_easyedit.editing.row_training import measured_answers
 from kne_easyedit.edits import EditStore, save_adapter
 from kne_easyedit.facts.encoding import Tokenizer
 from kne_easyedit.models.base import Base, base_of
@@ -36,7 +35,7 @@ from kne_easyedit.models.devices import environment
 from kne_easyedit.models.loading import load_model
 
 PROMPTS = ("The capital of France is", "The capital of Spain is", "Water boils at", "My favourite book is")
-"""Over which logits are compared: the edited fact, one like it, and others."""
+"""Over which logits are compared, beside the edited prompt: ones like it, and others."""
 FORMS: tuple[tuple[str, int | None], ...] = (
     ("portable", None),
     ("exact", None),
@@ -74,15 +73,17 @@ def forms(model: Any, tokenizer: Tokenizer, edit: KNEEdit) -> list[dict[str, Any
 
     Returns:
         For each form ``form``, ``rank``, ``share`` (of the model's file, in percent), ``error``, ``probability`` of
-        the answer, and ``merged`` and ``beside``: the largest difference of a logit from the edit in place, with the
-        adapter merged by PEFT and beside the weights.
+        the whole first answer, and ``merged`` and ``beside``: the largest difference of a logit from the edit in place,
+        with the adapter merged by PEFT and beside the weights.
     """
     from peft import PeftModel
 
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
-    base = logits(model, tokenizer)
+    facts = [answer.fact for answer in edit.answers]
+    prompts = tuple(dict.fromkeys((facts[0].prompt, *PROMPTS)))
+    base = logits(model, tokenizer, prompts)
     with edit.applied(model):
-        wanted = logits(model, tokenizer)
+        wanted = logits(model, tokenizer, prompts)
     largest = max(one.abs().max().item() for one in wanted)
     print(f"model {weights / 1e6:.0f} MB; logits up to {largest:.1f}; the base is {furthest(base, wanted):.2g} away")
     print(f"{'form':>9}{'rank':>6}{'MB':>8}{'share':>8}{'error':>8}{'P':>8}{'merged':>10}{'beside':>10}")
@@ -92,15 +93,15 @@ def forms(model: Any, tokenizer: Tokenizer, edit: KNEEdit) -> list[dict[str, Any
             report = save_adapter(edit, Path(folder) / "adapter", form=form, max_rank=rank, model=model)
             # Over a copy: what PEFT adds to weights it takes out again by subtraction, which rounds.
             served = PeftModel.from_pretrained(deepcopy(model), Path(folder) / "adapter").eval()
-            beside = logits(served, tokenizer)
-            merged = logits(served.merge_and_unload(), tokenizer)
+            beside, (answer, *_) = logits(served, tokenizer, prompts), measured_answers(served, facts)
+            merged = logits(served.merge_and_unload(), tokenizer, prompts)
         one = {
             "form": form,
             "rank": report.rank,
             "bytes": report.bytes,
             "share": 100 * report.bytes / weights,
             "error": report.error,
-            "probability": probability(beside[0], edit, tokenizer),
+            "probability": answer.probability,
             "merged": furthest(merged, wanted),
             "beside": furthest(beside, wanted),
         }
@@ -120,20 +121,15 @@ def forms(model: Any, tokenizer: Tokenizer, edit: KNEEdit) -> list[dict[str, Any
     return found
 
 
-def logits(model: Any, tokenizer: Tokenizer) -> list[Tensor]:
-    """Of the token after each of `PROMPTS`."""
+def logits(model: Any, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[Tensor]:
+    """Of the token after each of ``prompts``."""
     with torch.no_grad():
-        return [model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1] for prompt in PROMPTS]
+        return [model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1] for prompt in prompts]
 
 
 def furthest(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest difference of a logit."""
     return max((one - other).abs().max().item() for one, other in zip(found, wanted))
-
-
-def probability(after: Tensor, edit: KNEEdit, tokenizer: Tokenizer) -> float:
-    """Of the first token of the edit's answer, where ``after`` are the logits after its prompt."""
-    return after.softmax(-1)[edit.answers[0].fact.answer[0]].item()
 
 
 def memory(edits: int, same: bool, layers: int = 32, outputs: int = 4096, inputs: int = 11008) -> dict[str, float]:
@@ -161,9 +157,12 @@ def memory(edits: int, same: bool, layers: int = 32, outputs: int = 4096, inputs
         for what, off in (("apply", []), ("take one back", [edits // 2]), ("take all back", range(edits))):
             for number in off:
                 store.off(f"edit-{number}")
-            with watched() as most:
+            with PeakMemory(torch.device("cpu")) as peak:
+                held = resident() - before  # the peak is above this
                 store.apply(model)
-            found[what] = (most[0] - before) / 2**20
+            if peak.bytes is None:
+                raise RuntimeError("the peak of a process's memory is known on Linux only")
+            found[what] = (held + peak.bytes) / 2**20
     if conflict := base.conflict(base_of(model, names)):
         raise RuntimeError(f"not taken back: {conflict}")
     rows = "the same rows" if same else "rows of their own"
@@ -202,25 +201,6 @@ def random_edit(base: Base, count: int, seed: int) -> KNEEdit:
 def resident() -> int:
     """Bytes of this process that are in memory."""
     return psutil.Process().memory_info().rss
-
-
-@contextmanager
-def watched() -> Iterator[list[int]]:
-    """Gives a list with the largest number of `resident` bytes seen inside, every 5 ms."""
-    most, end = [resident()], Event()
-
-    def watch() -> None:
-        while not end.wait(0.005):
-            most[0] = max(most[0], resident())
-
-    thread = Thread(target=watch)
-    thread.start()
-    try:
-        yield most
-    finally:
-        end.set()
-        thread.join()
-        most[0] = max(most[0], resident())
 
 
 if __name__ == "__main__":

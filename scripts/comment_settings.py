@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from kne_easyedit._util import settings_text
+from kne_easyedit._util.files import atomic_write
 from kne_easyedit.hparams import KNEHyperParams
 
 FOLDER = Path(__file__).resolve().parents[1] / "hparams" / "KNE"
@@ -35,7 +36,7 @@ def main() -> int:
     for path in stale:
         print(f"{path.relative_to(FOLDER.parents[1])}: {'comments differ from KNEHyperParams' if check else 'written'}")
         if not check:
-            path.write_text(commented(texts[path]), encoding="utf-8")
+            atomic_write(path, commented(texts[path]))
     return int(check and bool(stale))
 
 

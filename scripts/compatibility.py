@@ -16,35 +16,67 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import MutableMapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from compatibility_cells import METHODS, SENTINEL
-from compatibility_page import text_of
+from compatibility_page import text_of, versions_of
+
+from kne_easyedit._util.digest import digest
+from kne_easyedit._util.files import atomic_write
+from kne_easyedit.benchmark.hydra_workers import surroundings
 
 
 def in_process(home: str, off: str, methods: list[str], keep: Path, smollm2: str | None = None) -> dict:
     """The cells of one EasyEdit, with some patches switched off, in a process of its own; kept in ``keep``."""
-    kept = kept_file(keep, home, off, methods, smollm2 is not None)
+    kept = kept_file(keep, home, off, methods, smollm2)
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
     found = _in_process(home, off, methods, smollm2)
     if "failed" not in found:  # a process that was killed must be run again
-        keep.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found), encoding="utf-8")
+        atomic_write(kept, json.dumps(found))
     return found
 
 
-def kept_file(keep: Path, home: str, off: str, methods: list[str], smollm2: bool) -> Path:
-    """The file of the cells of one process."""
-    return keep / f"{Path(home).name}-{off or 'all-patches'}{'-smollm2' if smollm2 else ''}-{'-'.join(methods)}.json"
+def kept_file(keep: Path, home: str, off: str, methods: list[str], smollm2: str | None = None) -> Path:
+    """The file of the cells of one process; its name changes with all that they depend on (`measured_with`)."""
+    name = home if home == "pypi" else Path(folder_of(home)).name
+    real = "" if smollm2 is None else "-smollm2"
+    what = digest(measured_with(home, smollm2))[:16]
+    return keep / f"{name}-{off or 'all-patches'}{real}-{'-'.join(methods)}-{what}.json"
+
+
+@cache
+def measured_with(home: str, smollm2: str | None) -> dict[str, str]:
+    """What the cells of an EasyEdit depend on: which one it is, versions, the package's sources, and the data."""
+    cells = Path(__file__).resolve().with_name("compatibility_cells.py")
+    before = dict(os.environ)
+    try:
+        _set_home(os.environ, home)
+        found = surroundings([] if smollm2 is None else [str(Path(smollm2).resolve())])
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return {**found, "folder": folder_of(home), "cells": digest(cells.read_text(encoding="utf-8"))}
+
+
+def folder_of(home: str) -> str:
+    """The absolute path of a checkout; ``pypi`` stays what it is."""
+    return home if home == "pypi" else str(Path(home).expanduser().resolve())
+
+
+def _set_home(environment: MutableMapping[str, str], home: str) -> None:
+    for name in ("EASYEDIT_HOME", "KNE_PATCHES_OFF"):
+        environment.pop(name, None)
+    if home != "pypi":
+        environment["EASYEDIT_HOME"] = folder_of(home)
 
 
 def _in_process(home: str, off: str, methods: list[str], smollm2: str | None) -> dict:
-    environment = {k: v for k, v in os.environ.items() if k not in ("EASYEDIT_HOME", "KNE_PATCHES_OFF")}
-    environment |= {
-        "KNE_PATCHES_OFF": off,
-        **({} if home == "pypi" else {"EASYEDIT_HOME": str(Path(home).expanduser().resolve())}),
-    }
+    environment = dict(os.environ)
+    _set_home(environment, home)
+    environment["KNE_PATCHES_OFF"] = off
     command = [
         sys.executable,
         str(Path(__file__).resolve().with_name("compatibility_cells.py")),
@@ -83,7 +115,7 @@ def version(home: str, methods: list[str], keep: Path) -> dict:
     }
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Finds all cells of all versions, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -110,19 +142,26 @@ def main() -> None:
         help="folder of what is done: an interrupted run goes on from there",
     )
     parser.add_argument("--out", type=Path, default=Path("docs/compatibility.md"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
+    there = versions_of(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else []
+    if len(set(map(folder_of, arguments.easyedit))) < len(there):
+        parser.error(
+            f"--easyedit: {arguments.out} has {len(there)} versions, which would be lost: {'; '.join(there)}; name "
+            "them all, or another page by --out"
+        )
     found = {}
     dates = dict(zip([home for home in arguments.easyedit if home != "pypi"], arguments.dates))
     for home in arguments.easyedit:
         found[home] = {**version(home, arguments.methods, arguments.keep), "date": dates.get(home, "")}
     real = {}
     for home in arguments.easyedit if arguments.smollm2 else ():
-        whole = kept_file(arguments.keep, home, "", list(METHODS), True).is_file()  # done with all methods before
+        whole = kept_file(
+            arguments.keep, home, "", list(METHODS), arguments.smollm2
+        ).is_file()  # done with all methods before
         real[home] = in_process(
             home, "", list(METHODS) if whole else arguments.smollm2_methods, arguments.keep, arguments.smollm2
         )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text_of(found, real, arguments.smollm2), encoding="utf-8")
+    atomic_write(arguments.out, text_of(found, real, arguments.smollm2))
     print(f"Written to {arguments.out}")
 
 

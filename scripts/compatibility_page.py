@@ -47,6 +47,9 @@ Portability and locality of ROME and MEMIT under the release of 2023 are of befo
 were of text after the edited prompts.
 """  # noqa: E501  (lines of the page)
 
+_RELEASE, _CHECKOUT = "PyPI release", "checkout of"
+"""What headings of versions begin with."""
+
 
 def text_of(found: dict[str, dict], smollm2: dict[str, dict], data: str | None) -> str:
     """The page.
@@ -68,9 +71,9 @@ def text_of(found: dict[str, dict], smollm2: dict[str, dict], data: str | None) 
     for home, of_version in found.items():
         easyedit = of_version["easyedit"]
         name = (
-            "PyPI release 0.0.1.dev0 (October 2023)"
+            f"{_RELEASE} 0.0.1.dev0 (October 2023)"
             if home == "pypi"
-            else f"checkout of {easyedit['version'][:10]} ({of_version.get('date', '')})"
+            else f"{_CHECKOUT} {easyedit['version'][:10]} ({of_version.get('date', '')})"
         )
         parts.append(f"\n## {name}\n")
         table = {(c["method"], c["mode"]): c for c in of_version["cells"]}
@@ -111,6 +114,12 @@ def text_of(found: dict[str, dict], smollm2: dict[str, dict], data: str | None) 
             if "failed" in rows:
                 parts.append(f"| {_short(home, found)} | | | failed: {rows['failed']} | | | | |")
     return "\n".join(parts) + "\n"
+
+
+def versions_of(page: str) -> list[str]:
+    """The versions of EasyEdit that a page has, by their headings."""
+    headings = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
+    return [heading for heading in headings if heading.startswith((_RELEASE, _CHECKOUT))]
 
 
 def _short(home: str, found: dict) -> str:

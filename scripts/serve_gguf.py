@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kne_easyedit.edits import adapter_to_gguf, save_adapter
+from kne_easyedit.edits.gguf_adapter import GgufBase, read_gguf_base
 from kne_easyedit.models.smollm2 import smollm2_gguf, smollm2_path
 
 SETTINGS = Path(__file__).resolve().parents[1] / "hparams" / "KNE" / "smollm2-135m.yaml"
@@ -38,18 +39,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.out is not None and options.out.exists():
         parser.error(f"--out: {options.out} exists; name a new file, or remove it first")
+    base = checked_base(parser, options)
     with tempfile.TemporaryDirectory() as folder:
         adapter = options.adapter
         if adapter is None:
-            if not options.ask or not options.expect:
-                parser.error("without --adapter, --ask and --expect are the fact that is edited")
             adapter = Path(folder) / "adapter"
             make_adapter(adapter, options.ask[0], options.expect, options.subject, options.max_rank)
-        base = smollm2_gguf() if options.base is None else options.base
         converted = Path(folder) / "adapter.gguf" if options.out is None else options.out
-        names = adapter_to_gguf(adapter, base, converted, options.dtype)
-        print(f"{len(names)} modules, {converted.stat().st_size / 1e6:.1f} MB, over {base.name}")
-        return show(base, converted, options.ask, options.expect, options.tokens) if options.ask else 0
+        try:
+            names = adapter_to_gguf(adapter, base, converted, options.dtype)
+        except (ValueError, OSError) as error:
+            parser.error(f"--adapter: {error}")
+        print(f"{len(names)} modules, {converted.stat().st_size / 1e6:.1f} MB, over {base.path.name}")
+        return show(base.path, converted, options.ask, options.expect, options.tokens) if options.ask else 0
+
+
+def checked_base(parser: argparse.ArgumentParser, options: argparse.Namespace) -> GgufBase:
+    """The base, once the options fit each other and all that they need is there: an edit is not lost for it.
+
+    Ends the program with a message about the option otherwise.
+    """
+    if options.adapter is None and not (options.ask and options.expect):
+        parser.error("without --adapter, --ask and --expect are the fact that is edited")
+    if options.expect is not None and not options.ask:
+        parser.error("--expect: is about the answer to --ask, which is missing")
+    for name in ("subject", "max_rank"):
+        if options.adapter is not None and getattr(options, name) is not None:
+            parser.error(f"--{name.replace('_', '-')}: is of an edit that is made here; leave it out, or --adapter")
+    if options.adapter is not None and not options.adapter.is_dir():
+        parser.error(f"--adapter: {options.adapter} is no folder; `kne adapter` writes one")
+    try:
+        base = read_gguf_base(smollm2_gguf() if options.base is None else options.base)
+        if options.adapter is None and options.base is not None:
+            edited = read_gguf_base(smollm2_gguf())
+            if layers_of(base) != layers_of(edited):
+                parser.error("--base: is no file of SmolLM2-135M, in which the fact is edited; give --adapter, too")
+    except (ImportError, ValueError) as error:
+        parser.error(f"--base: {error}")
+    if options.ask:
+        try:
+            import llama_cpp  # noqa: F401  (only whether it is there)
+        except ImportError as error:
+            parser.error(f"--ask: llama.cpp is missing ({error}); docs/serving.md says how it is built")
+    return base
+
+
+def layers_of(base: GgufBase) -> dict[str, tuple[int, int]]:
+    """The matrices of a base's layers; whether the output head has a copy of its own is up to the converter."""
+    return {name: shape for name, shape in base.shapes.items() if name.startswith("blk.")}
 
 
 def make_adapter(folder: Path, prompt: str, target: str, subject: str | None, max_rank: int | None) -> None:

@@ -33,6 +33,12 @@ from kne_easyedit.metrics import METRICS, PERCENT, Metric
 
 HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
 _BY_KEY = {metric.key: metric for metric in METRICS}
+FAILED = "failed.json"
+"""In the folder of the results: jobs that were stopped, and why; under their settings nothing is measured."""
+
+
+class SettingFailed(ValueError):
+    """A setting cannot be chosen: a job was stopped, or no record was edited."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def figures_of(folder: Path, label: str) -> tuple[dict[str, float], int]:
 
     Raises:
         FileNotFoundError: It has not been run.
-        ValueError: It has no results.
+        SettingFailed: It has no results.
     """
     file = folder / "summary.json"
     if not file.is_file():
@@ -163,13 +169,23 @@ def figures_of(folder: Path, label: str) -> tuple[dict[str, float], int]:
     wanted = [metric.key for metric in METRICS if metric.unit == PERCENT or metric.key == "seconds_per_edit"]
     found = {key: summary[key] for key in wanted if summary.get(key) is not None}
     if not found:
-        raise ValueError(f"{file}: no record of {label} was edited")
+        raise SettingFailed(f"{label}: no record was edited ({file})")
     return found, summary["records"]
 
 
-def candidate(base: Mapping[str, Any], plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Candidate:
-    """What was measured of one setting; a metric that a data set lacks is left out."""
+def candidate(
+    base: Mapping[str, Any], plan: Mapping[str, Any], settings: Mapping[str, Any], failed: Mapping[str, str]
+) -> Candidate:
+    """What was measured of one setting; a metric that a data set lacks is left out.
+
+    Raises:
+        FileNotFoundError: A job of it has not been run.
+        SettingFailed: A job of it is in ``failed`` (`failures`), or has edited nothing.
+    """
     jobs = {data: job(base, plan, data, settings) for data in plan["data"]}
+    for its in jobs.values():
+        if reason := failed.get(place_of(its)):
+            raise SettingFailed(f"{its['method']['label']} on {its['data']['name']}: {reason}")
     measured = {data: figures_of(job_folder(its), its["method"]["label"]) for data, its in jobs.items()}
     of = {data: figures for data, (figures, _) in measured.items()}
     first, *others = of.values()
@@ -180,6 +196,30 @@ def candidate(base: Mapping[str, Any], plan: Mapping[str, Any], settings: Mappin
         of,
         sum(n for _, n in measured.values()),
     )
+
+
+def candidates_of(
+    base: Mapping[str, Any], plan: Mapping[str, Any], grid: Sequence[Mapping[str, Any]], failed: Mapping[str, str]
+) -> list[Candidate]:
+    """The settings of a grid that were measured; why others cannot be chosen is printed. Raises FileNotFoundError."""
+    found = []
+    for settings in grid:
+        try:
+            found.append(candidate(base, plan, settings, failed))
+        except SettingFailed as error:  # noqa: PERF203  (each setting by itself)
+            print(f"not chosen: {error}")
+    return found
+
+
+def place_of(settings: Mapping[str, Any]) -> str:
+    """The folder of a job within that of the results."""
+    return job_folder(settings).relative_to(settings["out"]).as_posix()
+
+
+def failures(out: Path) -> dict[str, str]:
+    """`place_of` a job that was stopped -> why; an earlier run's, too."""
+    file = out / FAILED
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 # What is written
@@ -239,53 +279,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{unknown[0]!r} is not in {given.plan.name}; there are {', '.join(plan['methods'])}")
     methods = given.methods or list(plan["methods"])
     bases = {name: configuration(name, given.model, [f"out={given.out}", *given.set]) for name in methods}
-    failed: set[str] = set()
+    out = Path(given.out)
     if not given.report_only:
         keep_large_blocks()
-        failed = run_all(
+        run_all(
             [
                 job(bases[name], plan, data, settings)
                 for name in methods
                 for settings in plan["methods"][name]
                 for data in plan["data"]
-            ]
+            ],
+            out,
         )
+    failed = failures(out)
     for name in methods:
-        grid = [its for its in plan["methods"][name] if label_of(bases[name], its) not in failed]
         try:
-            candidates = [candidate(bases[name], plan, settings) for settings in grid]
+            candidates = candidates_of(bases[name], plan, plan["methods"][name], failed)
         except FileNotFoundError as error:
             if not given.report_only:
                 raise
             print(f"{name}: not finished ({error})\n")
             continue
+        if not candidates:
+            print(f"{name}: none of its settings can be chosen; put others into {given.plan}\n")
+            continue
         chosen = choose(candidates, plan["choice"])
         text = f"## {name}\n\n{table(candidates, chosen, plan['choice'])}\n"
-        atomic_write(Path(given.out) / f"{name}.md", text)
+        atomic_write(out / f"{name}.md", text)
         atomic_write(given.to / f"{name}_tuned.yaml", tuned_file(bases[name], chosen, plan["budget"]))
         print(f"{text}\nchosen: {chosen.name}\n")
 
 
-def run_all(jobs: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Runs jobs one after the other.
+def run_all(jobs: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Runs jobs one after the other. One that is stopped ends no other: `FAILED` has it, until it succeeds.
+
+    It is stopped if no record could be edited, or if the method has left the model changed.
 
     Args:
         jobs: Their configurations.
-
-    Returns:
-        Labels of the settings under which a method has left the model changed: they cannot be chosen.
+        out: The folder of the results.
     """
-    failed = set()
     with tqdm(jobs, desc="tune", unit="job") as bar:
         for settings in bar:
             label = settings["method"]["label"]
             bar.set_postfix_str(f"{label} on {settings['data']['name']}")
+            reason = None
             try:
                 run(job_of(settings, HPARAMS))
             except RunStopped as error:
                 bar.write(f"{label}: {error}")
-                failed.add(label)
-    return failed
+                reason = str(error)
+            known = failures(out)
+            others = {place: why for place, why in known.items() if place != place_of(settings)}
+            now = others if reason is None else {**others, place_of(settings): reason}
+            if now != known:
+                atomic_write(out / FAILED, json.dumps(now, indent=1) + "\n")
 
 
 if __name__ == "__main__":

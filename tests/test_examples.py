@@ -31,8 +31,9 @@ PROMISES = {
         r"^rewrite_acc: 0\.0 1\.0$",
         r"^no edit +'Berlin",
         r"^KNE +'Saint Petersburg",
+        r"^FT-L +'",
         r"^\| KNE +\| +100\.00 ",
-        r"^\| FT +\|",
+        r"^\| FT-L +\|",
         r"^unedited again: True$",
     ),
 }
@@ -90,6 +91,26 @@ def test_stored_outputs_are_those_of_a_whole_clean_run(name):
 def test_a_promise_that_is_not_kept_is_found():
     text = printed(read("edit_with_easyedit"))
     assert broken("edit_with_easyedit", text.replace("Rome", "Paris")) == [r"^after: +Rome"]
+
+
+def test_a_saved_model_is_not_left_behind():
+    *_, last = [cell for cell in read("edit_without_easyedit").cells if cell.cell_type == "code"]
+    assert last.source.startswith("shutil.rmtree(scratch)")
+
+
+def test_a_notebook_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    module = runner()
+    (tmp_path / "one.ipynb").write_text((EXAMPLES / "edit_with_easyedit.ipynb").read_text())
+    before, text = (tmp_path / "one.ipynb").read_bytes(), module.nbformat.writes
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "execute", lambda notebook, _: notebook)
+    monkeypatch.setattr(module.nbformat, "writes", lambda notebook: text(notebook)[:-1] + "\udc80")  # half a character
+    with pytest.raises(UnicodeEncodeError):
+        module.main([])
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+    monkeypatch.setattr(module.nbformat, "writes", text)
+    module.main(["one.ipynb"])  # converse
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
 @pytest.mark.model

@@ -269,3 +269,9 @@ def test_the_sdist_builds_the_same_wheel(built, tmp_path):
     assert not [name for name in names if name.startswith(("outputs", "docs/results", ".venv"))]
     (source,) = (tmp_path / "source").iterdir()
     assert contents(build(source, tmp_path / "wheel", "--wheel")) == contents(wheel)
+
+
+def test_cleaning_leaves_what_was_measured():
+    """The documents put edits, stores and days of measurements into ``outputs``."""
+    (removed,) = re.findall(r"^clean:.*\n\trm -rf (.*)\n", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"build", "dist"} <= set(removed.split()) and "outputs" not in removed

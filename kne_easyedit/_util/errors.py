@@ -8,3 +8,13 @@ class RunStopped(RuntimeError):
 
     The message says why, and what to do.
     """
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice: Python's, or torch's of a GPU or of the CPU's allocator.
+
+    torch is not imported for it: its errors are known by their names and texts.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))

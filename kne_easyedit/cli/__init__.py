@@ -9,7 +9,7 @@ import argparse
 import logging
 import sys
 
-from kne_easyedit._util.errors import RunStopped
+from kne_easyedit._util.errors import RunStopped, lacks_memory
 from kne_easyedit._util.machine import keep_large_blocks
 from kne_easyedit._util.messages import is_utf8, without_effects
 from kne_easyedit.cli import (
@@ -33,6 +33,11 @@ from kne_easyedit.cli import (
     show,
     study,
     summarize,
+)
+
+_LESS_MEMORY = (
+    "a lower chunk_rows bounds attribution, bf16=true halves the weights (--set), --workers 1 takes one process; "
+    "kne doctor estimates the need"
 )
 
 
@@ -59,6 +64,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         said = str(error) or f"{type(error).__name__} without a message (the option --verbose shows where)"
         print(f"kne: {without_effects(said)}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if arguments.verbose or not lacks_memory(error):
+            raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        print(f"kne: out of memory: {without_effects(said)}; {_LESS_MEMORY}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         what = getattr(arguments, "interrupted", "the same command resumes")

@@ -52,6 +52,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _info(arguments: argparse.Namespace) -> int:
     from kne_easyedit.attribution.score_cache import DamagedEntry, read_entry, scores_folder
 
+    _require_cache(arguments.cache_dir, "--cache-dir")
     found: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     names, damaged, unreadable = {}, 0, 0
     for path, size in _sizes(arguments.cache_dir):
@@ -91,6 +92,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from kne_easyedit.attribution.score_cache import entry_files
 
+    _require_cache(arguments.cache_dir, "--cache-dir")
     paths = list(entry_files(arguments.cache_dir))
     checked = map(_complaint, tqdm(paths, desc="verify", unit="entry", disable=not paths))
     complaints = [complaint for complaint in checked if complaint]
@@ -125,6 +127,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         stat_of,
     )
 
+    _require_cache(arguments.cache_dir, "--cache-dir")
     oldest = time.time() - 86400 * (arguments.older_than or 0)
     if arguments.model and not list(scores_folder(arguments.cache_dir).glob(f"{arguments.model}*/")):
         raise ValueError(
@@ -173,8 +176,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     from kne_easyedit.attribution.score_cache import entry_files, scores_folder
 
     for folder in arguments.caches:
-        if not scores_folder(folder).is_dir():
-            raise ValueError(f"{folder}: no score cache; it has no folder {scores_folder(folder).name!r}")
+        _require_cache(folder)
         if scores_folder(folder).resolve() == scores_folder(arguments.cache_dir).resolve():
             raise ValueError(f"{folder}: is the cache that the others are taken into (--cache-dir)")
     found: Counter[str] = Counter()
@@ -185,6 +187,15 @@ def _merge(arguments: argparse.Namespace) -> int:
         f"already, {found['damaged']} damaged; now in {scores_folder(arguments.cache_dir)}"
     )
     return 1 if found["damaged"] else 0
+
+
+def _require_cache(folder: Path | None, option: str = "") -> None:
+    """Raises ValueError if a folder that was named is no score cache; the user's own may not exist yet."""
+    from kne_easyedit.attribution.score_cache import scores_folder
+
+    if folder is not None and not scores_folder(folder).is_dir():
+        what = f"{option}: {folder}" if option else f"{folder}"
+        raise ValueError(f"{what}: no score cache; it has no folder {scores_folder(folder).name!r}")
 
 
 def _merged(path: Path, folder: Path | None) -> str:

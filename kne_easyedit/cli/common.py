@@ -84,6 +84,14 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """The type of an option that takes a number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
+    return value
+
+
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which model and which of its modules, under which settings."""
     parser.add_argument(
@@ -220,6 +228,13 @@ def require_folder(path: Path, option: str = "--out") -> None:
             if not os.access(part, os.W_OK | os.X_OK):
                 raise ValueError(f"{option}: nothing can be written into {part}; name another folder")
             return
+
+
+def require_file(path: Path, option: str = "--out") -> None:
+    """Raises ValueError, naming the option, if a file of results cannot be where it is asked for."""
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder, expected the name of a file")
+    require_folder(path.parent, option)
 
 
 def require_new(folder: Path) -> None:

@@ -13,6 +13,7 @@ from kne_easyedit.cli.common import (
     add_general,
     add_settings_of_model,
     load_settings,
+    not_negative,
     of_the_paper,
     positive,
     require_folder,
@@ -54,7 +55,11 @@ def add_commands(commands: Any) -> None:
         help="facts that cannot be used (default %(default)s)",
     )
     parser.add_argument(
-        "--neighbours", type=int, default=4, metavar="N", help="neighbours asked of each fact (default %(default)s)"
+        "--neighbours",
+        type=not_negative,
+        default=4,
+        metavar="N",
+        help="neighbours asked of each fact; 0: none (default %(default)s)",
     )
     add_general(parser)
     where = parser.add_mutually_exclusive_group(required=True)
@@ -133,7 +138,7 @@ def _edit(arguments: argparse.Namespace) -> int:
         f"{edit.losses[0]:.3f} -> {edit.losses[-1]:.3f}, {edit.size} rows of {len(edit.deltas)} modules"
     )
     with rows_added(model, edit.deltas if beside else {}):
-        print_questions(questions, before, questions.ask(model))
+        print_questions(questions, before, questions.ask(model), arguments.neighbours)
         if examination:
             print("\nbeside the facts:")
             print_rows([("", "before", "after"), *general_rows(general_before, examination.of(model, tokenizer))])

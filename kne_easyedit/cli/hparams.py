@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kne_easyedit.cli.common import pattern_of_settings, shipped_for
+from kne_easyedit.cli.common import pattern_of_settings, require_file, shipped_for
 
 
 def add_commands(commands: Any) -> None:
@@ -27,6 +27,8 @@ def _hparams(arguments: argparse.Namespace) -> int:
     out: Path | None = arguments.out
     if out is not None and out.exists():
         raise ValueError(f"--out: {out} exists; remove it, or choose another name")
+    if out is not None:
+        require_file(out)
     text = settings_for(arguments.model, pattern_of_settings())
     if own := shipped_for(arguments.model):
         print(f"kne: {own} is shipped for this model, with settings that were tried", file=sys.stderr)

@@ -59,15 +59,18 @@ def localize_into(folder: Path, hparams: KNEHyperParams, workers: int = 1, shard
             the cache.
 
     Raises:
-        ValueError: The settings name no data, the shard is none or holds no fact, or `study` raises it.
+        ValueError: ``folder`` has results of other settings, the settings name no data, the shard is none or holds no
+            fact, or `study` raises it.
     """
     i, n = shard_of(shard)
     from kne_easyedit.localization.data import localization_requests
     from kne_easyedit.localization.localizer import Localization
-    from kne_easyedit.localization.output import print_study, save_study
+    from kne_easyedit.localization.output import print_study, require_same_settings, save_study
     from kne_easyedit.localization.stability import study
     from kne_easyedit.models.loading import load_model
 
+    if n == 1:
+        require_same_settings(folder, hparams)
     requests, data = localization_requests(hparams), str(hparams.localization_data)
     wanted = "" if len(requests) == hparams.localization_size else f" ({hparams.localization_size} wanted)"
     print(f"model {hparams.model_name}, {len(requests)} facts{wanted} of {data}", flush=True)

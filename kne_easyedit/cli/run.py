@@ -17,6 +17,13 @@ from kne_easyedit.facts.records import load_records
 SHOWN = 3
 """Records of a run whose answers are printed as soon as they are edited."""
 
+_OF_THE_RUN = {
+    "model_name": "say --model NAME",
+    "device": "say --set device=...",
+    "alg_name": "--methods names the methods, --hparams their files",
+}
+"""Settings that no method has for itself, and how they are given."""
+
 
 def add_commands(commands: Any) -> None:
     """Adds the command to the parser's subcommands. Options for optional settings of a `Run` bear their names."""
@@ -140,6 +147,8 @@ def _override(hparams: dict[str, Any], overrides: dict[str, object], arguments: 
     others: dict[str, dict[str, object]] = {}
     for name, value in overrides.items():
         method, dot, setting = name.rpartition(".")
+        if dot and setting in _OF_THE_RUN:
+            raise ValueError(f"--set {name}: one run has one model on one device; {_OF_THE_RUN[setting]}")
         if not dot or method == "KNE":
             kne[setting] = value
         elif method not in hparams:
@@ -152,6 +161,9 @@ def _override(hparams: dict[str, Any], overrides: dict[str, object], arguments: 
         if "device" in kne:  # one model is on one device
             for its in hparams.values():
                 its.device = hparams["KNE"].device
+    elif kne.keys() == {"device"} and not arguments.modules:
+        for its in hparams.values():
+            its.device = kne["device"]
     elif kne.keys() - {"localization_data", "localization_size"} or arguments.modules:
         option = "--modules" if arguments.modules else f"--set {min(kne)}"
         raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kne_easyedit._util.messages import printable
+from kne_easyedit.cli.common import require_file
 from kne_easyedit.cli.edited import is_store, load_edit, open_store
 
 BAR = 24
@@ -39,6 +40,8 @@ def add_commands(commands: Any) -> None:
 def _show(arguments: argparse.Namespace) -> int:
     from kne_easyedit.edits.sizes import ensemble_of, shared_rows, sizes_of
 
+    if arguments.picture is not None:
+        require_file(arguments.picture, "--picture")
     edit = load_edit(arguments.edit)
     others = [(path, load_edit(path)) for path in arguments.others]
     _print_facts(edit, arguments.edit)

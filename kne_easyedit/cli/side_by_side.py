@@ -14,8 +14,17 @@ FACTS = 3
 """Facts of an edit that are shown with their neighbours."""
 
 
-def print_questions(questions: Questions, before: Mapping[Question, Said], after: Mapping[Question, Said]) -> None:
-    """Prints each fact with the probabilities of its new and old answer, and the answers of its neighbours."""
+def print_questions(
+    questions: Questions, before: Mapping[Question, Said], after: Mapping[Question, Said], wanted: int
+) -> None:
+    """Prints each fact with the probabilities of its new and old answer, and the answers of its neighbours.
+
+    Args:
+        questions: What was asked.
+        before: What the unedited model has said.
+        after: What the edited one says.
+        wanted: How many neighbours of each fact were to be asked.
+    """
     for fact, neighbours in zip(questions.facts, questions.neighbours):
         assert fact.new is not None  # noqa: S101  (for the type checker: facts have one)
         was, now = before[fact], after[fact]
@@ -33,7 +42,7 @@ def print_questions(questions: Questions, before: Mapping[Question, Said], after
             )
             same = sum(kept(before[one].answer, after[one].answer) for one in neighbours)
             print(f"  {same} of {len(neighbours)} begin as before")
-        else:
+        elif wanted:
             print("  no neighbours are known: neither the packaged facts nor the model name other subjects")
 
 

@@ -6,8 +6,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -102,8 +101,10 @@ def _study(arguments: argparse.Namespace) -> int:
     from kne_easyedit.studies.plan import plan_for
 
     require_folder(arguments.out)
-    with _settings_folder(arguments) as folder:
-        settings = _configuration(arguments, folder)
+    folder = arguments.out / "settings"
+    with tempfile.TemporaryDirectory() as temporary:
+        planned = Path(temporary)
+        settings = _configuration(arguments, planned)
         values, sequences, series = (
             None if text is None else [part.strip() for part in text.split(",")]
             for text in (arguments.values, arguments.sequences, arguments.series)
@@ -111,12 +112,16 @@ def _study(arguments: argparse.Namespace) -> int:
         if arguments.ensembles_only and arguments.study != "facts":
             raise ValueError(f"--ensembles-only: belongs to the study facts, not to {arguments.study}")
         draws = arguments.draws or (DRAWS if arguments.ensembles_only else None)
-        plan = plan_for(settings, folder, arguments.study, values, draws, sequences, series)
+        plan = plan_for(settings, planned, arguments.study, values, draws, sequences, series)
         jobs = [point.configured(settings) for point in plan.points]
-        if arguments.ensembles_only:
-            return _compare_ensembles(plan, jobs, folder, arguments)
-        _print_plan(plan, jobs, arguments.out)
-        return 0 if arguments.dry_run else _run_all(jobs, folder, arguments.out)
+        if not arguments.ensembles_only:
+            _print_plan(plan, jobs, arguments.out)
+        if not arguments.dry_run:  # kept with the results; a command that is refused replaces none
+            for file in planned.rglob("*.yaml"):
+                atomic_write(folder / file.relative_to(planned), file.read_bytes())
+    if arguments.ensembles_only:
+        return _compare_ensembles(plan, jobs, folder, arguments)
+    return 0 if arguments.dry_run else _run_all(jobs, folder, arguments.out)
 
 
 def _compare_ensembles(
@@ -151,16 +156,6 @@ def _compare_ensembles(
     page = publish_overlaps(found, of, arguments.out / "report")
     print(f"\n{overlap_table(found)}\n\nWritten to {arguments.out}: ensembles, {page.relative_to(arguments.out)}")
     return 0
-
-
-@contextmanager
-def _settings_folder(arguments: argparse.Namespace) -> Iterator[Path]:
-    """Where the hyperparameter file of the study's jobs is written: kept with its results."""
-    if not arguments.dry_run:
-        yield arguments.out / "settings"
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 def _configuration(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from kne_easyedit._util.cards import card_head, has_hub_form
 from kne_easyedit._util.files import new_directory, parse_json
 from kne_easyedit._util.markdown import literal, table_of_rows
 from kne_easyedit._util.messages import shorten
@@ -35,7 +36,6 @@ _COPIED = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".md")
 _TEXTS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _FOLDERS = ("additional_chat_templates",)
 _PLAIN = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def merge_edits(
@@ -222,10 +222,9 @@ def _stored_shape(module: BaseModule) -> tuple[int, int]:
 def _card(edits: Sequence[Any]) -> str:
     """The model card: what the model is, and what was edited."""
     base = edits[0].base
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if base.revision and _HUB_NAME.fullmatch(base.name):  # a commit tells a name of the hub from a folder
-        head.append(f"base_model: {base.name}")
-    head += ["tags:", "- knowledge-editing", "- kne", "---", ""]
+    on_hub = base.revision and has_hub_form(base.name)  # a commit tells a name of the hub from a folder
+    tags = ["knowledge-editing", "kne"]
+    head = card_head("transformers", base.name if on_hub else None, tags, pipeline_tag="text-generation")
     name = Path(base.name).name or base.architecture
     rows = [["prompt", "new answer", "loss", "edit"]]
     for edit in edits:

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import yaml
-
+from kne_easyedit._util.cards import card_head, has_hub_form
 from kne_easyedit._util.markdown import literal, table_of_rows
 
 LISTED = 100
 """Facts that a card names at most; of the others it gives the number."""
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def has_hub_form(name: str) -> bool:
-    """Whether a name has the form ``owner/model`` of the hub. So has a relative path."""
-    return _HUB_NAME.fullmatch(name) is not None
 
 
 def is_hub_name(name: str) -> bool:
@@ -33,15 +25,6 @@ def is_hub_name(name: str) -> bool:
 def shown_name(name: str, on_hub: bool) -> str:
     """A model's name for others to read: the hub's name, or the last part of a path."""
     return name if on_hub else PurePosixPath(PureWindowsPath(name).as_posix()).name
-
-
-def card_head(library: str, base: str | None, tags: Sequence[str], **more: str) -> list[str]:
-    """The YAML head of a card, ``base`` the hub's name of the base model, if it has one."""
-    head: dict[str, Any] = {"library_name": library, **more}
-    if base is not None:
-        head["base_model"] = base
-    head["tags"] = list(tags)
-    return ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), "---", ""]
 
 
 def facts_table(facts: Sequence[tuple[str, str]]) -> list[str]:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kne_easyedit._util.cards import card_head, has_hub_form
 from kne_easyedit._util.markdown import literal
 from kne_easyedit.editing.edit_files import JSON_FILE, ROWS_FILE
 from kne_easyedit.editing.kne_edit import KNEEdit
 from kne_easyedit.editing.lacking import lacking_note
-from kne_easyedit.edits.adapter_card import card_head, facts_table, has_hub_form, is_hub_name, shown_name
+from kne_easyedit.edits.adapter_card import facts_table, is_hub_name, shown_name
 from kne_easyedit.edits.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 
 CARD = "README.md"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import nn
 
-from kne_easyedit._util.files import atomic_write
-from kne_easyedit._util.messages import printable
+from kne_easyedit._util.files import atomic_write, parse_json
+from kne_easyedit._util.messages import printable, shorten
 from kne_easyedit._util.settings import public_settings
 from kne_easyedit.facts.encoding import Fact
 from kne_easyedit.localization.explain import Explanation, Neuron
@@ -18,8 +19,42 @@ from kne_easyedit.localization.settings import LocalizationSettings
 from kne_easyedit.localization.stability import Study
 from kne_easyedit.models.devices import environment
 
+SUMMARY = "summary.json"
 BAR = 30
 """Widest bar of the printed table, in characters."""
+
+
+_DECISIVE = (
+    *("model_name", "bf16", "fp16", "load_in", "target_modules", "layers", "use_chat_template", "separator"),
+    *("attribution_steps", "quadrature", "p", "aggregation", "score_scale"),
+    *("localization_data", "localization_size", "localization_offset"),
+)
+"""Settings that decide which neurons are found; others say how to train, or where and how fast to compute."""
+
+
+def decisive_settings(hparams: LocalizationSettings) -> dict[str, Any]:
+    """The settings on which the results of a localisation depend, as a summary has them."""
+    found = {**public_settings(hparams), "model_name": str(hparams.model_name)}
+    return {name: json.loads(json.dumps(found[name])) for name in _DECISIVE if name in found}
+
+
+def require_same_settings(folder: Path, hparams: LocalizationSettings) -> None:
+    """Raises ValueError if a folder has results of other settings: users name its ensemble in their files.
+
+    Settings that the version that wrote it did not know are not compared.
+    """
+    file = folder / SUMMARY
+    if not file.is_file():
+        return
+    try:
+        there = parse_json(file.read_bytes())["hparams"]
+        known = [(name, there[name], its) for name, its in decisive_settings(hparams).items() if name in there]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: no summary of a localisation; name another folder, or remove this file") from error
+    if shown := [f"{name}: {shorten(was)} there, {shorten(its)} now" for name, was, its in known if was != its]:
+        raise ValueError(
+            f"{folder} has results of other settings ({'; '.join(shown)}); name another folder, or remove this one"
+        )
 
 
 def save_study(found: Study, folder: Path, model: nn.Module, hparams: LocalizationSettings, data: str) -> None:
@@ -68,7 +103,7 @@ def save_study(found: Study, folder: Path, model: nn.Module, hparams: Localizati
         "hparams": {**public_settings(hparams), "model_name": str(hparams.model_name)},
         "environment": environment(model),
     }
-    atomic_write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    atomic_write(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     draw_ensemble(
         ensemble,
         folder / "ensemble.png",

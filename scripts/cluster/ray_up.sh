@@ -32,9 +32,10 @@ start_node() {
     echo $! > "$folder/node-$number.pid"
 }
 
-# Waits until so many nodes are alive: up to two minutes.
+# Waits until so many nodes are alive: up to two minutes, however long one look takes.
 until_alive() {
-    for _ in $(seq 60); do
+    local end=$((SECONDS + 120))
+    while ((SECONDS < end)); do
         if timeout 20 ray status --address="$address" 2> /dev/null | grep -c ' node_[0-9a-f]' | grep -qx "$1"; then return 0; fi
         sleep 1
     done

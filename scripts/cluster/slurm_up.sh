@@ -23,6 +23,7 @@ if [ -e "$folder" ] && [ -n "$(ls -A "$folder")" ]; then
     exit 2
 fi
 mkdir -p "$folder"/{db,state,spool}
+chmod 700 "$folder/db" # the database's root has no password: who reaches its socket may do everything
 folder=$(cd "$folder" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
 # A cluster that does not come up leaves no processes behind.
@@ -39,9 +40,10 @@ print(*(one.getsockname()[1] for one in sockets))
 PYTHON
 )
 
-# Waits until a command succeeds: up to 60 seconds.
+# Waits until a command succeeds: up to 60 seconds, however fast or slow it fails.
 until_ok() {
-    for _ in $(seq 40); do
+    local end=$((SECONDS + 60))
+    while ((SECONDS < end)); do
         if timeout 5 "$@" > /dev/null 2> "$folder/last-error.log"; then return 0; fi
         sleep 0.25
     done
@@ -55,9 +57,9 @@ munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --
 
 mariadb-install-db --no-defaults --user="$user" --datadir="$folder/db" --auth-root-authentication-method=normal \
     --skip-test-db > "$folder/mariadb-install.log" 2>&1
-setsid mariadbd --no-defaults --user="$user" --datadir="$folder/db" --socket="$folder/db.socket" --skip-networking \
+setsid mariadbd --no-defaults --user="$user" --datadir="$folder/db" --socket="$folder/db/socket" --skip-networking \
     --pid-file="$folder/mariadbd.pid" --innodb-buffer-pool-size=64M > "$folder/mariadbd.log" 2>&1 < /dev/null &
-until_ok mariadb --no-defaults --socket="$folder/db.socket" --user=root -e "CREATE DATABASE IF NOT EXISTS slurm"
+until_ok mariadb --no-defaults --socket="$folder/db/socket" --user=root -e "CREATE DATABASE IF NOT EXISTS slurm"
 
 cat > "$folder/slurmdbd.conf" <<CONF
 AuthType=auth/munge
@@ -108,7 +110,7 @@ NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=$memory State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 export SLURM_CONF=$folder/slurm.conf
-MYSQL_UNIX_PORT=$folder/db.socket slurmdbd > "$folder/slurmdbd.out.log" 2>&1
+MYSQL_UNIX_PORT=$folder/db/socket slurmdbd > "$folder/slurmdbd.out.log" 2>&1
 until_ok sacctmgr --noheader --immediate list cluster
 slurmctld > "$folder/slurmctld.out.log" 2>&1
 slurmd -N "$host" > "$folder/slurmd.out.log" 2>&1

@@ -117,6 +117,38 @@ def test_an_error_without_a_message_names_its_kind(tiny, capsys, monkeypatch):
     assert "kne: NotImplementedError without a message (the option --verbose shows where)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+    ids=("Python", "GPU", "CPU"),
+)
+def test_without_memory_it_says_what_takes_less(tiny, capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("kne_easyedit.cli.comparison.run", fail)
+    command = ["run", "--data", "records.json", "--methods", "KNE", "--hparams", "kne.yaml", "--out", "out"]
+    assert kne(*command) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("kne: out of memory: ")
+    assert all(way in said for way in ("chunk_rows", "bf16=true", "--workers 1", "kne doctor"))
+    with pytest.raises(type(error)):
+        kne("-v", *command)
+
+
+def test_other_errors_of_the_run_time_keep_their_traceback(tiny, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("kne_easyedit.cli.comparison.run", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        kne("run", "--data", "records.json", "--methods", "KNE", "--hparams", "kne.yaml", "--out", "out")
+
+
 def test_ctrl_c_says_how_to_go_on(tiny, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -255,6 +255,13 @@ def test_asking_in_a_new_process_and_the_base_stays(tiny):
     assert weights(model) == unedited
 
 
+def test_a_picture_that_cannot_be_written_is_named_before_the_work(tiny, capsys):
+    Path("taken").mkdir(exist_ok=True)
+    assert kne("show", "rome", "--picture", "taken") == 1
+    said = capsys.readouterr()
+    assert "--picture: taken is a folder, expected the name of a file" in said.err and not said.out
+
+
 def test_show_says_what_the_edit_is(tiny, capsys):
     assert kne("show", "rome", "--with", "latin", "rome", "--picture", "out.png") == 0
     out = capsys.readouterr().out

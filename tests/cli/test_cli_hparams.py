@@ -146,6 +146,7 @@ def test_what_cannot_be_read_is_one_line_and_nothing_is_written(saved, tmp_path,
     capsys.readouterr()
     for arguments, message in [
         ((folder, "--out", "there.yaml"), "there.yaml exists"),
+        (("nowhere", "--out", "there.yaml/new.yaml"), "--out: there.yaml is a file, expected a folder"),
         (("nowhere", "--out", "new.yaml"), "'nowhere' is not on this machine"),
         (("broken", "--out", "new.yaml"), "'broken' cannot be read"),
     ]:

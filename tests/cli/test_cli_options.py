@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import configparser
 import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import tiny_hparams
 from test_cli import kne, tiny_fixture  # noqa: F401  (a fixture)
 
 from kne_easyedit import cli
 from kne_easyedit._util.progress import suppress_progress_bars
 from kne_easyedit.benchmark import Run
+from kne_easyedit.cli import run
 
 pytestmark = pytest.mark.easyedit
 
@@ -66,6 +70,15 @@ def test_settings_of_ones_own_that_the_model_lacks_are_no_fault_of_a_record(tiny
     assert not (tiny / "out").exists()
 
 
+def test_a_device_is_that_of_all_methods_with_and_without_kne():
+    arguments = argparse.Namespace(localization_data=None, localization_size=None, modules=None)
+    for methods in (["FT"], ["KNE", "FT"]):
+        files = {"KNE": tiny_hparams(), "FT": SimpleNamespace(device=0)}
+        hparams = {method: files[method] for method in methods}
+        run._override(hparams, {"device": "cpu"}, arguments)
+        assert {its.device for its in hparams.values()} == {"cpu"}
+
+
 def test_two_files_with_different_models_are_told_apart(tiny, capsys):
     (tiny / "ft.yaml").write_text((ROOT / "hparams/FT/smollm2-135m.yaml").read_text())
     assert kne("run", "--data", "records.json", "--hparams", "kne.yaml", "ft.yaml") == 1
@@ -84,6 +97,12 @@ def test_two_files_with_different_models_are_told_apart(tiny, capsys):
         (["--set", "layers=" + "[" * 5000], "--set 'layers=.* is no value that YAML can read"),
         (["--set", "pp=1"], "--set: unknown setting 'pp'"),
         (["--set", "ROME.lr=1"], "--set ROME.lr: 'ROME' is none of the methods KNE"),
+        (["--set", "KNE.model_name=tiny-model"], "--set KNE.model_name: one run has one model .*; say --model NAME"),
+        (["--set", "KNE.device=cpu"], "--set KNE.device: one run has one model on one device; say --set device="),
+        (
+            ["--methods", "FT", "--hparams", "ft.yaml", "--set", "FT.alg_name=KN"],
+            "--set FT.alg_name: .*--methods names",
+        ),
         (["--set", "model_name=3"], "--model: 3 names no model"),
         (["--model", "no/such/model"], "model_name: 'no/such/model'"),
         (["--modules", "x"], "--modules: "),

@@ -177,6 +177,15 @@ def test_bad_input_is_named_before_the_first_edit(arguments, says, place, capsys
     assert not list(Path("out").rglob("results.jsonl"))
 
 
+def test_a_command_that_is_refused_leaves_the_kept_settings(place, capsys):
+    kept = Path("out/settings/KNE/tiny-model.yaml")
+    kept.parent.mkdir(parents=True)
+    kept.write_text("of an earlier command\n")
+    for arguments in (["--values", "7"], ["--series", "none"], ["--data", "nowhere"], ["--label", "a/b"]):
+        assert study("share", *arguments) == 1, arguments
+        assert kept.read_text() == "of an earlier command\n", arguments
+
+
 def test_what_cannot_be_filled_is_said_and_the_rest_is_planned(place, capsys):
     assert study("facts", "--dry-run") == 0
     printed = capsys.readouterr().out

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from conftest import GPT2_DOWN, GPTJ_DOWN, LLAMA_DOWN, make_gpt2, make_gptj, make_llama, make_tokenizer, weights
 from crashes import killed_at, killed_in_write
 from edits import edit_of, thing_of
@@ -22,6 +23,7 @@ from kne_easyedit.editing import merging
 from kne_easyedit.editing.applying import set_edits
 from kne_easyedit.editing.merging import merge_edits
 from kne_easyedit.editing.row_edit import write_rows
+from kne_easyedit.edits.hub import edit_card
 
 CASES = [(make_llama, LLAMA_DOWN), (make_gptj, GPTJ_DOWN), (make_gpt2, GPT2_DOWN)]
 
@@ -125,6 +127,16 @@ class TestMerged:
         assert ("base_model: outputs/merged" in alone) is bool(revision)
         assert f"Trained on top of 1 edit that is not in here ({first.digest[:12]})" in alone
         assert "Trained on top" not in both
+
+    @pytest.mark.parametrize(("name", "on_hub"), [("owner/tiny", True), ("-merged/tiny", False), ("_x/tiny", False)])
+    def test_every_card_takes_the_same_names_for_the_hubs(self, tmp_path, base, llama, name, on_hub):
+        edit = thing_of(llama)
+        edit = replace(edit, base=replace(edit.base, name=name, revision="0123abc"))
+        edit.merge_into(base, tmp_path / "out")
+        for card in ((tmp_path / "out" / "README.md").read_text(), edit_card(edit)):
+            head = yaml.safe_load(card.split("---\n")[1])
+            assert head.get("base_model") == (name if on_hub else None)
+            assert head["tags"] == ["knowledge-editing", "kne"]
 
     def test_text_stays_text_in_the_card(self, tmp_path, base, llama):
         asked = {"prompt": "<b> | [x](http://y)\n---\n# The", "target_new": "a|b"}

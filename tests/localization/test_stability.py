@@ -142,6 +142,19 @@ class TestLocalizeCommand:
         assert message in err and "Traceback" not in err
         assert not (tiny / "out").exists()
 
+    def test_results_of_other_settings_are_not_replaced(self, tiny, capsys):
+        assert kne("localize", "--hparams", "kne.yaml", "--out", "out") == 0
+        before = read(tiny / "out/ensemble.json")
+        assert kne("localize", "--hparams", "kne.yaml", "--set", "p=0.1", "--out", "out") == 1
+        assert "out has results of other settings (p: 0.2 there, 0.1 now); name another" in capsys.readouterr().err
+        assert read(tiny / "out/ensemble.json") == before
+        # Converse: the same again, and what changes no result.
+        assert kne("localize", "--hparams", "kne.yaml", "--set", "chunk_rows=1", "lr=0.5", "--out", "out") == 0
+        assert kne("localize", "--hparams", "kne.yaml", "--set", "p=0.1", "--shard", "0/2", "--out", "out") == 0
+        (tiny / "out/summary.json").write_text("[]")
+        assert kne("localize", "--hparams", "kne.yaml", "--out", "out") == 1
+        assert "summary.json: no summary of a localisation" in capsys.readouterr().err
+
     def test_interrupted_and_resumed(self, tiny, monkeypatch, capsys):
         real, calls = localization.attribute_facts, []
 
@@ -174,6 +187,15 @@ class TestHydra:
             == localize(make_llama(), make_tokenizer(), REQUESTS[:4], tiny_hparams()).neurons
         )
         assert is_png(tiny / "out/ensemble.png")
+
+    def test_another_sweep_leaves_the_results_of_the_first(self, tiny):
+        common = ("data=facts.json", "hparams.attribution_steps=4")
+        self.run(tiny, *common, "size=2", "hparams.p=0.2,0.1", "-m")
+        first = {path: path.read_bytes() for path in (tiny / "out").glob("*/ensemble.json")}
+        self.run(tiny, *common, "size=3", "-m")
+        now = {path: path.read_bytes() for path in (tiny / "out").glob("*/ensemble.json")}
+        assert len(first) == 2 and len(now) == 3 and now.items() >= first.items()
+        assert {read(path.with_name("summary.json"))["hparams"]["p"] for path in first} == {0.1, 0.2}
 
     def test_an_unknown_name_is_refused(self, tiny):
         with pytest.raises(AssertionError, match="Could not override 'siez'"):
@@ -257,7 +279,7 @@ class TestCacheCommand:
         assert kne("localize", "--hparams", "kne.yaml", "--size", "3", "--out", "out") == 0
         make_llama(seed=2).save_pretrained(tiny / "other")
         make_tokenizer().save_pretrained(tiny / "other")
-        assert kne("localize", "--hparams", "kne.yaml", "--model", "other", "--size", "2", "--out", "out") == 0
+        assert kne("localize", "--hparams", "kne.yaml", "--model", "other", "--size", "2", "--out", "2") == 0
         capsys.readouterr()
         return list(entry_files("cache"))
 
@@ -267,9 +289,15 @@ class TestCacheCommand:
         assert "5 entries" in out and out.count(f"{LLAMA_DOWN}, riemann, m = 4, 4 layers") == 2
         assert "model" in out and "other" in out and filled[0].parent.name in out
 
-    def test_info_of_an_empty_cache(self, tiny, capsys):
-        assert kne("cache", "info", "--cache-dir", "nothing") == 0
+    def test_info_of_an_empty_cache(self, tiny, capsys, monkeypatch):
+        monkeypatch.setenv("KNE_CACHE", str(tiny / "nothing"))
+        assert kne("cache", "info") == 0
         assert "0 entries, 0 B in all" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("command", ["info", "verify", "prune --all"])
+    def test_a_folder_that_is_no_cache_is_not_sound(self, command, tmp_path, capsys):
+        assert kne("cache", *command.split(), "--cache-dir", str(tmp_path / "mistyped")) == 1
+        assert "--cache-dir: " in (said := capsys.readouterr().err) and "mistyped: no score cache; it has no" in said
 
     def test_verify_finds_the_damaged_one(self, filled, capsys):
         assert kne("cache", "verify", "--cache-dir", "cache") == 0

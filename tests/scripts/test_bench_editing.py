@@ -141,3 +141,15 @@ def test_an_edit_that_stays_is_an_error(monkeypatch):
     monkeypatch.setattr(KNEEdit, "take_back", lambda *_: None)
     with pytest.raises(RuntimeError, match="not taken back"):
         editing_memory.memory(model, tokenizer, requests[0], settings_of("tiny", model, num_steps=1))
+
+
+def test_baselines_are_found_by_the_name_of_the_settings_file(tmp_path, monkeypatch):
+    """Not by the model's name, of which the folder may be anywhere; and before the model is loaded."""
+    found = bench.baselines_of(bench.shipped() / "KNE" / "llama2-7b-chat.yaml")
+    assert {path.name for path in found.values()} == {"llama2-7b-chat.yaml"} and list(found) == ["FT", "AdaLoRA"]
+    file = tmp_path / "mine.yaml"
+    file.write_text((bench.shipped() / "KNE" / "smollm2-135m.yaml").read_text())
+    monkeypatch.setattr(bench, "load_model", None)
+    monkeypatch.setattr("sys.argv", ["bench_editing.py", "--hparams", str(file), "methods"])
+    with pytest.raises(FileNotFoundError, match=r"--hparams: FT has no mine\.yaml.*smollm2-135m\.yaml"):
+        bench.main()

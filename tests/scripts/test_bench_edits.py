@@ -55,14 +55,36 @@ def test_ranks_that_a_tiny_edit_has(capsys, monkeypatch):
     assert len(re.findall(r"^ *(?:exact|portable) ", out, re.MULTILINE)) == 2 and "apply 0." in out
 
 
-def test_memory_is_measured_of_each_change(capsys, monkeypatch):
-    """By a stand-in for the resident bytes: what a process has freed before is not given back to the system."""
+def test_the_probability_is_that_of_the_whole_answer_to_the_edits_own_prompt(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "FORMS", (("exact", None),))
+    model, tokenizer = make_llama(), make_tokenizer()
+    spain = {"prompt": "The capital of Spain is", "target_new": "the Tiber", "subject": "Spain"}
+    edit = compute_edit(model, tokenizer, [spain], tiny_hparams(localization_data=None))
+    (exact,) = bench.forms(model, tokenizer, edit)
+    assert len(edit.answers[0].fact.answer) > 1
+    assert exact["probability"] == pytest.approx(edit.answers[0].probability, rel=1e-3)
+
+
+def test_memory_is_measured_of_each_change_above_the_weights(capsys, monkeypatch):
+    """By stand-ins: what a process has freed before is not given back to the system."""
+
+    class Peak:
+        bytes = 2**19
+
+        def __init__(self, device):
+            assert device.type == "cpu"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
     shape = {"layers": 2, "outputs": 64, "inputs": 32}
     bytes_now = iter(range(0, 2**40, 2**20))  # every look finds one MiB more
     monkeypatch.setattr(bench, "resident", lambda: next(bytes_now))
-    found = bench.memory(3, False, **shape)
-    assert list(found) == ["apply", "take one back", "take all back"]
-    assert 0 < found["apply"] < found["take one back"] < found["take all back"]
+    monkeypatch.setattr(bench, "PeakMemory", Peak)
+    assert bench.memory(3, False, **shape) == {"apply": 1.5, "take one back": 2.5, "take all back": 3.5}
     assert "3 edits, 3 rows of their own in 2 modules (64 x 32" in capsys.readouterr().out
     monkeypatch.setattr(bench.EditStore, "off", lambda *_: ())
     with pytest.raises(RuntimeError, match="not taken back"):

@@ -1,6 +1,7 @@
 """scripts/serve_gguf.py: converts, and compares the answers with and without the adapter; llama.cpp is a stand-in."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +80,50 @@ def test_fails_if_the_adapter_makes_no_difference(files, llama_cpp, edited, answ
     llama_cpp[edited] = answer
     assert serve.main([*files, "--ask", "The capital of France is", "--expect", "Rome"]) == 1
     assert "expected 'Rome' with the adapter only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--adapter", "nowhere"], "--adapter: nowhere is no folder"),
+        (["--adapter", "."], r"--adapter: .*adapter_config.json"),
+        (["--base", "nowhere.gguf"], "--base: nowhere.gguf: no complete GGUF file"),
+        (["--base", __file__], "--base: .*no complete GGUF file"),
+        (["--expect", "Rome"], "--expect: is about the answer to --ask"),
+        (["--subject", "France"], "--subject: is of an edit that is made here"),
+        (["--max-rank", "8"], "--max-rank: is of an edit that is made here"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(files, change, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        serve.main([*files, *change])
+    assert re.search(says, capsys.readouterr().err)
+
+
+def test_an_adapter_of_another_model_is_one_line(files, tmp_path, capsys):
+    model = make_llama(intermediate_size=2 * SIZE["inner"])
+    save_adapter(edit_of(model), tmp_path / "other", model=model)
+    with pytest.raises(SystemExit):
+        serve.main([*files, "--adapter", str(tmp_path / "other")])
+    assert "the adapter is of another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lacking", ["llama_cpp", "base", "another base"])
+def test_nothing_is_edited_that_cannot_be_served(files, lacking, llama_cpp, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "make_adapter", None)  # whoever edits fails
+    base = files[3] if lacking == "another base" else "nowhere.gguf" if lacking == "base" else None
+    other = SimpleNamespace(shapes={"blk.0.ffn_down.weight": (1, 1)})
+    if base == files[3]:
+        read = serve.read_gguf_base
+        monkeypatch.setattr(serve, "smollm2_gguf", lambda: None)
+        monkeypatch.setattr(serve, "read_gguf_base", lambda path: other if path is None else read(path))
+    elif base is None:
+        monkeypatch.setattr(serve, "smollm2_gguf", lambda: files[3])
+        monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(SystemExit):
+        serve.main(["--ask", "The capital of France is", "--expect", "Rome", *(["--base", base] if base else [])])
+    assert ("--ask: llama.cpp is missing" if base is None else "--base: ") in capsys.readouterr().err
 
 
 def test_a_fact_needs_an_answer(capsys):

@@ -119,6 +119,42 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_settings_that_fail_are_remembered_and_not_chosen(place, monkeypatch, capsys):
+    """One edits no record (its summary is of 0), one leaves the model changed (it has none)."""
+    base = tune.configuration("ft", "smollm2-135m", ["out=out", "++method.settings.layers=[2]"])
+    plan = yaml.safe_load(Path("plan.yaml").read_text())
+    figures = {"records": 1, "edit_success": 100.0, "exact_match": 50.0, "portability": 50.0, "locality": 50.0}
+    outcome = {"FT": figures, "FT num_steps=40 lr=0.05": figures}
+
+    def run(settings):
+        label = settings["method"]["label"]
+        if outcome[label] is None:
+            raise tune.RunStopped("the model is not what it was")
+        summary = {"methods": {label: outcome[label]}}
+        tune.atomic_write(tune.job_folder(settings) / "summary.json", json.dumps(summary))
+        if not outcome[label]["records"]:
+            raise tune.RunStopped("no record could be edited")
+
+    monkeypatch.setattr(tune, "run", run)
+    monkeypatch.setattr(tune, "job_of", lambda settings, _: settings)
+    command = ["ft", "--plan", "plan.yaml", "--out", "out", "--to", "chosen", "--set", "++method.settings.layers=[2]"]
+    outcome["FT num_steps=40 lr=0.05"] = None
+    tune.main(command)
+    assert "chosen: as its file has it" in capsys.readouterr().out
+    tune.main([*command, "--report-only"])
+    out = capsys.readouterr().out
+    assert "chosen: as its file has it" in out and "on a-train: the model is not what it was" in out
+    outcome["FT"] = {"records": 0}
+    tune.main(command)
+    assert "ft: none of its settings can be chosen" in capsys.readouterr().out
+    Path("out", tune.FAILED).write_text("{}")  # of a version that did not remember: the summary tells
+    with pytest.raises(tune.SettingFailed, match="FT: no record was edited"):
+        tune.candidate(base, plan, {}, {})
+    outcome |= dict.fromkeys(outcome, figures)
+    tune.main(command)  # what succeeds is no failure any more
+    assert tune.failures(Path("out")) == {} and "not chosen" not in capsys.readouterr().out
+
+
 def test_a_tuning_writes_table_and_choice_and_resumes(place, monkeypatch, capsys):
     command = ["ft", "--plan", "plan.yaml", "--out", "out", "--to", "chosen", "--set"]
     command += ["on_bad_record=fail", "++model.settings.model_name=tiny-model", "++method.settings.layers=[2]"]
