@@ -24,7 +24,7 @@ LAUNCHERS := hydra-submitit-launcher==1.2.0 submitit==1.5.4 hydra-ray-launcher==
 RAY := ray==2.60.0 msgpack==1.2.4 protobuf==7.36.2 click jsonschema
 LAB := --constraint $(CONSTRAINTS) --requirement .ci/lab.txt
 # Of the modules of all packages few are ever imported: Python compiles those then, in less time than pip takes for all.
-INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile
+INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # Workers share the cores, so each has one thread; idle ones take over the others' tests.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
@@ -102,7 +102,7 @@ $(READY): setup.cfg .ci/ability.txt .ci/constraints.txt .ci/lab.txt
 $(OLDEST)/.ready-test: $(READY)-test .ci/oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	echo "import site; site.addsitedir('$(call SITE,$(VENV))')" > "$(call SITE,$(OLDEST))/below.pth"
-	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps --requirement .ci/oldest.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement .ci/oldest.txt
 	touch $(OLDEST)/.ready $@
 
 $(READY)-cluster: $(READY)-test

@@ -13,12 +13,14 @@ import torch
 from conftest import FACTS, HANGS, LLAMA_DOWN, fingerprint, make_llama, make_tokenizer, tiny_hparams, with_same_threads
 from safetensors import safe_open
 
-from kne_easyedit import cli
+from kne_easyedit import KNEHyperParams, cli
+from kne_easyedit._util.digest import digest
 from kne_easyedit.attribution.score_cache import entry_files
 from kne_easyedit.localization import localizer as localization
 from kne_easyedit.localization.ensemble import NeuronEnsemble, select_ensemble
 from kne_easyedit.localization.explain import explain
 from kne_easyedit.localization.localizer import localize
+from kne_easyedit.localization.output import decisive_settings
 from kne_easyedit.localization.stability import study
 
 UP = "model.layers.{}.mlp.up_proj"
@@ -188,14 +190,16 @@ class TestHydra:
         )
         assert is_png(tiny / "out/ensemble.png")
 
-    def test_another_sweep_leaves_the_results_of_the_first(self, tiny):
-        common = ("data=facts.json", "hparams.attribution_steps=4")
-        self.run(tiny, *common, "size=2", "hparams.p=0.2,0.1", "-m")
-        first = {path: path.read_bytes() for path in (tiny / "out").glob("*/ensemble.json")}
-        self.run(tiny, *common, "size=3", "-m")
-        now = {path: path.read_bytes() for path in (tiny / "out").glob("*/ensemble.json")}
-        assert len(first) == 2 and len(now) == 3 and now.items() >= first.items()
-        assert {read(path.with_name("summary.json"))["hparams"]["p"] for path in first} == {0.1, 0.2}
+    def test_jobs_of_a_sweep_have_folders_named_by_their_settings(self, tiny):
+        """So another sweep leaves the results of the first."""
+        self.run(tiny, "data=facts.json", "hparams.attribution_steps=4", "size=2", "hparams.p=0.2,0.1", "-m")
+        found = list((tiny / "out").glob("*/ensemble.json"))
+        settings = [read(path.with_name("summary.json"))["hparams"] for path in found]
+        assert {its["p"] for its in settings} == {0.1, 0.2}
+        for path, its in zip(found, settings):
+            known = {**its, "target_modules": list(its["target_modules"])}
+            decisive = decisive_settings(KNEHyperParams.from_dict(known))
+            assert path.parent.name == digest(decisive)[:8] != digest({**decisive, "localization_size": 3})[:8]
 
     def test_an_unknown_name_is_refused(self, tiny):
         with pytest.raises(AssertionError, match="Could not override 'siez'"):
