@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import MutableMapping, Sequence
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 from compatibility_cells import METHODS, SENTINEL
 from compatibility_page import text_of, versions_of
@@ -51,13 +52,9 @@ def kept_file(keep: Path, home: str, off: str, methods: list[str], smollm2: str 
 def measured_with(home: str, smollm2: str | None) -> dict[str, str]:
     """What the cells of an EasyEdit depend on: which one it is, versions, the package's sources, and the data."""
     cells = Path(__file__).resolve().with_name("compatibility_cells.py")
-    before = dict(os.environ)
-    try:
+    with mock.patch.dict(os.environ):
         _set_home(os.environ, home)
         found = surroundings([] if smollm2 is None else [str(Path(smollm2).resolve())])
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
     return {**found, "folder": folder_of(home), "cells": digest(cells.read_text(encoding="utf-8"))}
 
 
