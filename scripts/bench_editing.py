@@ -176,7 +176,8 @@ def neighbours(
         Neighbours in a step -> the median of the facts: a step as a multiple of one without.
     """
     ensemble, steps = find_ensemble(model, tokenizer, requests, hparams), 4
-    work = replace(hparams, neighbour_weight=1.0, num_steps=steps, stop_loss=0.0, edit_gain=1.0)
+    plain_steps = replace(hparams, num_steps=steps, stop_loss=0.0, edit_gain=1.0)
+    work = replace(plain_steps, neighbour_weight=1.0)
     everything = hparams.neighbour_relation_size + hparams.neighbour_subject_size
     counts = {"none": None, **{str(k): k for k in (1, 2, 3, 4, 6) if k < everything}, "all": 0}
     kinds = [*counts, *(["projected"] if hparams.input_projection else [])]
@@ -194,9 +195,8 @@ def neighbours(
             for name, k in counts.items()
         }
         if hparams.input_projection:
-            shipped_step = replace(hparams, num_steps=steps, stop_loss=0.0, edit_gain=1.0)
-            found = projections_for(model, tokenizer, [request], shipped_step, list(rows_by_module(model, ensemble)))
-            trained["projected"] = shipped_step, objectives_for(model, tokenizer, [request], shipped_step), found
+            found = projections_for(model, tokenizer, [request], plain_steps, list(rows_by_module(model, ensemble)))
+            trained["projected"] = plain_steps, objectives_for(model, tokenizer, [request], plain_steps), found
         for _ in range(repeats):
             prepared.append(timed(partial(objectives_for, model, tokenizer, [request], work))[0])
             for name, (settings, own, closed) in trained.items():

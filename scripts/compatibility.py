@@ -152,9 +152,8 @@ def main(given: Sequence[str] | None = None) -> None:
         found[home] = {**version(home, arguments.methods, arguments.keep), "date": dates.get(home, "")}
     real = {}
     for home in arguments.easyedit if arguments.smollm2 else ():
-        whole = kept_file(
-            arguments.keep, home, "", list(METHODS), arguments.smollm2
-        ).is_file()  # done with all methods before
+        # Done with all methods before?
+        whole = kept_file(arguments.keep, home, "", list(METHODS), arguments.smollm2).is_file()
         real[home] = in_process(
             home, "", list(METHODS) if whole else arguments.smollm2_methods, arguments.keep, arguments.smollm2
         )

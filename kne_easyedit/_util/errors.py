@@ -10,6 +10,10 @@ class RunStopped(RuntimeError):
     """
 
 
+_NO_MEMORY = ("allocate memory", "not enough memory", "out of memory")
+"""How torch says it in a RuntimeError: the CPU's allocator on Linux and on Windows, and drivers of devices."""
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice: Python's, or torch's of a GPU or of the CPU's allocator.
 
@@ -17,4 +21,4 @@ def lacks_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kne_easyedit._util.errors import lacks_memory
 from kne_easyedit.attribution.replay import Clean, Replay, UnsupportedModel, capture_neurons, replaced_output
 from kne_easyedit.facts.encoding import Fact, collate
 from kne_easyedit.models.offload import pack, unpack
@@ -286,10 +287,10 @@ def _as_unsupported(model: nn.Module) -> Iterator[None]:
     """Turns an error that the model's own code raises when its layers run one by one into UnsupportedModel."""
     try:
         yield
-    except (UnsupportedModel, torch.OutOfMemoryError):
+    except UnsupportedModel:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if "allocate" in str(error):  # out of memory on a CPU
+        if lacks_memory(error):
             raise
         raise UnsupportedModel(
             f"{type(model).__name__}: its layers do not run one by one ({type(error).__name__}: {error})"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch
-
+from kne_easyedit._util.errors import lacks_memory
 from kne_easyedit.benchmark.job import Run
 from kne_easyedit.bridge.methods import traits_of
 from kne_easyedit.facts.encoding import SEPARATOR
@@ -15,19 +14,16 @@ from kne_easyedit.facts.words import is_unspaced_script
 
 logger = logging.getLogger(__name__)
 
-NO_RECORDS_FAULT = (MemoryError, OSError, ImportError, NameError, NotImplementedError, torch.cuda.OutOfMemoryError)
-"""Failures of the machine or of a method, whatever the record. All else that is raised while a record is edited or
-evaluated is the record's (EasyEdit has no exceptions of its own: IndexError, KeyError, RuntimeError, ...)."""
+NO_RECORDS_FAULT = (OSError, ImportError, NameError, NotImplementedError)
+"""Failures of the machine or of a method, whatever the record, as is a lack of memory. All else that is raised while a
+record is edited or evaluated is the record's (EasyEdit has no exceptions of its own: IndexError, KeyError, ...)."""
 NO_DISTRIBUTION = "probability tensor contains"
 """How torch begins to refuse to sample where probabilities are not finite."""
 
 
 def is_record_error(error: Exception) -> bool:
-    """Whether the record is at fault, not machine or method. Full memory on a CPU is a RuntimeError of torch."""
-    out_of_memory = isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("out of memory", "not enough memory")
-    )
-    return not isinstance(error, NO_RECORDS_FAULT) and not out_of_memory
+    """Whether the record is at fault, not machine or method."""
+    return not isinstance(error, NO_RECORDS_FAULT) and not lacks_memory(error)
 
 
 def describe_error(method: str, error: Exception) -> str:

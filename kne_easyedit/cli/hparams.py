@@ -25,9 +25,9 @@ def _hparams(arguments: argparse.Namespace) -> int:
     from kne_easyedit.doctor.settings_file import settings_for
 
     out: Path | None = arguments.out
-    if out is not None and out.exists():
-        raise ValueError(f"--out: {out} exists; remove it, or choose another name")
     if out is not None:
+        if out.exists():
+            raise ValueError(f"--out: {out} exists; remove it, or choose another name")
         require_file(out)
     text = settings_for(arguments.model, pattern_of_settings())
     if own := shipped_for(arguments.model):

@@ -158,18 +158,15 @@ def _override(hparams: dict[str, Any], overrides: dict[str, object], arguments: 
     kne |= {k: v for k in ("localization_data", "localization_size") if (v := getattr(arguments, k)) is not None}
     if "KNE" in hparams:
         hparams["KNE"] = with_overrides(hparams["KNE"], kne, None, arguments.modules)
-        if "device" in kne:  # one model is on one device
-            for its in hparams.values():
-                its.device = hparams["KNE"].device
-    elif kne.keys() == {"device"} and not arguments.modules:
-        for its in hparams.values():
-            its.device = kne["device"]
-    elif kne.keys() - {"localization_data", "localization_size"} or arguments.modules:
-        option = "--modules" if arguments.modules else f"--set {min(kne)}"
+    elif (own := kne.keys() - {"device", "localization_data", "localization_size"}) or arguments.modules:
+        option = "--modules" if arguments.modules else f"--set {min(own)}"
         raise ValueError(
             f"{option}: is a setting of KNE's, which is none of the methods {', '.join(hparams)}; "
             f"of another one say e.g. FT.lr=1e-4"
         )
+    if "device" in kne:  # one model is on one device
+        for its in hparams.values():
+            its.device = hparams["KNE"].device if "KNE" in hparams else kne["device"]
     for method, settings in others.items():
         known = vars(hparams[method])
         for name, value in settings.items():

@@ -34,8 +34,12 @@ _DECISIVE = (
 
 def decisive_settings(hparams: LocalizationSettings) -> dict[str, Any]:
     """The settings on which the results of a localisation depend, as a summary has them."""
-    found = {**public_settings(hparams), "model_name": str(hparams.model_name)}
+    found = _shown_settings(hparams)
     return {name: json.loads(json.dumps(found[name])) for name in _DECISIVE if name in found}
+
+
+def _shown_settings(hparams: LocalizationSettings) -> dict[str, Any]:
+    return {**public_settings(hparams), "model_name": str(hparams.model_name)}
 
 
 def require_same_settings(folder: Path, hparams: LocalizationSettings) -> None:
@@ -100,7 +104,7 @@ def save_study(found: Study, folder: Path, model: nn.Module, hparams: Localizati
         "parameter_share": found.parameter_share,
         "stability": found.stability,
         "stability_by_chance": found.chance,
-        "hparams": {**public_settings(hparams), "model_name": str(hparams.model_name)},
+        "hparams": _shown_settings(hparams),
         "environment": environment(model),
     }
     atomic_write(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")

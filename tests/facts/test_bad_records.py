@@ -122,7 +122,13 @@ class TestBadRecords:
 
     @pytest.mark.parametrize(
         "error",
-        [MemoryError(), OSError("disk"), ImportError("x"), RuntimeError("DefaultCPUAllocator: not enough memory")],
+        [
+            MemoryError(),
+            OSError("disk"),
+            ImportError("x"),
+            RuntimeError("DefaultCPUAllocator: not enough memory"),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12"),
+        ],
         ids=repr,
     )
     def test_what_is_no_records_fault_ends_the_run(self, tmp_path, monkeypatch, error):
