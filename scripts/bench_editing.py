@@ -48,6 +48,7 @@ from kne_easyedit.editing.adapter import ADAPTER, row_adapter, rows_by_module
 from kne_easyedit.editing.losses import answer_loss
 from kne_easyedit.editing.objectives import objectives_for
 from kne_easyedit.editing.projection import projections_for
+from kne_easyedit.editing.reading import Reading
 from kne_easyedit.editing.row_edit import write_rows
 from kne_easyedit.editing.row_training import train_rows
 from kne_easyedit.facts.encoding import IGNORE, Batch, Tokenizer, collate, encode_request
@@ -153,7 +154,7 @@ def plain_pass(model: Any, batch: Batch) -> None:
         torch.autograd.grad(loss, embedded)
 
 
-def training_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+def training_step(model: nn.Module, batch: Batch | Reading, optimizer: torch.optim.Optimizer) -> None:
     """What `train_rows` does in one step."""
     parameters = optimizer.param_groups[0]["params"]
     with torch.enable_grad():

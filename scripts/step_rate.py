@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -18,8 +17,9 @@ from kne_easyedit import KNEHyperParams
 from kne_easyedit.editing import training_pass
 from kne_easyedit.editing.adapter import ADAPTER, row_adapter
 from kne_easyedit.editing.objectives import SharedObjective, objectives_for
-from kne_easyedit.editing.row_training import train_rows
-from kne_easyedit.facts.encoding import Batch, Tokenizer, collate, encode_request
+from kne_easyedit.editing.reading import Reading
+from kne_easyedit.editing.row_training import train_rows, training_batch
+from kne_easyedit.facts.encoding import Batch, Tokenizer, encode_request
 from kne_easyedit.localization.localizer import find_ensemble
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fast_linear import fast_linear, linear
@@ -33,7 +33,7 @@ def rate(
     requests: Sequence[dict],
     hparams: KNEHyperParams,
     repeats: int,
-    training_step: Callable[[nn.Module, Batch, torch.optim.Optimizer], None],
+    training_step: Callable[[nn.Module, Batch | Reading, torch.optim.Optimizer], None],
 ) -> dict[str, float]:
     """A step of KNE's training, its texts as `train_rows` has them, against its bare products of the same shapes.
 
@@ -45,25 +45,27 @@ def rate(
         multiplications a second as a share of the rate of one large product.
     """
     ensemble = find_ensemble(model, tokenizer, requests, hparams)
-    layers: list[Any] = [m for m in model.modules() if is_linear(m)]
+    head = model.get_output_embeddings()
+    layers: list[Any] = [m for m in model.modules() if is_linear(m) and m is not head]
     found: dict[str, list[float]] = {"share": [], "step": [], "products": []}
     for request in requests:
         own = objectives_for(model, tokenizer, [request], hparams)
-        texts = chain.from_iterable(o.texts(0) for o in own if isinstance(o, SharedObjective))
-        batch = collate([encode_request(tokenizer, request), *texts]).to(device_of(model))
+        texts = [o.texts(0) for o in own if isinstance(o, SharedObjective)]
+        batch = training_batch([encode_request(tokenizer, request)], texts).to(device_of(model))
         tokens = batch.input_ids.numel()
+        places = len(batch.labels) if isinstance(batch, Reading) else tokens
         times: dict[str, list[float]] = {"step": [], "products": []}
         with preserve_state(model), fast_linear(model), row_adapter(model, ensemble, hparams) as trained:
             parameters = [layer.lora_A[ADAPTER].weight for layer in trained.values()]
             optimizer = torch.optim.AdamW(parameters, lr=hparams.lr)
             training_step(model, batch, optimizer)  # AdamW creates its moments in the first step
-            products(layers, tokens)
+            products(layers, tokens, head, places)
             for _ in range(repeats):
-                times["products"].append(timed(partial(products, layers, tokens))[0])
+                times["products"].append(timed(partial(products, layers, tokens, head, places))[0])
                 times["step"].append(timed(partial(training_step, model, batch, optimizer))[0])
         step, bare = (median(times[name]) for name in ("step", "products"))
-        # Backward, too; the head's of all tokens, though only those of answers are needed.
-        needed = 2 * tokens * sum(rows(layer).numel() for layer in layers)
+        # Backward, too.
+        needed = 2 * (tokens * sum(rows(layer).numel() for layer in layers) + places * rows(head).numel())
         fastest = product_rate(model, lambda a, b: linear(a, b.t().contiguous()))
         for name, value in (
             ("share", bare / step),
@@ -113,13 +115,17 @@ def below(
     return found
 
 
-def products(layers: Sequence[Any], tokens: int) -> None:
-    """The products of one step: every linear layer forward, then back from the last one, as `fast_linear` does them."""
+def products(layers: Sequence[Any], tokens: int, head: Any, places: int) -> None:
+    """The products of one step: every linear layer forward, then back from the last one, as `fast_linear` does them.
+
+    The head has those of some ``places`` only.
+    """
+    wanted = [*((layer, tokens) for layer in layers), (head, places)]
     with torch.no_grad():
-        for layer in layers:
-            linear(_states(tokens, layer.in_features, layer), layer.weight, layer.bias)
-        for layer in reversed(layers):
-            linear(_states(tokens, layer.out_features, layer), layer.weight.t())
+        for layer, count in wanted:
+            linear(_states(count, layer.in_features, layer), layer.weight, layer.bias)
+        for layer, count in reversed(wanted):
+            linear(_states(count, layer.out_features, layer), layer.weight.t())
 
 
 def _states(tokens: int, width: int, layer: Any) -> Tensor:

@@ -99,11 +99,11 @@ def kne(model: nn.Module, hparams: KNEHyperParams, itemsize: int, facts: Facts) 
 
 
 def kne_texts_at_once(hparams: KNEHyperParams, earlier: Sequence[int] = ()) -> int:
-    """Texts in one step of KNE: the facts, a variant of each, a text of what follows each, their neighbours and those
-    of ``earlier`` facts that are spared, and the prompts of ``kl_data``.
+    """Texts in one step of KNE: the facts, a variant of each, their neighbours and those of ``earlier`` facts that are
+    spared, and the prompts of ``kl_data``. A fact is read in the text of what follows it, where there is one.
     """
     kl = hparams.kl_size if hparams.kl_weight else 0
-    own = hparams.batch_size * (1 + bool(hparams.subject_variants) + bool(hparams.continuation_weight))
+    own = hparams.batch_size * (1 + bool(hparams.subject_variants))
     return own + _all_neighbours_in_step(hparams, earlier) + kl
 
 
@@ -160,7 +160,8 @@ def _neighbours(
     modules = [module for target, _ in rows for module in target.modules]
     width = model.config.get_text_config().hidden_size
     needed = {
-        "logits": texts * longest * vocabulary(model) * itemsize,
+        # What is said after each, and its log-probabilities (`reading`: the head reads one place of each).
+        "logits": texts * vocabulary(model) * (itemsize + 2 * PRECISE * hparams.neighbour_tokens),
         # As many heads as queries have: attention repeats those that are shared.
         "keys and values": 2 * texts * tokens * depth(model) * width * itemsize,
     }
@@ -197,15 +198,17 @@ def _training(
     longest = max(facts.tokens + compared + bool(compared), _longest_neighbour(hparams, facts) if own else 0)
     texts = kne_texts_at_once(hparams, facts.earlier)
     tokens = texts * longest
-    predicted = texts * max(facts.answer_tokens, hparams.neighbour_tokens if own else 0, compared)
+    predicted = texts * max(facts.answer_tokens, hparams.neighbour_tokens if own else 0) + hparams.batch_size * compared
+    # Of facts alone every token passes the head, as in the paper; with further texts only what predicts something.
+    through_head = predicted if own or hparams.subject_variants or compared else tokens
     needed = {
         "trained rows": copies * precise * sum(n * in_features(target.modules[0]) for target, n in rows),
         # PEFT's B, dense: (neurons, rows) in every layer.
         "row selector": precise * sum(n * target.n_neurons for target, n in rows),
         # Of the first layer what comes after its module.
         "activations": int(tokens * (depth(model) - first - 0.5) * state),
-        # Of every token, or gradients; of those predicted also, in float32, log-probabilities and gradients.
-        "logits": vocabulary(model) * (itemsize * tokens + 3 * PRECISE * predicted),
+        # Or gradients; of those predicted also, in float32, log-probabilities and gradients.
+        "logits": vocabulary(model) * (itemsize * through_head + 3 * PRECISE * predicted),
     }
     if itemsize < PRECISE:  # the adapter's input in its own type
         needed["inputs in float32"] = PRECISE * tokens * sum(in_features(m) for t, _ in rows for m in t.modules)

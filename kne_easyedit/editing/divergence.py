@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit._util.interrupts import safe_point
+from kne_easyedit.editing.reading import logits_at, predicted_logits, read_together
 from kne_easyedit.facts.encoding import Fact, Tokenizer, pad
 from kne_easyedit.models.devices import device_of
 
@@ -117,14 +118,9 @@ class Divergence:
         return [i % len(self._texts) for i in range(start, start + self._per_step)]
 
 
-def _predicted(model: Any, texts: Sequence[Fact]) -> Tensor:
+def _predicted(model: nn.Module, texts: Sequence[Fact]) -> Tensor:
     """The logits that predict the texts' answers, ``(tokens, vocabulary)``, text by text."""
-    input_ids, attention_mask = (tensor.to(device_of(model)) for tensor in pad([text.ids[:-1] for text in texts]))
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    rows = [i for i, text in enumerate(texts) for _ in text.positions]
-    positions = [position for text in texts for position in text.positions]
-    where = torch.tensor([rows, positions], device=logits.device)
-    return logits[where[0], where[1]]
+    return predicted_logits(model, read_together(texts).to(device_of(model)))
 
 
 def _divergence(logits: Tensor, before: Tensor) -> Tensor:
@@ -158,9 +154,11 @@ def continuations(
     side, longest = "left" if tokens > 1 else "right", max(map(len, prompts))
     input_ids, attention_mask = (tensor.to(device) for tensor in pad(prompts, padding_side=side))
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=tokens > 1)
-    last = [longest - 1 if side == "left" else len(row) - 1 for row in prompts]
-    logits = out.logits[torch.arange(len(last)), last]
+    texts = torch.arange(len(prompts))
+    last = torch.tensor([longest - 1 if side == "left" else len(row) - 1 for row in prompts])
+    with logits_at(model, input_ids, texts, last) as chosen:
+        out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=tokens > 1)
+    logits = chosen(out.logits)
     found, best = [_log_probabilities(logits)], [logits.argmax(-1)]
     while len(found) < tokens:
         safe_point()
@@ -169,7 +167,9 @@ def continuations(
         if (kept := getattr(out, "past_key_values", None)) is None:  # as of Mamba: all is read again
             input_ids = torch.cat([input_ids, latest], 1)
             places = (attention_mask.cumsum(1) - 1).clamp(min=0)
-            out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=places, use_cache=False)
+            with logits_at(model, input_ids, texts, torch.full_like(last, input_ids.shape[1] - 1)) as chosen:
+                out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=places, use_cache=False)
+            logits = chosen(out.logits)
         else:
             out = model(
                 input_ids=latest,
@@ -178,7 +178,7 @@ def continuations(
                 past_key_values=kept,
                 use_cache=True,
             )
-        logits = out.logits[:, -1]
+            logits = out.logits[:, -1]
         found.append(_log_probabilities(logits))
         best.append(logits.argmax(-1))
     before = torch.stack(found, 1)  # (prompts, tokens, vocabulary)

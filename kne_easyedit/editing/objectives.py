@@ -30,6 +30,7 @@ from kne_easyedit.editing.neighbours import (
     short_enough,
     uses_neighbours,
 )
+from kne_easyedit.editing.reading import learn_head
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.editing.variants import Variants, variant_facts
 from kne_easyedit.facts.encoding import Fact, Tokenizer, end_token
@@ -255,5 +256,6 @@ def objectives_for(
     if not chosen:
         return []
     with preserve_state(model):
+        learn_head(model)
         built = [build(model, tokenizer, requests, hparams) for build in chosen]
     return [objective for objective in built if objective is not None]

@@ -46,12 +46,13 @@ class Optimizer(Protocol):
     def __init__(self, rows: Sequence[TrainedRows], hparams: EditSettings) -> None:
         """Before the first step."""
 
-    def step(self, loss: Tensor, gradients: Sequence[Tensor]) -> bool:
+    def step(self, loss: Tensor, gradients: Sequence[Tensor], directions: Sequence[Tensor] | None = None) -> bool:
         """One step.
 
         Args:
             loss: The sum that is minimised: the answers' cross-entropy and all weighted objectives, in nats.
             gradients: Its gradients with respect to ``values``, one for each of the rows.
+            directions: Their projections (`TrainedRows.project`), where these are known; None: they are computed.
 
         Returns:
             Whether this step, or one before it, has moved anything.
@@ -77,13 +78,13 @@ class AdamW:
         )
         self._moved = hparams.weight_decay > 0
 
-    def step(self, loss: Tensor, gradients: Sequence[Tensor]) -> bool:
+    def step(self, loss: Tensor, gradients: Sequence[Tensor], directions: Sequence[Tensor] | None = None) -> bool:
         """One step of AdamW; of ``loss`` only the device is used."""
         largest = _numbers([torch.linalg.vector_norm(gradient, math.inf) for gradient in gradients], loss.device)
         _require_finite(self._rows, largest)
         self._moved |= any(largest)
-        for one, gradient in zip(self._rows, gradients):
-            one.values.grad = one.project(gradient)
+        for one, direction in zip(self._rows, directions or _projected(self._rows, gradients)):
+            one.values.grad = direction
         bound = [(one, one.values.detach().clone()) for one in self._rows if one.projection is not None]
         self._optimizer.step()
         with torch.no_grad():  # AdamW divides elementwise: its step leaves the space of the gradients
@@ -113,9 +114,9 @@ class Polyak:
         self._rows, self._fraction = rows, hparams.polyak_fraction
         self._moved = False
 
-    def step(self, loss: Tensor, gradients: Sequence[Tensor]) -> bool:
+    def step(self, loss: Tensor, gradients: Sequence[Tensor], directions: Sequence[Tensor] | None = None) -> bool:
         """One step, of zero length where all gradients are zero."""
-        directions = [one.project(gradient) for one, gradient in zip(self._rows, gradients)]
+        directions = directions or _projected(self._rows, gradients)
         norms = _numbers([direction.norm() for direction in directions], loss.device)
         inner = _numbers([(g * d).sum() for g, d in zip(gradients, directions)], loss.device)
         _require_finite(self._rows, inner)
@@ -141,6 +142,10 @@ class Polyak:
                     one.values.add_(direction, alpha=-factor)
         self._moved |= any(factors)
         return self._moved
+
+
+def _projected(rows: Sequence[TrainedRows], gradients: Sequence[Tensor]) -> list[Tensor]:
+    return [one.project(gradient) for one, gradient in zip(rows, gradients)]
 
 
 def _require_finite(rows: Sequence[TrainedRows], sizes: Sequence[float]) -> None:

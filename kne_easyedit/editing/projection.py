@@ -21,6 +21,7 @@ from kne_easyedit.editing.after_answers import after_answers
 from kne_easyedit.editing.divergence import AT_ONCE, continuations
 from kne_easyedit.editing.earlier import earlier_facts
 from kne_easyedit.editing.neighbours import neighbour_prompts, readable
+from kne_easyedit.editing.reading import learn_head
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.facts.encoding import Fact, Tokenizer, longest_text, pad
 from kne_easyedit.localization.data import encode_facts
@@ -203,6 +204,7 @@ def projections_for(
     prompts = readable(model, tokenizer, found, hparams, hparams.neighbour_tokens)
     facts = earlier_facts(model, tokenizer, requests) if hparams.spare_edited else []
     with preserve_state(model), fast_linear(model):
+        learn_head(model)
         return input_projections(
             model,
             tokenizer,

@@ -21,10 +21,12 @@ from kne_easyedit.editing.losses import answer_logits, cross_entropy
 from kne_easyedit.editing.objectives import Objective, SharedObjective
 from kne_easyedit.editing.optimizers import OPTIMIZERS, TrainedRows
 from kne_easyedit.editing.projection import InputProjection
+from kne_easyedit.editing.reading import Reading, read_together
 from kne_easyedit.editing.row_edit import Answer, RowEdit
+from kne_easyedit.editing.row_gradients import row_gradients
 from kne_easyedit.editing.settings import EditSettings
 from kne_easyedit.editing.training_pass import TrainingPass
-from kne_easyedit.facts.encoding import Fact, collate
+from kne_easyedit.facts.encoding import Batch, Fact, collate
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.devices import device_of
 from kne_easyedit.models.fast_linear import fast_linear
@@ -88,14 +90,13 @@ def train_rows(
             TrainedRows(name, layer.lora_A[ADAPTER].weight, layer.scaling[ADAPTER], (projections or {}).get(name))
             for name, layer in trained.items()
         ]
-        parameters = [one.values for one in rows]
         optimizer = OPTIMIZERS[hparams.optimizer](rows, hparams)
         losses: list[float] = []
-        with torch.enable_grad():
+        with torch.enable_grad(), row_gradients(rows, trained) as gradients:
             while True:
                 safe_point()
                 texts = [objective.texts(len(losses)) for objective in shared]
-                batch = collate([*facts, *chain.from_iterable(texts)]).to(device)
+                batch = training_batch(facts, texts).to(device)
                 predicted, labels = training.answer_logits(batch)
                 logits, *others = predicted.split([_tokens(facts), *map(_tokens, texts)])
                 labels = labels[: len(logits)]
@@ -120,7 +121,7 @@ def train_rows(
                     loss = loss + sharing.weight * sharing.loss_of(part, step)
                 for objective in alone:
                     loss = loss + objective.weight * objective.loss(model)
-                moved = optimizer.step(loss.detach(), torch.autograd.grad(loss, parameters))
+                moved = optimizer.step(loss.detach(), *gradients.of(loss))
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 progress.update()
                 if not moved:  # nor would further steps
@@ -165,7 +166,7 @@ def _gained(
         The answers with these rows, and their mean cross-entropy; None if no gain above 1 keeps them: the rows stay.
     """
     texts = [its for _, its in binding]
-    batch = collate([*facts, *chain.from_iterable(texts)]).to(device)
+    batch = training_batch(facts, texts).to(device)
     trained = [one.values.detach().clone() for one in rows]
     with torch.no_grad():
         for part in range(GAINS, 0, -1):
@@ -183,6 +184,14 @@ def _gained(
         for one, before in zip(rows, trained):
             one.values.copy_(before)
     return None
+
+
+def training_batch(facts: Sequence[Fact], texts: Sequence[Sequence[Fact]]) -> Batch | Reading:
+    """Facts with the texts of each shared objective in one pass. Alone they are what the paper trains on, bit for bit:
+    every position passes the head.
+    """
+    further = list(chain.from_iterable(texts))
+    return read_together([*facts, *further]) if further else collate(facts)
 
 
 def _tokens(facts: Sequence[Fact]) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kne_easyedit.editing.losses import answer_logits
+from kne_easyedit.editing.reading import Reading
 from kne_easyedit.facts.encoding import Batch
 from kne_easyedit.localization.ensemble import NeuronEnsemble
 from kne_easyedit.models.fixed_layers import fixed_outputs
@@ -41,7 +42,7 @@ class TrainingPass:
         self._kept: dict[tuple, Any] = {}
         self._checked = False
 
-    def answer_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def answer_logits(self, batch: Batch | Reading) -> tuple[Tensor, Tensor]:
         """The logits that predict the answers' tokens, and these tokens: see `losses.answer_logits`."""
         if not self._below:
             return answer_logits(self._model, batch)
@@ -67,7 +68,7 @@ class TrainingPass:
             self._kept[key] = found[0]
         return predicted, labels
 
-    def _above_if_equal(self, batch: Batch, found: Sequence[Any], whole: Tensor) -> Tensor | None:
+    def _above_if_equal(self, batch: Batch | Reading, found: Sequence[Any], whole: Tensor) -> Tensor | None:
         """The logits without the layers below; None if they are not bit for bit those of the ``whole`` model."""
         kind = type(self._model).__name__
         if len(found) != 1:
@@ -83,7 +84,7 @@ class TrainingPass:
             return None
         return predicted
 
-    def _above(self, batch: Batch, states: Any) -> tuple[Tensor, Tensor]:
+    def _above(self, batch: Batch | Reading, states: Any) -> tuple[Tensor, Tensor]:
         with fixed_outputs(self._below, [_copy(states)] * len(self._below)):
             return answer_logits(self._model, batch)
 

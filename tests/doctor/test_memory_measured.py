@@ -39,6 +39,7 @@ GPT = {"vocab_size": WORDS, "n_embd": 256, "n_layer": 8, "n_head": 4, "n_positio
 GPTJ = GPT | {"rotary_dim": 16}
 PAPER = {"optimizer": "adamw", "p": 0.04}
 SPARE = {"optimizer": "polyak", "p": 0.16, "input_projection": True, "subject_variants": 5}
+SHIPPED = SPARE | {"spare_continuation": 8, "continuation_weight": 5.0}
 KL = {"optimizer": "polyak", "p": 0.16, "neighbour_weight": 1.0}
 SIZES = {"neighbour_relation_size": 32, "neighbour_subject_size": 16, "neighbour_tokens": 3}
 FEW = {"neighbour_relation_size": 8, "neighbour_subject_size": 8}
@@ -48,6 +49,7 @@ CONFIGURATIONS = {
     "llama, paper, bfloat16": ("llama", NARROW, LLAMA, torch.bfloat16, PAPER),
     "llama, spare": ("llama", NARROW, LLAMA, torch.float32, SPARE),
     "llama, spare, bfloat16": ("llama", NARROW, LLAMA, torch.bfloat16, SPARE),
+    "llama, shipped": ("llama", NARROW, LLAMA, torch.float32, SHIPPED),
     "wide, KL": ("llama", WIDE, LLAMA, torch.float32, KL | FEW),
     "wide, KL, bfloat16": ("llama", WIDE, LLAMA, torch.bfloat16, KL | FEW),
     "llama, spare after edits": ("llama", NARROW, LLAMA, torch.float32, SPARE | {"spare_edited": True}),

@@ -106,12 +106,13 @@ def test_training_of_upper_layers_is_compared_with_all_layers_at_every_step(caps
 
 def test_the_products_of_a_step_are_those_of_every_layer_forward_and_back(monkeypatch):
     model, seen = make_llama(), []
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    *layers, head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     step_rate = importlib.import_module("step_rate")
     monkeypatch.setattr(step_rate, "linear", lambda x, weight, bias=None: seen.append((tuple(x.shape), weight.shape)))
-    step_rate.products(layers, 5)
-    forward = [((5, layer.in_features), layer.weight.shape) for layer in layers]
-    back = [((5, layer.out_features), layer.weight.t().shape) for layer in reversed(layers)]
+    step_rate.products(layers, 5, head, 2)
+    wanted = [*((layer, 5) for layer in layers), (head, 2)]
+    forward = [((count, layer.in_features), layer.weight.shape) for layer, count in wanted]
+    back = [((count, layer.out_features), layer.weight.t().shape) for layer, count in reversed(wanted)]
     assert seen == forward + back
 
 
