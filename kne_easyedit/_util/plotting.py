@@ -31,9 +31,18 @@ def name_above(figure: Any, named: Mapping[str, Any], columns: int = 9) -> None:
     Args:
         figure: With constrained layout.
         named: Name -> the artist that shows its colour and marker.
-        columns: How many stand in a line.
+        columns: How many stand in a line at most; fewer where the figure is too narrow for them.
     """
-    figure.legend(named.values(), named, loc="outside upper center", ncols=columns, frameon=False)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for count in range(min(columns, len(named)), 0, -1):
+        legend = figure.legend(named.values(), named, loc="outside upper center", ncols=count, frameon=False)
+        for text in legend.get_texts():  # before it is measured: a name may hold dollar signs (`entitle`)
+            text.set_parse_math(False)
+        if count == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def entitle(figure: Any, title: str) -> None:

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from kne_easyedit._util.plotting import new_figure, with_palette, write_figure
+from kne_easyedit._util.plotting import name_above, new_figure, with_palette, write_figure
 
 pytest.importorskip("matplotlib")
 np = pytest.importorskip("numpy")
@@ -53,3 +53,18 @@ def test_few_colours_stay_as_they_are():
     image = io.BytesIO()
     picture.save(image, "PNG")
     assert (pixels(image) == pixels(io.BytesIO(with_palette(image.getvalue())))).all()
+
+
+@pytest.mark.parametrize("width", [4, 12])
+def test_names_above_the_panels_are_never_cut_off(width):
+    """As many in a line as fit; a name that is no formula is measured as it is written."""
+    figure = new_figure(figsize=(width, 4), layout="constrained")
+    axes = figure.subplots()
+    named = {f"KNE-spare-{i} $\\frac$": axes.plot([i], [i], "o")[0] for i in range(11)}
+    name_above(figure, named)
+    (legend,) = figure.legends
+    canvas = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    canvas.draw()
+    where = legend.get_window_extent(canvas.get_renderer())
+    assert where.x0 >= 0 and where.x1 <= figure.bbox.width and [t.get_text() for t in legend.get_texts()] == [*named]
+    assert (legend._ncols > 2) == (width == 12)
