@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from kne_easyedit.facts.encoding import Fact, pad
 from kne_easyedit.models.devices import device_of
 
-_heads: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
-"""Model -> its output head, of models that return what the head gives (`learn_head`)."""
+_heads: WeakKeyDictionary[nn.Module, tuple[ref[nn.Module], bool]] = WeakKeyDictionary()
+"""Model -> its output head, and whether the model returns what that gives (`learn_head`)."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def learn_head(model: Any) -> None:
         model: A causal language model of transformers, inside `preserve_state`.
     """
     head = _output_head(model)
-    if head is None or _known_head(model) is not None:
+    if head is None or (model in _heads and _heads[model][0]() is head):
         return
     given: list[tuple[tuple[Any, ...], Any]] = []
     hook = head.register_forward_hook(lambda _, args, out: given.append((args, out)))
@@ -131,17 +131,19 @@ def learn_head(model: Any) -> None:
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
         hook.remove()
+    is_last = False
     if len(given) == 1:
         args, out = given[0]
-        if len(args) == 1 and args[0].shape[:-1] == ids.shape and torch.equal(out.to(logits), logits):
-            _heads[model] = ref(head)
+        is_last = len(args) == 1 and args[0].shape[:-1] == ids.shape and torch.equal(out.to(logits), logits)
+    _heads[model] = ref(head), is_last
 
 
 def _known_head(model: nn.Module) -> nn.Module | None:
     """The head of a model that `learn_head` has found to be the last thing that is computed; None: not known."""
-    found = _heads.get(model)
-    head = None if found is None else found()
-    return head if head is not None and head is _output_head(model) else None
+    if model not in _heads:
+        return None
+    head, is_last = _heads[model]
+    return head() if is_last and head() is _output_head(model) else None
 
 
 def _output_head(model: Any) -> nn.Module | None:

@@ -77,8 +77,4 @@ def row_gradients(rows: Sequence[TrainedRows], layers: Mapping[str, Any]) -> Ite
 
 def _watch(found: RowGradients, i: int, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
     if out.requires_grad:  # the hook is a part of the graph, and is freed with it
-        out.register_hook(partial(_noted, found, i, args[0].detach()))
-
-
-def _noted(found: RowGradients, i: int, x: Tensor, delta: Tensor) -> None:
-    found.note(i, x, delta)
+        out.register_hook(partial(found.note, i, args[0].detach()))
